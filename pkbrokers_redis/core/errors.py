@@ -1,0 +1,86 @@
+"""Every error a user can meet. One line says what is wrong, `mend` says what to do about it.
+
+The command line prints `pkb: <message>: <mend>` and exits with 2; programs get the exception
+with its evidence and its cause chained.
+"""
+
+from __future__ import annotations
+
+
+class PkbError(Exception):
+    """Base of all errors that are not bugs: a user's mistake, a server that is away, bad data.
+
+    `mend` is a short sentence in the imperative that names the way out. Neither part may ever
+    hold a secret.
+    """
+
+    def __init__(self, message: str, mend: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.mend = mend
+
+    def __str__(self) -> str:
+        return f"{self.message}: {self.mend}" if self.mend else self.message
+
+
+class SettingsError(PkbError):
+    """Raised when a PKB_… setting cannot be understood."""
+
+
+class RedisUnavailable(PkbError):
+    """Raised when no Redis answers at the configured URL, or it refuses us (password, ACL)."""
+
+
+class RedisUnsuitable(PkbError):
+    """Raised when the Redis that answered lacks what we need (Functions: Redis 7 or Valkey)."""
+
+
+class MetaMismatch(PkbError):
+    """Raised when `P:meta` was written by workers with other settings; `.field` names which."""
+
+    def __init__(self, field: str, stored: str, wanted: str, mend: str) -> None:
+        super().__init__(f"the store was made with {field}={stored}, this worker has {field}={wanted}", mend)
+        self.field = field
+        self.stored = stored
+        self.wanted = wanted
+
+
+class UnknownSymbol(PkbError):
+    """Raised when a symbol is in no instrument list; `.nearest` holds close spellings."""
+
+    def __init__(self, symbol: str, nearest: list[str]) -> None:
+        if nearest:
+            mend = "did you mean " + " or ".join(nearest) + "?"
+        else:
+            mend = "see `pkb instruments search`, or give the instrument token"
+        super().__init__(f"unknown symbol {symbol!r}", mend)
+        self.symbol = symbol
+        self.nearest = nearest
+
+
+class UnknownInterval(PkbError):
+    """Raised when an interval is not one of the configured ones."""
+
+
+class FrameError(PkbError):
+    """Raised when a binary frame ends inside a packet. `.frame` holds its first bytes."""
+
+    def __init__(self, message: str, frame: bytes) -> None:
+        super().__init__(message)
+        self.frame = frame[:64]
+
+
+class CommitRefused(PkbError):
+    """Raised when a commit was refused: the lease epoch or the cursor is not what we left there."""
+
+
+class WrongKeyType(PkbError):
+    """Raised when a key of ours holds another Redis type; `.key` names it."""
+
+    def __init__(self, key: str, found: str, wanted: str) -> None:
+        super().__init__(f"{key} holds a {found}, not a {wanted}", f"look at it, then `DEL {key}`")
+        self.key = key
+
+
+class InputFileError(PkbError):
+    """Raised when a file given to us (replay, instruments) cannot be read as what it should be."""

@@ -1,0 +1,131 @@
+"""All settings: environment variables `PKB_…` or a `.env` file. `pkb config` prints them.
+
+Secrets are `SecretStr`, so that no repr, log or traceback shows them.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+import platformdirs
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.core.intervals import DEFAULT_INTERVALS, Interval, parse_intervals
+from pkbrokers_redis.core.keys import Keys
+
+DEFAULT_INTERVALS_TEXT = ",".join(interval.name for interval in DEFAULT_INTERVALS)
+
+
+class Settings(BaseSettings):
+    """One frozen object; workers get it handed in, nothing reads the environment elsewhere."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PKB_", env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True
+    )
+
+    # the store
+    redis_url: SecretStr | None = Field(None, description="Redis to use; unset: the embedded server")
+    rq_redis_url: SecretStr | None = Field(None, description="Redis of the jobs; unset: PKB_REDIS_URL")
+    prefix: str = Field("pkb", description="first part of every key", pattern=r"^[A-Za-z0-9_.\-]{1,32}$")
+    shards: int = Field(8, ge=1, le=4096, description="number of shards; fixed once the store exists")
+    intervals_text: str = Field(
+        DEFAULT_INTERVALS_TEXT,
+        validation_alias="PKB_INTERVALS",
+        description="candle intervals; `5m:200` keeps 200 completed rows",
+    )
+    data_dir: Path = Field(
+        default_factory=lambda: platformdirs.user_data_path("pkbrokers-redis"),
+        description="embedded server's data, spool files, snapshots",
+    )
+    embedded_server: str = Field(
+        "valkey", description="`valkey` (shipped), `redis` (redis-server 7 on PATH), or a path to a binary"
+    )
+    compact: bool = Field(False, description="embedded server: smaller lists, 1.7-2 times slower bulk reads")
+    stream_retention_seconds: float = Field(120, gt=0, description="age at which applied ticks are trimmed")
+    stream_max_entries: int = Field(200_000, ge=100, description="hard cap of a tick stream, in entries")
+    closed_max_entries: int = Field(100_000, ge=100, description="cap of a closed-candle stream, in entries")
+
+    # Kite
+    kite_api_key: str | None = Field(None, description="Kite Connect api key")
+    kite_api_secret: SecretStr | None = Field(None, description="Kite Connect api secret")
+    kite_access_token: SecretStr | None = Field(None, description="Kite Connect access token of the day")
+    kite_user_id: str | None = Field(None, description="Kite user id (web login)")
+    kite_password: SecretStr | None = Field(None, description="Kite password (web login)")
+    kite_totp_secret: SecretStr | None = Field(None, description="TOTP seed (web login)")
+    kite_enctoken: SecretStr | None = Field(None, description="enctoken of a web session")
+    kite_ws_url: str = Field("wss://ws.kite.trade", description="websocket endpoint")
+    kite_api_url: str = Field("https://api.kite.trade", description="REST endpoint")
+    kite_login_url: str = Field("https://kite.zerodha.com", description="web login endpoint")
+    kite_mode: Literal["ltp", "quote", "full"] = Field("full", description="ltp, quote or full")
+    instruments: str = Field("", description="NSE:INFY, tokens, index names, a file, nse-equity, all")
+
+    # time
+    sessions: Literal["market", "always"] = Field("market", description="`always`: no session filter")
+    timezone: str = Field("Asia/Kolkata", description="midnight of PKB_SESSIONS=always")
+    clock: Literal["wall", "event"] = Field("wall", description="`event`: candles close by event time only")
+    close_grace_seconds: float = Field(2, ge=0, le=3600, description="a candle's wait for stragglers")
+    lease_seconds: float = Field(3, ge=0.5, le=300, description="a dead aggregator's shards move within it")
+    calendar: Path | None = Field(None, description="a calendar file that overrides the shipped one")
+
+    # sync and bot
+    github_repo: str | None = Field(None, description="owner/name of the sync target")
+    github_branch: str = Field("actions-data-download", description="branch of the sync target")
+    github_path: str = Field("actions-data-download", description="folder in that branch")
+    github_token: SecretStr | None = Field(None, description="token with contents:write")
+    github_url: str | None = Field(None, description="clone URL, may be a local bare repository")
+    telegram_token: SecretStr | None = Field(None, description="bot token")
+    telegram_chats: str = Field("", description="chat ids that may ask")
+    telegram_admins: str = Field("", description="user ids that may operate")
+    telegram_api_url: str = Field("https://api.telegram.org/bot", description="Bot API endpoint")
+
+    # logs
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level shown")
+    log_format: Literal["text", "json"] = Field("text", description="`text` is key=value, `json` a line each")
+
+    @field_validator("timezone")
+    @classmethod
+    def _known_zone(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError("is no time zone; use a name such as Asia/Kolkata") from None
+        return name
+
+    @cached_property
+    def intervals(self) -> tuple[Interval, ...]:
+        """The interval table in ascending length."""
+        return parse_intervals(self.intervals_text)
+
+    @cached_property
+    def keys(self) -> Keys:
+        """Key names for this prefix and shard count."""
+        return Keys(self.prefix, self.shards)
+
+
+def env_name(field: str) -> str:
+    """`close_grace_seconds` → `PKB_CLOSE_GRACE_SECONDS`."""
+    return "PKB_INTERVALS" if field == "intervals_text" else f"PKB_{field.upper()}"
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings from the environment and `.env`, keyword overrides first (names are field names).
+
+    Raises SettingsError: one line that names the variable, what is wrong, and never a secret's value.
+    """
+    if "intervals_text" in overrides:
+        overrides["PKB_INTERVALS"] = overrides.pop("intervals_text")
+    try:
+        settings = Settings(**overrides)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        field = str(problem["loc"][0]) if problem["loc"] else "?"
+        name = field if field.startswith("PKB_") else env_name(field)
+        text = problem["msg"].removeprefix("Value error, ")
+        raise SettingsError(f"{name} {text[:1].lower()}{text[1:]}", f"correct or unset {name}") from None
+    settings.intervals  # noqa: B018  an unusable table must fail here, not in a worker's loop
+    return settings
