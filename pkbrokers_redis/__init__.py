@@ -21,7 +21,7 @@ _EXPORTS = {
     "ZerodhaWebSocketParser": "pkbrokers_redis.kite.parser",
 }
 
-__all__ = ["CandleStore", "ZerodhaWebSocketClient", "ZerodhaWebSocketParser"]  # noqa: F822  lazy names
+__all__ = ["CandleStore", "ZerodhaWebSocketClient", "ZerodhaWebSocketParser"]
 
 
 def __getattr__(name: str) -> Any:
