@@ -1,7 +1,7 @@
 """A Redis-backed distributed tick cache for Zerodha Kite.
 
-    from pkbrokers_redis import CandleStore
-    CandleStore().get_candles("INFY", "5m", count=50)
+from pkbrokers_redis import CandleStore
+CandleStore().get_candles("INFY", "5m", count=50)
 """
 
 from __future__ import annotations

@@ -1,0 +1,67 @@
+"""`pkb config`: every setting, its value, where it comes from, and no secret."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from typing import Any
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+from pydantic import SecretStr
+
+from pkbrokers_redis.cli.output import AsCsv, AsJson, choose, emit, note
+from pkbrokers_redis.settings import Settings, env_name, load_settings
+
+MASK = "********"
+COLUMNS = ("name", "value", "source", "description")
+_secret_option = re.compile(r"([?&][^=&]*(?:pass|secret|token|key|auth)[^=&]*=)[^&]*", re.IGNORECASE)
+
+
+def config(as_json: AsJson = False, as_csv: AsCsv = False) -> None:
+    """Print all settings with their values and sources; secrets are masked."""
+    form = choose(as_json, as_csv)
+    settings = load_settings()
+    in_file = {name.upper() for name, value in dotenv_values(".env").items() if value}
+    in_env = {name.upper() for name, value in os.environ.items() if value}
+    rows: list[dict[str, Any]] = []
+    for field, info in Settings.model_fields.items():
+        name = env_name(field)
+        source = "environment" if name in in_env else ".env" if name in in_file else "default"
+        value = shown(getattr(settings, field), is_url=field.endswith("url"))
+        rows.append({"name": name, "value": value, "source": source, "description": info.description})
+    emit(rows, COLUMNS, form)
+    known = [row["name"] for row in rows]
+    for name in sorted(name for name in in_env | in_file if name.startswith("PKB_") and name not in known):
+        near = difflib.get_close_matches(name, known, 1)
+        note(f"{name} is no setting" + (f": did you mean {near[0]}?" if near else ""))
+
+
+def shown(value: Any, is_url: bool) -> Any:
+    """A setting's value without what is secret in it: None, number, bool or text."""
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    if isinstance(value, SecretStr):
+        return mask_url(value.get_secret_value()) if is_url else MASK
+    return mask_url(str(value)) if is_url else str(value)
+
+
+def mask_url(text: str) -> str:
+    """A URL with its password (and secret-looking query options) masked; all of it if it cannot be read."""
+    try:
+        parts = urlsplit(text)
+    except ValueError:
+        return MASK
+    if "://" not in text:
+        return MASK if "@" in text else text
+    login, at, place = parts.netloc.rpartition("@")
+    rest = parts.path + parts.query + parts.fragment
+    if "@" in rest and parts.scheme != "unix":
+        return MASK  # a password with a bare / ? or # in it: what looks like a path is part of it
+    user = login.partition(":")[0]
+    if login and ":" not in login and parts.scheme in ("http", "https"):
+        user = ""  # https://<token>@host
+    masked = f"{user}:{MASK}@{place}" if at else place
+    query = _secret_option.sub(rf"\1{MASK}", f"?{parts.query}") if parts.query else ""
+    return f"{parts.scheme}://{masked}{parts.path}{query}"

@@ -1,0 +1,132 @@
+"""The command `pkb`. A command is one file here and one row in `COMMANDS`.
+
+Modules are imported when their command is asked for: `pkb quote` must not wait for a compiler that only
+`pkb aggregate` needs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command as make_command
+
+from pkbrokers_redis import __version__
+from pkbrokers_redis.core.errors import PkbError
+
+# name → module:function below pkbrokers_redis.cli, in the order of `pkb --help`
+COMMANDS = {
+    "demo": "demo:demo",
+    "up": "up:up",
+    "ingest": "ingest:ingest",
+    "aggregate": "aggregate:aggregate",
+    "quote": "quote:quote",
+    "candles": "candles:candles",
+    "closed": "closed:closed",
+    "ticks": "ticks:ticks",
+    "key": "key:key",
+    "redis-cli": "redis_cli:redis_cli",
+    "sim": "sim:sim",
+    "replay": "replay:replay",
+    "record": "record:record",
+    "config": "config:config",
+    "bench": "bench:bench",
+}
+
+PASS_THROUGH = {"redis-cli"}  # their options belong to another program
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+class LazyGroup(TyperGroup):
+    """Typer's group over the `COMMANDS` table."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        return load_command(cmd_name) if cmd_name in COMMANDS else None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        names: dict[str, Any] = dict.fromkeys(COMMANDS)
+        self.commands = names  # only its keys are looked at, for "did you mean"
+        return super().resolve_command(ctx, args)
+
+
+def load_command(name: str) -> Any:
+    """The click command of a row of the table."""
+    module, _, function = COMMANDS[name].partition(":")
+    callback = getattr(importlib.import_module(f"pkbrokers_redis.cli.{module}"), function)
+    single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    passed_on = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+    single.command(name, context_settings=passed_on if name in PASS_THROUGH else None)(callback)
+    return make_command(single)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pkb {__version__}")
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,  # help texts speak of [start,open,…]: brackets are no markup
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+
+
+@app.callback()
+def pkb(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """A Redis-backed distributed tick cache for Zerodha Kite: ticks in, candles of every interval out."""
+
+
+def run() -> None:
+    """The console entry. A user's mistake or a server that is away is one line on stderr and exit 2."""
+    code = 0
+    try:
+        app()
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 1
+    except KeyboardInterrupt:
+        code = EXIT_INTERRUPTED
+    except BrokenPipeError:
+        pass
+    except Exception as error:
+        line = one_line(error)
+        if line is None:
+            raise
+        print(f"pkb: {line}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read us has seen enough. Python would complain once more when it ends: give it a sink.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
+def one_line(error: BaseException) -> str | None:
+    """What to tell a person about an error; None for a bug of ours, whose traceback is wanted."""
+    if not isinstance(error, PkbError) and type(error).__module__.partition(".")[0] == "redis":
+        from pkbrokers_redis.settings import load_settings
+        from pkbrokers_redis.store.connect import describe, explain
+
+        error = explain(error, describe(load_settings()))
+    if isinstance(error, PkbError):
+        return " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    return None

@@ -1,0 +1,135 @@
+"""How commands print: a table for people, tab-separated text for pipes, `--csv`, `--json` for programs.
+
+A command makes rows (dicts) and names its columns; the form is chosen here. Prices and times are the
+same in every form: rupees, and ISO 8601 with +05:30.
+"""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timedelta, timezone
+from typing import Annotated, Any, Literal
+
+import msgspec
+import typer
+
+from pkbrokers_redis.core.model import Candle
+
+Form = Literal["table", "tsv", "csv", "json"]
+Row = Mapping[str, Any]
+
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="comma-separated, with a header")]
+
+IST = timezone(timedelta(hours=5, minutes=30))
+
+PRICES = {"open", "high", "low", "close", "last_price", "average_price", "change"}
+PRICES |= {"day_open", "day_high", "day_low"}
+COUNTS = {"volume", "ticks", "oi", "last_quantity", "buy_quantity", "sell_quantity"}
+
+
+def choose(as_json: bool, as_csv: bool) -> Form:
+    """The form asked for; without one a table on a terminal and tabs into a pipe."""
+    if as_json and as_csv:
+        raise typer.BadParameter("choose one of --json and --csv")
+    if as_json:
+        return "json"
+    if as_csv:
+        return "csv"
+    return "table" if sys.stdout.isatty() else "tsv"
+
+
+def iso(start_s: float) -> str:
+    """Epoch seconds → `2026-01-02T09:15:00+05:30`, with milliseconds where there are any."""
+    moment = datetime.fromtimestamp(start_s, IST)
+    return moment.isoformat(timespec="milliseconds" if moment.microsecond else "seconds")
+
+
+def candle_row(candle: Candle) -> dict[str, Any]:
+    """A candle as an object: `time`, then the fields of the row by name, then its flag."""
+    return {"time": iso(candle.start), **candle.as_dict()}
+
+
+def note(text: str) -> None:
+    """A line for the person, on stderr: data alone goes to stdout."""
+    print(f"pkb: {text}", file=sys.stderr)
+
+
+def dump(value: Any) -> str:
+    """JSON of one line."""
+    return msgspec.json.encode(value).decode()
+
+
+def emit(rows: Sequence[Row], columns: Sequence[str], form: Form, title: str = "") -> None:
+    """Print all rows at once. JSON is an array of whole rows, the other forms show `columns`."""
+    if form == "json":
+        print(dump(rows))
+    elif form == "table":
+        _print_table(rows, columns, title)
+    else:
+        writer = _writer(form)
+        writer.writerow(columns)
+        writer.writerows([_plain(row.get(name)) for name in columns] for row in rows)
+
+
+def emit_each(rows: Iterable[Row], columns: Sequence[str], form: Form) -> None:
+    """Print rows as they come, each at once. JSON is an object a line."""
+    if form in ("tsv", "csv"):
+        writer = _writer(form)
+        writer.writerow(columns)
+        sys.stdout.flush()
+    for row in rows:
+        if form == "json":
+            print(dump(row))
+        elif form == "table":
+            print("  ".join(_cell(name, row.get(name)).rjust(_width(name)) for name in columns).rstrip())
+        else:
+            writer.writerow([_plain(row.get(name)) for name in columns])
+        sys.stdout.flush()
+
+
+def _writer(form: Form) -> Any:
+    return csv.writer(sys.stdout, delimiter="\t" if form == "tsv" else ",", lineterminator="\n")
+
+
+def _print_table(rows: Sequence[Row], columns: Sequence[str], title: str) -> None:
+    from rich import box  # only a terminal needs it
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    for name in columns:
+        number = name in PRICES or name in COUNTS or name in ("token", "rev")
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(_cell(name, row.get(name))) for name in columns))
+    Console().print(table)
+
+
+def _width(name: str) -> int:
+    return (
+        25 if name == "time" else 14 if name == "symbol" else 8 if name in ("interval", "flag", "rev") else 12
+    )
+
+
+def _cell(name: str, value: Any) -> str:
+    """A value for people."""
+    if value is None:
+        return "–"
+    if name in PRICES and isinstance(value, (int, float)):
+        return f"{value:,.2f}" if round(value, 2) == value else f"{value:,.4f}"
+    if name in COUNTS and isinstance(value, (int, float)):
+        return f"{value:,}"
+    if name == "time":
+        return str(value).replace("T", " ").removesuffix("+05:30")
+    return str(value)
+
+
+def _plain(value: Any) -> str:
+    """A value for programs; nothing for None. JSON inside a cell stays JSON."""
+    if value is None:
+        return ""
+    return dump(value) if isinstance(value, (dict, list)) else str(value)

@@ -1,0 +1,25 @@
+"""What the reading commands share: opening the store, and saying what was odd in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pkbrokers_redis.cli.output import note
+from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.store.embedded import reader_data_dir
+
+
+@contextmanager
+def open_store() -> Iterator[CandleStore]:
+    """The configured store for reading. Tells of the demo's store, and of rows that had to be left out."""
+    settings = load_settings()
+    if settings.redis_url is None:
+        folder, is_demo = reader_data_dir(settings)
+        if is_demo:
+            note(f"reading the demo's store in {folder}; set PKB_REDIS_URL or run `pkb up` for another")
+    with CandleStore(settings) as store:
+        yield store
+        if store.rows_refused:
+            note(f"left out {store.rows_refused} rows in Redis that are not what they should be")

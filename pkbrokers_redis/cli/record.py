@@ -1,0 +1,67 @@
+"""`pkb record FILE`: raw websocket frames into a capture, for `pkb replay` and for bug reports."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pkbrokers_redis.core.errors import PkbError, SettingsError
+from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter
+from pkbrokers_redis.kite.socket import ZerodhaWebSocketClient, url_for
+from pkbrokers_redis.settings import Settings, load_settings
+
+
+class SessionRefused(PkbError):
+    """Raised when Kite answers 403: the session is dead."""
+
+
+def record(
+    file: Annotated[Path, typer.Argument(help="capture to append to; a name ending in .gz is gzipped")],
+    seconds: Annotated[float | None, typer.Option(min=0, help="stop by itself after this long")] = None,
+) -> None:
+    """Record raw websocket frames of PKB_INSTRUMENTS into FILE until stopped."""
+    settings = load_settings()
+    tokens = _tokens(settings)
+    url = url_for(settings)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    if seconds is not None:
+        timer = threading.Timer(seconds, stop.set)
+        timer.daemon = True
+        timer.start()
+    with CaptureWriter(file) as capture:
+        client = ZerodhaWebSocketClient(
+            url,
+            tokens,
+            settings.kite_mode,
+            on_frame=lambda frame, at_ms: capture.write(at_ms, KIND_BINARY, frame),
+            on_forbidden=_give_up,
+        )
+        print(f"Recording {len(tokens)} instruments into {file}; Ctrl-C stops.", flush=True)
+        client.run(stop)
+    stats = client.stats
+    print(f"{stats.frames - stats.heartbeats} frames, {stats.bytes:,} bytes, {stats.reconnects} reconnects")
+
+
+def _give_up(_stop: threading.Event) -> None:
+    raise SessionRefused("Kite refused the session (HTTP 403)", "run `pkb login` and record again")
+
+
+def _tokens(settings: Settings) -> list[int]:
+    """PKB_INSTRUMENTS as tokens: numbers as they are, names by the symbols in the store."""
+    keys = [key.strip() for key in settings.instruments.split(",") if key.strip()]
+    if not keys:
+        raise SettingsError(
+            "PKB_INSTRUMENTS is empty", "name what to record, e.g. PKB_INSTRUMENTS=408065,738561"
+        )
+    if all(key.isdecimal() for key in keys):
+        return [int(key) for key in keys]
+    from pkbrokers_redis.store.connect import connect  # numbers need no Redis
+    from pkbrokers_redis.store.symbols import resolve_many
+
+    return [token for token, _ in resolve_many(connect(settings), settings.keys, settings.instruments)]

@@ -1,0 +1,70 @@
+"""`pkb redis-cli …`: redis-cli on the store in use, the embedded one too, without looking up its socket."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+from typing import Annotated, Any
+
+import redis
+import typer
+
+from pkbrokers_redis.cli.redis_shell import run_shell
+from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.store.connect import connect
+
+PROGRAMS = ("redis-cli", "valkey-cli")
+
+
+def redis_cli(
+    arguments: Annotated[
+        list[str] | None, typer.Argument(metavar="[ARGS]…", help="as for redis-cli: a command, or nothing")
+    ] = None,
+) -> None:
+    """Run redis-cli on the store in use. Without it installed, a small shell of our own does."""
+    words = arguments or []
+    with connect(load_settings(), for_reading=True) as client:
+        program = next(filter(None, map(shutil.which, PROGRAMS)), None)
+        if program is None:
+            raise typer.Exit(run_shell(client, words))
+        options, secrets = cli_arguments(client)
+        # A child, not exec: the embedded server lives as long as this process holds it. Ctrl-C is the
+        # child's business; a handler (not SIG_IGN) is what exec resets to the default there.
+        before = signal.signal(signal.SIGINT, lambda *_: None)
+        try:
+            code = subprocess.run(
+                [program, *options, *words], env={**os.environ, **secrets}, check=False
+            ).returncode
+        finally:
+            signal.signal(signal.SIGINT, before)
+    raise typer.Exit(code if code >= 0 else 128 - code)
+
+
+def cli_arguments(client: redis.Redis) -> tuple[list[str], dict[str, str]]:
+    """redis-cli's options for a client's server, and what goes into its environment.
+
+    The password is only in the latter: arguments can be read in `ps` by everybody.
+    """
+    pool: Any = client.connection_pool
+    kwargs: dict[str, Any] = pool.connection_kwargs
+    options: list[str] = []
+    if kwargs.get("path"):
+        options += ["-s", str(kwargs["path"])]
+    else:
+        options += ["-h", str(kwargs.get("host", "localhost")), "-p", str(kwargs.get("port", 6379))]
+    if kwargs.get("db"):
+        options += ["-n", str(kwargs["db"])]
+    if kwargs.get("username"):
+        options += ["--user", str(kwargs["username"])]
+    if issubclass(pool.connection_class, redis.SSLConnection):
+        options.append("--tls")
+        files = {"ssl_ca_certs": "--cacert", "ssl_certfile": "--cert", "ssl_keyfile": "--key"}
+        for name, option in files.items():
+            if kwargs.get(name):
+                options += [option, str(kwargs[name])]
+        if str(kwargs.get("ssl_cert_reqs")).lower() == "none":
+            options.append("--insecure")
+    password = kwargs.get("password")
+    return options, {"REDISCLI_AUTH": str(password)} if password else {}

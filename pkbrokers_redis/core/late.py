@@ -1,0 +1,97 @@
+"""Rule 6 for ticks older than every candle the book still holds: amend the rows as they stand in the list.
+
+Rare (a tick minutes late), so it is plain Python over the rows' own numbers. The rows say enough: what
+a candle's volume stood at when it ended is the volume before a later candle minus the volumes between.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import msgspec
+
+from pkbrokers_redis.core.book import LateTick
+
+Row = list[float | int | str | None]
+START, OPEN, HIGH, LOW, CLOSE, VOLUME, OI, TICKS = range(8)
+
+_decoder = msgspec.json.Decoder(list[float | int | str | None])
+
+
+class Amended(NamedTuple):
+    """One row that changed: its start and its new text."""
+
+    start: int
+    text: bytes
+
+
+def amend(rows: list[bytes], tick: LateTick, is_day: bool) -> list[Amended]:
+    """The rows of a candle list (oldest first, as text) that one late tick changes, with their new text.
+
+    Nothing when the tick is older than the list, or changes no row. Rows of a foreign hand are passed
+    over. What a row gains in volume, the next one loses.
+    """
+    parsed = [row for row in map(_parse, rows) if row is not None]
+    starts = [int(row[START]) for row in parsed]  # type: ignore[arg-type]
+    if not starts or tick.start < starts[0]:
+        return []
+    place = next((n for n, start in enumerate(starts) if start >= tick.start), len(starts))
+    after = [n for n in range(place, len(starts)) if tick.start < starts[n] < tick.oldest_start]
+    volume_end = tick.volume_after - math.fsum(_number(parsed[n][VOLUME]) for n in after)
+    gained = max(0.0, tick.volume - volume_end) if not math.isnan(tick.volume + volume_end) else 0.0
+    taken_from = parsed[after[0]] if after and not is_day else None
+    if taken_from is not None:
+        gained = min(gained, _number(taken_from[VOLUME]))
+    elif not is_day:
+        gained = 0.0  # its successor is in the book and already owns that volume
+
+    changed: list[Row] = []
+    if place < len(starts) and starts[place] == tick.start:
+        row = parsed[place]
+        if _amend_row(row, tick, gained, volume_end):
+            changed.append(row)
+    else:
+        oi = None if math.isnan(tick.oi) else tick.oi
+        p = tick.price
+        changed.append([tick.start, p, p, p, p, gained, oi, 1])
+    if gained and taken_from is not None:
+        taken_from[VOLUME] = round(_number(taken_from[VOLUME]) - gained, 8)
+        changed.append(taken_from)
+    return [Amended(int(_number(row[START])), _text(row)) for row in changed]
+
+
+def _amend_row(row: Row, tick: LateTick, gained: float, volume_end: float) -> bool:
+    before = list(row)
+    volume_start = volume_end - _number(row[VOLUME])
+    row[HIGH] = max(_number(row[HIGH]), tick.price)
+    row[LOW] = min(_number(row[LOW]), tick.price)
+    row[VOLUME] = round(_number(row[VOLUME]) + gained, 8)
+    if tick.volume > volume_end:
+        row[CLOSE] = tick.price  # no statement of this candle stands at a higher volume
+        if not math.isnan(tick.oi):
+            row[OI] = tick.oi
+    if tick.volume - tick.quantity <= volume_start:
+        row[OPEN] = tick.price  # nothing had traded in this candle before this trade
+    if row == before:
+        return False
+    row[TICKS] = int(_number(row[TICKS])) + 1
+    return True
+
+
+def _number(cell: float | int | str | None) -> float:
+    return float(cell) if isinstance(cell, int | float) else 0.0
+
+
+def _parse(text: bytes) -> Row | None:
+    try:
+        row = _decoder.decode(text)
+    except msgspec.DecodeError:
+        return None
+    return row if len(row) >= 8 and isinstance(row[START], int) else None
+
+
+def _text(row: Row) -> bytes:
+    return msgspec.json.encode(
+        [int(cell) if isinstance(cell, float) and cell == int(cell) else cell for cell in row]
+    )

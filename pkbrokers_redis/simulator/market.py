@@ -1,0 +1,206 @@
+"""A market that trades: seeded, vectorised, and without a clock of its own: time is an argument.
+
+Trades arrive at random (Poisson) and walk the price in ticks. As on Kite, nobody sees single trades: each
+instrument is conflated into one packet an interval, with the last trade, the day's cumulative volume and
+the day's true high and low. What the hidden trades did shows only there.
+
+All prices are kept as the wire's integers. Rows are positions in the universe given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pkbrokers_redis.core.model import SEGMENT_INDICES
+from pkbrokers_redis.kite.layout import (
+    DEPTH_LEVELS,
+    DTYPES,
+    FULL,
+    INDEX_FULL,
+    PRICE_DIVISORS,
+)
+
+INTERVAL_MS = 1000  # Kite's usual conflation
+DAY_MS = 86_400_000
+IST_OFFSET_MS = 19_800_000
+TRADES_PER_PACKET = 1.5  # on average; about one packet in five has none and shows a new book only
+VOLUME_PER_MS = 10  # the volume's ceiling grows so fast; a day's stays far below 32 bits
+QUANTITY_MAX = 20  # of one trade, in lots
+BAND = 0.10  # a price stays within ±10 % of the previous close
+
+Ints = npt.NDArray[np.int64]
+
+
+class Market:
+    """The state of `universe` and its last packets. Not thread-safe; `step` is called with rising times.
+
+    `rate` asks for that many packets a second over all instruments, by a shorter conflation interval.
+    The volume of the day starts at a ceiling that depends on the time of day alone and stays below it,
+    so a simulator started again goes on higher, never lower.
+    """
+
+    def __init__(
+        self, universe: list[dict[str, Any]], start_ms: int, *, seed: int = 1, rate: float | None = None
+    ) -> None:
+        count = len(universe)
+        self.rng = np.random.default_rng(seed)
+        self.tokens: Ints = np.array([row["instrument_token"] for row in universe], np.int64)
+        self.row_of = {token: row for row, token in enumerate(self.tokens.tolist())}
+        segment = self.tokens & 0xFF
+        self.is_index = segment == SEGMENT_INDICES
+        self.interval_ms = INTERVAL_MS if rate is None else max(1.0, count * 1000 / rate)
+
+        divisor = PRICE_DIVISORS[segment]
+        self._tick: Ints = np.maximum(
+            1, np.rint([row["tick_size"] for row in universe] * divisor).astype(np.int64)
+        )
+        base = np.rint([row["last_price"] for row in universe] * divisor).astype(np.int64)
+        self._lot: Ints = np.array([max(1, row["lot_size"]) for row in universe], np.int64)
+        self._has_oi = np.array([row["instrument_type"] in ("FUT", "CE", "PE") for row in universe])
+        self._stride = np.maximum(1, base // (20_000 * self._tick))  # a trade moves 0 to 2 of these
+        self._activity = TRADES_PER_PACKET * np.clip(self.rng.lognormal(0.0, 0.5, count), 0.2, 4.0)
+        self._phase = self.rng.uniform(0, self.interval_ms, count)
+        self._turn = np.floor((start_ms - self._phase) / self.interval_ms)
+
+        self.price: Ints = base // self._tick * self._tick
+        self.close = self.price.copy()  # of the previous day
+        self.oi: Ints = np.where(self._has_oi, self._lot * self.rng.integers(10_000, 100_000, count), 0)
+        self._start_day(start_ms)
+        self.volume[:] = np.where(self.is_index, 0, self._volume_ceiling(start_ms))
+        self._turnover = self.volume.astype(np.float64) * self.price
+
+        self.packets = np.zeros(count, DTYPES[FULL])  # last packet of instruments
+        self.index_packets = np.zeros(count, DTYPES[INDEX_FULL])  # and of indices, by the same rows
+        every = np.arange(count)
+        self._write(every, start_ms)
+
+    def _start_day(self, now_ms: int) -> None:
+        count = len(self.tokens)
+        self._day = (now_ms + IST_OFFSET_MS) // DAY_MS
+        self.open, self.high, self.low = self.price.copy(), self.price.copy(), self.price.copy()
+        self.volume: Ints = np.zeros(count, np.int64)
+        self._turnover = np.zeros(count)
+        self.last_quantity: Ints = np.where(self.is_index, 0, self._lot)
+        self.last_trade_s: Ints = np.full(count, now_ms // 1000, np.int64)
+        self.oi_high, self.oi_low = self.oi.copy(), self.oi.copy()
+
+    def _volume_ceiling(self, now_ms: int) -> int:
+        return (now_ms + IST_OFFSET_MS) % DAY_MS * VOLUME_PER_MS
+
+    def step(self, now_ms: int) -> Ints:
+        """Trade up to `now_ms` (epoch ms). Returns the rows whose interval is over: their packets are new."""
+        if (now_ms + IST_OFFSET_MS) // DAY_MS > self._day:
+            self.close = self.price.copy()
+            self._start_day(now_ms)
+        turn = np.floor((now_ms - self._phase) / self.interval_ms)
+        due = np.flatnonzero(turn > self._turn)
+        if due.size:
+            self._turn[due] = turn[due]
+            self._trade(due, now_ms)
+            self._write(due, now_ms)
+        return due
+
+    def _trade(self, due: Ints, now_ms: int) -> None:
+        trades = self.rng.poisson(self._activity[due])
+        rows, trades = due[trades > 0], trades[trades > 0]
+        if not rows.size:
+            return
+        owner = np.repeat(rows, trades)  # the instrument of each single trade
+        first = np.cumsum(trades) - trades
+        last = first + trades - 1
+        quantity = self._lot[owner] * self.rng.integers(1, QUANTITY_MAX + 1, owner.size)
+        quantity[self.is_index[owner]] = 0
+        bought = np.add.reduceat(quantity, first)
+
+        # The volume never passes its ceiling: trades that would are not made.
+        fits = self.volume[rows] + bought <= self._volume_ceiling(now_ms)
+        if not fits.all():
+            keep = np.repeat(fits, trades)
+            rows, trades, bought = rows[fits], trades[fits], bought[fits]
+            owner, quantity = owner[keep], quantity[keep]
+            if not rows.size:
+                return
+            first = np.cumsum(trades) - trades
+            last = first + trades - 1
+
+        price = self._walk(owner, first, trades)
+        self.price[rows] = price[last]
+        self.high[rows] = np.maximum(self.high[rows], np.maximum.reduceat(price, first))
+        self.low[rows] = np.minimum(self.low[rows], np.minimum.reduceat(price, first))
+        self.volume[rows] += bought
+        self._turnover[rows] += np.add.reduceat(quantity * price.astype(np.float64), first)
+        self.last_quantity[rows] = quantity[last]
+        # The last of k trades spread over the interval, in whole seconds as Kite gives them.
+        back_ms = self.interval_ms * self.rng.random(rows.size) / (trades + 1)
+        traded_s = ((now_ms - np.minimum(back_ms, INTERVAL_MS)) // 1000).astype(np.int64)
+        self.last_trade_s[rows] = np.maximum(self.last_trade_s[rows], traded_s)
+        moved = np.where(self._has_oi[rows], self._lot[rows] * self.rng.integers(-20, 21, rows.size), 0)
+        self.oi[rows] = np.maximum(0, self.oi[rows] + moved)
+        self.oi_high[rows] = np.maximum(self.oi_high[rows], self.oi[rows])
+        self.oi_low[rows] = np.minimum(self.oi_low[rows], self.oi[rows])
+
+    def _walk(self, owner: Ints, first: Ints, trades: Ints) -> Ints:
+        """The price of each trade: steps summed up within each instrument, kept in the day's band."""
+        step = self.rng.integers(-2, 3, owner.size) * self._stride[owner] * self._tick[owner]
+        total = np.cumsum(step)
+        before = np.repeat(total[first] - step[first], trades)
+        price = self.price[owner] + total - before
+        tick, close = self._tick[owner], self.close[owner]
+        width = (close * BAND).astype(np.int64)
+        walked = np.clip(price, close - width, close + width) // tick * tick
+        bounded: Ints = np.maximum(walked, tick)
+        return bounded
+
+    def _write(self, rows: Ints, now_ms: int) -> None:
+        """State → packets, with a fresh order book."""
+        index = rows[self.is_index[rows]]
+        self._write_common(self.index_packets, index)
+        if index.size:
+            block = self.index_packets[index]
+            block["price_change"] = self.price[index] - self.close[index]
+            block["exchange_timestamp"] = now_ms // 1000
+            self.index_packets[index] = block
+        rows = rows[~self.is_index[rows]]
+        self._write_common(self.packets, rows)
+        if not rows.size:
+            return
+        block = self.packets[rows]
+        volume = self.volume[rows]
+        block["last_traded_quantity"] = self.last_quantity[rows]
+        block["average_traded_price"] = np.rint(self._turnover[rows] / np.maximum(volume, 1))
+        block["volume_traded"] = volume
+        block["last_trade_time"] = self.last_trade_s[rows]
+        block["exchange_timestamp"] = now_ms // 1000
+        block["oi"], block["oi_day_high"], block["oi_day_low"] = (
+            self.oi[rows],
+            self.oi_high[rows],
+            self.oi_low[rows],
+        )
+        away = np.arange(1, DEPTH_LEVELS + 1) * self._tick[rows, None]
+        orders = self.rng.integers(1, 30, (rows.size, 2, DEPTH_LEVELS))
+        quantity = orders * self.rng.integers(1, 50, orders.shape) * self._lot[rows, None, None]
+        depth = block["depth"]
+        depth["quantity"], depth["orders"] = quantity, orders
+        depth["price"][:, 0] = np.maximum(self.price[rows, None] - away, self._tick[rows, None])
+        depth["price"][:, 1] = self.price[rows, None] + away
+        block["total_buy_quantity"] = quantity[:, 0].sum(axis=1) * 20
+        block["total_sell_quantity"] = quantity[:, 1].sum(axis=1) * 20
+        self.packets[rows] = block
+
+    def _write_common(self, packets: npt.NDArray[np.void], rows: Ints) -> None:
+        if not rows.size:
+            return
+        block = packets[rows]
+        block["instrument_token"] = self.tokens[rows]
+        for name, values in (
+            ("last_price", self.price),
+            ("open", self.open),
+            ("high", self.high),
+            ("low", self.low),
+            ("close", self.close),
+        ):
+            block[name] = values[rows]
+        packets[rows] = block

@@ -1,0 +1,147 @@
+"""The simulator's instrument master: real names with their real tokens first, then made-up ones.
+
+Rows have the field names of Kite's instruments CSV. A token is `exchange_token << 8 | segment`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pkbrokers_redis.core.errors import SettingsError
+
+INSTRUMENTS_MAX = 100_000
+_SIM_EXCHANGE_TOKEN = 100_000  # NSE's own stay below
+_EXPIRY = "2030-12-26"  # fixed, so that the same n always gives the same rows
+
+# Segment (low byte), exchange and segment name in the CSV, wire divisor, usual tick size.
+_NSE, _NFO, _CDS, _BSE, _BCD, _MCX, _INDEX = 1, 2, 3, 4, 6, 7, 9
+
+_INDICES = (
+    (256265, "NIFTY 50", "NSE", 24_500.0),
+    (260105, "NIFTY BANK", "NSE", 52_000.0),
+    (265, "SENSEX", "BSE", 80_500.0),
+    (259849, "NIFTY IT", "NSE", 38_000.0),
+    (257801, "NIFTY FIN SERVICE", "NSE", 24_800.0),
+    (264969, "INDIA VIX", "NSE", 13.5),
+)
+_EQUITIES = (
+    (408065, "INFY", "INFOSYS", 1_500.0),
+    (738561, "RELIANCE", "RELIANCE INDUSTRIES", 1_400.0),
+    (2953217, "TCS", "TATA CONSULTANCY SERV LT", 3_400.0),
+    (341249, "HDFCBANK", "HDFC BANK", 1_900.0),
+    (1270529, "ICICIBANK", "ICICI BANK.", 1_350.0),
+    (779521, "SBIN", "STATE BANK OF INDIA", 800.0),
+    (424961, "ITC", "ITC", 420.0),
+    (2714625, "BHARTIARTL", "BHARTI AIRTEL", 1_850.0),
+    (1510401, "AXISBANK", "AXIS BANK", 1_150.0),
+    (492033, "KOTAKBANK", "KOTAK MAHINDRA BANK", 2_050.0),
+    (2939649, "LT", "LARSEN & TOUBRO", 3_550.0),
+    (356865, "HINDUNILVR", "HINDUSTAN UNILEVER", 2_350.0),
+    (60417, "ASIANPAINT", "ASIAN PAINTS", 2_300.0),
+    (2815745, "MARUTI", "MARUTI SUZUKI INDIA", 12_300.0),
+    (81153, "BAJFINANCE", "BAJAJ FINANCE", 900.0),
+    (969473, "WIPRO", "WIPRO", 250.0),
+    (1850625, "HCLTECH", "HCL TECHNOLOGIES", 1_600.0),
+    (857857, "SUNPHARMA", "SUN PHARMACEUTICAL IND L", 1_700.0),
+    (897537, "TITAN", "TITAN COMPANY", 3_400.0),
+    (2977281, "NTPC", "NTPC", 340.0),
+    (3834113, "POWERGRID", "POWER GRID CORP. LTD.", 290.0),
+    (633601, "ONGC", "OIL AND NATURAL GAS CORP.", 240.0),
+    (895745, "TATASTEEL", "TATA STEEL", 150.0),
+    (2952193, "ULTRACEMCO", "ULTRATECH CEMENT", 12_000.0),
+    (3001089, "JSWSTEEL", "JSW STEEL", 1_000.0),
+    (519937, "M&M", "MAHINDRA & MAHINDRA", 3_100.0),
+    (4267265, "BAJAJ-AUTO", "BAJAJ AUTO", 8_400.0),
+    (177665, "CIPLA", "CIPLA", 1_500.0),
+    (3465729, "TECHM", "TECH MAHINDRA", 1_550.0),
+    (348929, "HINDALCO", "HINDALCO INDUSTRIES", 680.0),
+)
+# exchange token, segment, exchange, tradingsymbol, name, price, tick size, lot, type
+_OTHERS = (
+    (35_001, _NFO, "NFO", "NIFTY30DECFUT", "NIFTY", 24_560.0, 0.05, 75, "FUT"),
+    (35_002, _NFO, "NFO", "BANKNIFTY30DECFUT", "BANKNIFTY", 52_120.0, 0.05, 35, "FUT"),
+    (35_003, _NFO, "NFO", "NIFTY30DEC24500CE", "NIFTY", 182.0, 0.05, 75, "CE"),
+    (35_004, _NFO, "NFO", "NIFTY30DEC24500PE", "NIFTY", 161.0, 0.05, 75, "PE"),
+    (1_201, _CDS, "CDS", "USDINR30DECFUT", "USDINR", 84.155, 0.0025, 1, "FUT"),
+    (2_201, _BCD, "BCD", "EURINR30DECFUT", "EURINR", 91.4325, 0.0025, 1, "FUT"),
+    (220_001, _MCX, "MCX", "CRUDEOIL30DECFUT", "CRUDEOIL", 6_100.0, 1.0, 100, "FUT"),
+    (220_002, _MCX, "MCX", "GOLD30DECFUT", "GOLD", 76_500.0, 1.0, 100, "FUT"),
+    (500_325, _BSE, "BSE", "RELIANCE", "RELIANCE INDUSTRIES", 1_400.0, 0.05, 1, "EQ"),
+    (500_209, _BSE, "BSE", "INFY", "INFOSYS", 1_500.0, 0.05, 1, "EQ"),
+)
+_KNOWN_FIRST = 6  # of the equities, before the indices of little interest in a small demo
+
+
+def universe(n: int) -> list[dict[str, Any]]:
+    """The first `n` rows of the simulator's world; a larger n only appends. Tokens are unique.
+
+    Raises SettingsError unless 1 ≤ n ≤ 100,000.
+    """
+    if not 1 <= n <= INSTRUMENTS_MAX:
+        raise SettingsError(f"{n} instruments cannot be simulated", f"choose 1 to {INSTRUMENTS_MAX}")
+    rows = _known()[:n]
+    for number in range(1, n - len(rows) + 1):
+        token = (_SIM_EXCHANGE_TOKEN + number) << 8 | _NSE
+        price = 20.0 + (number * 7919 % 40_000) / 10  # spread over 20 to 4,020, on the tick
+        rows.append(
+            _row(token, f"SIM{number:05d}", f"SIMULATED {number}", "NSE", price, 0.05, 1, "EQ", "NSE")
+        )
+    return rows
+
+
+def _known() -> list[dict[str, Any]]:
+    indices = [
+        _row(token, name, name, exchange, price, 0.05, 1, "EQ", "INDICES")
+        for token, name, exchange, price in _INDICES
+    ]
+    equities = [
+        _row(token, symbol, name, "NSE", price, 0.05, 1, "EQ", "NSE")
+        for token, symbol, name, price in _EQUITIES
+    ]
+    others = [
+        _row(
+            number << 8 | segment,
+            symbol,
+            name,
+            exchange,
+            price,
+            tick,
+            lot,
+            kind,
+            _segment_name(exchange, kind),
+        )
+        for number, segment, exchange, symbol, name, price, tick, lot, kind in _OTHERS
+    ]
+    few = [indices[0], *equities[:_KNOWN_FIRST], *indices[1:3]]
+    return [*few, *equities[_KNOWN_FIRST:], *others, *indices[3:]]
+
+
+def _segment_name(exchange: str, kind: str) -> str:
+    return exchange if kind == "EQ" else f"{exchange}-{'FUT' if kind == 'FUT' else 'OPT'}"
+
+
+def _row(
+    token: int,
+    symbol: str,
+    name: str,
+    exchange: str,
+    price: float,
+    tick_size: float,
+    lot_size: int,
+    kind: str,
+    segment: str,
+) -> dict[str, Any]:
+    return {
+        "instrument_token": token,
+        "exchange_token": token >> 8,
+        "tradingsymbol": symbol,
+        "name": name,
+        "last_price": price,
+        "expiry": "" if kind == "EQ" else _EXPIRY,
+        "strike": 24_500.0 if kind in ("CE", "PE") else 0.0,
+        "tick_size": tick_size,
+        "lot_size": lot_size,
+        "instrument_type": kind,
+        "segment": segment,
+        "exchange": exchange,
+    }

@@ -1,0 +1,163 @@
+"""The aggregator's side of a commit: changes of a book → the arguments of one `FCALL pkb_commit`.
+
+See `functions.lua` for the other side. Everything is absolute (rows, positions, sequence numbers),
+nothing is incremented, so a batch that was applied again from the same cursor gives the same keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import redis
+from redis.exceptions import ResponseError
+
+from pkbrokers_redis.core import changes as ch
+from pkbrokers_redis.core.book import Book, Changes
+from pkbrokers_redis.core.errors import CommitRefused, PkbError, WrongKeyType
+from pkbrokers_redis.core.keys import AGGREGATOR_GROUP, Keys
+
+COMMIT = "pkb_commit"
+CLAIM = "pkb_claim"
+
+
+def load_functions(client: redis.Redis) -> None:
+    """Load (or replace) our function library; it is persisted and replicated with the data."""
+    code = resources.files("pkbrokers_redis.store").joinpath("functions.lua").read_text("utf-8")
+    client.function_load(code, replace=True)
+
+
+@dataclass(slots=True)
+class Position:
+    """Where a shard's commits stand: what `P:{S}:cursor` holds, and what we hold against it."""
+
+    epoch: int = 0
+    id: str = "0-0"
+    read: int = 0  # entries read since the stream began, for XINFO's lag
+    sources: dict[bytes, int] = field(default_factory=dict)  # source id → last seq applied
+
+
+def claim(client: redis.Redis, keys: Keys, shard: int) -> Position:
+    """Become the owner of a shard and read where its commits stand.
+
+    Raises WrongKeyType when somebody filled `P:{S}:cursor` with something else.
+    """
+    cursor = keys.cursor(shard)
+    try:
+        epoch = int(client.fcall(CLAIM, 1, cursor))  # type: ignore[arg-type]
+        fields: dict[bytes, bytes] = client.hgetall(cursor)  # type: ignore[assignment]
+    except ResponseError as error:
+        if "WRONGTYPE" in str(error):
+            raise WrongKeyType(cursor, _type_of(client, cursor), "hash") from None
+        raise
+    sources = {
+        name[4:]: int(seq) for name, seq in fields.items() if name.startswith(b"src:") and seq.isdigit()
+    }
+    return Position(epoch, fields.get(b"id", b"0-0").decode(), int(fields.get(b"read", 0)), sources)
+
+
+def _type_of(client: redis.Redis, key: str) -> str:
+    return bytes(client.type(key)).decode()  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A step of the cursor: the last stream id applied, entries read in all, sources' new numbers."""
+
+    id: str
+    read: int
+    sources: Mapping[bytes, int]
+
+
+def commit_args(
+    book: Book, changes: Changes, symbols: Mapping[int, bytes], extra_state: Mapping[bytes, bytes]
+) -> list[Any]:
+    """The counted sections of `pkb_commit` behind the header and the sources."""
+    tokens = book.tokens.tolist()
+    names = [interval.name for interval in book.intervals]
+    keeps = [interval.keep for interval in book.intervals]
+    text = changes.text
+    currents: list[Any] = []
+    drops: list[Any] = []
+    puts: list[Any] = []
+    closed: list[Any] = []
+    state: list[Any] = []
+    counts = [0, 0, 0, 0]
+    current_of, fields_at = -1, 0
+    for kind, i, k, first, last, rev in changes.ops:
+        token = tokens[i]
+        if kind == ch.CURRENT:
+            if current_of != i:
+                current_of, fields_at = i, len(currents) + 1
+                counts[0] += 1
+                currents += (token, 0)
+            currents[fields_at] += 1
+            currents += (names[k], text[first:last])
+        elif kind == ch.HOT:
+            state += (token, text[first:last])
+        elif kind == ch.MARKS:
+            state += (f"{token}:marks", text[first:last])
+        elif kind == ch.PUT:
+            row = text[first:last]
+            counts[2] += 1
+            puts += (token, names[k], row[1 : row.index(b",")], keeps[k], row)
+        elif kind == ch.CLOSED:
+            counts[3] += 1
+            closed += (token, symbols.get(token) or str(token), names[k], text[first:last], rev)
+        elif kind == ch.DROP:
+            counts[1] += 1
+            drops += (token, names[k])
+    for name, value in extra_state.items():
+        state += (name, value)
+    return [
+        *(counts[0], *currents),
+        *(counts[1], *drops),
+        *(counts[2], *puts),
+        *(counts[3], *closed),
+        *(len(state) // 2, *state),
+    ]
+
+
+def queue_commit(
+    pipeline: Any, keys: Keys, shard: int, held: Position, move: Move, closed_max: int, sections: list[Any]
+) -> None:
+    """Append one shard's commit to a pipeline; hand its reply to `settle_commit`."""
+    cursor = keys.cursor(shard)
+    sources: list[Any] = []
+    for source, seq in move.sources.items():
+        sources += (b"src:" + source, seq)
+    pipeline.fcall(
+        COMMIT, 4, cursor, keys.ticks(shard), keys.state(shard), keys.closed(shard),
+        cursor.removesuffix("cursor"), held.epoch, held.id, move.id, move.read, closed_max,
+        len(move.sources), *sources, *sections,
+    )  # fmt: skip
+
+
+def settle_commit(reply: Any, held: Position, move: Move) -> list[str]:
+    """Move `held` on after a commit. Returns the keys that refused, with Redis's word on each.
+
+    Raises CommitRefused when the shard is no longer ours or the cursor is not where we left it, and
+    whatever else Redis said as PkbError.
+    """
+    if isinstance(reply, ResponseError):
+        text = str(reply)
+        if text.startswith(("FENCED", "STALE")):
+            raise CommitRefused(text)
+        raise PkbError(f"Redis refused a commit: {text}")
+    if isinstance(reply, Exception):
+        raise reply
+    held.id, held.read = move.id, move.read
+    held.sources.update(move.sources)
+    return [bytes(each).decode(errors="replace") for each in reply]
+
+
+def ensure_groups(client: redis.Redis, keys: Keys) -> None:
+    """Give every tick stream its `aggregator` group, so that lag shows before the first commit."""
+    for shard in range(keys.shards):
+        try:
+            client.xgroup_create(keys.ticks(shard), AGGREGATOR_GROUP, id="0-0", mkstream=True, entries_read=0)
+        except ResponseError as error:
+            if "BUSYGROUP" not in str(error) and "WRONGTYPE" not in str(error):
+                raise

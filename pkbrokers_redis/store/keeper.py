@@ -1,0 +1,332 @@
+"""The keeper: a small process of its own that owns the embedded server, so that no user of it has to.
+
+    user ─┐ shared lock                    exclusive lock: nobody is left
+    user ─┼───────────────► users.lock ◄───────────────────────────────── keeper ──► server
+    user ─┘                                                                 └─ PR_SET_PDEATHSIG
+
+Every process that uses the server holds `users.lock` shared. The kernel drops that lock however the
+process dies, kill -9 included, so the keeper needs no list of pids: when it can lock the file
+exclusively, nobody uses the server. It then waits a moment (consecutive commands shall not restart the
+server), stops it cleanly and ends. A keeper that is killed takes its server along (by SIGTERM: it still
+flushes).
+
+Locks, always taken in this order, all flock(2) on files in the store's folder:
+
+    start.lock   exclusive, while a user attaches or the keeper stops the server: the two exclude each other
+    users.lock   shared by each user, exclusive by the keeper that stops the server
+    keeper.lock  exclusive, for the keeper's life
+    server.lock  exclusive, inherited by the server: held until keeper and server are both dead
+
+Started as a script by `embedded.attach`. It imports the standard library only, so that a start costs
+milliseconds; it reports to its launcher on stdout, one JSON object a line: `{"state": "loading" | "ready"
+| "failed", "reason": …}`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypedDict
+
+POLL_SECONDS = 0.1  # how soon a keeper notices that the last user left or the server died
+STOP_SECONDS_MAX = 20.0  # a server that flushes longer is killed; the AOF survives that
+ORPHAN_SECONDS_MAX = 20.0  # how long a server without its keeper may take to end
+CRASHES_MAX = 5  # restarts within CRASH_WINDOW_SECONDS; then there is no point in another
+CRASH_WINDOW_SECONDS = 60.0
+PORT_TRIES_MAX = 5
+LOG_BYTES_MAX = 4 << 20  # at a start a longer server.log becomes server.log.1
+
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class Plan(TypedDict):
+    """What to run; `embedded.attach` writes it, as JSON in argv."""
+
+    binary: str
+    kind: str
+    socket_path: str
+    options: list[str]
+    linger_seconds: float
+
+
+class ServerFile(TypedDict):
+    """`server.json`. Only a hint: the truth is who holds the locks and who answers on the socket."""
+
+    pid: int
+    tcp_port: int
+    socket_path: str
+    kind: str
+
+
+def try_lock(descriptor: int, operation: int) -> bool:
+    """One attempt at `fcntl.LOCK_SH` or `LOCK_EX`; False when another process is in the way."""
+    try:
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def open_lock(path: Path) -> int:
+    """A descriptor to lock `path` with; not inherited by children unless asked to."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def ask(socket_path: str, command: bytes, timeout_seconds: float = 1.0) -> bytes:
+    """The first line a server answers to an inline command; empty when there is none to answer."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout_seconds)
+        try:
+            connection.connect(socket_path)
+            connection.sendall(command + b"\r\n")
+            return connection.recv(512).partition(b"\r\n")[0]
+        except OSError:
+            return b""
+
+
+def read_server_file(folder: Path) -> ServerFile | None:
+    """What `server.json` says, or None when it is absent, torn or not ours."""
+    try:
+        found = json.loads((folder / "server.json").read_bytes())
+        return ServerFile(
+            pid=int(found["pid"]),
+            tcp_port=int(found["tcp_port"]),
+            socket_path=str(found["socket_path"]),
+            kind=str(found["kind"]),
+        )
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+class Keeper:
+    """One embedded server and its end."""
+
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder = folder
+        self.plan = plan
+        self.log_path = folder / "server.log"
+        self.end_asked = False
+        self.start_lock = open_lock(folder / "start.lock")
+        self.users_lock = open_lock(folder / "users.lock")
+        self.keeper_lock = open_lock(folder / "keeper.lock")
+        self.server_lock = open_lock(folder / "server.lock")
+        self.children_die_with_me = _deathsig_setter()
+
+    def run(self) -> int:
+        """Start the server, report, stay until nobody uses it. Returns the exit code."""
+        if not try_lock(self.keeper_lock, fcntl.LOCK_EX):
+            return 0  # another keeper was faster; our launcher will find its server
+        if not self._end_orphan():
+            self._report("failed", "a server from an earlier run does not end")
+            return 1
+        self._cap_log()
+        try:
+            return self._keep()
+        finally:
+            socket_folder = Path(self.plan["socket_path"]).parent
+            if socket_folder != self.folder:  # the one in the temp dir; ours while we hold keeper.lock
+                with contextlib.suppress(OSError):
+                    socket_folder.rmdir()
+
+    def _keep(self) -> int:
+        crashes: list[float] = []
+        while True:
+            server = self._start()
+            if server is None:
+                return 1
+            exit_code = self._watch(server)
+            now = time.monotonic()
+            crashes = [at for at in crashes if now - at < CRASH_WINDOW_SECONDS] + [now]
+            # Exit code 0 is a SHUTDOWN, ours or another's. Anything else is a crash or a kill, and the
+            # users are still there: they lose a connection, not their server.
+            if exit_code == 0 or len(crashes) > CRASHES_MAX:
+                return 0
+
+    def _end_orphan(self) -> bool:
+        """Take server.lock; a server whose keeper was killed holds it until it is asked to end."""
+        deadline = time.monotonic() + ORPHAN_SECONDS_MAX
+        while not try_lock(self.server_lock, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                return False
+            ask(self.plan["socket_path"], b"SHUTDOWN")
+            time.sleep(0.01)
+        return True
+
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        """A server that answers, or None after `failed` has been reported (or nobody waits any more)."""
+        for _ in range(PORT_TRIES_MAX):
+            log_offset = self.log_path.stat().st_size if self.log_path.exists() else 0
+            port = self._free_port()
+            try:
+                server = self._spawn(port)
+            except OSError as error:
+                self._report("failed", f"cannot run {self.plan['binary']}: {error.strerror}")
+                return None
+            if self._wait_until_ready(server):
+                self._write_server_file(server.pid, port)
+                self._report("ready", "")
+                return server
+            complaint = self._complaint(log_offset)
+            if "ddress already in use" not in complaint and "Failed listening" not in complaint:
+                self._report("failed", complaint)
+                return None
+        self._report("failed", "no free TCP port on 127.0.0.1")
+        return None
+
+    def _spawn(self, port: int) -> subprocess.Popen[bytes]:
+        keeper_pid = os.getpid()
+
+        def in_the_child() -> None:
+            self.children_die_with_me()
+            if os.getppid() != keeper_pid:  # killed between fork and prctl: no signal would ever come
+                os._exit(1)
+
+        with self.log_path.open("ab") as log:
+            return subprocess.Popen(
+                [self.plan["binary"], "--port", str(port), *self.plan["options"]],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+                pass_fds=(self.server_lock,),
+                preexec_fn=in_the_child,  # safe: this process has one thread
+            )
+
+    def _wait_until_ready(self, server: subprocess.Popen[bytes]) -> bool:
+        """True when it answers. A server that loads a long AOF is waited for while anyone waits with us."""
+        reported = 0.0
+        while server.poll() is None:
+            reply = ask(self.plan["socket_path"], b"PING")
+            if reply and not reply.startswith(b"-LOADING"):
+                return True
+            now = time.monotonic()
+            if reply and now - reported > 1:
+                reported = now
+                self._report("loading", "")
+            if self.end_asked or self._nobody_is_left():
+                self._stop(server)
+                return False
+            time.sleep(0.005)
+        return False
+
+    def _watch(self, server: subprocess.Popen[bytes]) -> int:
+        """Stay until the server has ended, by itself or because nobody used it. Returns its exit code."""
+        idle_since: float | None = None
+        while server.poll() is None:
+            if self.end_asked:
+                return self._stop(server)
+            now = time.monotonic()
+            idle_since = (idle_since or now) if self._nobody_is_left() else None
+            idle_seconds = now - idle_since if idle_since else -1.0
+            if idle_seconds >= self.plan["linger_seconds"] and self._lock_everyone_out():
+                # The locks stay ours until we end: who attaches now waits, then starts anew.
+                return self._stop(server)
+            time.sleep(POLL_SECONDS)
+        return server.returncode
+
+    def _nobody_is_left(self) -> bool:
+        if not try_lock(self.users_lock, fcntl.LOCK_EX):
+            return False
+        fcntl.flock(self.users_lock, fcntl.LOCK_UN)
+        return True
+
+    def _lock_everyone_out(self) -> bool:
+        """Both locks or none: a user takes start.lock before users.lock, so nobody slips in between."""
+        if not try_lock(self.start_lock, fcntl.LOCK_EX):
+            return False
+        if try_lock(self.users_lock, fcntl.LOCK_EX):
+            return True
+        fcntl.flock(self.start_lock, fcntl.LOCK_UN)
+        return False
+
+    def _stop(self, server: subprocess.Popen[bytes]) -> int:
+        server.terminate()  # as SHUTDOWN: flushes and syncs the AOF
+        try:
+            server.wait(STOP_SECONDS_MAX)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+        return 0
+
+    def _free_port(self) -> int:
+        """The port of the last run where it is free, so that a redis-cli in a shell's history still works."""
+        last = read_server_file(self.folder)
+        for port in (last["tcp_port"] if last else 0, 0):
+            with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                with contextlib.suppress(OSError, OverflowError):
+                    probe.bind(("127.0.0.1", port))
+                    return int(probe.getsockname()[1])
+        return 0  # no TCP at all; the unix socket serves
+
+    def _write_server_file(self, pid: int, port: int) -> None:
+        content = ServerFile(
+            pid=pid, tcp_port=port, socket_path=self.plan["socket_path"], kind=self.plan["kind"]
+        )
+        fresh = self.folder / "server.json.new"
+        fresh.write_text(json.dumps(content) + "\n")
+        fresh.replace(self.folder / "server.json")
+
+    def _complaint(self, log_offset: int) -> str:
+        """What the server wrote last at warning level (` # `, its advice on the kernel aside), else last."""
+        with contextlib.suppress(OSError), self.log_path.open("rb") as log:
+            log.seek(log_offset)
+            lines = log.read(1 << 16).decode(errors="replace").strip().splitlines()
+            warnings = [line.partition(" # ")[2] for line in lines if " # " in line and "WARNING" not in line]
+            return " ".join((warnings or lines)[-2:])
+        return ""
+
+    def _cap_log(self) -> None:
+        with contextlib.suppress(OSError):
+            if self.log_path.stat().st_size > LOG_BYTES_MAX:
+                self.log_path.replace(self.folder / "server.log.1")
+
+    def _report(self, state: str, reason: str) -> None:
+        with contextlib.suppress(OSError):  # a launcher that was killed reads nothing
+            os.write(1, json.dumps({"state": state, "reason": reason}).encode() + b"\n")
+            if state != "loading":
+                with Path(os.devnull).open("wb") as nowhere:
+                    os.dup2(nowhere.fileno(), 1)
+
+
+def _deathsig_setter() -> Callable[[], object]:
+    """A function for the child that ties its life to ours; only Linux has it.
+
+    Elsewhere a server outlives a killed keeper until the next `attach` ends it (server.lock).
+    """
+    if sys.platform != "linux":
+        return lambda: None
+    try:
+        import ctypes  # not every Python build has it
+
+        prctl = ctypes.CDLL(None, use_errno=True).prctl
+    except (ImportError, OSError, AttributeError):
+        return lambda: None
+    return lambda: prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
+
+def main(folder: str, plan: str) -> int:
+    """Detach, then keep."""
+    if os.fork():
+        return 0  # our launcher waits for this one; the keeper shall be no child, and no zombie, of a user
+    os.umask(0o077)
+    keeper = Keeper(Path(folder), json.loads(plan))
+
+    def end(_signal: int, _frame: object) -> None:
+        keeper.end_asked = True
+
+    signal.signal(signal.SIGTERM, end)
+    return keeper.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,244 @@
+"""Symbols ⇄ tokens: the instrument master in Redis, and what a person may type for an instrument.
+
+`P:symbols` maps Kite's `EXCHANGE:TRADINGSYMBOL` to the token, `P:instrument:<token>` holds the row of
+Kite's instruments CSV under its own column names.
+"""
+
+from __future__ import annotations
+
+import difflib
+import heapq
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import redis
+
+from pkbrokers_redis.core.errors import InputFileError, PkbError, UnknownSymbol
+from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.core.model import SEGMENT_INDICES, TOKEN_MAX
+
+ROWS_A_PIPELINE = 1_000  # 100,000 instruments go in 100 round trips, none of them long for Redis
+FILE_LINES_MAX = 1_000_000
+NEAREST_MAX = 3
+NEAREST_COMPARED_MAX = 2_000  # difflib takes ~20 µs a name
+
+# NSE series that are shares: none, BE/BZ (trade for trade), SM/ST (SME). The others behind a hyphen
+# (GS, SG, N1, RE, …) are bonds, rights and funds.
+EQUITY_SERIES = {"BE", "BZ", "SM", "ST"}
+NSE_SEGMENT = 1
+
+
+class SavedInstruments(NamedTuple):
+    """What became of a master: `saved` rows are in Redis, `refused` had no usable token or symbol."""
+
+    saved: int
+    refused: int
+
+
+def save_instruments(client: redis.Redis, keys: Keys, rows: Iterable[Mapping[str, Any]]) -> SavedInstruments:
+    """Write instrument master rows (Kite's CSV field names: instrument_token, tradingsymbol, exchange, …).
+
+    Writes again what is there already; names that left the master stay until somebody removes them.
+    """
+    saved = refused = 0
+    source = iter(rows)
+    while chunk := list(islice(source, ROWS_A_PIPELINE)):
+        names: dict[Any, Any] = {}
+        pipe = client.pipeline(transaction=False)
+        for row in chunk:
+            token = _token_of(str(row.get("instrument_token", "")))
+            symbol = str(row.get("tradingsymbol") or "").strip()
+            if token is None or not symbol:
+                refused += 1
+                continue
+            fields: dict[Any, Any] = {name: "" if cell is None else str(cell) for name, cell in row.items()}
+            pipe.hset(keys.instrument(token), mapping=fields)
+            names[f"{str(row.get('exchange') or 'NSE').strip().upper()}:{symbol}"] = token
+        if names:
+            pipe.hset(keys.symbols(), mapping=names)
+            pipe.execute()
+        saved += len(names)
+    return SavedInstruments(saved, refused)
+
+
+def load_symbols(client: redis.Redis, keys: Keys) -> dict[int, str]:
+    """Token → `EXCHANGE:TRADINGSYMBOL` of the whole master."""
+    return {token: name for name, token in _names(client, keys).items()}
+
+
+def resolve(client: redis.Redis, keys: Keys, text: str) -> tuple[int, str]:
+    """`NSE:INFY`, `INFY`, `infy`, `NIFTY 50` or a token → `(token, "NSE:INFY")`.
+
+    A token that is in no master is taken as it is, its symbol is its number. Raises UnknownSymbol.
+    """
+    return resolve_all(client, keys, [text])[0]
+
+
+def resolve_all(client: redis.Redis, keys: Keys, texts: Sequence[str | int]) -> list[tuple[int, str]]:
+    """`resolve` for many, in two round trips when all are spelt right. Keeps the order."""
+    wanted = [str(text).strip() for text in texts]
+    named = sorted({_full_name(text) for text in wanted if not _is_number(text)})
+    found: dict[str, int] = {}
+    for first in range(0, len(named), ROWS_A_PIPELINE):
+        some = named[first : first + ROWS_A_PIPELINE]
+        values: Any = client.hmget(keys.symbols(), some)
+        for name, value in zip(some, values, strict=True):
+            token = _token_of(value.decode()) if value else None
+            if token is not None:
+                found[name] = token
+    numbers = _symbols_of_tokens(client, keys, [text for text in wanted if _is_number(text)])
+    every: dict[str, int] | None = None
+    answer: list[tuple[int, str]] = []
+    for text in wanted:
+        if _is_number(text):
+            answer.append(numbers[text])
+        elif (name := _full_name(text)) in found:
+            answer.append((found[name], name))
+        else:
+            every = _names(client, keys) if every is None else every
+            answer.append(_search(every, text))
+    return answer
+
+
+def resolve_many(client: redis.Redis, keys: Keys, text: str) -> list[tuple[int, str]]:
+    """PKB_INSTRUMENTS → `[(token, symbol), …]`, each once, in the order given.
+
+    `text` is a comma list of symbols, tokens, index names, `nse-equity`, `all`, and files with one of
+    these a line (`#` begins a comment). Raises UnknownSymbol, InputFileError.
+    """
+    names: list[str] = []
+    chosen: dict[int, str] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        names += _lines_of(part) if _is_path(part) else [part]
+    groups = {name.lower() for name in names} & {"all", "nse-equity"}
+    every = _names(client, keys) if groups else {}
+    if groups and not every:
+        raise PkbError("the instrument master is empty", "load it before asking for `nse-equity` or `all`")
+    singles = iter(resolve_all(client, keys, [name for name in names if name.lower() not in groups]))
+    for name in names:
+        group = name.lower()
+        if group not in groups:
+            token, symbol = next(singles)
+            chosen.setdefault(token, symbol)
+            continue
+        for symbol, token in every.items():
+            if group == "all" or _is_nse_equity(symbol, token):
+                chosen.setdefault(token, symbol)
+    return list(chosen.items())
+
+
+def _names(client: redis.Redis, keys: Keys) -> dict[str, int]:
+    """The whole `P:symbols`, in slices: 100,000 fields at once would stall Redis for everybody."""
+    names: dict[str, int] = {}
+    for name, value in client.hscan_iter(keys.symbols(), count=10_000):
+        token = _token_of(value.decode(errors="replace"))
+        if token is not None:
+            names[name.decode(errors="replace")] = token
+    return names
+
+
+def _symbols_of_tokens(client: redis.Redis, keys: Keys, texts: list[str]) -> dict[str, tuple[int, str]]:
+    """Digits → (token, symbol as in the master, else the number itself)."""
+    tokens: dict[str, int] = {}
+    for text in texts:
+        token = _token_of(text)
+        if token is None:
+            raise UnknownSymbol(text[:40], [])
+        tokens[text] = token
+    answer: dict[str, tuple[int, str]] = {}
+    pending = list(tokens.items())
+    for first in range(0, len(pending), ROWS_A_PIPELINE):
+        some = pending[first : first + ROWS_A_PIPELINE]
+        pipe = client.pipeline(transaction=False)
+        for _, token in some:
+            pipe.hmget(keys.instrument(token), ["exchange", "tradingsymbol"])
+        for (text, token), (exchange, symbol) in zip(some, pipe.execute(), strict=True):
+            name = f"{exchange.decode()}:{symbol.decode()}" if exchange and symbol else str(token)
+            answer[text] = (token, name)
+    return answer
+
+
+def _search(names: dict[str, int], text: str) -> tuple[int, str]:
+    """The slow way, for what the hash does not hold letter by letter: other case, an index of BSE."""
+    wanted = _full_name(text)
+    bare = "" if ":" in text else text.upper()
+    for name, token in names.items():
+        spelt = name.upper()
+        if spelt == wanted:
+            return token, name
+        if bare and token & 0xFF == SEGMENT_INDICES and spelt.partition(":")[2] == bare:
+            return token, name
+    raise UnknownSymbol(text[:40], nearest_names(names, text))
+
+
+def nearest_names(names: Iterable[str], text: str) -> list[str]:
+    """Up to three known names that look like `text`, best first; NSE's before other exchanges'."""
+    exchange, _, wanted = _full_name(text).rpartition(":")
+    head, tail = wanted[:1], wanted[-2:]
+    length_slack = max(3, len(wanted) // 2)
+    here: dict[str, str] = {}
+    elsewhere: dict[str, str] = {}
+    for name in names:
+        where, _, symbol = name.upper().partition(":")
+        alike = symbol.startswith(head) or symbol.endswith(tail) or wanted in symbol
+        if alike and abs(len(symbol) - len(wanted)) <= length_slack:
+            (here if where == exchange else elsewhere).setdefault(symbol, name)
+    nearest: list[str] = []
+    for group in (here, elsewhere):
+        some = heapq.nlargest(NEAREST_COMPARED_MAX, group, key=lambda symbol: _shared_ends(symbol, wanted))
+        room = NEAREST_MAX - len(nearest)
+        if room:
+            nearest += [group[symbol] for symbol in difflib.get_close_matches(wanted, some, room, 0.6)]
+    return nearest
+
+
+def _shared_ends(one: str, other: str) -> int:
+    """Letters that agree from the front and from the back: cheap, to choose whom difflib compares."""
+    return len(commonprefix((one, other))) + len(commonprefix((one[::-1], other[::-1])))
+
+
+def _full_name(text: str) -> str:
+    """`infy` → `NSE:INFY`, `bse:infy` → `BSE:INFY`."""
+    exchange, colon, symbol = text.upper().partition(":")
+    return f"{exchange.strip()}:{symbol.strip()}" if colon else f"NSE:{exchange}"
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
+
+
+def _token_of(text: str) -> int | None:
+    if not _is_number(text) or len(text) > 10:
+        return None
+    token = int(text)
+    return token if 0 < token <= TOKEN_MAX else None
+
+
+def _is_nse_equity(symbol: str, token: int) -> bool:
+    exchange, _, name = symbol.partition(":")
+    if exchange != "NSE" or token & 0xFF != NSE_SEGMENT:
+        return False
+    stem, hyphen, series = name.rpartition("-")
+    return not (hyphen and stem and len(series) == 2) or series in EQUITY_SERIES
+
+
+def _is_path(part: str) -> bool:
+    """Only what looks like a path is one: a stray file `INFY` here must not hide the share."""
+    return "/" in part or part.startswith("~") or part.lower().endswith((".txt", ".csv", ".list"))
+
+
+def _lines_of(part: str) -> list[str]:
+    path = Path(part).expanduser()
+    try:
+        with path.open(encoding="utf-8") as file:
+            lines = [line.partition("#")[0].strip() for line in islice(file, FILE_LINES_MAX)]
+    except FileNotFoundError:
+        raise InputFileError(f"no file {part!r}", "PKB_INSTRUMENTS names it: check the path") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        mend = "give a text file, one symbol a line"
+        raise InputFileError(f"cannot read {part!r} ({reason})", mend) from error
+    return [line for line in lines if line]

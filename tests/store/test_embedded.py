@@ -1,0 +1,425 @@
+"""The embedded server: shared while it is used, gone when it is not, and never without its data."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import stat
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import redis
+
+from pkbrokers_redis.core.errors import PkbError, RedisUnavailable, RedisUnsuitable
+from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.store.binary import find_binary
+from pkbrokers_redis.store.embedded import (
+    EmbeddedServer,
+    attach,
+    reader_data_dir,
+    running,
+    store_folder,
+)
+from tests.support import is_alive, redis_server_binary, running_process, wait_until
+
+USER = """
+import sys, time
+from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.store.embedded import attach
+server = attach(load_settings(data_dir=sys.argv[1]), linger_seconds=0)
+print(server.pid, server.reattached, flush=True)
+time.sleep(600)
+"""
+
+Attach = Callable[..., EmbeddedServer]
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path) -> Path:
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def use(data_dir: Path) -> Iterator[Attach]:
+    """`use(**settings)`: attach to the server of this test's folder; what is left attached is closed."""
+    held: list[EmbeddedServer] = []
+
+    def attach_here(**overrides: Any) -> EmbeddedServer:
+        settings = load_settings(**{"data_dir": data_dir, **overrides})
+        held.append(attach(settings, linger_seconds=0))
+        return held[-1]
+
+    yield attach_here
+    for server in held:
+        server.close()
+    for server in held:
+        gone(server.pid)
+
+
+def client_of(server: EmbeddedServer) -> redis.Redis:
+    return redis.Redis.from_url(server.url)
+
+
+def gone(server_pid: int) -> None:
+    wait_until(lambda: not is_alive(server_pid), what=f"the end of server {server_pid}")
+
+
+def keeper_of(server: EmbeddedServer) -> psutil.Process:
+    found = psutil.Process(server.pid).parent()
+    assert found is not None and any("keeper.py" in word for word in found.cmdline())
+    return found
+
+
+@contextlib.contextmanager
+def user_process(data_dir: Path) -> Iterator[tuple[int, int, bool]]:
+    """Another process that attaches and stays: its pid, the server's pid, whether it reattached."""
+    with running_process(sys.executable, "-c", USER, data_dir) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        assert line, "the user process died"
+        server_pid, reattached = line.split()
+        yield process.pid, int(server_pid), reattached == "True"
+
+
+def test_it_answers_on_a_private_socket_and_on_loopback(use: Attach, server_kind: str) -> None:
+    server = use(embedded_server=server_kind)
+    with client_of(server) as client:
+        assert client.ping()
+        bound = client.config_get("bind")["bind"].split()
+    with redis.Redis(port=server.tcp_port) as over_tcp:
+        assert over_tcp.info("server")["process_id"] == server.pid
+    assert bound == ["127.0.0.1"]
+    assert not server.reattached
+    assert stat.S_IMODE(server.socket_path.stat().st_mode) == 0o700
+    assert stat.S_IMODE(server.socket_path.parent.stat().st_mode) == 0o700
+    readable_by_others = [p for p in server.socket_path.parent.rglob("*") if p.stat().st_mode & 0o077]
+    assert [p.name for p in readable_by_others if p.name != "server.log"] == []
+
+
+def test_it_writes_every_command_to_an_append_only_file(use: Attach) -> None:
+    with client_of(use()) as client:
+        assert client.config_get("appendonly") == {"appendonly": "yes"}
+        assert client.config_get("save") == {"save": ""}
+
+
+def test_compact_lists_are_a_setting(use: Attach) -> None:
+    with client_of(use(compact=True)) as client:
+        assert client.config_get("list-*")["list-max-listpack-size"] == "24"
+        assert client.config_get("list-*")["list-compress-depth"] == "1"
+
+
+def test_a_second_process_shares_the_server(use: Attach, data_dir: Path) -> None:
+    server = use()
+    with user_process(data_dir) as (_, server_pid, reattached):
+        assert (server_pid, reattached) == (server.pid, True)
+
+
+def test_attaching_twice_in_a_process_shares_it_and_the_last_close_ends_it(use: Attach) -> None:
+    first, second = use(), use()
+    assert second.reattached and first.pid == second.pid
+    first.close()
+    first.close()
+    with client_of(second) as client:
+        assert client.ping()
+    second.close()
+    gone(second.pid)
+
+
+def test_the_data_stays_between_runs(use: Attach, server_kind: str) -> None:
+    server = use(embedded_server=server_kind)
+    with client_of(server) as client:
+        client.rpush("kept", *range(1000))
+    server.close()
+    gone(server.pid)
+    again = use(embedded_server=server_kind)
+    with client_of(again) as client:
+        assert client.llen("kept") == 1000
+    assert not again.reattached
+    assert again.tcp_port == server.tcp_port
+
+
+def test_looking_starts_nothing_and_holds_nothing(use: Attach, data_dir: Path) -> None:
+    assert running(data_dir) is None
+    server = use()
+    found = running(data_dir)
+    assert found is not None and found.pid == server.pid
+    server.close()
+    gone(server.pid)
+    assert running(data_dir) is None
+
+
+def test_killing_its_only_user_leaves_no_server_and_no_keeper(data_dir: Path) -> None:
+    with user_process(data_dir) as (user_pid, server_pid, _):
+        keeper = psutil.Process(server_pid).parent()
+        assert keeper is not None
+        os.kill(user_pid, signal.SIGKILL)
+        gone(server_pid)
+        gone(keeper.pid)
+
+
+def test_killing_one_of_two_users_leaves_the_server_to_the_other(use: Attach, data_dir: Path) -> None:
+    with user_process(data_dir) as (user_pid, server_pid, _):
+        server = use()
+        os.kill(user_pid, signal.SIGKILL)
+        wait_until(lambda: not is_alive(user_pid))
+        keeper_of(server).suspend()  # it cannot have looked yet …
+        keeper_of(server).resume()
+        with client_of(server) as client:
+            client.blpop("nothing", timeout=0.5)  # … and has looked twice by the end of this
+            assert client.info("server")["process_id"] == server_pid
+
+
+def test_a_killed_server_is_started_again_and_has_lost_nothing(use: Attach, server_kind: str) -> None:
+    server = use(embedded_server=server_kind)
+    with client_of(server) as client:
+        for number in range(2000):
+            client.rpush("written", number)
+        os.kill(server.pid, signal.SIGKILL)
+        gone(server.pid)
+    again = use(embedded_server=server_kind)
+    assert again.pid != server.pid
+    with client_of(again) as client:
+        assert client.llen("written") == 2000
+
+
+def test_users_that_stay_attached_get_a_killed_server_back(use: Attach) -> None:
+    server = use()
+    os.kill(server.pid, signal.SIGKILL)
+
+    def new_pid() -> int:
+        with contextlib.suppress(redis.ConnectionError), client_of(server) as client:
+            return int(client.info("server")["process_id"])
+        return 0
+
+    assert wait_until(new_pid, what="the restarted server") != server.pid
+
+
+def test_a_killed_keeper_takes_its_server_along(use: Attach) -> None:
+    server = use()
+    with client_of(server) as client:
+        client.set("kept", "1")
+    keeper_of(server).kill()
+    gone(server.pid)
+    again = use()
+    assert again.pid != server.pid and not again.reattached
+    with client_of(again) as client:
+        assert client.get("kept") == b"1"
+
+
+def test_a_terminated_keeper_stops_its_server_cleanly(use: Attach, data_dir: Path) -> None:
+    server = use()
+    keeper_of(server).terminate()
+    gone(server.pid)
+    assert "ready to exit" in (store_folder(data_dir) / "server.log").read_text()
+
+
+def test_a_shutdown_by_hand_ends_it_until_somebody_attaches(use: Attach, data_dir: Path) -> None:
+    server = use()
+    keeper = keeper_of(server)
+    with client_of(server) as client:
+        client.shutdown(nosave=True)
+    gone(keeper.pid)
+    assert running(data_dir) is None
+    assert use().pid != server.pid
+
+
+def test_processes_that_start_at_once_get_one_server(data_dir: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        processes = [
+            stack.enter_context(running_process(sys.executable, "-c", USER, data_dir)) for _ in range(4)
+        ]
+        lines = [process.stdout.readline().split() for process in processes if process.stdout]
+    assert len({pid for pid, _ in lines}) == 1
+    assert sorted(reattached for _, reattached in lines) == ["False", "True", "True", "True"]
+    gone(int(lines[0][0]))
+
+
+def test_whoever_attaches_while_it_stops_gets_one_that_stays(use: Attach) -> None:
+    chance = random.Random(7)
+    pids = set()
+    for _ in range(15):
+        server = use()
+        with client_of(server) as client:
+            client.incr("visits")
+            client.blpop("nothing", timeout=0.01)
+            assert client.ping()
+        pids.add(server.pid)
+        server.close()
+        time.sleep(chance.uniform(0, 0.25))  # around the keeper's poll: before, at and after the stop
+    assert len(pids) > 1, "the keeper never stopped in between: the test has lost its aim"
+    with client_of(use()) as client:
+        assert client.get("visits") == b"15"
+
+
+@pytest.mark.parametrize(
+    "server_json",
+    [
+        b"\x00garbage{",
+        b"[1, 2]",
+        b'{"pid": "x"}',
+        json.dumps({"pid": os.getpid(), "tcp_port": 1, "socket_path": "/nowhere", "kind": "valkey"}).encode(),
+        json.dumps({"pid": 1, "tcp_port": 99999999, "socket_path": "", "kind": ""}).encode(),
+    ],
+)
+def test_leftovers_of_another_life_are_in_nobodys_way(
+    use: Attach, data_dir: Path, server_json: bytes
+) -> None:
+    folder = store_folder(data_dir)
+    folder.mkdir(parents=True, mode=0o755)
+    (folder / "server.json").write_bytes(server_json)
+    for name in ("users.lock", "start.lock", "keeper.lock", "server.lock"):
+        (folder / name).write_text("12345\n")
+    with socket.socket(socket.AF_UNIX) as leftover:
+        leftover.bind(str(folder / "pkb.sock"))
+    server = use()
+    assert not server.reattached
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    with client_of(server) as client:
+        assert client.ping()
+    assert is_alive(os.getpid())
+
+
+def test_the_last_port_is_left_to_whoever_has_it_now(use: Attach) -> None:
+    server = use()
+    server.close()
+    gone(server.pid)
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", server.tcp_port))
+        taken.listen()
+        assert use().tcp_port != server.tcp_port
+
+
+def test_a_torn_end_of_the_append_only_file_costs_no_more_than_the_end(use: Attach, data_dir: Path) -> None:
+    server = use()
+    with client_of(server) as client:
+        for number in range(100):
+            client.rpush("written", number)
+    server.close()
+    gone(server.pid)
+    (journal,) = store_folder(data_dir).glob("appendonlydir/*.incr.aof")
+    os.truncate(journal, journal.stat().st_size - 5)
+    with client_of(use()) as client:
+        assert client.llen("written") == 99
+
+
+def test_a_server_that_loads_is_waited_for(use: Attach, tmp_path: Path) -> None:
+    server = use()
+    with client_of(server) as client:
+        for number in range(4):
+            client.rpush("written", *range(number * 1000, number * 1000 + 1000))
+            for each in range(1000):
+                client.set(f"k:{each}", number)
+    server.close()
+    gone(server.pid)
+    slow = tmp_path / "slow-server"
+    slow.write_text(
+        f'#!/bin/sh\ncase "$1" in --version) echo v=9.0.0;; '
+        f'*) exec {find_binary("valkey")} "$@" --key-load-delay 150;; esac\n'
+    )
+    slow.chmod(0o755)
+    with client_of(use(embedded_server=str(slow))) as client:
+        assert client.llen("written") == 4000
+
+
+def test_a_folder_too_deep_for_a_socket_path_gets_one_in_the_temp_folder(use: Attach, tmp_path: Path) -> None:
+    deep = tmp_path.joinpath(*["a-folder-of-some-length"] * 5)
+    server = use(data_dir=deep)
+    assert len(str(server.socket_path)) < 104
+    assert stat.S_IMODE(server.socket_path.parent.stat().st_mode) == 0o700
+    with client_of(server) as client:
+        assert client.ping()
+    again = use(data_dir=deep)
+    assert again.reattached
+    server.close()
+    again.close()
+    wait_until(
+        lambda: not server.socket_path.parent.exists(), what="the end of the folder in the temp folder"
+    )
+
+
+def test_a_path_with_spaces_and_signs_is_a_path(use: Attach, tmp_path: Path) -> None:
+    server = use(data_dir=tmp_path / 'Zerodha & Söhne\'s 100% "data"?#')
+    with client_of(server) as client:
+        assert client.ping()
+
+
+def test_a_long_log_is_set_aside(use: Attach, data_dir: Path) -> None:
+    folder = store_folder(data_dir)
+    folder.mkdir(parents=True)
+    (folder / "server.log").write_bytes(b"x" * (5 << 20))
+    use()
+    assert (folder / "server.log").stat().st_size < 1 << 20
+    assert (folder / "server.log.1").exists()
+
+
+def refusal(use: Attach, **overrides: Any) -> PkbError:
+    with pytest.raises(PkbError) as caught:
+        use(**overrides)
+    assert "\n" not in str(caught.value)
+    assert caught.value.mend
+    return caught.value
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_binary_that_is_not_there_is_one_line(use: Attach) -> None:
+    error = refusal(use, embedded_server="/nowhere/redis-server")
+    assert isinstance(error, RedisUnavailable) and "/nowhere/redis-server" in str(error)
+
+
+def test_a_file_that_is_no_program_is_one_line(use: Attach, tmp_path: Path) -> None:
+    text = tmp_path / "notes"
+    text.write_bytes(b"\x7fELFnot")
+    text.chmod(0o755)
+    assert "does not run" in str(refusal(use, embedded_server=str(text)))
+
+
+def test_redis_6_is_refused_before_it_touches_the_data(use: Attach, tmp_path: Path, data_dir: Path) -> None:
+    old = script(tmp_path / "redis-server", "echo Redis server v=6.2.14 sha=0:0")
+    assert isinstance(refusal(use, embedded_server=old), RedisUnsuitable)
+    assert not (store_folder(data_dir) / "appendonlydir").exists()
+
+
+def test_a_server_that_gives_up_says_why(use: Attach, tmp_path: Path) -> None:
+    broken = script(tmp_path / "broken", "echo 'no memory on this machine' >&2; exit 1")
+    assert "no memory on this machine" in str(refusal(use, embedded_server=broken))
+
+
+@pytest.mark.skipif(redis_server_binary() is None, reason="no redis-server 7 or later on PATH")
+def test_data_of_another_kind_of_server_is_named_as_such(use: Attach) -> None:
+    server = use(embedded_server="valkey")
+    with client_of(server) as client:
+        client.set("a", "1")
+    server.close()
+    gone(server.pid)
+    assert "PKB_EMBEDDED_SERVER" in refusal(use, embedded_server="redis").mend
+    with client_of(use(embedded_server="valkey")) as client:
+        assert client.get("a") == b"1"
+
+
+def test_a_data_folder_that_is_a_file_is_one_line(use: Attach, tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("")
+    assert "PKB_DATA_DIR" in refusal(use).mend
+
+
+def test_readers_see_the_demo_only_where_no_real_store_was_ever_made(tmp_path: Path) -> None:
+    settings = load_settings(data_dir=tmp_path)
+    assert reader_data_dir(settings) == (tmp_path, False)
+    store_folder(tmp_path / "demo").mkdir(parents=True)
+    assert reader_data_dir(settings) == (tmp_path / "demo", True)
+    store_folder(tmp_path).mkdir()
+    assert reader_data_dir(settings) == (tmp_path, False)

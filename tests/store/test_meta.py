@@ -1,0 +1,163 @@
+"""`P:meta`: written once, agreed to by workers, adopted by readers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import pytest
+import redis
+
+from pkbrokers_redis.core.errors import MetaMismatch, SettingsError, WrongKeyType
+from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.meta import adopt_meta, ensure_meta, read_meta
+
+NOW = "2026-08-03T09:00:00+05:30"
+Make = Callable[..., Settings]
+
+
+def test_the_first_worker_writes_what_the_store_is_made_with(client: redis.Redis, settings: Settings) -> None:
+    assert read_meta(client, "pkb") is None
+    ensure_meta(client, settings, NOW)
+    assert client.hgetall("pkb:meta") == {
+        b"schema": b"1",
+        b"shards": b"8",
+        b"intervals": b"1m,2m,3m,4m,5m,10m,15m,30m,60m,day",
+        b"max_candles": b"390,195,130,98,78,39,26,13,7,365",
+        b"created_at": NOW.encode(),
+    }
+    meta = read_meta(client, "pkb")
+    assert meta is not None and (meta["shards"], meta["created_at"]) == ("8", NOW)
+
+
+def test_the_second_worker_changes_nothing(client: redis.Redis, settings: Settings) -> None:
+    ensure_meta(client, settings, NOW)
+    ensure_meta(client, settings, "2030-01-01T00:00:00+05:30")
+    assert client.hget("pkb:meta", "created_at") == NOW.encode()
+
+
+@pytest.mark.parametrize(
+    ("field", "overrides"),
+    [
+        ("shards", {"shards": 4}),
+        ("intervals", {"intervals_text": "1m,5m"}),
+        ("max_candles", {"intervals_text": "1m:7,2m,3m,4m,5m,10m,15m,30m,60m,day"}),
+    ],
+)
+def test_a_worker_that_disagrees_is_told_the_field(
+    client: redis.Redis, make_settings: Make, field: str, overrides: dict[str, object]
+) -> None:
+    ensure_meta(client, make_settings(), NOW)
+    before = client.hgetall("pkb:meta")
+    with pytest.raises(MetaMismatch) as caught:
+        ensure_meta(client, make_settings(**overrides), NOW)
+    assert caught.value.field == field and field in str(caught.value) and caught.value.mend
+    assert client.hgetall("pkb:meta") == before
+
+
+def test_a_store_of_another_schema_is_refused_by_workers_and_readers(
+    client: redis.Redis, settings: Settings
+) -> None:
+    ensure_meta(client, settings, NOW)
+    client.hset("pkb:meta", "schema", "2")
+    with pytest.raises(MetaMismatch) as caught:
+        ensure_meta(client, settings, NOW)
+    assert caught.value.field == "schema"
+    with pytest.raises(MetaMismatch):
+        adopt_meta(client, settings)
+
+
+def test_a_hash_that_lacks_a_field_is_no_store_of_ours_and_stays_as_it_is(
+    client: redis.Redis, settings: Settings
+) -> None:
+    client.hset("pkb:meta", mapping={"schema": "1", "shards": "8"})
+    with pytest.raises(MetaMismatch) as caught:
+        ensure_meta(client, settings, NOW)
+    assert caught.value.field == "intervals"
+    assert client.hlen("pkb:meta") == 2
+
+
+def test_two_first_workers_that_disagree_leave_one_whole_meta(
+    client: redis.Redis, make_settings: Make
+) -> None:
+    for _ in range(20):
+        client.flushall()
+        makes = [make_settings(shards=4, intervals_text="1m"), make_settings(shards=2, intervals_text="5m")]
+        clients = [connect(settings) for settings in makes]
+        refused: list[str] = []
+        together = threading.Barrier(2)
+
+        def work(index: int) -> None:
+            together.wait()  # noqa: B023  joined within the round
+            try:
+                ensure_meta(clients[index], makes[index], NOW)  # noqa: B023
+            except MetaMismatch as error:
+                refused.append(error.field)  # noqa: B023
+
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        stored = read_meta(client, "pkb")
+        assert stored is not None
+        assert (stored["shards"], stored["intervals"]) in {("4", "1m"), ("2", "5m")}
+        assert refused == ["shards"]
+        for each in clients:
+            each.close()
+
+
+def test_a_key_of_another_type_is_named(client: redis.Redis, settings: Settings) -> None:
+    client.set("pkb:meta", "mine")
+    for attempt in (
+        lambda: ensure_meta(client, settings, NOW),
+        lambda: read_meta(client, "pkb"),
+        lambda: adopt_meta(client, settings),
+    ):
+        with pytest.raises(WrongKeyType, match="pkb:meta holds a string, not a hash"):
+            attempt()
+    assert client.get("pkb:meta") == b"mine"
+
+
+def test_prefixes_are_stores_of_their_own(client: redis.Redis, make_settings: Make) -> None:
+    ensure_meta(client, make_settings(), NOW)
+    ensure_meta(client, make_settings(prefix="other", shards=2), NOW)
+    assert client.hget("other:meta", "shards") == b"2"
+
+
+def test_a_reader_adopts_the_stores_shards_and_intervals(client: redis.Redis, make_settings: Make) -> None:
+    ensure_meta(client, make_settings(shards=3, intervals_text="1m,2h:50"), NOW)
+    reader = make_settings()
+    assert reader.keys.shards == 8 and len(reader.intervals) == 10  # cached before the adoption
+    adopted = adopt_meta(client, reader)
+    assert adopted.shards == adopted.keys.shards == 3
+    assert [(each.name, each.seconds, each.keep) for each in adopted.intervals] == [
+        ("1m", 60, 390),
+        ("2h", 7200, 50),
+    ]
+    assert adopted.redis_url == reader.redis_url
+    assert reader.keys.shards == 8
+
+
+def test_where_there_is_no_store_a_readers_settings_stay(client: redis.Redis, settings: Settings) -> None:
+    assert adopt_meta(client, settings) is settings
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"shards": "many"},
+        {"shards": "0"},
+        {"intervals": "1m,often"},
+        {"max_candles": "1"},
+        {"intervals": b"\xff"},
+    ],
+)
+def test_a_meta_edited_into_nonsense_is_one_line(
+    client: redis.Redis, settings: Settings, damage: dict[str, str | bytes]
+) -> None:
+    ensure_meta(client, settings, NOW)
+    client.hset("pkb:meta", mapping=damage)  # type: ignore[arg-type]
+    with pytest.raises(SettingsError, match="pkb:meta cannot be read"):
+        adopt_meta(client, settings)

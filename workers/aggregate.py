@@ -1,0 +1,10 @@
+"""The aggregate worker: `python -m workers.aggregate`, the same as `pkb aggregate`."""
+
+from __future__ import annotations
+
+import sys
+
+from pkbrokers_redis.pipeline import roles
+
+if __name__ == "__main__":
+    sys.exit(roles.main(roles.aggregate))

@@ -1,0 +1,10 @@
+"""The ingest worker: `python -m workers.ingest`, the same as `pkb ingest`."""
+
+from __future__ import annotations
+
+import sys
+
+from pkbrokers_redis.pipeline import roles
+
+if __name__ == "__main__":
+    sys.exit(roles.main(roles.ingest))
