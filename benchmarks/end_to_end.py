@@ -1,6 +1,6 @@
 """Socket → parser → streams → aggregator → readable candles, with quotes, through a durable Redis.
 
-    python -m benchmarks.end_to_end [TICKS]
+python -m benchmarks.end_to_end [TICKS]
 """
 
 from __future__ import annotations

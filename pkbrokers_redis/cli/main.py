@@ -6,9 +6,11 @@ Modules are imported when their command is asked for: `pkb quote` must not wait 
 
 from __future__ import annotations
 
+import ast
 import importlib
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -52,10 +54,25 @@ class LazyGroup(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         return load_command(cmd_name) if cmd_name in COMMANDS else None
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary(name)) for name in COMMANDS])
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         names: dict[str, Any] = dict.fromkeys(COMMANDS)
         self.commands = names  # only its keys are looked at, for "did you mean"
         return super().resolve_command(ctx, args)
+
+
+def summary(name: str) -> str:
+    """The first sentence of a command's docstring, without importing it: help must not wait for numba."""
+    module, _, function = COMMANDS[name].partition(":")
+    tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name == function:
+            paragraph = (ast.get_docstring(node) or "").partition("\n\n")[0]
+            return " ".join(paragraph.split()).partition(". ")[0].removesuffix(".")
+    return ""
 
 
 def load_command(name: str) -> Any:

@@ -27,7 +27,9 @@ IST = timezone(timedelta(hours=5, minutes=30))
 
 PRICES = {"open", "high", "low", "close", "last_price", "average_price", "change"}
 PRICES |= {"day_open", "day_high", "day_low"}
-COUNTS = {"volume", "ticks", "oi", "last_quantity", "buy_quantity", "sell_quantity"}
+COUNTS = {"volume", "ticks", "oi", "last_quantity", "buy_quantity", "sell_quantity", "token", "rev"}
+SHORT = {"interval", "ticks", "flag", "rev"}
+TABLE_WIDTH_MAX = 160
 
 
 def choose(as_json: bool, as_csv: bool) -> Form:
@@ -76,7 +78,9 @@ def emit(rows: Sequence[Row], columns: Sequence[str], form: Form, title: str = "
 
 def emit_each(rows: Iterable[Row], columns: Sequence[str], form: Form) -> None:
     """Print rows as they come, each at once. JSON is an object a line."""
-    if form in ("tsv", "csv"):
+    if form == "table":
+        print(_line(columns, columns), flush=True)
+    elif form != "json":
         writer = _writer(form)
         writer.writerow(columns)
         sys.stdout.flush()
@@ -84,7 +88,7 @@ def emit_each(rows: Iterable[Row], columns: Sequence[str], form: Form) -> None:
         if form == "json":
             print(dump(row))
         elif form == "table":
-            print("  ".join(_cell(name, row.get(name)).rjust(_width(name)) for name in columns).rstrip())
+            print(_line(columns, [_cell(name, row.get(name)) for name in columns]))
         else:
             writer.writerow([_plain(row.get(name)) for name in columns])
         sys.stdout.flush()
@@ -95,24 +99,41 @@ def _writer(form: Form) -> Any:
 
 
 def _print_table(rows: Sequence[Row], columns: Sequence[str], title: str) -> None:
+    """A table as wide as it needs to be, without the columns that say nothing."""
     from rich import box  # only a terminal needs it
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
-    for name in columns:
-        number = name in PRICES or name in COUNTS or name in ("token", "rev")
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", padding=(0, 1, 0, 0))
+    shown = [name for name in columns if not rows or any(row.get(name) not in (None, "") for row in rows)]
+    for name in shown:
+        table.add_column(name, justify="right" if _is_number(name) else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*(Text(_cell(name, row.get(name))) for name in columns))
-    Console().print(table)
+        table.add_row(*(Text(_cell(name, row.get(name))) for name in shown))
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH_MAX)  # rather wrapped by the terminal than cut short
+    console.print(table)
 
 
-def _width(name: str) -> int:
-    return (
-        25 if name == "time" else 14 if name == "symbol" else 8 if name in ("interval", "flag", "rev") else 12
+def _line(columns: Sequence[str], cells: Sequence[str]) -> str:
+    """One line of a table whose rows are not known yet."""
+    widths = (
+        19 if _is_time(name) else 6 if name in SHORT else 14 if name == "symbol" else 10 for name in columns
     )
+    padded = (
+        cell.rjust(width) if _is_number(name) else cell.ljust(width)
+        for name, cell, width in zip(columns, cells, widths, strict=True)
+    )
+    return "  ".join(padded).rstrip()
+
+
+def _is_number(name: str) -> bool:
+    return name in PRICES or name in COUNTS
+
+
+def _is_time(name: str) -> bool:
+    return name == "time" or name.endswith("_time")
 
 
 def _cell(name: str, value: Any) -> str:
@@ -122,9 +143,9 @@ def _cell(name: str, value: Any) -> str:
     if name in PRICES and isinstance(value, (int, float)):
         return f"{value:,.2f}" if round(value, 2) == value else f"{value:,.4f}"
     if name in COUNTS and isinstance(value, (int, float)):
-        return f"{value:,}"
-    if name == "time":
-        return str(value).replace("T", " ").removesuffix("+05:30")
+        return str(value) if name == "token" else f"{value:,}"
+    if _is_time(name):
+        return str(value).replace("T", " ").removesuffix("+05:30").removesuffix(":00")
     return str(value)
 
 

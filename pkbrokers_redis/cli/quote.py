@@ -19,7 +19,7 @@ ALL = (
 
 
 def quote(
-    symbols: Annotated[list[str], typer.Argument(metavar="SYMBOL…", help="NSE:INFY, INFY or a token")],
+    symbols: Annotated[list[str], typer.Argument(metavar="SYMBOL", help="NSE:INFY, INFY or a token")],
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:

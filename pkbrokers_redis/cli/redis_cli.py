@@ -20,7 +20,7 @@ PROGRAMS = ("redis-cli", "valkey-cli")
 
 def redis_cli(
     arguments: Annotated[
-        list[str] | None, typer.Argument(metavar="[ARGS]…", help="as for redis-cli: a command, or nothing")
+        list[str] | None, typer.Argument(metavar="ARGS", help="as for redis-cli: a command, or nothing")
     ] = None,
 ) -> None:
     """Run redis-cli on the store in use. Without it installed, a small shell of our own does."""
@@ -64,7 +64,7 @@ def cli_arguments(client: redis.Redis) -> tuple[list[str], dict[str, str]]:
         for name, option in files.items():
             if kwargs.get(name):
                 options += [option, str(kwargs[name])]
-        if str(kwargs.get("ssl_cert_reqs")).lower() == "none":
+        if str(kwargs.get("ssl_cert_reqs", "required")).lower() == "none":
             options.append("--insecure")
     password = kwargs.get("password")
     return options, {"REDISCLI_AUTH": str(password)} if password else {}

@@ -68,7 +68,8 @@ class Follower:
     """Iterates over closed candles as they are announced, oldest first within what is there.
 
     `position`      after the last candle given out; also moves over what the filters left out
-    `missed`        announcements that were trimmed away before this reader came to them
+    `missed`        announcements that were trimmed before this reader came to them; exact once it has
+                    caught up
     `rows_refused`  entries that hold no candle
 
     The iterator ends when nothing came for `block_seconds` (None: never). A Redis that goes away raises
@@ -94,6 +95,7 @@ class Follower:
         self._block_seconds = block_seconds
         self._shards = sorted(range(keys.shards) if tokens is None else {keys.shard_of(t) for t in tokens})
         self._pending: deque[tuple[Id, int, dict[bytes, bytes]]] = deque()
+        self._checks_due = 0
         self._cluster = isinstance(client, redis.RedisCluster)
         fresh = position in (None, NOW, BEGINNING)
         self._marks = [Mark() for _ in range(keys.shards)] if fresh else parse_position(position, keys.shards)
@@ -134,6 +136,9 @@ class Follower:
 
     def _read(self, wait_seconds: float) -> bool:
         """Fill `_pending` from all shards, in the order of their ids. False when nothing was there."""
+        if self._checks_due:
+            self._count_missed(self._infos())
+            self._checks_due -= 1
         batches = self._read_cluster(wait_seconds) if self._cluster else self._read_streams(wait_seconds)
         for shard, entries in batches.items():
             for raw_id, fields in entries:
@@ -142,7 +147,8 @@ class Follower:
             self._pending = deque(sorted(self._pending, key=lambda entry: entry[0]))
         if any(len(entries) == ENTRIES_A_READ for entries in batches.values()):
             # Only a reader that is behind gets full batches, and only such a one can fall off the end.
-            self._count_missed(self._infos(), {shard: len(entries) for shard, entries in batches.items()})
+            # Look before each next read, and once more when it has caught up.
+            self._checks_due = 2
         return bool(batches)
 
     def _read_streams(self, wait_seconds: float) -> dict[int, list[Any]]:
@@ -187,16 +193,18 @@ class Follower:
             last = parse_id(info["last-generated-id"])
             self._set(shard, Mark(last, added) if at_end else Mark((0, 0), added - length))
 
-    def _count_missed(self, infos: dict[int, dict[str, Any]], unread: dict[int, int] | None = None) -> None:
-        """Compare each mark with what the stream has trimmed; `unread` entries are here, not yet given."""
+    def _count_missed(self, infos: dict[int, dict[str, Any]]) -> None:
+        """Compare each mark with what its stream has trimmed. Only while nothing is pending."""
         for shard, info in infos.items():
             mark = self._marks[shard]
-            trimmed = info["entries-added"] - info["length"]
-            if parse_id(info["last-generated-id"]) < mark.id:
+            added, length = info["entries-added"], info["length"]
+            last = parse_id(info["last-generated-id"])
+            if last < mark.id:
                 # Another stream under the old name: the store was made anew. Read it from its beginning.
-                self._set(shard, Mark((0, 0), trimmed))
+                self._set(shard, Mark((0, 0), added - length))
                 continue
-            lost = trimmed - mark.ordinal - (unread or {}).get(shard, 0)
+            # With the last entry read, the ordinal is known; before it, only how far the trimming came.
+            lost = (added if last == mark.id else added - length) - mark.ordinal
             if lost > 0:
                 self.missed += lost
                 self._set(shard, Mark(mark.id, mark.ordinal + lost))

@@ -20,7 +20,7 @@ from pkbrokers_redis.core import candles as c
 from pkbrokers_redis.core import changes as ch
 from pkbrokers_redis.core.buckets import bucket_end_s
 from pkbrokers_redis.core.intervals import Interval
-from pkbrokers_redis.core.model import BATCH_WIDTH, TickArray
+from pkbrokers_redis.core.model import AT_MS, BATCH_WIDTH, LAST_PRICE, OI, TIME_MS, VOLUME, TickArray
 from pkbrokers_redis.core.sessions import Sessions
 
 WINDOWS_MAX = 4  # trading windows of one day; MCX has two, NSE with the closing auction two
@@ -137,7 +137,7 @@ class Book:
                 self.tables, ticks, first, ends, dirty_max, self.grace_ms, not self.event_clock
             )
             if reason == c.NEED_DAY:
-                self._add_day(int(min(ticks[first, c.TIME_MS], self._latest_ms(ticks[first]))))
+                self._add_day(int(self._time_of(ticks[first])))
             elif reason == c.FULL:
                 self._grow(2 * len(self.tables.tokens))
             elif reason == c.LOG_FULL:
@@ -145,12 +145,12 @@ class Book:
             else:
                 return first
 
-    def _latest_ms(self, tick: npt.NDArray[np.float64]) -> float:
+    def _time_of(self, tick: npt.NDArray[np.float64]) -> float:
         """The time a tick counts for: its own, or the receipt's where the kernel clamps to it."""
-        at = tick[c.AT_MS]
-        if not self.event_clock and at >= c.TIME_MIN_MS and tick[c.TIME_MS] > at + c.FUTURE_MAX_MS:
+        at = tick[AT_MS]
+        if not self.event_clock and at >= c.TIME_MIN_MS and tick[TIME_MS] > at + c.FUTURE_MAX_MS:
             return float(at)
-        return float(tick[c.TIME_MS])
+        return float(tick[TIME_MS])
 
     def close(self, now_ms: float, dirty_max: int) -> bool:
         """Complete and announce what is due; False when `dirty_max` left some for the next call.
@@ -183,7 +183,7 @@ class Book:
         for record in b.late[:n].copy():
             i, k, tick = int(record[0]), int(record[1]), record[2:]
             oldest = b.slots[i, k, self.slots - 1]
-            time_ms = int(tick[c.TIME_MS])
+            time_ms = int(tick[TIME_MS])
             day = self.sessions.day(int(b.schedule[i]), time_ms)
             length = self.intervals[k].seconds
             anchor = day.anchor_ms // 1000
@@ -191,7 +191,7 @@ class Book:
             same_day = int(oldest[c.DAY]) * 1000 == day.day_start_ms
             yield LateTick(
                 int(b.tokens[i]), k, start,
-                float(tick[c.LAST_PRICE]), float(tick[2]), float(tick[c.VOLUME]), float(tick[c.OI]),
+                float(tick[LAST_PRICE]), float(tick[2]), float(tick[VOLUME]), float(tick[OI]),
                 float(oldest[c.BASE]) if same_day else np.nan, int(oldest[c.START]),
             )  # fmt: skip
 

@@ -46,7 +46,7 @@ INST_WIDTH = 7
 # columns of `ring`
 R_TIME, R_VOLUME, R_PRICE, R_HIGH, R_LOW = range(5)
 RING_WIDTH = 5
-RING_MAX = 8  # statements; Kite sends about one a second, the grace is 2 s
+RING_MAX = 16  # statements; Kite sends about one a second, the grace is 2 s
 # columns of `slots`; START 0 marks an empty slot, times are epoch seconds but for the keys (ms)
 (
     START, END, DAY, OPEN, HIGH, LOW, CLOSE, BASE, TOP, S_OI, TICKS, FLAG,
@@ -115,7 +115,7 @@ def find(b: Tables, token: int) -> int:
     mask = b.table.size - 1
     place = (token ^ (token >> 8)) & mask
     while True:
-        i = b.table[place] - 1
+        i = int(b.table[place]) - 1
         if i < 0:
             return -1 - place
         if b.tokens[i] == token:
@@ -496,7 +496,7 @@ def apply(
         d = _find_day(b, time)
         if d < 0:
             return NEED_DAY, row
-        i = add(b, np.int64(tick[TOKEN]))
+        i = add(b, int(tick[TOKEN]))
         if i < 0:
             return FULL, row
         b.counts[C_TICKS] += 1

@@ -37,6 +37,7 @@ from pkbrokers_redis.core.candles import (
     R_TIME,
     R_VOLUME,
     REV,
+    RING_MAX,
     RING_SIZE,
     S_OI,
     SLOT_WIDTH,
@@ -57,7 +58,7 @@ OP_WIDTH = 6
 
 ROW_BYTES_MAX = 8 * 23 + 16
 MARK_BYTES_MAX = 16 * 23
-HOT_BYTES_MAX = 6 * 23 + 8 * 5 * 23 + 32
+HOT_BYTES_MAX = (6 + RING_MAX * 5) * 23 + 32
 
 
 def bytes_max(intervals: int, slots: int) -> int:
@@ -76,7 +77,7 @@ def _volume_of(slot: Floats) -> float:
     volume = slot[TOP] - slot[BASE]
     if volume != np.floor(volume):
         volume = np.rint(volume * 1e8) / 1e8
-    return max(volume, 0.0)
+    return float(max(volume, 0.0))
 
 
 @_compiled

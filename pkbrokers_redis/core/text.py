@@ -67,9 +67,9 @@ def write_number(out: Bytes, pos: int, value: float) -> int:
     if value != value:
         out[pos], out[pos + 1], out[pos + 2], out[pos + 3] = 110, 117, 108, 108
         return pos + 4
-    whole = np.int64(value)
+    whole = int(value)
     if whole == value:
-        return write_int(out, pos, whole)
+        return int(write_int(out, pos, whole))
     if value < 0:
         out[pos] = 45
         pos += 1
@@ -79,8 +79,8 @@ def write_number(out: Bytes, pos: int, value: float) -> int:
     while scaled / _POW10[decimals] != value and decimals < DECIMALS_MAX:
         decimals += 1
         scaled = np.rint(value * _POW10[decimals])
-    digits = np.int64(scaled)
-    unit = np.int64(_POW10[decimals])
+    digits = int(scaled)
+    unit = int(_POW10[decimals])
     pos = write_int(out, pos, digits // unit)
     fraction = digits % unit
     while decimals > 1 and fraction % 10 == 0:  # only after giving up at 12 places
@@ -116,9 +116,8 @@ def _write_ticks(ticks: Floats, shards: int, out: Bytes, bounds: Ints, counts: I
     shard_of = np.empty(n, np.int64)
     counts[:] = 0
     for i in range(n):
-        shard = (np.int64(ticks[i, 0]) >> 8) % shards
-        shard_of[i] = shard
-        counts[shard] += 1
+        shard_of[i] = (np.int64(ticks[i, 0]) >> 8) % shards
+        counts[shard_of[i]] += 1
     order = np.empty(n, np.int64)
     place = np.zeros(shards, np.int64)
     for shard in range(1, shards):

@@ -47,10 +47,12 @@ from pkbrokers_redis.store.ticks import trim
 log = logs.get("aggregate")
 
 ENTRIES_MAX = 512  # of one shard a read; ~1 MB at 40 ticks an entry
+TICKS_MAX = 50_000  # applied a commit and shard, ~20 ms; the rest waits for the next round
 DIRTY_MAX = 500  # instruments a commit, so that Redis never stalls for long
 BLOCK_MS_MAX = 200  # how long a read waits for ticks, unless a candle closes sooner
 EVIDENCE_BYTES = 120  # of bad input, in a log line
 TRIM_EVERY_MS = 2_000
+DRAIN_MS_MAX = 5_000
 SYMBOLS_RETRY_MS = 5_000
 WRONG_TYPE_RETRY_MS = 2_000
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 5.0  # between tries while Redis is away
@@ -98,7 +100,7 @@ class Aggregator:
         self.workers: dict[int, ShardWorker] = {}
         self._skipped: dict[int, float] = {}  # shard → when to look at its stream again, epoch ms
         self._symbols: dict[int, bytes] = {}
-        self._symbols_at_ms = -SYMBOLS_RETRY_MS
+        self._symbols_at_ms = float(-SYMBOLS_RETRY_MS)
         self.counts = dict.fromkeys(
             ("entries", "repeated_entries", "odd_entries", "odd_rows", "commits", "refused_keys", "trimmed"),
             0,
@@ -189,12 +191,27 @@ class Aggregator:
                     raise
                 log.warning("redis_went_back", why=refusal.message)
                 self.workers.clear()
-            except (redis.ConnectionError, redis.TimeoutError, redis.ReadOnlyError, RedisUnavailable) as error:
+            except (
+                redis.ConnectionError,
+                redis.TimeoutError,
+                redis.ReadOnlyError,
+                RedisUnavailable,
+            ) as error:
                 why = str(error).partition("\n")[0][:200]
                 log.warning("redis_away", why=why, retry_seconds=pause_seconds)
                 self.workers.clear()
                 stop.wait(pause_seconds)
                 pause_seconds = min(pause_seconds * 2, PAUSE_SECONDS_MAX)
+        self._drain()
+
+    def _drain(self) -> None:
+        """A graceful end: apply what the streams still hold (ingest stops before us), within bounds."""
+        deadline_ms = self._now_ms() + DRAIN_MS_MAX
+        try:
+            while self.workers and self._now_ms() < deadline_ms and self.step(block_ms_max=1):
+                pass
+        except (redis.RedisError, CommitRefused) as error:
+            log.warning("drain_stopped", why=str(error)[:200])  # it waits in the streams for the next owner
 
     def _held(self) -> dict[int, str]:
         return {shard: worker.held.id for shard, worker in self.workers.items()}
@@ -270,7 +287,7 @@ class Aggregator:
             return
         ticks, counts, odd = read_tick_entries(texts)
         first = 0
-        for n, (entry_id, source, seq, at) in enumerate(heads):
+        for n, (entry_id, src, number, at_ms) in enumerate(heads):
             rows = ticks[first : first + counts[n]]
             first += counts[n]
             if n in odd:
@@ -281,8 +298,8 @@ class Aggregator:
                         "odd_rows", self._keys.ticks(worker.shard),
                         id=entry_id.decode(), rows=refused, evidence=repr(texts[n][:EVIDENCE_BYTES]),
                     )  # fmt: skip
-            rows[:, AT_MS] = at
-            worker.pending.append((entry_id, source, seq, rows))
+            rows[:, AT_MS] = at_ms
+            worker.pending.append((entry_id, src, number, rows))
         worker.read_id = heads[-1][0].decode()
 
     def _apply(self, worker: ShardWorker) -> tuple[int, Move]:
@@ -293,13 +310,17 @@ class Aggregator:
             return 0, Move(held.id, held.read, {})
         seen = dict(held.sources)
         batch: list[TickArray] = []
+        size = 0
         for _, source, seq, rows in worker.pending:
+            if size >= TICKS_MAX:
+                break
             repeated = bool(source) and seq <= seen.get(source, -1)
             if repeated:
                 self.counts["repeated_entries"] += 1  # a producer's retry: Redis had it already
             elif source:
                 seen[source] = seq
             batch.append(rows[:0] if repeated else rows)
+            size += len(rows)
         ends = np.cumsum([len(rows) for rows in batch])
         ticks = np.concatenate(batch)
         left = worker.book.take(ticks, 0, ends, DIRTY_MAX)

@@ -1,6 +1,6 @@
 """Heartbeats: each worker says every two seconds that it lives and how it fares.
 
-    P:worker:<id>   hash, TTL 10 s: role host pid started_at shards ticks_total ticks_per_second lag_ms …
+P:worker:<id>   hash, TTL 10 s: role host pid started_at shards ticks_total ticks_per_second lag_ms …
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Heartbeat:
         seconds = max((now_ms - self._last_ms) / 1000, 0.001)
         rate = (ticks_total - self._last_ticks) / seconds
         self._last_ms, self._next_ms, self._last_ticks = now_ms, now_ms + EVERY_MS, ticks_total
-        fields: dict[str, Any] = {
+        fields: dict[Any, Any] = {
             **self._fixed,
             **figures,
             "ticks_total": ticks_total,

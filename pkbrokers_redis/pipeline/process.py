@@ -89,8 +89,7 @@ class Process:
         self._role, self._number, self._argv, self._env = role, number, argv, env
         self._output, self._backoff, self._clock, self._on_failed = output, backoff, clock, on_failed
         self._log = logs.get("supervise").bind(role=role, number=number)
-        # Guards what follows. Reentrant: `kill` may run in a signal handler of the thread that holds it.
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # guards what follows
         self._child: subprocess.Popen[bytes] | None = None
         self._closing = False  # no further start
         self._state: State = "starting"
@@ -112,7 +111,7 @@ class Process:
         self._wake.set()
 
     def kill(self) -> None:
-        """SIGKILL to the process and its children, and no further start. Safe in a signal handler."""
+        """SIGKILL to the process and its children, and no further start."""
         self._signal(signal.SIGKILL)
 
     def join(self, seconds: float) -> None:

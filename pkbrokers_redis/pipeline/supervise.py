@@ -12,20 +12,20 @@ kernel sends SIGTERM to every process when the supervisor dies, kill -9 included
 from __future__ import annotations
 
 import contextlib
-import itertools
-import queue
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import BinaryIO
 
 from pkbrokers_redis.pipeline.process import EXIT_USER_ERROR, Backoff, Output, Process, ProcessStatus
 
 STOP_SECONDS_MAX = 10.0  # a worker commits its last batch and releases its shards in far less
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_FAILED, _STOPPED = 254, 255  # notices beside the signals' numbers
 
 __all__ = ["Backoff", "ProcessStatus", "RoleSpec", "Supervisor", "worker_argv"]
 
@@ -62,8 +62,7 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stop_seconds_max = stop_seconds_max
-        # Why to end: at most one entry a process and signal. SimpleQueue.put is safe in signal handlers.
-        self._reasons: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._notices_in: int | None = None  # open while `run` waits
         shared = Output(sys.stderr.buffer if output is None else output)
         self._roles = [
             [
@@ -75,7 +74,7 @@ class Supervisor:
                     output=shared,
                     backoff=backoff or Backoff(),
                     clock=clock,
-                    on_failed=lambda: self._reasons.put("failed"),
+                    on_failed=lambda: self._tell(_FAILED),
                 )
                 for number in range(spec.count)
             ]
@@ -108,12 +107,20 @@ class Supervisor:
 
         A second signal kills what has not stopped by then. Main thread only.
         """
-        with self._signals():
+        stopper: threading.Thread | None = None
+        with self._notices() as notices:
             try:
                 self.start()
-                self._reasons.get()
+                while (notice := os.read(notices, 1)[0]) != _STOPPED:
+                    if stopper is None:
+                        stopper = threading.Thread(target=self._stop_and_tell, name="stop")
+                        stopper.start()
+                    elif notice in SIGNALS:
+                        self.kill()
             finally:
                 self.stop()
+                if stopper is not None:
+                    stopper.join()
         return 0 if self.failure is None else EXIT_USER_ERROR
 
     def statuses(self) -> list[ProcessStatus]:
@@ -128,18 +135,31 @@ class Supervisor:
                 return status.last_line or f"{status.role} exited with {EXIT_USER_ERROR}"
         return None
 
+    def _stop_and_tell(self) -> None:
+        self.stop()
+        self._tell(_STOPPED)
+
+    def _tell(self, notice: int) -> None:
+        if self._notices_in is not None:
+            os.write(self._notices_in, bytes([notice]))
+
     @contextlib.contextmanager
-    def _signals(self) -> Iterator[None]:
-        signals = itertools.count()  # one step, because a handler may be interrupted by the next signal's
+    def _notices(self) -> Iterator[int]:
+        """A pipe of one-byte notices: signal numbers, _FAILED, _STOPPED.
 
-        def handle(number: int, frame: FrameType | None) -> None:
-            if next(signals) > 0:
-                self.kill()
-            self._reasons.put(signal.Signals(number).name)
-
-        before = {number: signal.signal(number, handle) for number in SIGNALS}
+        A handler of Python runs when the main thread gets to it, and the kernel may give the signal to
+        another thread while the main one waits: only the wakeup descriptor is sure to end the wait.
+        """
+        notices_out, self._notices_in = os.pipe()
+        os.set_blocking(self._notices_in, False)
+        handlers = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        wakeup = signal.set_wakeup_fd(self._notices_in)
         try:
-            yield
+            yield notices_out
         finally:
-            for number, handler in before.items():
+            signal.set_wakeup_fd(wakeup)
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
+            notices_in, self._notices_in = self._notices_in, None
+            os.close(notices_in)
+            os.close(notices_out)

@@ -46,7 +46,7 @@ def claim(client: redis.Redis, keys: Keys, shard: int) -> Position:
     """
     cursor = keys.cursor(shard)
     try:
-        epoch = int(client.fcall(CLAIM, 1, cursor))  # type: ignore[arg-type]
+        epoch = int(client.fcall(CLAIM, 1, cursor))
         fields: dict[bytes, bytes] = client.hgetall(cursor)  # type: ignore[assignment]
     except ResponseError as error:
         if "WRONGTYPE" in str(error):

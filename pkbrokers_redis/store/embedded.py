@@ -152,8 +152,7 @@ def _attach_locked(
     start_lock = keeper.open_lock(folder / "start.lock")
     keeper_lock = keeper.open_lock(folder / "keeper.lock")
     try:
-        # start.lock before users.lock, as the keeper does: from here on no keeper can be stopping its
-        # server, and with users.lock held none will begin to.
+        # One at a time; and with users.lock shared no keeper is stopping its server, nor will begin to.
         _lock_within(start_lock, fcntl.LOCK_EX, deadline, folder)
         _lock_within(users_lock, fcntl.LOCK_SH, deadline, folder)
         reattached = True

@@ -10,10 +10,11 @@ exclusively, nobody uses the server. It then waits a moment (consecutive command
 server), stops it cleanly and ends. A keeper that is killed takes its server along (by SIGTERM: it still
 flushes).
 
-Locks, always taken in this order, all flock(2) on files in the store's folder:
+Locks, all flock(2) on files in the store's folder:
 
-    start.lock   exclusive, while a user attaches or the keeper stops the server: the two exclude each other
-    users.lock   shared by each user, exclusive by the keeper that stops the server
+    start.lock   exclusive, while a user attaches: one starts the server, the others find it
+    users.lock   shared by each user; exclusive by the keeper from its decision to stop until its end, so
+                 that who comes meanwhile waits, and then starts anew
     keeper.lock  exclusive, for the keeper's life
     server.lock  exclusive, inherited by the server: held until keeper and server are both dead
 
@@ -115,7 +116,7 @@ class Keeper:
         self.plan = plan
         self.log_path = folder / "server.log"
         self.end_asked = False
-        self.start_lock = open_lock(folder / "start.lock")
+        self.port = 0  # of the last run, once read; kept where it is free
         self.users_lock = open_lock(folder / "users.lock")
         self.keeper_lock = open_lock(folder / "keeper.lock")
         self.server_lock = open_lock(folder / "server.lock")
@@ -166,13 +167,16 @@ class Keeper:
         for _ in range(PORT_TRIES_MAX):
             log_offset = self.log_path.stat().st_size if self.log_path.exists() else 0
             port = self._free_port()
+            # Before the server can answer: nobody shall take an earlier one's pid for this one's.
+            (self.folder / "server.json").unlink(missing_ok=True)
             try:
                 server = self._spawn(port)
             except OSError as error:
                 self._report("failed", f"cannot run {self.plan['binary']}: {error.strerror}")
                 return None
             if self._wait_until_ready(server):
-                self._write_server_file(server.pid, port)
+                self.port = port
+                self._write_server_file(server.pid)
                 self._report("ready", "")
                 return server
             complaint = self._complaint(log_offset)
@@ -225,11 +229,12 @@ class Keeper:
             if self.end_asked:
                 return self._stop(server)
             now = time.monotonic()
-            idle_since = (idle_since or now) if self._nobody_is_left() else None
-            idle_seconds = now - idle_since if idle_since else -1.0
-            if idle_seconds >= self.plan["linger_seconds"] and self._lock_everyone_out():
-                # The locks stay ours until we end: who attaches now waits, then starts anew.
-                return self._stop(server)
+            if not try_lock(self.users_lock, fcntl.LOCK_EX):
+                idle_since = None
+            elif now - (idle_since := idle_since or now) >= self.plan["linger_seconds"]:
+                return self._stop(server)  # with the lock, which stays ours until we end
+            else:
+                fcntl.flock(self.users_lock, fcntl.LOCK_UN)
             time.sleep(POLL_SECONDS)
         return server.returncode
 
@@ -238,15 +243,6 @@ class Keeper:
             return False
         fcntl.flock(self.users_lock, fcntl.LOCK_UN)
         return True
-
-    def _lock_everyone_out(self) -> bool:
-        """Both locks or none: a user takes start.lock before users.lock, so nobody slips in between."""
-        if not try_lock(self.start_lock, fcntl.LOCK_EX):
-            return False
-        if try_lock(self.users_lock, fcntl.LOCK_EX):
-            return True
-        fcntl.flock(self.start_lock, fcntl.LOCK_UN)
-        return False
 
     def _stop(self, server: subprocess.Popen[bytes]) -> int:
         server.terminate()  # as SHUTDOWN: flushes and syncs the AOF
@@ -260,7 +256,7 @@ class Keeper:
     def _free_port(self) -> int:
         """The port of the last run where it is free, so that a redis-cli in a shell's history still works."""
         last = read_server_file(self.folder)
-        for port in (last["tcp_port"] if last else 0, 0):
+        for port in (self.port or (last["tcp_port"] if last else 0), 0):
             with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
                 probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 with contextlib.suppress(OSError, OverflowError):
@@ -268,9 +264,9 @@ class Keeper:
                     return int(probe.getsockname()[1])
         return 0  # no TCP at all; the unix socket serves
 
-    def _write_server_file(self, pid: int, port: int) -> None:
+    def _write_server_file(self, pid: int) -> None:
         content = ServerFile(
-            pid=pid, tcp_port=port, socket_path=self.plan["socket_path"], kind=self.plan["kind"]
+            pid=pid, tcp_port=self.port, socket_path=self.plan["socket_path"], kind=self.plan["kind"]
         )
         fresh = self.folder / "server.json.new"
         fresh.write_text(json.dumps(content) + "\n")

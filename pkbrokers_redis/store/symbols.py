@@ -10,7 +10,6 @@ import difflib
 import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from os.path import commonprefix
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -197,7 +196,16 @@ def nearest_names(names: Iterable[str], text: str) -> list[str]:
 
 def _shared_ends(one: str, other: str) -> int:
     """Letters that agree from the front and from the back: cheap, to choose whom difflib compares."""
-    return len(commonprefix((one, other))) + len(commonprefix((one[::-1], other[::-1])))
+    return _shared_start(one, other) + _shared_start(one[::-1], other[::-1])
+
+
+def _shared_start(one: str, other: str) -> int:
+    length = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        length += 1
+    return length
 
 
 def _full_name(text: str) -> str:

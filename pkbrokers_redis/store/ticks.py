@@ -1,7 +1,7 @@
 """The tick streams: how an entry is written, and when it may go.
 
-    P:{S}:ticks   one entry a websocket frame and shard:
-                  src <source id>  seq <its counter>  at <epoch ms>  n <rows>  ticks <JSON rows>
+P:{S}:ticks   one entry a websocket frame and shard:
+              src <source id>  seq <its counter>  at <epoch ms>  n <rows>  ticks <JSON rows>
 """
 
 from __future__ import annotations
@@ -16,9 +16,7 @@ from pkbrokers_redis.core.model import TickArray
 from pkbrokers_redis.core.text import tick_texts
 
 
-def queue_ticks(
-    pipeline: Any, keys: Keys, source: str, seq: int, at_ms: int, ticks: TickArray
-) -> int:
+def queue_ticks(pipeline: Any, keys: Keys, source: str, seq: int, at_ms: int, ticks: TickArray) -> int:
     """Append one frame's ticks (float64[n, 10]) to a pipeline, an entry a shard. Returns the entries."""
     texts = tick_texts(ticks, keys.shards)
     for shard, n, text in texts:
@@ -70,7 +68,7 @@ def enforce_cap(client: redis.Redis, keys: Keys, entries_max: int) -> int:
     dropped = 0
     for shard, size in enumerate(sizes):
         if isinstance(size, int) and size > entries_max:
-            dropped += int(client.xtrim(keys.ticks(shard), maxlen=entries_max, approximate=True))  # type: ignore[arg-type]
+            dropped += int(client.xtrim(keys.ticks(shard), maxlen=entries_max, approximate=True))
     return dropped
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import random
 import signal
 import socket
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -79,6 +79,15 @@ def keeper_of(server: EmbeddedServer) -> psutil.Process:
     return found
 
 
+def keepers_in(data_dir: Path) -> list[int]:
+    """The pids of living keepers of that folder."""
+    return [
+        process.pid
+        for process in psutil.process_iter(["cmdline"])
+        if str(store_folder(data_dir)) in (process.info["cmdline"] or ()) and is_alive(process.pid)
+    ]
+
+
 @contextlib.contextmanager
 def user_process(data_dir: Path) -> Iterator[tuple[int, int, bool]]:
     """Another process that attaches and stays: its pid, the server's pid, whether it reattached."""
@@ -132,6 +141,17 @@ def test_attaching_twice_in_a_process_shares_it_and_the_last_close_ends_it(use: 
         assert client.ping()
     second.close()
     gone(second.pid)
+
+
+def test_it_lingers_for_the_next_command(data_dir: Path) -> None:
+    settings = load_settings(data_dir=data_dir)
+    with attach(settings, linger_seconds=600) as first:
+        keeper = keeper_of(first)
+    time.sleep(0.3)  # a chance to do it wrong: the keeper looks every tenth of a second
+    with attach(settings) as second:
+        assert second.reattached and second.pid == first.pid
+    keeper.terminate()
+    gone(first.pid)
 
 
 def test_the_data_stays_between_runs(use: Attach, server_kind: str) -> None:
@@ -215,6 +235,23 @@ def test_a_killed_keeper_takes_its_server_along(use: Attach) -> None:
         assert client.get("kept") == b"1"
 
 
+def test_a_server_that_outlives_its_keeper_ends_before_another_starts(use: Attach, data_dir: Path) -> None:
+    """As where the system has no PDEATHSIG, or the server is slow to flush: two never share the files."""
+    server = use()
+    keeper, orphan = keeper_of(server), psutil.Process(server.pid)
+    orphan.suspend()
+    keeper.kill()
+    gone(keeper.pid)
+    successor = threading.Thread(target=use)
+    successor.start()
+    wait_until(lambda: keepers_in(data_dir), what="the successor's keeper")
+    time.sleep(0.3)  # a chance to do it wrong: the start of a server takes a tenth of this
+    orphan.resume()
+    successor.join()
+    log = (store_folder(data_dir) / "server.log").read_text()
+    assert log.index("ready to exit") < log.rindex("is starting")
+
+
 def test_a_terminated_keeper_stops_its_server_cleanly(use: Attach, data_dir: Path) -> None:
     server = use()
     keeper_of(server).terminate()
@@ -266,8 +303,8 @@ def test_whoever_attaches_while_it_stops_gets_one_that_stays(use: Attach) -> Non
         b"\x00garbage{",
         b"[1, 2]",
         b'{"pid": "x"}',
-        json.dumps({"pid": os.getpid(), "tcp_port": 1, "socket_path": "/nowhere", "kind": "valkey"}).encode(),
-        json.dumps({"pid": 1, "tcp_port": 99999999, "socket_path": "", "kind": ""}).encode(),
+        b'{"pid": OUR_PID, "tcp_port": 1, "socket_path": "/nowhere", "kind": "valkey"}',
+        b'{"pid": 1, "tcp_port": 99999999, "socket_path": "", "kind": ""}',
     ],
 )
 def test_leftovers_of_another_life_are_in_nobodys_way(
@@ -275,7 +312,7 @@ def test_leftovers_of_another_life_are_in_nobodys_way(
 ) -> None:
     folder = store_folder(data_dir)
     folder.mkdir(parents=True, mode=0o755)
-    (folder / "server.json").write_bytes(server_json)
+    (folder / "server.json").write_bytes(server_json.replace(b"OUR_PID", b"%d" % os.getpid()))
     for name in ("users.lock", "start.lock", "keeper.lock", "server.lock"):
         (folder / name).write_text("12345\n")
     with socket.socket(socket.AF_UNIX) as leftover:

@@ -1,0 +1,200 @@
+"""`pkb demo`: the main job with nothing to configure, and a live view of candles forming."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import redis
+import typer
+
+from pkbrokers_redis import logs
+from pkbrokers_redis.cli.demo_view import View
+from pkbrokers_redis.cli.output import dump
+from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.pipeline.check import check_volumes
+from pkbrokers_redis.pipeline.supervise import RoleSpec, Supervisor, worker_argv
+from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.simulator.market import Market
+from pkbrokers_redis.simulator.server import SimulatorServer
+from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.embedded import attach, running, store_folder
+from pkbrokers_redis.store.meta import ensure_meta
+from pkbrokers_redis.store.symbols import save_instruments
+
+WARM_UP_SECONDS_MAX = 180  # the first run compiles the candle rules
+SECONDS_WITHOUT_TERMINAL = 65  # long enough for a minute to complete
+REFRESH_SECONDS = 0.25
+
+
+@dataclass
+class DemoSummary:
+    """What a demo did; `--json` prints it."""
+
+    instruments: int = 0
+    seconds: float = 0.0
+    ticks: int = 0
+    ticks_per_second: float = 0.0
+    candles_forming: int = 0
+    candles_completed: int = 0
+    closed_announced: int = 0
+    volumes_checked: int = 0
+    volumes_wrong: int = 0
+    redis_url: str = ""
+    data_dir: str = ""
+    symbols: list[str] = field(default_factory=list)
+
+
+def demo(
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=1, help="stop after this long; unset: Ctrl-C, or 65 s without a terminal"),
+    ] = None,
+    instruments: Annotated[int, typer.Option(min=1, max=9_000, help="how many instruments trade")] = 500,
+    rate: Annotated[
+        float | None, typer.Option(min=1, help="ticks a second over all; unset: one a second an instrument")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print a machine-readable summary instead")] = False,
+) -> None:
+    """Watch candles form: embedded Redis, a local Kite simulator, ingest, aggregator, and a live view.
+
+    Uses a store of its own in the data folder, made anew at each start; PKB_REDIS_URL is left alone.
+    """
+    if seconds is None and not sys.stdout.isatty():
+        seconds = SECONDS_WITHOUT_TERMINAL
+    settings = _own_settings()
+    logs.configure(settings)
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    rows = universe(instruments)
+    with attach(settings) as server, connect(settings) as client:
+        ensure_meta(client, settings, datetime.now(UTC).isoformat(timespec="seconds"))
+        save_instruments(client, settings.keys, rows)
+        market = Market(rows, int(time.time() * 1000), rate=rate)
+        kite = SimulatorServer(market)
+        kite.start()
+        tokens = settings.data_dir / "instruments.txt"
+        tokens.write_text("\n".join(str(row["instrument_token"]) for row in rows) + "\n")
+        workers = Supervisor(
+            [RoleSpec("ingest", worker_argv("ingest")), RoleSpec("aggregate", worker_argv("aggregate"))],
+            env=_worker_env(settings, server.url, kite.url, tokens),
+        )
+        summary = DemoSummary(
+            instruments=len(rows),
+            redis_url=server.url,
+            data_dir=str(settings.data_dir),
+            symbols=[f"{row['exchange']}:{row['tradingsymbol']}" for row in rows[:12]],
+        )
+        workers.start()
+        try:
+            _watch(client, settings, summary, View(as_json, summary, settings), stop, seconds)
+        finally:
+            workers.stop()  # ingest first, then the aggregator, once it has applied what was written
+            kite.stop()
+        _sum_up(client, settings, summary)
+        if as_json:
+            print(dump(asdict(summary)))
+        else:
+            _tell(summary)
+
+
+def _own_settings() -> Settings:
+    base = load_settings()
+    folder = base.data_dir / "demo"
+    if (other := running(folder)) is not None:
+        raise PkbError(f"a demo is running already (server pid {other.pid})", "stop it, or set PKB_DATA_DIR")
+    shutil.rmtree(store_folder(folder), ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return load_settings(
+        data_dir=folder, redis_url=None, prefix="pkb", sessions="always", clock="wall", log_level="warning"
+    )
+
+
+def _worker_env(settings: Settings, redis_url: str, kite_url: str, tokens: Path) -> dict[str, str]:
+    """The demo's own settings in full: neither the user's environment nor a `.env` reaches its workers."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("PKB_")}
+    return env | {
+        "PKB_REDIS_URL": redis_url,
+        "PKB_DATA_DIR": str(settings.data_dir),
+        "PKB_PREFIX": settings.prefix,
+        "PKB_SHARDS": str(settings.shards),
+        "PKB_INTERVALS": settings.intervals_text,
+        "PKB_SESSIONS": settings.sessions,
+        "PKB_TIMEZONE": settings.timezone,
+        "PKB_CLOCK": settings.clock,
+        "PKB_CLOSE_GRACE_SECONDS": str(settings.close_grace_seconds),
+        "PKB_KITE_WS_URL": kite_url,
+        "PKB_KITE_MODE": "full",
+        "PKB_INSTRUMENTS": str(tokens),
+        "PKB_LOG_LEVEL": settings.log_level,
+        "PKB_LOG_FORMAT": settings.log_format,
+    }
+
+
+def _watch(
+    client: redis.Redis,
+    settings: Settings,
+    summary: DemoSummary,
+    view: View,
+    stop: threading.Event,
+    seconds: float | None,
+) -> None:
+    """Show candles until the time is up. The time counts from the first candle."""
+    began: float | None = None
+    started = time.monotonic()
+    with CandleStore(settings, client=client) as store, view:
+        while not stop.is_set():
+            if began is None and client.exists(*_current_keys(client, settings, summary)):
+                began = time.monotonic()
+            now = time.monotonic()
+            if began is None and now - started > WARM_UP_SECONDS_MAX:
+                raise PkbError("no candle formed within 3 minutes", "look at the lines above, try again")
+            if began is not None and seconds is not None and now - began >= seconds:
+                break
+            summary.seconds = 0.0 if began is None else now - began
+            view.show(store, client)
+            stop.wait(REFRESH_SECONDS)
+
+
+def _current_keys(client: redis.Redis, settings: Settings, summary: DemoSummary) -> list[str]:
+    tokens: list[Any] = client.hmget(settings.keys.symbols(), summary.symbols)  # type: ignore[assignment]
+    return [settings.keys.current(int(token)) for token in tokens if token]
+
+
+def _sum_up(client: redis.Redis, settings: Settings, summary: DemoSummary) -> None:
+    keys = settings.keys
+    for key in client.scan_iter(match=f"{keys.prefix}:*", count=1000):
+        name = key.decode()
+        if ":current:" in name:
+            summary.candles_forming += client.hlen(name)
+        elif ":candles:" in name:
+            summary.candles_completed += client.llen(name)
+    for shard in range(keys.shards):
+        summary.closed_announced += client.xlen(keys.closed(shard))
+    volumes = check_volumes(client, keys)
+    summary.volumes_checked, summary.volumes_wrong = volumes.checked, len(volumes.wrong)
+    summary.ticks_per_second = round(summary.ticks / max(summary.seconds, 1e-9), 1)
+    summary.seconds = round(summary.seconds, 1)
+
+
+def _tell(summary: DemoSummary) -> None:
+    print(
+        f"{summary.ticks:,} ticks of {summary.instruments:,} instruments in {summary.seconds:.0f} s: "
+        f"{summary.candles_completed:,} candles completed, {summary.candles_forming:,} forming"
+    )
+    right = summary.volumes_checked - summary.volumes_wrong
+    print(
+        f"candle volumes add up to the traded volume for {right:,} of {summary.volumes_checked:,} instruments"
+    )
+    print("read on: pkb candles RELIANCE 1m --current   pkb quote INFY   pkb redis-cli HGETALL pkb:symbols")

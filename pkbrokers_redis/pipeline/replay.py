@@ -1,0 +1,167 @@
+"""Replays: captured frames through the real parser, trade files as ticks; at any speed, into the streams."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import redis
+
+from pkbrokers_redis import logs
+from pkbrokers_redis.core.keys import AGGREGATOR_GROUP, Keys
+from pkbrokers_redis.core.model import AT_MS, TIME_MS
+from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.kite.capture import KIND_BINARY, MAGIC, read_capture
+from pkbrokers_redis.pipeline.ingest import TickWriter
+from pkbrokers_redis.pipeline.trades import frames_of, read_trades
+from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.store.symbols import load_symbols, save_instruments
+
+log = logs.get("replay")
+
+WINDOW_MS = 100  # of wall time in one frame of a paced trade file
+LAG_ENTRIES_MAX = 5_000  # unapplied entries of a stream before the replay waits for the aggregator
+FRAMES_BETWEEN_LOOKS = 50
+LAG_WAIT_SECONDS = 0.05
+
+
+@dataclass
+class Summary:
+    """What a replay did."""
+
+    ticks: int = 0
+    frames: int = 0
+    seconds: float = 0.0
+    rows_refused: int = 0
+    symbols: list[str] = field(default_factory=list)
+
+
+def is_capture(path: Path) -> bool:
+    """Whether a file is a capture of frames (`pkb record`), by its magic line."""
+    if path.suffix == ".gz":
+        return path.name.endswith((".cap.gz", ".pkbcap.gz"))
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+class Replay:
+    """Writes one file into the store. `speed` None is as fast as the store takes it."""
+
+    def __init__(
+        self,
+        connect: Callable[[], redis.Redis],
+        settings: Settings,
+        *,
+        speed: float | None,
+        stop: threading.Event,
+        monotonic: Callable[[], float] = time.monotonic,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self._client = connect()
+        self._settings = settings
+        self._keys = settings.keys
+        self._speed = speed
+        self._stop = stop
+        self._monotonic = monotonic
+        self._now_ms = now_ms
+        symbols = load_symbols(self._client, self._keys)
+        self._known = {name: token for token, name in symbols.items()}
+        self._writer = TickWriter(connect, settings, symbols)
+        self._began = monotonic()
+        self._first_ms: float | None = None
+        self._waited = False
+        self.summary = Summary()
+
+    def run(self, path: Path) -> Summary:
+        """Replay a capture or a trade file. Raises InputFileError when it is neither."""
+        self._began = self._monotonic()
+        if is_capture(path):
+            self._run_capture(path)
+        else:
+            self._run_trades(path)
+        self.summary.seconds = self._monotonic() - self._began
+        return self.summary
+
+    def _run_capture(self, path: Path) -> None:
+        for at_ms, kind, frame in read_capture(path):
+            if self._stop.is_set() or not self._pace(at_ms):
+                return
+            if kind != KIND_BINARY:
+                continue
+            batches = self._writer.take_frames([(frame, at_ms)])
+            self._writer.write(batches, self._now_ms(), self._stop)
+            self._count(sum(len(ticks) for _, _, ticks in batches))
+        while len(self._writer.quotes) and not self._stop.is_set():
+            self._writer.write([], self._now_ms(), self._stop)
+
+    def _run_trades(self, path: Path) -> None:
+        settings = self._settings
+        sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
+        trades = read_trades(path, self._known, sessions)
+        new = [
+            {"instrument_token": token, "exchange_token": token >> 8, "exchange": exchange,
+             "tradingsymbol": name, "name": name, "segment": exchange, "instrument_type": "EQ"}
+            for symbol, token in zip(trades.symbols, trades.tokens, strict=True)
+            for exchange, _, name in (symbol.partition(":"),)
+            if symbol not in self._known
+        ]  # fmt: skip
+        if new:
+            save_instruments(self._client, self._keys, new)
+        self.summary.symbols = trades.symbols
+        self.summary.rows_refused = trades.rows_refused
+        window_ms = None if self._speed is None else WINDOW_MS * self._speed
+        paced = trades.ticks[len(trades.tokens)]  # behind the baselines comes the first trade
+        for ticks in frames_of(trades.ticks, window_ms):
+            if self._stop.is_set() or not self._pace(max(ticks[0, TIME_MS], paced[TIME_MS])):
+                return
+            at_ms = self._now_ms()
+            ticks[:, AT_MS] = at_ms
+            self._writer.seq += 1
+            self._writer.write([(self._writer.seq, at_ms, ticks)], at_ms, self._stop)
+            self._count(len(ticks))
+        self.summary.ticks -= len(trades.tokens)
+
+    def _count(self, ticks: int) -> None:
+        self.summary.ticks += ticks
+        self.summary.frames += 1
+        if self.summary.frames % FRAMES_BETWEEN_LOOKS == 0:
+            self._wait_for_the_aggregator()
+
+    def _pace(self, moment_ms: float) -> bool:
+        """Wait until a moment of the recording is due. False: told to stop meanwhile."""
+        if self._speed is None:
+            return True
+        if self._first_ms is None:
+            self._first_ms = moment_ms
+        due = self._began + (moment_ms - self._first_ms) / 1000 / self._speed
+        return not self._stop.wait(max(0.0, due - self._monotonic()))
+
+    def _wait_for_the_aggregator(self) -> None:
+        """Never push so far ahead that the streams' hard cap would cut what nobody has applied."""
+        while not self._stop.is_set() and lag_entries(self._client, self._keys) > LAG_ENTRIES_MAX:
+            if not self._waited:
+                log.info("waiting_for_aggregator", mend="start `pkb aggregate` if none runs")
+                self._waited = True
+            self._stop.wait(LAG_WAIT_SECONDS)
+
+
+def lag_entries(client: redis.Redis, keys: Keys) -> int:
+    """The most entries any shard's aggregator has not applied yet."""
+    pipeline = client.pipeline(transaction=False)
+    for shard in range(keys.shards):
+        pipeline.xlen(keys.ticks(shard))
+        pipeline.xinfo_groups(keys.ticks(shard))
+    replies = pipeline.execute(raise_on_error=False)
+    lags = [0]
+    for size, groups in zip(replies[::2], replies[1::2], strict=True):
+        ours = (
+            [g for g in groups if g["name"] == AGGREGATOR_GROUP.encode()] if isinstance(groups, list) else []
+        )
+        lags.append(int(ours[0]["lag"] or 0) if ours else size if isinstance(size, int) else 0)
+    return max(lags)

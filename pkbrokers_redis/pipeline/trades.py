@@ -1,0 +1,163 @@
+"""Trade files → tick batches. Columns: `time,symbol,price,quantity`, or cumulative `volume` for quantity.
+
+`time` is ISO 8601 (without a zone: Asia/Kolkata) or epoch seconds, milliseconds, microseconds or
+nanoseconds, told apart by size. A file says all that was traded, so its instruments start at a baseline
+of 0: each gets one tick with volume 0 from the end of the day before its first trade.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pkbrokers_redis.core.errors import InputFileError
+from pkbrokers_redis.core.model import BATCH_WIDTH, TIME_MS, TickArray
+from pkbrokers_redis.core.sessions import Sessions
+
+TICKS_A_FRAME = 2_000
+MARKET_ZONE = "Asia/Kolkata"
+
+
+@dataclass(frozen=True)
+class TradeFile:
+    """A read trade file, sorted by time: `ticks` is float64[n, 10] with AT_MS still NaN."""
+
+    symbols: list[str]
+    tokens: list[int]
+    ticks: TickArray
+    rows_refused: int  # without a time, a symbol, a price above 0 or a quantity of at least 0
+
+
+def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> TradeFile:
+    """Read a CSV (also .gz, .zip) or Parquet file.
+
+    `known` maps symbols (`NSE:INFY`) to tokens; another symbol gets a token of its own, the same every
+    time. Raises InputFileError for a file that is no table of trades.
+    """
+    table = _load(path)
+    missing = [name for name in ("time", "symbol", "price") if name not in table]
+    if missing or not {"quantity", "volume"} & set(table.columns):
+        lacks = missing or ["quantity (or cumulative volume)"]
+        raise InputFileError(
+            f"{path.name} has no column {', '.join(lacks)}", "name its columns time,symbol,price,quantity"
+        )
+    cumulative = "quantity" not in table
+    frame = pd.DataFrame(
+        {
+            "time": _to_ms(table["time"], path),
+            "symbol": table["symbol"].astype("string").str.strip(),
+            "price": pd.to_numeric(table["price"], errors="coerce"),
+            "quantity": pd.to_numeric(table["volume" if cumulative else "quantity"], errors="coerce"),
+        }
+    )
+    good = frame["time"].notna() & frame["symbol"].notna() & (frame["price"] > 0) & (frame["quantity"] >= 0)
+    refused = int((~good).sum())
+    frame = frame[good].sort_values("time", kind="stable").reset_index(drop=True)
+    if frame.empty:
+        raise InputFileError(f"{path.name} holds no trade", "look at its first lines and its column names")
+    frame["symbol"] = [name if ":" in name else f"NSE:{name}" for name in frame["symbol"].str.upper()]
+    tokens = _tokens(sorted(frame["symbol"].unique()), known)
+    token = frame["symbol"].map(tokens).to_numpy(np.int64)
+    times = frame["time"].to_numpy(np.float64)
+    days = _days(times, sessions)
+    if cumulative:  # the day's own count starts anew each trade date, whatever the file's did
+        volume = frame["quantity"]
+        before = volume.groupby(token).shift(fill_value=0.0)
+        frame["quantity"] = np.where(volume >= before, volume - before, volume)
+    totals = frame["quantity"].groupby([token, days]).cumsum().round(8)
+    ticks = np.full((len(frame), BATCH_WIDTH), np.nan)
+    ticks[:, 0] = token
+    ticks[:, 1] = frame["price"]
+    ticks[:, 2] = frame["quantity"].round(8)
+    ticks[:, 3] = totals
+    ticks[:, TIME_MS] = times
+    first = np.unique(token, return_index=True)[1]
+    baseline = ticks[np.sort(first)].copy()
+    baseline[:, 2:4] = 0.0
+    baseline[:, TIME_MS] = [sessions.day(0, int(t)).day_start_ms - 1 for t in baseline[:, TIME_MS]]
+    return TradeFile(list(tokens), list(tokens.values()), np.concatenate([baseline, ticks]), refused)
+
+
+def frames_of(ticks: TickArray, window_ms: float | None) -> Iterator[TickArray]:
+    """Cut a batch into frames: of 2,000 ticks, and when paced of at most `window_ms` of trade time."""
+    start = 0
+    while start < len(ticks):
+        end = min(start + TICKS_A_FRAME, len(ticks))
+        if window_ms is not None:
+            limit = ticks[start, TIME_MS] + window_ms
+            end = start + max(1, int(np.searchsorted(ticks[start:end, TIME_MS], limit)))
+        yield ticks[start:end]
+        start = end
+
+
+def _load(path: Path) -> pd.DataFrame:
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            table = pd.read_parquet(path)
+        else:
+            table = pd.read_csv(path, on_bad_lines="skip", low_memory=False)
+    except FileNotFoundError:
+        raise InputFileError(
+            f"there is no file {path}", "give the path of a trade file or a capture"
+        ) from None
+    except ImportError:
+        raise InputFileError(f"{path.name} is Parquet", "pip install pyarrow, or give a CSV") from None
+    except (OSError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise InputFileError(
+            f"{path.name} cannot be read: {why}", "give a CSV or Parquet of trades"
+        ) from None
+    table.columns = [str(name).strip().lower() for name in table.columns]
+    return table
+
+
+def _to_ms(times: pd.Series[Any], path: Path) -> pd.Series[Any]:
+    numbers = pd.to_numeric(times, errors="coerce")
+    if numbers.notna().mean() > 0.5:
+        size = float(numbers.abs().median())
+        scale = next((s for limit, s in ((1e11, 1e3), (1e14, 1.0), (1e17, 1e-3)) if size < limit), 1e-6)
+        return pd.Series(np.floor(numbers * scale))
+    moments = pd.to_datetime(times, errors="coerce", utc=False, format="ISO8601")
+    if not isinstance(moments.dtype, pd.DatetimeTZDtype):
+        if moments.dtype == object:  # mixed zones
+            moments = pd.to_datetime(times, errors="coerce", utc=True, format="ISO8601")
+        else:
+            moments = moments.dt.tz_localize(MARKET_ZONE)
+    if moments.isna().all():
+        raise InputFileError(f"{path.name}: no time can be read", "use ISO 8601 or epoch seconds or ms")
+    whole = (moments - pd.Timestamp(0, tz="UTC")) // pd.Timedelta(milliseconds=1)
+    return whole.astype("Float64").astype("float64")
+
+
+def _days(times_ms: npt.NDArray[np.float64], sessions: Sessions) -> npt.NDArray[np.int64]:
+    """The local trade date of each time, as its midnight in ms."""
+    days = np.zeros(len(times_ms), np.int64)
+    first = 0
+    while first < len(times_ms):  # sorted: one look-up a day
+        day = sessions.day(0, int(times_ms[first]))
+        last = int(np.searchsorted(times_ms, day.day_end_ms))
+        days[first:last] = day.day_start_ms
+        first = max(last, first + 1)
+    return days
+
+
+def _tokens(symbols: list[str], known: Mapping[str, int]) -> dict[str, int]:
+    taken = set(known.values())
+    tokens: dict[str, int] = {}
+    for symbol in symbols:
+        if symbol in known:
+            token = known[symbol]
+        else:
+            number = zlib.crc32(symbol.encode()) & 0xFF_FFFF
+            while (token := number << 8 | 1) in taken or not number:
+                number = (number + 1) & 0xFF_FFFF
+        taken.add(token)
+        tokens[symbol] = token
+    return tokens

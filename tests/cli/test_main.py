@@ -1,0 +1,102 @@
+"""The frame around all commands: help, suggestions, errors in one line, exit codes, quick starts."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pkbrokers_redis import __version__
+from pkbrokers_redis.cli import main
+from pkbrokers_redis.cli.main import COMMANDS
+from tests.cli.conftest import Pkb
+from tests.support import PKB
+
+FOLDER = Path(main.__file__).parent
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_there_and_says_what_it_does(name: str) -> None:
+    module, _, function = COMMANDS[name].partition(":")
+    assert (FOLDER / f"{module}.py").exists()
+    callback = getattr(importlib.import_module(f"pkbrokers_redis.cli.{module}"), function)
+    first_line = (callback.__doc__ or "").strip().splitlines()[0]
+    assert len(first_line) > 15
+    command = main.load_command(name)
+    for param in command.params:
+        assert getattr(param, "help", None), f"{name}: {param.name} has no help"
+
+
+def test_help_lists_every_command_with_its_help(pkb: Pkb) -> None:
+    ended = pkb("--help")
+    assert ended.code == 0
+    lines = [line.split() for line in ended.out.splitlines()]
+    for name in COMMANDS:
+        assert any(words and words[0] == name and len(words) > 3 for words in lines), name
+
+
+def test_no_arguments_is_help(pkb: Pkb) -> None:
+    ended = pkb()
+    assert "Commands:" in ended.out + ended.err
+
+
+def test_the_version(pkb: Pkb) -> None:
+    assert pkb("--version") == (0, f"pkb {__version__}\n", "")
+
+
+def test_a_misspelt_command_is_named_with_the_one_meant(pkb: Pkb) -> None:
+    ended = pkb("qoute")
+    assert ended.code == 2 and "Did you mean 'quote'?" in ended.err and "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        (["quote", "INFY"], {"PKB_REDIS_URL": "redis://:geheim@127.0.0.1:1"}, "cannot be reached"),
+        (["candles", "INFY", "5m"], {"PKB_REDIS_URL": "http://x"}, "PKB_REDIS_URL begins with no scheme"),
+        (["closed"], {"PKB_SHARDS": "many"}, "PKB_SHARDS"),
+        (["config"], {"PKB_INTERVALS": "7x"}, "7x"),
+    ],
+)
+def test_a_users_mistake_or_a_dead_server_is_one_line(
+    pkb: Pkb, monkeypatch: pytest.MonkeyPatch, arguments: list[str], environment: dict[str, str], says: str
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ended = pkb(*arguments)
+    assert ended.code == 2 and ended.out == ""
+    assert ended.err.startswith("pkb: ") and ended.err.count("\n") == 1
+    assert says in ended.err and "geheim" not in ended.err
+
+
+def test_a_bug_of_ours_keeps_its_traceback() -> None:
+    assert main.one_line(KeyError("x")) is None
+    assert main.one_line(FileNotFoundError(2, "No such file", "a.csv")) == "No such file: a.csv"
+
+
+def test_help_and_the_reading_commands_start_without_the_compiler_and_pandas() -> None:
+    code = (
+        "import sys; from pkbrokers_redis.cli.main import COMMANDS, load_command, summary\n"
+        "for name in COMMANDS: assert summary(name), name\n"
+        "for name in 'quote candles closed ticks key config redis-cli'.split(): load_command(name)\n"
+        "print([name for name in ('numba', 'pandas', 'kiteconnect') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_pipe_that_closes_early_is_no_error() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [*PKB, "config"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False, timeout=60
+        )
+    finally:
+        os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1)

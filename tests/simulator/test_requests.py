@@ -1,0 +1,53 @@
+"""What clients ask of the simulator."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pkbrokers_redis.simulator.frames import MODE_FULL
+from pkbrokers_redis.simulator.requests import BadRequest, SetMode, Subscribe, Unsubscribe, parse_request
+
+
+@pytest.mark.parametrize(
+    ("message", "request_"),
+    [
+        ('{"a":"subscribe","v":[408065,884737]}', Subscribe([408065, 884737])),
+        ('{"a":"unsubscribe","v":[408065]}', Unsubscribe([408065])),
+        (b'{"a":"mode","v":["full",[408065,408065]]}', SetMode(MODE_FULL, [408065])),
+        ('{"a":"subscribe","v":["408065",true,null,1.5,7]}', Subscribe([7])),
+    ],
+)
+def test_kites_messages_are_understood(message: str | bytes, request_: object) -> None:
+    assert parse_request(message) == request_
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        "{}",
+        '{"a":"dance","v":[1]}',
+        '{"a":"subscribe"}',
+        '{"a":"subscribe","v":7}',
+        '{"a":"mode","v":["full"]}',
+        '{"a":"mode","v":[{},[1]]}',
+        '{"a":"mode","v":["depth",[1]]}',
+        '{"a":["subscribe"],"v":[1]}',
+        b"\xff",
+        "[" * 50_000,
+    ],
+)
+def test_anything_else_is_a_bad_request_with_a_reason(message: str | bytes) -> None:
+    request = parse_request(message)
+    assert isinstance(request, BadRequest)
+    assert request.reason
+
+
+@given(st.one_of(st.binary(max_size=100), st.text(max_size=100)))
+def test_no_message_whatever_makes_it_raise(message: str | bytes) -> None:
+    parse_request(message)

@@ -1,0 +1,56 @@
+"""The simulator's instrument master."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+
+from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.core.model import SEGMENTS
+from pkbrokers_redis.simulator.universe import INSTRUMENTS_MAX, universe
+from tests.support import SHARED_DATA
+
+
+def test_rows_have_the_fields_of_kites_csv() -> None:
+    path = SHARED_DATA / "rest" / "instruments_nse.csv"
+    if not path.exists():
+        pytest.skip("recorded instruments (../shared/data/rest) are absent")
+    with path.open() as file:
+        fields = csv.DictReader(file).fieldnames
+    assert all(list(row) == fields for row in universe(60))
+
+
+def test_tokens_are_unique_and_end_in_their_segment() -> None:
+    rows = universe(INSTRUMENTS_MAX)
+    assert len({row["instrument_token"] for row in rows}) == len(rows) == INSTRUMENTS_MAX
+    assert len({(row["exchange"], row["tradingsymbol"]) for row in rows}) == INSTRUMENTS_MAX
+    for row in rows:
+        token = row["instrument_token"]
+        assert token < 2**32
+        assert token >> 8 == row["exchange_token"]
+        wanted = "INDICES" if row["segment"] == "INDICES" else row["exchange"]
+        assert SEGMENTS[token & 0xFF] == wanted
+
+
+def test_well_known_names_have_their_real_tokens() -> None:
+    tokens = {(row["exchange"], row["tradingsymbol"]): row["instrument_token"] for row in universe(100)}
+    known = {"INFY": 408065, "TCS": 2953217, "RELIANCE": 738561, "NIFTY 50": 256265, "SBIN": 779521}
+    assert {name: tokens["NSE", name] for name in known} == known
+    assert tokens["BSE", "SENSEX"] == 265
+
+
+def test_every_priced_segment_is_there() -> None:
+    segments = {row["instrument_token"] & 0xFF for row in universe(100)}
+    assert segments >= {1, 2, 3, 4, 6, 7, 9}
+
+
+def test_a_larger_universe_only_appends() -> None:
+    assert universe(300)[:70] == universe(70)
+    assert [len(universe(n)) for n in (1, 5, 46, 47)] == [1, 5, 46, 47]
+
+
+@pytest.mark.parametrize("n", [0, -1, INSTRUMENTS_MAX + 1])
+def test_too_few_or_too_many_are_refused_in_one_line(n: int) -> None:
+    with pytest.raises(SettingsError):
+        universe(n)
