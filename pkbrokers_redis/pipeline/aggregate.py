@@ -41,6 +41,7 @@ from pkbrokers_redis.store.commit import (
     settle_commit,
 )
 from pkbrokers_redis.store.load import load_book
+from pkbrokers_redis.store.pipe import Pipe
 from pkbrokers_redis.store.symbols import load_symbols
 from pkbrokers_redis.store.ticks import trim
 
@@ -344,11 +345,11 @@ class Aggregator:
     def _commit(self, commits: list[tuple[ShardWorker, Move, list[Any]]]) -> None:
         if not commits:
             return
-        pipeline = self._client.pipeline(transaction=False)
+        pipe = Pipe(self._client)
         for worker, move, sections in commits:
             most = self._settings.closed_max_entries
-            queue_commit(pipeline, self._keys, worker.shard, worker.held, move, most, sections)
-        replies = pipeline.execute(raise_on_error=False)
+            queue_commit(pipe, self._keys, worker.shard, worker.held, move, most, sections)
+        replies = pipe.execute()
         for (worker, move, _), reply in zip(commits, replies, strict=True):
             for refused in settle_commit(reply, worker.held, move):
                 self.counts["refused_keys"] += 1

@@ -1,9 +1,9 @@
 """Ingest: Kite's websockets → tick streams and quote hashes.
 
     reader threads   one a connection: frames into the inbox, nothing else
-    writer (caller)  inbox → parse → XADD a frame and shard, and a slice of quotes, in one pipeline
+    writer (caller)  inbox → parse → XADD a frame and shard in one write; then a slice of quotes
 
-A pipeline that Redis did not acknowledge is sent again, in order, until it is: the frames' `seq` lets
+Ticks that Redis did not acknowledge is sent again, in order, until it is: the frames' `seq` lets
 the aggregator skip what had arrived. Nothing is acknowledged that is not in Redis.
 """
 
@@ -29,6 +29,7 @@ from pkbrokers_redis.kite.urls import url_for
 from pkbrokers_redis.kite.wire import parse_frame
 from pkbrokers_redis.pipeline.quotes import QuoteBoard
 from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.store.pipe import Pipe
 from pkbrokers_redis.store.ticks import enforce_cap, queue_ticks
 
 log = logs.get("ingest")
@@ -159,17 +160,12 @@ class TickWriter:
                 pause_seconds = min(pause_seconds * 2, PAUSE_SECONDS_MAX)
 
     def _send(self, client: redis.Redis, batches: Sequence[tuple[int, int, TickArray]], now_ms: int) -> None:
-        pipeline = client.pipeline(transaction=False)
-        entries = 0
+        pipe = Pipe(client)
         for seq, at_ms, ticks in batches:
-            entries += queue_ticks(pipeline, self._keys, self.source, seq, at_ms, ticks)
-        quotes = self.quotes.queue(pipeline, now_ms)
-        if entries + quotes:
-            for number, reply in enumerate(pipeline.execute(raise_on_error=False)):
-                if isinstance(reply, Exception):
-                    self._refused(reply, "ticks" if number < entries else "quote")
-        self.counts["entries"] += entries
-        self.counts["quotes"] += quotes
+            queue_ticks(pipe, self._keys, self.source, seq, at_ms, ticks)
+        self.counts["entries"] += self._execute(pipe, "ticks")
+        self.quotes.queue(pipe, now_ms)  # behind the ticks: a candle must not wait for quotes
+        self.counts["quotes"] += self._execute(pipe, "quote")
         if now_ms >= self._cap_at_ms:
             self._cap_at_ms = now_ms + CAP_EVERY_MS
             dropped = enforce_cap(client, self._keys, self._settings.stream_max_entries)
@@ -179,6 +175,14 @@ class TickWriter:
                     "stream_full", dropped_entries=dropped,
                     mend="start `pkb aggregate`, or raise PKB_STREAM_MAX_ENTRIES",
                 )  # fmt: skip
+
+    def _execute(self, pipe: Pipe, what: str) -> int:
+        """Send a pipe; returns how many of its commands Redis took."""
+        replies = pipe.execute()
+        refused = [reply for reply in replies if isinstance(reply, Exception)]
+        for error in refused:
+            self._refused(error, what)
+        return len(replies) - len(refused)
 
     def _refused(self, error: Exception, what: str) -> None:
         if not isinstance(error, ResponseError):

@@ -238,15 +238,16 @@ class Process:
 
 
 def _die_with_parent() -> Callable[[], None] | None:
-    """For the child between fork and exec: SIGTERM when the thread that started it dies. Linux only."""
+    """For the child between fork and exec: SIGKILL when the thread that started it dies. Linux only."""
     if not ON_LINUX:
         return None
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     parent = os.getpid()
 
     def in_the_child() -> None:
-        # SIGTERM, not SIGKILL: a worker without its supervisor may still commit what it has.
-        prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        # SIGKILL, not SIGTERM: a worker that hangs must not stay either, and one that is killed loses
+        # nothing that Redis acknowledged.
+        prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
         if os.getppid() != parent:  # killed between fork and prctl: no signal would ever come
             os._exit(1)
 

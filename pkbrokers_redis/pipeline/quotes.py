@@ -12,6 +12,7 @@ from typing import Any
 
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.kite.wire import ParsedFrame, quote_fields
+from pkbrokers_redis.store.pipe import Pipe
 
 QUOTES_A_ROUND = 64
 EVERY_MS = 500
@@ -39,8 +40,8 @@ class QuoteBoard:
         packets = zip([frame] * n, parsed.offsets, parsed.lengths, [at_ms] * n, strict=True)
         self._fresh.update(zip(tokens, packets, strict=True))
 
-    def queue(self, pipeline: Any, now_ms: int, most: int = QUOTES_A_ROUND) -> int:
-        """Append the next slice's HSETs to a pipeline; returns how many."""
+    def queue(self, pipe: Pipe, now_ms: int, most: int = QUOTES_A_ROUND) -> int:
+        """Append the next slice's HSETs to a pipe; returns how many."""
         if not self._slice and self._fresh and now_ms - self._cut_ms >= EVERY_MS:
             self._slice = list(self._fresh)
             self._cut_ms = now_ms
@@ -56,6 +57,6 @@ class QuoteBoard:
             cells: list[Any] = []
             for name, value in fields.items():
                 cells += (name, value)
-            pipeline.execute_command("HSET", self._keys.quote(token), *cells)
+            pipe.add("HSET", self._keys.quote(token), *cells)
             written += 1
         return written

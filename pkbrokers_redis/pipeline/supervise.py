@@ -6,7 +6,7 @@
     stop    first role first (ingest, then aggregators): SIGTERM, up to 10 s, SIGKILL
 
 One thread a process starts it, waits for its end and decides (`process.py`); nothing polls. On Linux the
-kernel sends SIGTERM to every process when the supervisor dies, kill -9 included.
+kernel kills every process when the supervisor dies, kill -9 included.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from pkbrokers_redis.core import changes as ch
 from pkbrokers_redis.core.book import Book, Changes
 from pkbrokers_redis.core.errors import CommitRefused, PkbError, WrongKeyType
 from pkbrokers_redis.core.keys import AGGREGATOR_GROUP, Keys
+from pkbrokers_redis.store.pipe import Pipe
 
 COMMIT = "pkb_commit"
 CLAIM = "pkb_claim"
@@ -121,15 +122,15 @@ def commit_args(
 
 
 def queue_commit(
-    pipeline: Any, keys: Keys, shard: int, held: Position, move: Move, closed_max: int, sections: list[Any]
+    pipe: Pipe, keys: Keys, shard: int, held: Position, move: Move, closed_max: int, sections: list[Any]
 ) -> None:
     """Append one shard's commit to a pipeline; hand its reply to `settle_commit`."""
     cursor = keys.cursor(shard)
     sources: list[Any] = []
     for source, seq in move.sources.items():
         sources += (b"src:" + source, seq)
-    pipeline.fcall(
-        COMMIT, 4, cursor, keys.ticks(shard), keys.state(shard), keys.closed(shard),
+    pipe.add(
+        "FCALL", COMMIT, 4, cursor, keys.ticks(shard), keys.state(shard), keys.closed(shard),
         cursor.removesuffix("cursor"), held.epoch, held.id, move.id, move.read, closed_max,
         len(move.sources), *sources, *sections,
     )  # fmt: skip

@@ -14,13 +14,14 @@ import redis
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.model import TickArray
 from pkbrokers_redis.core.text import tick_texts
+from pkbrokers_redis.store.pipe import Pipe
 
 
-def queue_ticks(pipeline: Any, keys: Keys, source: str, seq: int, at_ms: int, ticks: TickArray) -> int:
-    """Append one frame's ticks (float64[n, 10]) to a pipeline, an entry a shard. Returns the entries."""
+def queue_ticks(pipe: Pipe, keys: Keys, source: str, seq: int, at_ms: int, ticks: TickArray) -> int:
+    """Append one frame's ticks (float64[n, 10]) to a pipe, an entry a shard. Returns the entries."""
     texts = tick_texts(ticks, keys.shards)
     for shard, n, text in texts:
-        pipeline.execute_command(
+        pipe.add(
             "XADD", keys.ticks(shard), "*", "src", source, "seq", seq, "at", at_ms, "n", n, "ticks", text
         )  # fmt: skip
     return len(texts)

@@ -468,6 +468,18 @@ def test_a_url_that_is_none_is_an_error_that_holds_no_session(url: str) -> None:
     assert received.failure is None
 
 
+def test_a_redirect_is_not_followed_with_the_session() -> None:
+    with serving(None) as elsewhere:
+
+        def redirect(link: socket.socket) -> None:
+            link.recv(4096)
+            link.sendall(f"HTTP/1.1 302 x\r\nLocation: {elsewhere.url}\r\n\r\n".encode())
+
+        with raw_server(redirect) as url, receiving(url) as received:
+            wait_until(lambda: received.client.stats.errors >= 2 or received.client.stats.connects)
+            assert received.client.stats.connects == elsewhere.stats.connections == 0
+
+
 def test_more_than_3000_instruments_are_refused_in_one_line() -> None:
     many = [number << 8 | 1 for number in range(1, TOKENS_PER_CONNECTION_MAX + 1)]
     client = ZerodhaWebSocketClient("ws://x", many, on_frame=lambda frame, at_ms: None)

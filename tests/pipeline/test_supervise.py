@@ -287,10 +287,11 @@ def test_a_users_mistake_in_one_role_stops_all_and_exits_with_2(tmp_path: Path) 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG is Linux's")
 def test_no_worker_survives_a_supervisor_that_is_killed(tmp_path: Path) -> None:
-    sleeper = "import os, time; print(os.getpid(), flush=True); time.sleep(600)"
-    with up([("a", python(sleeper)), ("b", python(sleeper))]) as process:
+    program = "import os; print(os.getpid(), flush=True)\n" + DEAF  # not even one that hangs
+    with up([("a", python(program)), ("b", python(program))]) as process:
         assert process.stdout is not None
-        pids = [int(process.stdout.readline()) for _ in range(2)]
+        said = [process.stdout.readline() for _ in range(4)]
+        pids = [int(line) for line in said if line != "deaf\n"]
         assert all(is_alive(pid) for pid in pids)
         process.kill()
         wait_until(lambda: not any(is_alive(pid) for pid in pids))

@@ -1,0 +1,39 @@
+"""`pkb up` as a program: mistakes are one line, whichever process finds them, and nobody stays behind."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pkbrokers_redis.cli.up import roles
+from tests.support import run_pkb
+
+
+def test_the_roles_come_in_the_order_of_the_flow() -> None:
+    specs = roles(aggregators=3)
+    assert [(spec.name, spec.count) for spec in specs] == [("ingest", 1), ("aggregate", 3)]
+    assert specs[1].argv == (sys.executable, "-m", "workers.aggregate")
+
+
+def test_a_store_that_is_away_is_one_line_before_anything_starts() -> None:
+    found = run_pkb("up", env={"PKB_REDIS_URL": "redis://:secret@127.0.0.1:1/0", "PKB_LOG_LEVEL": "info"})
+    assert found.returncode == 2
+    assert found.stderr.startswith("pkb: redis://127.0.0.1:1/0 cannot be reached")
+    assert found.stderr.count("\n") == 1
+    assert "secret" not in found.stderr
+
+
+def test_a_number_of_aggregators_that_is_none_is_refused() -> None:
+    found = run_pkb("up", "--aggregators", "0")
+    assert found.returncode == 2
+    assert "Traceback" not in found.stderr
+
+
+def test_a_mistake_that_a_worker_finds_ends_everything_with_its_one_line(tmp_path: Path) -> None:
+    # No Kite session: only ingest needs one, and says so.
+    found = run_pkb("up", env={"PKB_DATA_DIR": str(tmp_path / "data"), "PKB_INSTRUMENTS": "256265"})
+    assert found.returncode == 2
+    mistakes = [line for line in found.stderr.splitlines() if line.startswith("pkb: ")]
+    assert len(mistakes) == 1
+    assert "PKB_KITE" in mistakes[0]
+    assert "Traceback" not in found.stderr

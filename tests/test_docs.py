@@ -1,0 +1,142 @@
+"""The docs say what the code does: tables are compared, row by row.
+
+`python -m tests.test_docs` writes docs/settings.md anew.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from pkbrokers_redis.cli.main import COMMANDS
+from pkbrokers_redis.core.keys import KEY_TABLE, Keys
+from pkbrokers_redis.core.model import CANDLE_FIELDS, FLAG_NAMES, TICK_FIELDS
+from pkbrokers_redis.settings import Settings, env_name
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+SETTINGS_HEAD = """# Settings
+
+Environment variables, or lines of a `.env` file in the working directory. `pkb config` prints them with their
+values, secrets masked. A value that cannot be understood is one line that names the variable.
+
+| name | default | what it sets |
+|---|---|---|
+"""
+
+
+def settings_page() -> str:
+    """docs/settings.md as the Settings fields have it."""
+    rows = [
+        f"| `{env_name(name)}` | {default_of(field)} | {field.description}{secret_mark(field)} |\n"
+        for name, field in Settings.model_fields.items()
+    ]
+    return SETTINGS_HEAD + "".join(rows)
+
+
+def default_of(field: FieldInfo) -> str:
+    if field.default is PydanticUndefined:
+        return "the user's data folder (XDG)"
+    if field.default in (None, ""):
+        return ""
+    return f"`{str(field.default).lower() if isinstance(field.default, bool) else field.default}`"
+
+
+def secret_mark(field: FieldInfo) -> str:
+    return " (secret)" if "SecretStr" in str(field.annotation) else ""
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of all rows of a page's tables that begin with a `code` cell."""
+    return [
+        [cell.strip() for cell in line.strip("|\n").split(" | ")]
+        for line in text.splitlines()
+        if line.startswith("| `")
+    ]
+
+
+def test_the_settings_page_is_the_settings_table() -> None:
+    assert page("settings.md") == settings_page(), "run `python -m tests.test_docs`"
+
+
+def test_every_secret_is_marked_and_shows_no_default() -> None:
+    secrets = [field for field in Settings.model_fields.values() if secret_mark(field)]
+    assert len(secrets) >= 5
+    assert all(field.default is None for field in secrets)
+
+
+def test_the_key_table_is_the_codes() -> None:
+    documented = [tuple(cell.strip("`") for cell in row[:4]) for row in table_rows(page("keys.md"))]
+    assert documented == list(KEY_TABLE)
+
+
+def test_every_key_the_code_can_build_is_in_the_table() -> None:
+    keys = Keys("P", 8)
+    built = {
+        keys.meta(),
+        keys.symbols(),
+        keys.instrument(256265),
+        keys.worker("W"),
+        keys.auth(),
+        keys.ticks(1),
+        keys.closed(1),
+        keys.cursor(1),
+        keys.state(1),
+        keys.lease(1),
+        keys.quote(256265),
+        keys.current(256265),
+        keys.candles(256265, "5m"),
+    }
+    names = {name for name in vars(Keys) if not name.startswith("_")} - {"prefix", "shards", "shard_of"}
+    assert len(built) == len(names), "a key of Keys is not tried here"
+    examples = {"<token>": "256265", "<interval>": "5m", "<id>": "W", "{S}": "{1}"}
+    documented = {re.sub(r"<\w+>|\{S\}", lambda part: examples[part[0]], name) for name, *_ in KEY_TABLE}
+    assert built == documented
+
+
+def test_each_key_has_a_section_or_an_example() -> None:
+    headings = " ".join(line for line in page("keys.md").splitlines() if line.startswith("###"))
+    assert [name for name, *_ in KEY_TABLE if f"`{name}`" not in headings] == []
+
+
+@pytest.mark.parametrize("fields", [TICK_FIELDS, CANDLE_FIELDS], ids=["tick", "candle"])
+def test_row_layouts_are_the_codes_and_have_an_example(fields: tuple[str, ...]) -> None:
+    lines = [line.strip() for line in page("keys.md").splitlines()]
+    at = lines.index(f"[{', '.join(fields)}]")
+    assert lines[at + 1].count(",") == len(fields) - 1
+
+
+def test_every_flag_of_a_candle_is_explained() -> None:
+    assert [flag for flag in FLAG_NAMES if flag and f'`"{flag}"`' not in page("keys.md")] == []
+
+
+def test_each_command_has_its_section_and_each_section_its_command() -> None:
+    assert sorted(re.findall(r"^### `pkb ([\w-]+)`$", page("commands.md"), re.M)) == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in DOCS.glob("*.md")))
+def test_the_files_and_settings_a_page_names_exist(name: str) -> None:
+    text = page(name)
+    known = {env_name(field) for field in Settings.model_fields}
+    assert set(re.findall(r"PKB_[A-Z_]*[A-Z]", text)) - known == set()
+    for path in re.findall(r"`((?:pkbrokers_redis|docs|tests|workers)/[\w/.-]*)`", text):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"`((?:core|kite|store|pipeline|consumers|cli)/[\w/]+\.\w+)`", text):
+        assert (ROOT / "pkbrokers_redis" / path).exists(), path
+
+
+def test_the_changelog_has_an_unreleased_part() -> None:
+    assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    (DOCS / "settings.md").write_text(settings_page(), encoding="utf-8")
