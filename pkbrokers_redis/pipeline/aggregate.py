@@ -166,8 +166,8 @@ class Aggregator:
                 self._client, self._keys, worker.book, worker.revs, worker.book.collect()
             )
             if changes.ops or move.id != worker.held.id:
-                symbols = self._symbols_for(worker.book, changes)
-                commits.append((worker, move, commit_args(worker.book, changes, symbols, extra)))
+                sections = commit_args(worker.book, changes, self._symbol_of, extra)
+                commits.append((worker, move, sections))
         self._commit(commits)
         now_ms = self._now_ms()
         if now_ms >= self._trim_at_ms:
@@ -357,15 +357,17 @@ class Aggregator:
                 self._tell("key_refused", key, why=why[:EVIDENCE_BYTES], mend=f"look at it, then `DEL {key}`")
             self.counts["commits"] += 1
 
-    def _symbols_for(self, book: Book, changes: Changes) -> dict[int, bytes]:
-        """Token → symbol for the closed stream; looked up again when a new instrument has none."""
-        now_ms = self._now_ms()
-        if now_ms - self._symbols_at_ms >= SYMBOLS_RETRY_MS and any(
-            op[0] == ch.CLOSED and int(book.tokens[op[1]]) not in self._symbols for op in changes.ops
-        ):
-            self._symbols_at_ms = now_ms
-            self._symbols = {t: name.encode() for t, name in load_symbols(self._client, self._keys).items()}
-        return self._symbols
+    def _symbol_of(self, token: int) -> bytes:
+        """The symbol for the closed stream; the list is read again when a new instrument has none."""
+        symbol = self._symbols.get(token)
+        if symbol is None:
+            now_ms = self._now_ms()
+            if now_ms - self._symbols_at_ms >= SYMBOLS_RETRY_MS:
+                self._symbols_at_ms = now_ms
+                names = load_symbols(self._client, self._keys)
+                self._symbols = {each: name.encode() for each, name in names.items()}
+            symbol = self._symbols.get(token) or b"%d" % token
+        return symbol
 
     # -- saying things once ----------------------------------------------------------------------
 

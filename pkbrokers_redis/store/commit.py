@@ -6,7 +6,7 @@ nothing is incremented, so a batch that was applied again from the same cursor g
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -73,7 +73,7 @@ class Move:
 
 
 def commit_args(
-    book: Book, changes: Changes, symbols: Mapping[int, bytes], extra_state: Mapping[bytes, bytes]
+    book: Book, changes: Changes, symbol_of: Callable[[int], bytes], extra_state: Mapping[bytes, bytes]
 ) -> list[Any]:
     """The counted sections of `pkb_commit` behind the header and the sources."""
     tokens = book.tokens.tolist()
@@ -106,7 +106,7 @@ def commit_args(
             puts += (token, names[k], row[1 : row.index(b",")], keeps[k], row)
         elif kind == ch.CLOSED:
             counts[3] += 1
-            closed += (token, symbols.get(token) or str(token), names[k], text[first:last], rev)
+            closed += (token, symbol_of(token), names[k], text[first:last], rev)
         elif kind == ch.DROP:
             counts[1] += 1
             drops += (token, names[k])
