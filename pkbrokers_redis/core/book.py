@@ -228,7 +228,7 @@ class Book:
         """
         try:
             self._restore(token, msgspec.json.decode(hot), _decode_marks(marks), current)
-        except (msgspec.DecodeError, IndexError, TypeError, KeyError) as error:
+        except (msgspec.DecodeError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"state of instrument {token} is not readable: {error}") from None
 
     def _restore(

@@ -478,11 +478,7 @@ def apply(
                 entry += 1
             if b.marks[DIRTY_SIZE] >= dirty_max:
                 return LIMIT, row
-        if (
-            b.evicted.shape[0] - b.marks[EVICTED_SIZE] < room
-            or b.late.shape[0] - b.marks[LATE_SIZE] < room
-            or b.dirty.size - b.marks[DIRTY_SIZE] < 1
-        ):
+        if b.evicted.shape[0] - b.marks[EVICTED_SIZE] < room or b.late.shape[0] - b.marks[LATE_SIZE] < room:
             return LOG_FULL, row
         tick = ticks[row]
         if _is_bad(tick):

@@ -86,9 +86,11 @@ def _number(cell: float | int | str | None) -> float:
 def _parse(text: bytes) -> Row | None:
     try:
         row = _decoder.decode(text)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         return None
-    return row if len(row) >= 8 and isinstance(row[START], int) else None
+    if len(row) < 8 or not isinstance(row[START], int):
+        return None
+    return row if all(isinstance(cell, int | float) for cell in (*row[OPEN:OI], row[TICKS])) else None
 
 
 def _text(row: Row) -> bytes:

@@ -10,6 +10,7 @@ Kernels take and return byte positions, so that they compose: `pos = write_numbe
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -30,6 +31,7 @@ TICK_BYTES_MAX = TICK_WIDTH * (NUMBER_BYTES_MAX + 1) + 3
 TICK_BYTES_MIN = 2 * TICK_WIDTH + 2  # "[1,1,1,1,1,1,1,1,1]" and its comma
 DECIMALS_MAX = 12
 EXACT_MAX = 2.0**53
+WHOLE_MAX = 9e18  # what an int64 holds
 
 _POW10 = np.array([10.0**k for k in range(23)])  # exact in float64 up to 10²²
 _FLAGS = tuple(np.frombuffer(f',"{name}"'.encode(), np.uint8) for name in FLAG_NAMES[1:])
@@ -63,8 +65,11 @@ def write_int(out: Bytes, pos: int, value: int) -> int:
 
 @_compiled
 def write_number(out: Bytes, pos: int, value: float) -> int:
-    """Write the shortest decimal of at most 12 places that reads back as `value`; NaN writes null."""
-    if value != value:
+    """Write the shortest decimal of at most 12 places that reads back as `value`.
+
+    NaN, and what is too large for any field of ours, writes null.
+    """
+    if not (-WHOLE_MAX < value < WHOLE_MAX):
         out[pos], out[pos + 1], out[pos + 2], out[pos + 3] = 110, 117, 108, 108
         return pos + 4
     whole = int(value)
@@ -76,7 +81,7 @@ def write_number(out: Bytes, pos: int, value: float) -> int:
         value = -value
     decimals = 1
     scaled = np.rint(value * 10.0)
-    while scaled / _POW10[decimals] != value and decimals < DECIMALS_MAX:
+    while scaled / _POW10[decimals] != value and decimals < DECIMALS_MAX and scaled < WHOLE_MAX / 10.0:
         decimals += 1
         scaled = np.rint(value * _POW10[decimals])
     digits = int(scaled)
@@ -324,6 +329,7 @@ def read_tick_entries(texts: list[bytes]) -> tuple[Floats, list[int], list[int]]
 
 
 _odd_decoder = msgspec.json.Decoder(list[Any])
+_BETWEEN_ROWS = re.compile(rb"\]\s*\[")
 
 
 def read_odd_ticks(text: bytes) -> tuple[Floats, int]:
@@ -334,7 +340,7 @@ def read_odd_ticks(text: bytes) -> tuple[Floats, int]:
     """
     try:
         rows = _odd_decoder.decode(text)
-    except (msgspec.DecodeError, RecursionError):
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return np.empty((0, BATCH_WIDTH)), 1
     good = [row for row in rows if _is_tick_row(row)]
     ticks = np.empty((len(good), BATCH_WIDTH))
@@ -371,10 +377,10 @@ def read_rows(text: bytes, width: int, least: int | None = None) -> Floats:
 
 def _read_odd_rows(text: bytes, width: int, least: int) -> Floats:
     """`read_rows` for numbers the kernel leaves to msgspec (17 digits, exponents)."""
-    joined = b"[" + text.replace(b"]\n[", b"],[").replace(b"][", b"],[") + b"]"
+    joined = b"[" + _BETWEEN_ROWS.sub(b"],[", text) + b"]"
     try:
         rows = msgspec.json.decode(joined, type=list[list[float | str | None]])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"not a row of numbers: {error}") from None
     out = np.zeros((len(rows), width))
     for i, row in enumerate(rows):

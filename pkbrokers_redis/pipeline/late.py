@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -14,8 +15,21 @@ from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.late import amend
 
 REVS_MAX = 64  # revisions remembered of an instrument's candles that left the book
+START_DIGITS_MAX = 18
 
 Revisions = dict[int, dict[str, int]]  # token → "5m 1762745700" → rev
+_revs_decoder = msgspec.json.Decoder(dict[str, int])
+
+
+def read_revisions(fields: Mapping[bytes, bytes]) -> Revisions:
+    """`<token>:revs` fields of `P:{S}:state` → revisions; what a foreign hand left there is passed over."""
+    revs: Revisions = {}
+    for name, value in fields.items():
+        try:
+            revs[int(name.removesuffix(b":revs"))] = _revs_decoder.decode(value)
+        except (msgspec.DecodeError, ValueError):
+            continue
+    return revs
 
 
 def settle_late(
@@ -73,7 +87,7 @@ def _rows(
 
 def _start_of(row: bytes) -> int | None:
     start = row[1 : row.find(b",")]
-    return int(start) if start.isdigit() else None
+    return int(start) if start.isdigit() and len(start) <= START_DIGITS_MAX else None
 
 
 def _note(revs: Revisions, token: int, name: str, rev: int, extra: dict[bytes, bytes]) -> None:

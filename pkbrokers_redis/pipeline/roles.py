@@ -21,7 +21,7 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.core.errors import PkbError, SettingsError
 from pkbrokers_redis.pipeline.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings, load_settings
-from pkbrokers_redis.store.connect import connect, describe
+from pkbrokers_redis.store.connect import connect, describe, explain
 from pkbrokers_redis.store.meta import ensure_meta
 from pkbrokers_redis.store.symbols import resolve_many
 
@@ -48,8 +48,9 @@ def main(role: Callable[[Settings, threading.Event], None]) -> int:
         settings = load_settings()
         logs.configure(settings)
         role(settings, stop)
-    except PkbError as error:
-        print(f"pkb: {error}", file=sys.stderr)  # noqa: T201  the one line a person reads
+    except (PkbError, redis.RedisError) as error:
+        told = error if isinstance(error, PkbError) else explain(error, describe(settings))
+        print(f"pkb: {' '.join(str(told).split())}", file=sys.stderr)  # noqa: T201  what a person reads
         return 2
     return 0
 

@@ -6,6 +6,7 @@ nothing is incremented, so a batch that was applied again from the same cursor g
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
@@ -16,12 +17,14 @@ from redis.exceptions import ResponseError
 
 from pkbrokers_redis.core import changes as ch
 from pkbrokers_redis.core.book import Book, Changes
-from pkbrokers_redis.core.errors import CommitRefused, PkbError, WrongKeyType
+from pkbrokers_redis.core.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
 from pkbrokers_redis.core.keys import AGGREGATOR_GROUP, Keys
 from pkbrokers_redis.store.pipe import Pipe
+from pkbrokers_redis.store.replies import is_not_now
 
 COMMIT = "pkb_commit"
 CLAIM = "pkb_claim"
+_ENTRY_ID = re.compile(rb"\d{1,18}-\d{1,18}")
 
 
 def load_functions(client: redis.Redis) -> None:
@@ -43,7 +46,8 @@ class Position:
 def claim(client: redis.Redis, keys: Keys, shard: int) -> Position:
     """Become the owner of a shard and read where its commits stand.
 
-    Raises WrongKeyType when somebody filled `P:{S}:cursor` with something else.
+    Raises WrongKeyType when somebody filled `P:{S}:cursor` with something else, and PkbError when its
+    fields are not ours.
     """
     cursor = keys.cursor(shard)
     try:
@@ -52,11 +56,23 @@ def claim(client: redis.Redis, keys: Keys, shard: int) -> Position:
     except ResponseError as error:
         if "WRONGTYPE" in str(error):
             raise WrongKeyType(cursor, _type_of(client, cursor), "hash") from None
+        if "not an integer" in str(error):
+            raise PkbError(f"{cursor} holds no number in `epoch`", f"HDEL {cursor} epoch") from None
         raise
+    entry_id, read = fields.get(b"id", b"0-0"), fields.get(b"read", b"0")
+    if not _ENTRY_ID.fullmatch(entry_id) or not _is_count(read):
+        raise PkbError(
+            f"{cursor} holds no position in `id` and `read`: {entry_id[:40]!r}, {read[:40]!r}",
+            "set them to last-delivered-id and entries-read of its group in XINFO GROUPS",
+        )
     sources = {
-        name[4:]: int(seq) for name, seq in fields.items() if name.startswith(b"src:") and seq.isdigit()
+        name[4:]: int(seq) for name, seq in fields.items() if name.startswith(b"src:") and _is_count(seq)
     }
-    return Position(epoch, fields.get(b"id", b"0-0").decode(), int(fields.get(b"read", 0)), sources)
+    return Position(epoch, entry_id.decode(), int(read), sources)
+
+
+def _is_count(text: bytes) -> bool:
+    return text.isdigit() and len(text) <= 18
 
 
 def _type_of(client: redis.Redis, key: str) -> str:
@@ -139,13 +155,16 @@ def queue_commit(
 def settle_commit(reply: Any, held: Position, move: Move) -> list[str]:
     """Move `held` on after a commit. Returns the keys that refused, with Redis's word on each.
 
-    Raises CommitRefused when the shard is no longer ours or the cursor is not where we left it, and
-    whatever else Redis said as PkbError.
+    Raises CommitRefused when the shard is no longer ours or the cursor is not where we left it,
+    RedisUnavailable when Redis cannot write now or has lost our functions, and whatever else it said as
+    PkbError.
     """
     if isinstance(reply, ResponseError):
         text = str(reply)
         if text.startswith(("FENCED", "STALE")):
             raise CommitRefused(text)
+        if is_not_now(reply) or "Function not found" in text:
+            raise RedisUnavailable(f"Redis cannot commit now: {text}")
         raise PkbError(f"Redis refused a commit: {text}")
     if isinstance(reply, Exception):
         raise reply

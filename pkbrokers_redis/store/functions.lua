@@ -72,8 +72,12 @@ local function commit(keys, args)
   local cursor, ticks, state, closed = keys[1], keys[2], keys[3], keys[4]
   local base, epoch, was, id, read, cap = args[1], args[2], args[3], args[4], args[5], args[6]
   local held = redis.call('HMGET', cursor, 'id', 'epoch')
-  if (held[2] or '0') ~= epoch then
-    return redis.error_reply('FENCED epoch ' .. (held[2] or '0') .. ' owns the shard, not ' .. epoch)
+  local owner = tonumber(held[2] or '0') or 0
+  if owner > tonumber(epoch) then
+    return redis.error_reply('FENCED epoch ' .. owner .. ' owns the shard, not ' .. epoch)
+  end
+  if owner < tonumber(epoch) then -- no other owner: the data went back (flushed, or an older copy)
+    return redis.error_reply('STALE the shard is at epoch ' .. owner .. ', not ' .. epoch)
   end
   if (held[1] or '0-0') ~= was then
     return redis.error_reply('STALE the cursor is at ' .. (held[1] or '0-0') .. ', not ' .. was)

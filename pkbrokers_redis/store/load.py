@@ -10,6 +10,7 @@ from redis.exceptions import ResponseError
 from pkbrokers_redis.core.book import Book
 from pkbrokers_redis.core.errors import WrongKeyType
 from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.core.model import TOKEN_MAX
 
 INSTRUMENTS_AT_ONCE = 1000  # a pipeline's bound: about 1 MB of replies
 
@@ -30,7 +31,7 @@ def load_book(
             raise WrongKeyType(key, bytes(client.type(key)).decode(), "hash") from None  # type: ignore[arg-type]
         raise
     others = {name: value for name, value in fields.items() if name.endswith(b":revs")}
-    tokens = [int(name) for name in fields if name.isdigit()]
+    tokens = [token for token in map(_token_of, fields) if token]
     for first in range(0, len(tokens), INSTRUMENTS_AT_ONCE):
         chunk = tokens[first : first + INSTRUMENTS_AT_ONCE]
         pipeline = client.pipeline(transaction=False)
@@ -46,3 +47,9 @@ def load_book(
                 on_odd(str(error))
                 book.forget(token)
     return others
+
+
+def _token_of(name: bytes) -> int:
+    """The token a state field is named after; 0 for other fields, and for those of a foreign hand."""
+    token = int(name) if name.isdigit() and len(name) <= 10 else 0
+    return token if token <= TOKEN_MAX and name == b"%d" % token else 0

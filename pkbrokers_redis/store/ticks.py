@@ -6,7 +6,7 @@ P:{S}:ticks   one entry a websocket frame and shard:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import redis
@@ -17,14 +17,25 @@ from pkbrokers_redis.core.text import tick_texts
 from pkbrokers_redis.store.pipe import Pipe
 
 
-def queue_ticks(pipe: Pipe, keys: Keys, source: str, seq: int, at_ms: int, ticks: TickArray) -> int:
-    """Append one frame's ticks (float64[n, 10]) to a pipe, an entry a shard. Returns the entries."""
-    texts = tick_texts(ticks, keys.shards)
-    for shard, n, text in texts:
-        pipe.add(
-            "XADD", keys.ticks(shard), "*", "src", source, "seq", seq, "at", at_ms, "n", n, "ticks", text
-        )  # fmt: skip
-    return len(texts)
+def queue_frames(
+    pipe: Pipe, keys: Keys, source: str, frames: Sequence[tuple[int, int, TickArray]]
+) -> int:
+    """Append frames `(seq, at_ms, ticks)`, an entry a frame and shard. Returns the entries.
+
+    A shard's entries go in together or not at all: had Redis refused one (out of memory, say) and taken
+    the next, that one's higher `seq` would make the first look like a repeat when it is sent again.
+    """
+    entries: dict[int, list[tuple[Any, ...]]] = {}
+    for seq, at_ms, ticks in frames:
+        for shard, n, text in tick_texts(ticks, keys.shards):
+            fields = ("src", source, "seq", seq, "at", at_ms, "n", n, "ticks", text)
+            entries.setdefault(shard, []).append(("XADD", keys.ticks(shard), "*", *fields))
+    for commands in entries.values():
+        if len(commands) > 1:
+            commands = [("MULTI",), *commands, ("EXEC",)]
+        for command in commands:
+            pipe.add(*command)
+    return sum(map(len, entries.values()))
 
 
 def id_order(entry_id: str) -> tuple[int, int]:

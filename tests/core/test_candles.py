@@ -326,6 +326,27 @@ def test_buckets_are_anchored_at_the_open_for_every_interval() -> None:
         assert starts == list(range(0, 22_500, length))
 
 
+def test_a_book_filled_to_the_brim_and_beyond_keeps_every_instrument() -> None:
+    market = Market()
+    market.book = Book(INTERVALS, load_sessions("market"), event_clock=True, instruments=4)
+    tokens = [256 * n + 1 for n in range(1, 10)]
+    market.take(
+        *(tick(-30, 100, 1_000, token=each) for each in tokens),
+        *(tick(1, 100 + n, 1_010, token=each) for n, each in enumerate(tokens)),
+    )
+    assert len(market.book) == 9
+    assert [market.rows("1m", each)[0][1] for each in tokens] == [100 + n for n in range(9)]
+
+
+def test_many_candles_in_one_batch_all_reach_the_list_in_order() -> None:
+    minutes = 375
+    market = Market(intervals="1m,day").take(
+        tick(-60, 99, 1_000), *(tick(60 * n, 100, 1_010 + n) for n in range(minutes))
+    )
+    assert [each[0] - OPEN for each in market.rows("1m")] == [60 * n for n in range(minutes)]
+    assert [each[1] for each in market.closed] == sorted(each[1] for each in market.closed)
+
+
 # -- properties ------------------------------------------------------------------------------------
 
 
