@@ -52,7 +52,7 @@ class UnknownSymbol(PkbError):
         if nearest:
             mend = "did you mean " + " or ".join(nearest) + "?"
         else:
-            mend = "see `pkb instruments search`, or give the instrument token"
+            mend = "give NSE:NAME as in `pkb redis-cli HKEYS pkb:symbols`, or the instrument token"
         super().__init__(f"unknown symbol {symbol!r}", mend)
         self.symbol = symbol
         self.nearest = nearest

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import msgspec
-import structlog
 import websocket
 
+from pkbrokers_redis import logs
 from pkbrokers_redis.core.errors import SettingsError
 from pkbrokers_redis.kite.text_frames import TextEvent, parse_text
 from pkbrokers_redis.kite.transport import FrameTooLarge, describe, open_websocket, receive
@@ -25,7 +25,7 @@ from pkbrokers_redis.kite.urls import KITE_WEB_ORIGIN, address_of, url_for
 
 __all__ = ["SocketStats", "ZerodhaWebSocketClient", "backoff_seconds", "url_for"]
 
-log = structlog.get_logger(__name__)
+log = logs.get("kite")
 
 TOKENS_PER_CONNECTION_MAX = 3000
 CONNECTIONS_PER_KEY_MAX = 3

@@ -19,11 +19,11 @@ from urllib.parse import parse_qs, urlsplit
 import msgspec
 import numpy as np
 import numpy.typing as npt
-import structlog
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from pkbrokers_redis import logs
 from pkbrokers_redis.core.errors import PkbError
 from pkbrokers_redis.kite.capture import KIND_BINARY, KIND_TEXT, CaptureWriter
 from pkbrokers_redis.kite.layout import IST
@@ -31,7 +31,7 @@ from pkbrokers_redis.simulator.frames import MODE_QUOTE, NONE, frames_for
 from pkbrokers_redis.simulator.market import Ints, Market
 from pkbrokers_redis.simulator.requests import BadRequest, SetMode, Subscribe, parse_request
 
-log = structlog.get_logger(__name__)
+log = logs.get("simulator")
 
 HEARTBEAT = b"\x00"
 HEARTBEAT_SECONDS = 2.0
