@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 SECONDS ?= 60
 SEED ?= 1
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench chaos clean
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -37,6 +37,9 @@ check: $(READY)  ## format, lint, types, layers
 
 bench: $(READY)  ## the benchmark table of README, measured here
 	@$(BIN)/pkb bench $(ARGS)
+
+chaos: $(READY)  ## the pipeline under faults: make chaos SECONDS=600 SEED=7
+	@$(BIN)/python -m tests.chaos.driver --seconds $(SECONDS) --seed $(SEED) $(ARGS)
 
 clean:  ## remove the venv and caches
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -386,7 +386,10 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
     if time == tick[AT_MS] and volume <= inst[SEEN] and today and time >= ring[0, R_TIME]:
         b.counts[C_REPEAT] += 1
         return
-    if time < inst[FIRST_TIME]:  # older than our baseline: not ours to tell
+    # Rule 2: what had traded when we first looked is not ours to tell. A trade time is in whole seconds, the
+    # first sight's may be a time of receipt.
+    first_second = inst[FIRST_TIME] // 1000 * 1000
+    if time < first_second or (b.day_ms[d, 0] <= first_second and volume <= inst[FIRST_VOLUME]):
         b.counts[C_EARLY] += 1
         return
     place = _place_in_ring(ring, size, time, volume, price)

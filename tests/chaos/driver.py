@@ -1,0 +1,432 @@
+"""A seeded run of the whole pipeline under faults, and the proof that nothing came of them.
+
+    python -m tests.chaos.driver --seconds 600 --seed 7
+
+A simulator feeds ingest workers, aggregators share the shards, a recorder keeps every entry the streams
+acknowledged. Meanwhile a seeded driver kills -9 and stops workers, kills and stalls Redis, drops sockets,
+repeats and swaps frames. At the end the rows of every interval must equal (1) those of an aggregator that
+gets the recorded entries without any fault, and (2) an independent oracle; and every candle must have been
+announced as final exactly once. A seed gives the same faults at the same moments again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.pipeline.aggregate import Aggregator
+from pkbrokers_redis.pipeline.replay import lag_entries
+from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.simulator.market import Market
+from pkbrokers_redis.simulator.server import SimulatorServer
+from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.store.binary import find_binary
+from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.meta import ensure_meta
+from tests.chaos import oracle
+from tests.support import settings_env, wait_until
+
+INSTRUMENTS = 300
+LEASE_SECONDS = 2.0
+PAUSE_SECONDS = (0.3, 2.5)  # between faults
+READ_COUNT = 2_000
+
+
+@dataclass
+class Report:
+    """What happened, and what it came to. `rows_different` 0 is the proof."""
+
+    seed: int
+    seconds: float
+    faults: Counter[str] = field(default_factory=Counter)
+    entries: int = 0
+    repeated_entries: int = 0
+    ticks: int = 0
+    rows: int = 0
+    rows_different: int = 0
+    announced: int = 0
+    announced_twice: int = 0
+    announced_differently: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Nothing lost, nothing doubled, no row different."""
+        return (
+            not (self.rows_different or self.announced_twice or self.announced_differently) and self.rows > 0
+        )
+
+
+class RedisServer:
+    """An append-only server on a fixed port that can be killed, stalled and started again."""
+
+    def __init__(self, folder: Path, kind: str = "valkey") -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self._command = [
+            str(find_binary(kind)), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder),
+            "--save", "", "--appendonly", "yes", "--appendfsync", "everysec", "--loglevel", "warning",
+        ]  # fmt: skip
+        self.process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"redis://127.0.0.1:{self.port}/0"
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
+        client = redis.Redis(port=self.port)
+
+        def answers() -> bool:
+            with contextlib.suppress(redis.RedisError):
+                return bool(client.ping())
+            return False
+
+        wait_until(answers, timeout_seconds=60, what="Redis to answer")
+        client.close()
+
+    def kill(self) -> None:
+        assert self.process
+        self.process.kill()
+        self.process.wait()
+
+
+class Worker:
+    """One `python -m workers.<role>`; its output goes to a file for the post-mortem."""
+
+    def __init__(self, role: str, number: int, env: dict[str, str], folder: Path) -> None:
+        self.role = role
+        self._env = {**os.environ, **env, "PYTHONUNBUFFERED": "1"}
+        self._log = (folder / f"{role}-{number}.log").open("ab")
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", f"workers.{self.role}"], env=self._env, stdout=self._log, stderr=self._log
+        )
+
+    def ensure(self) -> None:
+        """Start it again when it ended: what a supervisor does."""
+        if self.process is None or self.process.poll() is not None:
+            self.start()
+
+    def signal(self, number: signal.Signals) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(number)
+
+    def stop(self) -> None:
+        self.signal(signal.SIGCONT)
+        self.signal(signal.SIGTERM)
+        if self.process is not None:
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._log.close()
+
+
+class Recorder(threading.Thread):
+    """Keeps every entry of the tick streams, in order; registered as a reader, so trimming waits for it."""
+
+    def __init__(self, url: str, settings: Settings) -> None:
+        super().__init__(daemon=True)
+        self._url = url
+        self._settings = settings
+        self.entries: dict[int, list[oracle.Entry]] = {shard: [] for shard in range(settings.shards)}
+        self._last = {settings.keys.ticks(shard): b"0-0" for shard in range(settings.shards)}
+        self._shard = {settings.keys.ticks(s).encode(): s for s in range(settings.shards)}
+        self.stop_event = threading.Event()
+        self.caught_up = threading.Event()
+
+    def run(self) -> None:
+        client = redis.Redis.from_url(self._url, protocol=2)
+        while not self.stop_event.is_set():
+            try:
+                for key in self._last:
+                    with contextlib.suppress(redis.ResponseError):
+                        client.xgroup_create(key, "recorder", id="0-0", mkstream=True)
+                while not self.stop_event.is_set():
+                    self._read(client)
+            except redis.RedisError:
+                time.sleep(0.1)
+
+    def _read(self, client: redis.Redis) -> None:
+        reply: Any = client.xread(self._last, count=READ_COUNT, block=200)  # type: ignore[arg-type]
+        for key, found in reply or []:
+            self.entries[self._shard[key]] += [fields for _, fields in found]
+            self._last[key.decode()] = found[-1][0]
+            client.xgroup_setid(key, "recorder", found[-1][0])
+        if not reply:
+            self.caught_up.set()
+
+
+class Chaos:
+    """The stage, the faults and the verdict."""
+
+    def __init__(
+        self, seed: int, seconds: float, folder: Path, *, ingests: int = 1, aggregators: int = 2
+    ) -> None:
+        self.rng = random.Random(seed)
+        self.seconds = seconds
+        self.folder = folder
+        self.report = Report(seed, seconds)
+        self._frame_rng = random.Random(seed + 1)
+        self._held: bytes | None = None
+        (folder / "redis").mkdir()
+        self.redis = RedisServer(folder / "redis")
+        rows = universe(INSTRUMENTS)
+        self.kite = SimulatorServer(Market(rows, int(time.time() * 1000), seed=seed), outgoing=self._damage)
+        self.kite.start()
+        tokens = folder / "tokens"
+        tokens.write_text("\n".join(str(row["instrument_token"]) for row in rows))
+        self.settings = load_settings(
+            redis_url=self.redis.url, data_dir=folder / "data", sessions="always", lease_seconds=LEASE_SECONDS,
+            instruments=str(tokens), kite_ws_url=self.kite.url, close_grace_seconds=1, log_level="info",
+        )  # fmt: skip
+        self.workers = [
+            Worker(role, n, settings_env(self.settings), folder)
+            for role, count in (("aggregate", aggregators), ("ingest", ingests))
+            for n in range(count)
+        ]
+        self.recorder = Recorder(self.redis.url, self.settings)
+
+    # -- faults ------------------------------------------------------------------------------------
+
+    def _damage(self, frame: bytes) -> Iterator[bytes]:
+        """Now and then a frame twice, or behind the next one."""
+        roll = self._frame_rng.random()
+        if self._held is not None:
+            yield frame
+            yield self._held
+            self._held = None
+        elif roll < 0.02:
+            self.report.faults["frame_repeated"] += 1
+            yield frame
+            yield frame
+        elif roll < 0.04:
+            self.report.faults["frame_swapped"] += 1
+            self._held = frame
+        else:
+            yield frame
+
+    def faults(self) -> dict[str, Callable[[], None]]:
+        """Name → what it does. Each leaves the stage whole, if late."""
+        return {
+            "aggregator_killed": lambda: self._one("aggregate").signal(signal.SIGKILL),
+            "aggregator_stopped": lambda: self._hang(
+                self._one("aggregate"), self.rng.uniform(0.5, 2 * LEASE_SECONDS)
+            ),
+            "ingest_killed": lambda: self._one("ingest").signal(signal.SIGKILL),
+            "ingest_stopped": lambda: self._hang(self._one("ingest"), self.rng.uniform(0.2, 2.0)),
+            "redis_killed": self._kill_redis,
+            "redis_stalled": self._stall_redis,
+            "sockets_dropped": self.kite.disconnect_all,
+        }
+
+    def _one(self, role: str) -> Worker:
+        return self.rng.choice([each for each in self.workers if each.role == role])
+
+    def _hang(self, worker: Worker, seconds: float) -> None:
+        worker.signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        worker.signal(signal.SIGCONT)
+
+    def _kill_redis(self) -> None:
+        self.redis.kill()
+        time.sleep(self.rng.uniform(0.0, 2.0))
+        self.redis.start()
+
+    def _stall_redis(self) -> None:
+        assert self.redis.process
+        self.redis.process.send_signal(signal.SIGSTOP)
+        time.sleep(self.rng.uniform(0.2, 1.5))
+        self.redis.process.send_signal(signal.SIGCONT)
+
+    # -- the run -----------------------------------------------------------------------------------
+
+    def run(self) -> Report:
+        """Set the stage, let the faults come, wait for calm, judge."""
+        self.redis.start()
+        client = connect(self.settings)
+        ensure_meta(client, self.settings, "2026-01-01T00:00:00+00:00")
+        self.recorder.start()
+        try:
+            self._play(client)
+            self._judge(client)
+        finally:
+            for worker in self.workers:
+                worker.stop()
+            self.kite.stop()
+            self.redis.kill()
+        client.close()
+        return self.report
+
+    def _play(self, client: redis.Redis) -> None:
+        for worker in self.workers:
+            worker.start()
+        wait_until(lambda: self._applied(client) > 0, timeout_seconds=120, what="the first commit")
+        self._disturb()
+        self._calm(client)
+        for worker in reversed(self.workers):  # ingest first
+            worker.stop()
+        wait_until(lambda: lag_entries(client, self.settings.keys) == 0, timeout_seconds=60, what="no lag")
+        self.recorder.caught_up.clear()
+        self.recorder.caught_up.wait(30)
+        self.recorder.stop_event.set()
+        self.recorder.join(10)
+
+    def _applied(self, client: redis.Redis) -> int:
+        with contextlib.suppress(redis.RedisError):
+            keys = self.settings.keys
+            return sum(int(client.hget(keys.cursor(s), "read") or 0) for s in range(keys.shards))
+        return 0
+
+    def _disturb(self) -> None:
+        names = sorted(self.faults())
+        ends = time.monotonic() + self.seconds
+        while time.monotonic() < ends:
+            time.sleep(self.rng.uniform(*PAUSE_SECONDS))
+            for worker in self.workers:
+                worker.ensure()
+            name = self.rng.choice(names)
+            print(f"{self.seconds - (ends - time.monotonic()):6.1f} s  {name}", file=sys.stderr)
+            self.report.faults[name] += 1
+            self.faults()[name]()
+
+    def _calm(self, client: redis.Redis) -> None:
+        """No more faults: everything runs again and applies what there is, for a few seconds."""
+        for worker in self.workers:
+            worker.signal(signal.SIGCONT)
+            worker.ensure()
+        before = self._applied(client)
+        wait_until(
+            lambda: self._applied(client) > before + 200, timeout_seconds=120, what="the pipeline to go on"
+        )
+        self.kite.stop()  # the market closes: what is under way arrives, nothing new comes
+        settled = Counter[int]()
+
+        def quiet() -> bool:
+            settled[self._applied(client)] += 1
+            return lag_entries(client, self.settings.keys) == 0 and settled[self._applied(client)] > 30
+
+        wait_until(quiet, timeout_seconds=120, poll_seconds=0.1, what="the streams to run dry")
+
+    # -- the verdict -------------------------------------------------------------------------------
+
+    def _judge(self, client: redis.Redis) -> None:
+        settings = self.settings
+        ours = all_rows(client, settings)
+        expected: oracle.Rows = {}
+        sessions = load_sessions("always", settings.timezone)
+        for entries in self.recorder.entries.values():
+            ticks, repeats = oracle.acknowledged(entries)
+            self.report.entries += len(entries)
+            self.report.repeated_entries += repeats
+            self.report.ticks += len(ticks)
+            expected |= oracle.candles(ticks, settings.intervals, sessions)
+        calm = self._undisturbed(client)
+        self.report.rows = sum(map(len, ours.values()))
+        for key in sorted(ours.keys() | expected.keys() | calm.keys()):
+            for start in sorted(
+                ours.get(key, {}).keys() | expected.get(key, {}).keys() | calm.get(key, {}).keys()
+            ):
+                rows = [each.get(key, {}).get(start) for each in (ours, expected, calm)]
+                if not rows[0] == rows[1] == rows[2]:
+                    self.report.rows_different += 1
+                    if len(self.report.examples) < 10:
+                        self.report.examples.append(
+                            f"{key} {start}: ours {rows[0]} oracle {rows[1]} calm {rows[2]}"
+                        )
+        self._judge_announcements(client, ours)
+
+    def _undisturbed(self, client: redis.Redis) -> oracle.Rows:
+        """The recorded entries through one aggregator of another prefix, without a fault."""
+        settings = load_settings(
+            redis_url=self.redis.url, data_dir=self.folder / "data", prefix="calm", sessions="always",
+            close_grace_seconds=1,
+        )  # fmt: skip
+        for shard, entries in self.recorder.entries.items():
+            for first in range(0, len(entries), 500):
+                pipeline = client.pipeline(transaction=False)
+                for entry in entries[first : first + 500]:
+                    pipeline.xadd(settings.keys.ticks(shard), entry)  # type: ignore[arg-type]
+                pipeline.execute()
+        aggregator = Aggregator(lambda: connect(settings), settings, now_ms=lambda: time.time() * 1000)
+        aggregator.start()
+        while aggregator.step(block_ms_max=1) or lag_entries(client, settings.keys):
+            pass
+        return all_rows(client, settings)
+
+    def _judge_announcements(self, client: redis.Redis, ours: oracle.Rows) -> None:
+        """Every final candle announced once; the last announcement of each says what the list says."""
+        for shard in range(self.settings.shards):
+            first: Counter[tuple[int, str, int]] = Counter()
+            last: dict[tuple[int, str, int], Any] = {}
+            for _, fields in client.xrange(self.settings.keys.closed(shard)):  # type: ignore[union-attr]
+                row = json.loads(fields[b"row"])
+                name = int(fields[b"token"]), fields[b"interval"].decode(), row[0]
+                first[name] += fields[b"rev"] == b"0"
+                last[name] = row
+            self.report.announced += len(last)
+            self.report.announced_twice += sum(count != 1 for count in first.values())
+            self.report.announced_differently += sum(
+                ours[token, interval].get(start) != row for (token, interval, start), row in last.items()
+            )
+
+
+def all_rows(client: redis.Redis, settings: Settings) -> oracle.Rows:
+    """Every completed and forming row of a store."""
+    rows: oracle.Rows = {}
+    for key in client.scan_iter(match=f"{settings.prefix}:*", count=5_000):
+        kind, *rest = key.decode().split(":")[2:] or [""]
+        if kind == "candles":
+            token, interval = rest
+            found = [json.loads(text) for text in client.lrange(key, 0, -1)]  # type: ignore[union-attr]
+            rows.setdefault((int(token), interval), {}).update({row[0]: row for row in found})
+        elif kind == "current":
+            for interval, text in client.hgetall(key).items():  # type: ignore[union-attr]
+                row = json.loads(text)
+                rows.setdefault((int(rest[0]), interval.decode()), {})[row[0]] = row
+    return rows
+
+
+def main() -> int:
+    """Run once and print the report; 0 when nothing came of the faults."""
+    parser = argparse.ArgumentParser(description="the pipeline under faults")
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--aggregators", type=int, default=2)
+    parser.add_argument("--ingests", type=int, default=1)
+    options = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="pkb-chaos-"))
+    report = Chaos(
+        options.seed, options.seconds, folder, ingests=options.ingests, aggregators=options.aggregators
+    ).run()
+    print(json.dumps({**asdict(report), "faults": dict(report.faults), "ok": report.ok}, indent=1))
+    if not report.ok:
+        print(f"logs of the workers: {folder}; again: --seconds {options.seconds:g} --seed {options.seed}")
+    return 0 if report.ok else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
