@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from tests.chaos.driver import Chaos
 @pytest.mark.timeout(240)
 @pytest.mark.xdist_group("chaos")
 def test_half_a_minute_of_faults_leaves_every_row_as_without(tmp_path: Path) -> None:
-    seed = random.SystemRandom().randrange(1_000_000)  # another story each time; the report names it
+    seed = int(os.environ.get("PKB_CHAOS_SEED", "2026"))
     report = Chaos(seed, 25.0, tmp_path, ingests=1, aggregators=2).run()
     assert report.rows_different == 0, f"seed {seed}: {report.examples}"
     assert report.announced_twice == report.announced_differently == 0, f"seed {seed}"
