@@ -1,4 +1,4 @@
-"""What the benchmarks share: a private store, the two workers as processes, a feeder, this machine's state."""
+"""What the benchmarks share: a private store, the workers as processes, ticks, this machine's state."""
 
 from __future__ import annotations
 

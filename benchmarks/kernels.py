@@ -50,7 +50,8 @@ def dict_aggregator(ticks: list[list[float]], seconds: list[int]) -> dict[tuple[
             candle = candles.get((key, length))
             if candle is None or candle["start"] != start:
                 candles[key, length] = {
-                    "start": start, "open": price, "high": price, "low": price, "close": price, "volume": traded,
+                    "start": start, "open": price, "high": price, "low": price, "close": price,
+                    "volume": traded,
                 }  # fmt: skip
                 continue
             candle["high"] = max(candle["high"], price)

@@ -53,9 +53,8 @@ class Feed:
         async with serve(self._client, "127.0.0.1", 0, compression=None, ping_interval=None) as server:
             self.port = next(iter(server.sockets)).getsockname()[1]
             self.ready.set()
-            while not self.done.is_set():
-                await asyncio.sleep(0.1)
-            await asyncio.sleep(1.0)
+            await asyncio.get_running_loop().run_in_executor(None, self.done.wait)
+            await asyncio.sleep(1.0)  # the workers stop first
 
     async def _client(self, link: ServerConnection) -> None:
         while '"mode"' not in str(await link.recv()):

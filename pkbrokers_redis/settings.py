@@ -1,4 +1,5 @@
-"""All settings: environment variables `PKB_…` or a `.env` file. `pkb config` prints them.
+"""All settings: environment variables `PKB_…`, a `.env` file, or a file each in /run/secrets (containers).
+`pkb config` prints them.
 
 Secrets are `SecretStr`, so that no repr, log or traceback shows them.
 """
@@ -17,6 +18,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pkbrokers_redis.core.errors import SettingsError
 from pkbrokers_redis.core.intervals import DEFAULT_INTERVALS, Interval, parse_intervals
 from pkbrokers_redis.core.keys import Keys
+
+SECRETS_DIR = Path("/run/secrets")  # where Docker and Kubernetes mount them; a file's name is the variable's
 
 DEFAULT_INTERVALS_TEXT = ",".join(interval.name for interval in DEFAULT_INTERVALS)
 
@@ -49,11 +52,18 @@ class Settings(BaseSettings):
     stream_retention_seconds: float = Field(120, gt=0, description="age at which applied ticks are trimmed")
     stream_max_entries: int = Field(200_000, ge=100, description="hard cap of a tick stream, in entries")
     closed_max_entries: int = Field(100_000, ge=100, description="cap of a closed-candle stream, in entries")
+    buffer_max_bytes: int = Field(
+        256 * 2**20, ge=10_000, description="ingest: frames kept in memory that Redis does not have yet"
+    )
+    spool_max_bytes: int = Field(2**30, ge=0, description="an ingest's frames on disk while Redis is away")
+    spool_dir: Path | None = Field(None, description="where they are; unset: `spool` in PKB_DATA_DIR")
 
     # Kite
-    kite_api_key: str | None = Field(None, description="Kite Connect api key")
+    kite_api_key: str | None = Field(None, description="Kite Connect api key; several as a comma list")
     kite_api_secret: SecretStr | None = Field(None, description="Kite Connect api secret")
-    kite_access_token: SecretStr | None = Field(None, description="Kite Connect access token of the day")
+    kite_access_token: SecretStr | None = Field(
+        None, description="Kite Connect access token of the day, one an api key"
+    )
     kite_user_id: str | None = Field(None, description="Kite user id (web login)")
     kite_password: SecretStr | None = Field(None, description="Kite password (web login)")
     kite_totp_secret: SecretStr | None = Field(None, description="TOTP seed (web login)")
@@ -113,13 +123,15 @@ def env_name(field: str) -> str:
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Settings from the environment and `.env`, keyword overrides first (names are field names).
+    """Keyword overrides (names are field names), then the environment, `.env`, and files of /run/secrets.
 
+    A secret's file is named as its variable, in either case: `/run/secrets/pkb_kite_access_token`.
     Raises SettingsError: one line that names the variable, what is wrong, and never a secret's value.
     """
     if "intervals_text" in overrides:
         overrides["PKB_INTERVALS"] = overrides.pop("intervals_text")
     try:
+        overrides["_secrets_dir"] = SECRETS_DIR if SECRETS_DIR.is_dir() else None
         settings = Settings(**overrides)
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
@@ -127,5 +139,9 @@ def load_settings(**overrides: Any) -> Settings:
         name = field if field.startswith("PKB_") else env_name(field)
         text = problem["msg"].removeprefix("Value error, ")
         raise SettingsError(f"{name} {text[:1].lower()}{text[1:]}", f"correct or unset {name}") from None
+    except OSError as error:
+        raise SettingsError(
+            f"{error.filename} cannot be read ({error.strerror})", "let the user we run as read it"
+        ) from None
     settings.intervals  # noqa: B018  an unusable table must fail here, not in a worker's loop
     return settings

@@ -86,6 +86,8 @@ def test_every_key_the_code_can_build_is_in_the_table() -> None:
         keys.symbols(),
         keys.instrument(256265),
         keys.worker("W"),
+        keys.workers(),
+        keys.feed(0),
         keys.auth(),
         keys.ticks(1),
         keys.closed(1),
@@ -98,7 +100,7 @@ def test_every_key_the_code_can_build_is_in_the_table() -> None:
     }
     names = {name for name in vars(Keys) if not name.startswith("_")} - {"prefix", "shards", "shard_of"}
     assert len(built) == len(names), "a key of Keys is not tried here"
-    examples = {"<token>": "256265", "<interval>": "5m", "<id>": "W", "{S}": "{1}"}
+    examples = {"<token>": "256265", "<interval>": "5m", "<id>": "W", "<n>": "0", "{S}": "{1}"}
     documented = {re.sub(r"<\w+>|\{S\}", lambda part: examples[part[0]], name) for name, *_ in KEY_TABLE}
     assert built == documented
 

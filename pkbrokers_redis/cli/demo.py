@@ -35,6 +35,7 @@ from pkbrokers_redis.store.symbols import save_instruments
 WARM_UP_SECONDS_MAX = 180  # the first run compiles the candle rules
 SECONDS_WITHOUT_TERMINAL = 65  # long enough for a minute to complete
 REFRESH_SECONDS = 0.25
+RESTARTS_MAX = 3
 
 
 @dataclass
@@ -98,7 +99,7 @@ def demo(
         )
         workers.start()
         try:
-            _watch(client, settings, summary, View(as_json, summary, settings), stop, seconds)
+            _watch(client, settings, summary, View(as_json, summary, settings), workers, stop, seconds)
         finally:
             workers.stop()  # ingest first, then the aggregator, once it has applied what was written
             kite.stop()
@@ -147,6 +148,7 @@ def _watch(
     settings: Settings,
     summary: DemoSummary,
     view: View,
+    workers: Supervisor,
     stop: threading.Event,
     seconds: float | None,
 ) -> None:
@@ -158,6 +160,7 @@ def _watch(
             if began is None and client.exists(*_current_keys(client, settings, summary)):
                 began = time.monotonic()
             now = time.monotonic()
+            _check_workers(workers)
             if began is None and now - started > WARM_UP_SECONDS_MAX:
                 raise PkbError("no candle formed within 3 minutes", "look at the lines above, try again")
             if began is not None and seconds is not None and now - began >= seconds:
@@ -167,8 +170,15 @@ def _watch(
             stop.wait(REFRESH_SECONDS)
 
 
+def _check_workers(workers: Supervisor) -> None:
+    """Raise PkbError when a worker cannot live: then no candle will ever form."""
+    for status in workers.statuses():
+        if status.restarts >= RESTARTS_MAX or status.state == "failed":
+            raise PkbError(f"{status.role} does not stay up: {status.last_line}", "look at the lines above")
+
+
 def _current_keys(client: redis.Redis, settings: Settings, summary: DemoSummary) -> list[str]:
-    tokens: list[Any] = client.hmget(settings.keys.symbols(), summary.symbols)  # type: ignore[assignment]
+    tokens: list[Any] = client.hmget(settings.keys.symbols(), summary.symbols)
     return [settings.keys.current(int(token)) for token in tokens if token]
 
 

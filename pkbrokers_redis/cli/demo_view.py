@@ -71,7 +71,8 @@ class View:
             self._worker_keys = list(client.scan_iter(match=self._settings.keys.worker("*"), count=10_000))
         found: dict[str, dict[str, Any]] = {}
         for key in self._worker_keys:
-            fields = {k.decode(): v.decode() for k, v in client.hgetall(key).items()}
+            found_fields: Any = client.hgetall(key)
+            fields = {name.decode(): value.decode() for name, value in found_fields.items()}
             if fields:
                 found[fields["role"]] = fields
         return found
@@ -104,8 +105,8 @@ class View:
             (f"{self._summary.seconds:.0f} s", "dim"),
         )
         foot = Text(
-            "from another terminal: pkb candles RELIANCE 5m --current · pkb quote INFY · pkb closed --follow · "
-            "Ctrl-C stops",
+            "from another terminal: pkb candles RELIANCE 5m --current · pkb quote INFY · "
+            "pkb closed --follow · Ctrl-C stops",
             "dim",
         )
         return Group(head, Text(), table, Text(), foot)

@@ -10,9 +10,11 @@ from typing import Annotated, Any
 
 import redis
 import typer
+from redis.sentinel import SentinelConnectionPool
 
 from pkbrokers_redis.cli.redis_shell import run_shell
 from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.store.cluster import cluster_of
 from pkbrokers_redis.store.connect import connect
 
 PROGRAMS = ("redis-cli", "valkey-cli")
@@ -42,14 +44,24 @@ def redis_cli(
     raise typer.Exit(code if code >= 0 else 128 - code)
 
 
+def server_pool(client: redis.Redis) -> tuple[Any, list[str]]:
+    """The connection pool of a client's server, and the options redis-cli needs for its kind."""
+    cluster: Any = cluster_of(client)
+    if cluster is None:
+        return client.connection_pool, []
+    return cluster.get_redis_connection(cluster.get_primaries()[0]).connection_pool, ["-c"]
+
+
 def cli_arguments(client: redis.Redis) -> tuple[list[str], dict[str, str]]:
     """redis-cli's options for a client's server, and what goes into its environment.
 
-    The password is only in the latter: arguments can be read in `ps` by everybody.
+    With Sentinel that is the master of the moment; on a cluster any node, and `-c` to follow where it points.
+    The password is only in the environment: arguments can be read in `ps` by everybody.
     """
-    pool: Any = client.connection_pool
-    kwargs: dict[str, Any] = pool.connection_kwargs
-    options: list[str] = []
+    pool, options = server_pool(client)
+    kwargs: dict[str, Any] = dict(pool.connection_kwargs)
+    if issubclass(type(pool), SentinelConnectionPool):
+        kwargs["host"], kwargs["port"] = pool.get_master_address()
     if kwargs.get("path"):
         options += ["-s", str(kwargs["path"])]
     else:

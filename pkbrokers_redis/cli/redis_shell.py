@@ -12,13 +12,16 @@ from typing import Any
 
 import redis
 
+from pkbrokers_redis.store.cluster import cluster_of, master_pool
+
 STATUSES = {b"OK", b"PONG", b"QUEUED"}
 STREAMING = {"SUBSCRIBE", "PSUBSCRIBE", "SSUBSCRIBE", "MONITOR", "SYNC", "PSYNC"}
 
 
 def run_shell(client: redis.Redis, words: list[str]) -> int:
     """One command and its exit code; without words, commands from stdin until its end or `quit`."""
-    connection = client.connection_pool.get_connection()
+    pool = _pool_of(client, words)
+    connection = pool.get_connection()
     try:
         if words:
             return _run(connection, words)
@@ -35,7 +38,15 @@ def run_shell(client: redis.Redis, words: list[str]) -> int:
                 code = _run(connection, words)
         return code
     finally:
-        client.connection_pool.release(connection)
+        pool.release(connection)
+
+
+def _pool_of(client: redis.Redis, words: list[str]) -> Any:
+    """Where a command goes; on a cluster to the master of its key, a session to one master for good."""
+    cluster = cluster_of(client)
+    if cluster is None:
+        return client.connection_pool
+    return master_pool(cluster, words[1] if len(words) > 1 else "")
 
 
 def _lines() -> Any:

@@ -23,10 +23,10 @@ from pkbrokers_redis.core.errors import PkbError
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.model import Candle
 from pkbrokers_redis.store.read import Tally, Tick, expecting, parse_candle, ticks_of
+from pkbrokers_redis.store.streams import StreamReader
 
 ENTRIES_A_READ = 500  # a stream and read; what waits in memory is this times the shards at most
 BLOCK_MS = 1_000  # a slice of waiting, well below any socket timeout
-CLUSTER_POLL_SECONDS = 0.05  # a cluster cannot block on streams of several slots at once
 SCAN_MAX = 20_000  # entries a shard that `last_closed` looks through for rare intervals
 
 NOW = "$"
@@ -96,7 +96,7 @@ class Follower:
         self._shards = sorted(range(keys.shards) if tokens is None else {keys.shard_of(t) for t in tokens})
         self._pending: deque[tuple[Id, int, dict[bytes, bytes]]] = deque()
         self._checks_due = 0
-        self._cluster = isinstance(client, redis.RedisCluster)
+        self._reader = StreamReader(client)
         fresh = position in (None, NOW, BEGINNING)
         self._marks = [Mark() for _ in range(keys.shards)] if fresh else parse_position(position, keys.shards)
         self._parts = [str(mark) for mark in self._marks]
@@ -139,7 +139,7 @@ class Follower:
         if self._checks_due:
             self._count_missed(self._infos())
             self._checks_due -= 1
-        batches = self._read_cluster(wait_seconds) if self._cluster else self._read_streams(wait_seconds)
+        batches = self._read_streams(wait_seconds)
         for shard, entries in batches.items():
             for raw_id, fields in entries:
                 self._pending.append((parse_id(raw_id), shard, fields))
@@ -152,25 +152,10 @@ class Follower:
         return bool(batches)
 
     def _read_streams(self, wait_seconds: float) -> dict[int, list[Any]]:
-        shard_of = {self._keys.closed(shard).encode(): shard for shard in self._shards}
-        places: dict[Any, Any] = {key: self._marks[shard].redis_id for key, shard in shard_of.items()}
-        block = int(wait_seconds * 1000)
-        answer: Any = self._client.xread(places, count=ENTRIES_A_READ, block=block if block else None)
-        if isinstance(answer, dict):  # RESP3
-            answer = [(key, [entry for part in parts for entry in part]) for key, parts in answer.items()]
-        return {shard_of[key]: entries for key, entries in answer or []}
-
-    def _read_cluster(self, wait_seconds: float) -> dict[int, list[Any]]:
-        until = time.monotonic() + wait_seconds
-        while True:
-            pipe = self._client.pipeline(transaction=False)
-            for shard in self._shards:
-                after = "(" + self._marks[shard].redis_id
-                pipe.xrange(self._keys.closed(shard), after, "+", count=ENTRIES_A_READ)
-            batches = {s: found for s, found in zip(self._shards, pipe.execute(), strict=True) if found}
-            if batches or time.monotonic() >= until:
-                return batches
-            time.sleep(CLUSTER_POLL_SECONDS)
+        shard_of = {self._keys.closed(shard): shard for shard in self._shards}
+        positions = {key: self._marks[shard].redis_id for key, shard in shard_of.items()}
+        found = self._reader.read(positions, ENTRIES_A_READ, int(wait_seconds * 1000))
+        return {shard_of[key.decode()]: entries for key, entries in found}
 
     def _infos(self) -> dict[int, dict[str, Any]]:
         """XINFO STREAM of the shards that have a stream."""
@@ -260,11 +245,9 @@ def follow_ticks(
         newest: Any = client.xrevrange(key, count=1)
     last = newest[0][0] if newest else "0-0"
     heard_at = time.monotonic()
+    reader = StreamReader(client)
     while True:
-        answer: Any = client.xread({key: last}, count=ENTRIES_A_READ, block=BLOCK_MS)
-        if isinstance(answer, dict):  # RESP3
-            answer = [(name, [entry for part in parts for entry in part]) for name, parts in answer.items()]
-        for _, entries in answer or []:
+        for _, entries in reader.read({key: _text(last)}, ENTRIES_A_READ, BLOCK_MS):
             for raw_id, fields in entries:
                 last = raw_id
                 for tick in ticks_of(fields, token, tally):

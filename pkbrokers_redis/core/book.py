@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pkbrokers_redis.core import candles as c
 from pkbrokers_redis.core import changes as ch
+from pkbrokers_redis.core import tables as t
 from pkbrokers_redis.core.buckets import bucket_end_s
 from pkbrokers_redis.core.intervals import Interval
 from pkbrokers_redis.core.model import AT_MS, BATCH_WIDTH, LAST_PRICE, OI, TIME_MS, VOLUME, TickArray
@@ -73,12 +74,12 @@ class Book:
         # the forming candle, the completed ones a straggler within the grace can still reach, and one
         self.slots = 2 + int(grace_seconds // shortest)
         schedules = len(sessions.schedules)
-        self.tables = c.Tables(
+        self.tables = t.Tables(
             tokens=np.zeros(instruments, np.int64),
             table=np.zeros(_hash_size(instruments), np.int64),
-            inst=np.zeros((instruments, c.INST_WIDTH)),
-            ring=np.full((instruments, c.RING_MAX, c.RING_WIDTH), np.nan),
-            slots=np.zeros((instruments, len(seconds), self.slots, c.SLOT_WIDTH)),
+            inst=np.zeros((instruments, t.INST_WIDTH)),
+            ring=np.full((instruments, t.RING_MAX, t.RING_WIDTH), np.nan),
+            slots=np.zeros((instruments, len(seconds), self.slots, t.SLOT_WIDTH)),
             in_current=np.zeros((instruments, len(seconds)), np.int64),
             schedule=np.zeros(instruments, np.int64),
             schedule_of_segment=np.array([sessions.schedule_of(s) for s in range(256)], np.int64),
@@ -88,35 +89,35 @@ class Book:
             close_s=np.zeros((DAYS_START, schedules), np.int64),
             windows=np.zeros((DAYS_START, schedules, WINDOWS_MAX, 2), np.int64),
             marks=np.zeros(8),
-            counts=np.zeros(len(c.COUNT_NAMES), np.int64),
+            counts=np.zeros(len(t.COUNT_NAMES), np.int64),
             dirty=np.zeros(instruments, np.int64),
             is_dirty=np.zeros(instruments, np.int64),
             evicted=np.zeros((LOG_START, ch.EVICTED_WIDTH)),
             late=np.zeros((LOG_START, 2 + BATCH_WIDTH)),
         )
-        self.tables.marks[c.NEXT_DUE] = np.inf
+        self.tables.marks[t.NEXT_DUE] = np.inf
         self._text = np.empty(0, np.uint8)
         self._ops = np.empty((0, ch.OP_WIDTH), np.int64)
 
     # -- what is in it ---------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        return int(self.tables.marks[c.INSTRUMENTS])
+        return int(self.tables.marks[t.INSTRUMENTS])
 
     @property
     def watermark_ms(self) -> float:
         """The latest trade time taken in; 0 before any."""
-        return float(self.tables.marks[c.WATERMARK])
+        return float(self.tables.marks[t.WATERMARK])
 
     @property
     def next_due_ms(self) -> float:
         """When the next candle wants to be closed, epoch ms; inf if none is open."""
-        return float(self.tables.marks[c.NEXT_DUE])
+        return float(self.tables.marks[t.NEXT_DUE])
 
     @property
     def dirty(self) -> int:
         """How many instruments changed since the last collect."""
-        return int(self.tables.marks[c.DIRTY_SIZE])
+        return int(self.tables.marks[t.DIRTY_SIZE])
 
     @property
     def tokens(self) -> npt.NDArray[np.int64]:
@@ -125,7 +126,7 @@ class Book:
 
     def counts(self) -> dict[str, int]:
         """What became of the ticks so far, by name."""
-        return dict(zip(c.COUNT_NAMES, self.tables.counts.tolist(), strict=True))
+        return dict(zip(t.COUNT_NAMES, self.tables.counts.tolist(), strict=True))
 
     # -- ticks and time --------------------------------------------------------------------------
 
@@ -139,11 +140,11 @@ class Book:
             reason, first = c.apply(
                 self.tables, ticks, first, ends, dirty_max, self.grace_ms, not self.event_clock
             )
-            if reason == c.NEED_DAY:
+            if reason == t.NEED_DAY:
                 self._add_day(int(self._time_of(ticks[first])))
-            elif reason == c.FULL:
+            elif reason == t.FULL:
                 self._grow(2 * len(self.tables.tokens))
-            elif reason == c.LOG_FULL:
+            elif reason == t.LOG_FULL:
                 self._grow_logs()
             else:
                 return first
@@ -151,7 +152,7 @@ class Book:
     def _time_of(self, tick: npt.NDArray[np.float64]) -> float:
         """The time a tick counts for: its own, or the receipt's where the kernel clamps to it."""
         at = tick[AT_MS]
-        if not self.event_clock and at >= c.TIME_MIN_MS and tick[TIME_MS] > at + c.FUTURE_MAX_MS:
+        if not self.event_clock and at >= t.TIME_MIN_MS and tick[TIME_MS] > at + t.FUTURE_MAX_MS:
             return float(at)
         return float(tick[TIME_MS])
 
@@ -167,7 +168,7 @@ class Book:
 
     def collect(self) -> Changes:
         """All changes since the last collect, as text; the book counts them as written."""
-        evicted = int(self.tables.marks[c.EVICTED_SIZE])
+        evicted = int(self.tables.marks[t.EVICTED_SIZE])
         if not self.dirty and not evicted:
             return NOTHING
         per_instrument = len(self.intervals) * (2 * self.slots + 1) + 2
@@ -185,10 +186,10 @@ class Book:
     def late_ticks(self) -> Iterator[LateTick]:
         """Hand out (once) the ticks that were older than every slot."""
         b = self.tables
-        n = int(b.marks[c.LATE_SIZE])
+        n = int(b.marks[t.LATE_SIZE])
         if not n:
             return
-        b.marks[c.LATE_SIZE] = 0
+        b.marks[t.LATE_SIZE] = 0
         for record in b.late[:n].copy():
             i, k, tick = int(record[0]), int(record[1]), record[2:]
             oldest = b.slots[i, k, self.slots - 1]
@@ -197,18 +198,28 @@ class Book:
             length = self.intervals[k].seconds
             anchor = day.anchor_ms // 1000
             start = anchor + (time_ms // 1000 - anchor) // length * length if length else anchor
-            same_day = int(oldest[c.DAY]) * 1000 == day.day_start_ms
+            same_day = int(oldest[t.DAY]) * 1000 == day.day_start_ms
             yield LateTick(
                 int(b.tokens[i]), k, start,
                 float(tick[LAST_PRICE]), float(tick[2]), float(tick[VOLUME]), float(tick[OI]),
-                float(oldest[c.BASE]) if same_day else np.nan, int(oldest[c.START]),
+                float(oldest[t.BASE]) if same_day else np.nan, int(oldest[t.START]),
             )  # fmt: skip
+
+    def odd_ticks(self, ticks: TickArray) -> dict[str, list[float]]:
+        """The first tick of a batch of each odd kind, by the name of its count: evidence for a log line."""
+        found: dict[str, list[float]] = {}
+        for tick in ticks:
+            if c.is_bad(tick):
+                found.setdefault("bad", tick.tolist())
+            elif self._time_of(tick) != tick[TIME_MS]:
+                found.setdefault("future_clamped", tick.tolist())
+        return found
 
     # -- instruments -----------------------------------------------------------------------------
 
     def index(self, token: int) -> int:
         """The index of an instrument, added if it is new."""
-        while (i := int(c.add(self.tables, token))) < 0:
+        while (i := int(t.add(self.tables, token))) < 0:
             self._grow(2 * len(self.tables.tokens))
         return i
 
@@ -237,14 +248,14 @@ class Book:
         i = self.index(token)
         b = self.tables
         numbers = [np.nan if cell is None else float(cell) for cell in hot]
-        size = (len(numbers) - c.RING_SIZE) // c.RING_WIDTH
-        b.inst[i, : c.RING_SIZE] = numbers[: c.RING_SIZE]
-        b.inst[i, c.RING_SIZE] = size
-        ring = np.array(numbers[c.RING_SIZE : c.RING_SIZE + size * c.RING_WIDTH]).reshape(size, c.RING_WIDTH)
+        size = (len(numbers) - t.RING_SIZE) // t.RING_WIDTH
+        b.inst[i, : t.RING_SIZE] = numbers[: t.RING_SIZE]
+        b.inst[i, t.RING_SIZE] = size
+        ring = np.array(numbers[t.RING_SIZE : t.RING_SIZE + size * t.RING_WIDTH]).reshape(size, t.RING_WIDTH)
         for j in range(1, size):
-            ring[j, : c.R_PRICE] = ring[0, : c.R_PRICE] - ring[j, : c.R_PRICE]
+            ring[j, : t.R_PRICE] = ring[0, : t.R_PRICE] - ring[j, : t.R_PRICE]
             same = np.isnan(ring[j])
-            same[: c.R_PRICE] = False
+            same[: t.R_PRICE] = False
             ring[j, same] = ring[j - 1, same]
         b.ring[i, :size] = ring
         filled = dict.fromkeys(range(len(self.intervals)), 0)
@@ -265,37 +276,37 @@ class Book:
         day = self.sessions.day(int(b.schedule[i]), int(start) * 1000)
         zero = 0.0 if np.isnan(base) else base
         slot[:] = 0.0
-        slot[c.START], slot[c.DAY] = start, day.day_start_ms // 1000
-        slot[c.END] = bucket_end_s(day, self.intervals[k].seconds, int(start))
-        slot[c.BASE], slot[c.FLAG] = base, flag
-        slot[c.OPEN_TIME], slot[c.OPEN_VOLUME] = start * 1000 + open_after, zero + open_volume_after
+        slot[t.START], slot[t.DAY] = start, day.day_start_ms // 1000
+        slot[t.END] = bucket_end_s(day, self.intervals[k].seconds, int(start))
+        slot[t.BASE], slot[t.FLAG] = base, flag
+        slot[t.OPEN_TIME], slot[t.OPEN_VOLUME] = start * 1000 + open_after, zero + open_volume_after
         if rest:
-            slot[c.COMPLETE], slot[c.LISTED] = 1.0, 1.0
+            slot[t.COMPLETE], slot[t.LISTED] = 1.0, 1.0
             (
-                slot[c.REV], slot[c.OPEN], slot[c.HIGH], slot[c.LOW], slot[c.CLOSE],
-                slot[c.TOP], slot[c.S_OI], slot[c.TICKS], close_after, close_volume_after,
+                slot[t.REV], slot[t.OPEN], slot[t.HIGH], slot[t.LOW], slot[t.CLOSE],
+                slot[t.TOP], slot[t.S_OI], slot[t.TICKS], close_after, close_volume_after,
             ) = rest  # fmt: skip
-            slot[c.CLOSE_TIME], slot[c.CLOSE_VOLUME] = start * 1000 + close_after, zero + close_volume_after
+            slot[t.CLOSE_TIME], slot[t.CLOSE_VOLUME] = start * 1000 + close_after, zero + close_volume_after
         else:
             if row is None:
                 raise ValueError(f"its {self.intervals[k].name} candle of {int(start)} is not in `current`")
             cells = msgspec.json.decode(row)
-            slot[c.REV] = c.UNANNOUNCED
-            slot[c.OPEN : c.CLOSE + 1] = cells[1:5]
-            slot[c.TOP] = base + cells[5]
-            slot[c.S_OI] = np.nan if cells[6] is None else cells[6]
-            slot[c.TICKS] = cells[7]
-            slot[c.CLOSE_TIME] = newest[c.R_TIME]
-            slot[c.CLOSE_VOLUME] = -1.0 if np.isnan(newest[c.R_VOLUME]) else newest[c.R_VOLUME]
+            slot[t.REV] = t.UNANNOUNCED
+            slot[t.OPEN : t.CLOSE + 1] = cells[1:5]
+            slot[t.TOP] = base + cells[5]
+            slot[t.S_OI] = np.nan if cells[6] is None else cells[6]
+            slot[t.TICKS] = cells[7]
+            slot[t.CLOSE_TIME] = newest[t.R_TIME]
+            slot[t.CLOSE_VOLUME] = -1.0 if np.isnan(newest[t.R_VOLUME]) else newest[t.R_VOLUME]
             b.in_current[i, k] = 1
-        if slot[c.REV] < 0:
-            b.marks[c.NEXT_DUE] = min(b.marks[c.NEXT_DUE], slot[c.END] * 1000 + self.grace_ms)
+        if slot[t.REV] < 0:
+            b.marks[t.NEXT_DUE] = min(b.marks[t.NEXT_DUE], slot[t.END] * 1000 + self.grace_ms)
 
     # -- room ------------------------------------------------------------------------------------
 
     def _add_day(self, time_ms: int) -> None:
         b = self.tables
-        d = int(b.marks[c.DAYS])
+        d = int(b.marks[t.DAYS])
         if d == len(b.day_ms):
             self.tables = b = b._replace(
                 **{
@@ -310,7 +321,7 @@ class Book:
             b.close_s[d, schedule] = (day.windows[-1][1] if day.windows else day.day_end_ms) // 1000
             for w, window in enumerate(day.windows[:WINDOWS_MAX]):
                 b.windows[d, schedule, w] = window
-        b.marks[c.DAYS] = d + 1
+        b.marks[t.DAYS] = d + 1
 
     def _grow(self, size: int) -> None:
         b = self.tables
@@ -320,7 +331,7 @@ class Book:
             table=np.zeros(_hash_size(size), np.int64),
         )
         for i in range(len(self)):
-            b.table[-1 - c.find(b, int(b.tokens[i]))] = i + 1
+            b.table[-1 - t.find(b, int(b.tokens[i]))] = i + 1
 
     def _grow_logs(self) -> None:
         b = self.tables

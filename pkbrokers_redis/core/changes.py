@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
-from pkbrokers_redis.core.candles import (
+from pkbrokers_redis.core.tables import (
     ANNOUNCE,
     BASE,
     BASELINE,
@@ -46,12 +45,11 @@ from pkbrokers_redis.core.candles import (
     TOP,
     Floats,
     Tables,
+    compiled,
 )
 from pkbrokers_redis.core.text import Bytes, write_flag, write_number
 
 Ints = npt.NDArray[np.int64]
-
-_compiled = njit(cache=True, error_model="numpy")
 
 CURRENT, DROP, PUT, CLOSED, HOT, MARKS, REVISION = range(7)
 OP_WIDTH = 6
@@ -66,7 +64,7 @@ def bytes_max(intervals: int, slots: int) -> int:
     return intervals * slots * (ROW_BYTES_MAX + MARK_BYTES_MAX) + HOT_BYTES_MAX + 64
 
 
-@_compiled
+@compiled
 def _volume_of(slot: Floats) -> float:
     """Rule 1: the highest cumulative volume inside minus the highest before; 0 without volumes.
 
@@ -80,7 +78,7 @@ def _volume_of(slot: Floats) -> float:
     return float(max(volume, 0.0))
 
 
-@_compiled
+@compiled
 def _write_row(out: Bytes, pos: int, slot: Floats) -> int:
     """`[start,open,high,low,close,volume,oi,ticks]`, and the flag of a candle that is not whole."""
     out[pos] = 91  # [
@@ -99,7 +97,7 @@ def _write_row(out: Bytes, pos: int, slot: Floats) -> int:
     return pos + 1
 
 
-@_compiled
+@compiled
 def _write_hot(out: Bytes, pos: int, inst: Floats, ring: Floats) -> int:
     """`[first_at,first_time,first_volume,day,seen,baseline,time,volume,price,high,low, …]`.
 
@@ -129,7 +127,7 @@ def _write_hot(out: Bytes, pos: int, inst: Floats, ring: Floats) -> int:
     return pos
 
 
-@_compiled
+@compiled
 def _write_mark(out: Bytes, pos: int, slot: Floats) -> int:
     """What a row does not say of its candle; a complete one repeats its row, for it may be amended.
 
@@ -156,14 +154,14 @@ def _write_mark(out: Bytes, pos: int, slot: Floats) -> int:
     return pos + 1
 
 
-@_compiled
+@compiled
 def _op(ops: Ints, n: int, kind: int, i: int, k: int, first: int, last: int, rev: int) -> int:
     """Append one operation."""
     ops[n, 0], ops[n, 1], ops[n, 2], ops[n, 3], ops[n, 4], ops[n, 5] = kind, i, k, first, last, rev
     return n + 1
 
 
-@_compiled
+@compiled
 def _settle(
     ops: Ints, n: int, out: Bytes, pos: int, slot: Floats, i: int, k: int, leaves: bool
 ) -> tuple[int, int]:
@@ -189,7 +187,7 @@ def _settle(
     return n, pos
 
 
-@_compiled
+@compiled
 def collect(b: Tables, out: Bytes, ops: Ints) -> tuple[int, int]:
     """Write all changes since the last collect and mark them clean. Returns (operations, bytes)."""
     n = 0

@@ -36,6 +36,14 @@ class Keys:
         """hash, heartbeat · that worker · TTL."""
         return f"{self.prefix}:worker:{worker_id}"
 
+    def workers(self) -> str:
+        """zset `<role> <id>` → when that worker last gave a sign of life · each worker · permanent."""
+        return f"{self.prefix}:workers"
+
+    def feed(self, number: int) -> str:
+        """string, the ingest worker that streams the n-th part of the instruments · that worker · TTL."""
+        return f"{self.prefix}:feed:{number}"
+
     def auth(self) -> str:
         """hash, the shared Kite session · login · TTL."""
         return f"{self.prefix}:auth"
@@ -89,5 +97,7 @@ KEY_TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("P:{S}:state", "hash", "aggregator", "permanent"),
     ("P:{S}:lease", "string", "aggregator", "TTL"),
     ("P:worker:<id>", "hash", "each worker", "TTL"),
+    ("P:workers", "zset", "each worker", "permanent"),
+    ("P:feed:<n>", "string", "ingest", "TTL"),
     ("P:auth", "hash", "login", "TTL"),
 )

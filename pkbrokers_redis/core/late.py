@@ -39,7 +39,9 @@ def amend(rows: list[bytes], tick: LateTick, is_day: bool) -> list[Amended]:
     place = next((n for n, start in enumerate(starts) if start >= tick.start), len(starts))
     after = [n for n in range(place, len(starts)) if tick.start < starts[n] < tick.oldest_start]
     volume_end = tick.volume_after - math.fsum(_number(parsed[n][VOLUME]) for n in after)
-    gained = max(0.0, tick.volume - volume_end) if not math.isnan(tick.volume + volume_end) else 0.0
+    gained = 0.0
+    if not math.isnan(tick.volume + volume_end):
+        gained = round(max(0.0, tick.volume - volume_end), 8)
     taken_from = parsed[after[0]] if after and not is_day else None
     if taken_from is not None:
         gained = min(gained, _number(taken_from[VOLUME]))

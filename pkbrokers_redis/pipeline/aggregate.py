@@ -1,86 +1,73 @@
 """The aggregator: tick streams in, candles out, one atomic commit a batch and shard.
 
+    share   renew the leases, load the shards that are newly ours, drop those that are not (pipeline.shards)
     read    XREAD from each shard's cursor, whatever is there
     apply   repeats of a source's retry skipped, rows decoded at once, rules applied (core.book)
     close   candles whose end + grace has passed
-    commit  FCALL pkb_commit for every shard that changed, in one pipeline; then the next read
+    commit  FCALL pkb_commit for every shard that changed, in one pipeline; then the next round
 
 Batches form by themselves: under low load a tick is a batch, under high load many ticks of an
-instrument become one write. A commit that Redis refuses, or a Redis that went away, costs the books:
-they are thrown away and loaded again, and the streams are read from where the last commit stands.
+instrument become one write. A commit that Redis refuses costs that shard's book, a Redis that went away all
+of them: they are thrown away and loaded again, and the streams are read from where the last commit stands.
 """
 
 from __future__ import annotations
 
+import contextlib
+import secrets
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable
 from typing import Any
 
-import msgspec
 import numpy as np
 import redis
 from redis.exceptions import ResponseError
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.core import changes as ch
-from pkbrokers_redis.core.book import Book, Changes
-from pkbrokers_redis.core.errors import CommitRefused, RedisUnavailable, WrongKeyType
-from pkbrokers_redis.core.model import AT_MS, TickArray
+from pkbrokers_redis.core.book import Book
+from pkbrokers_redis.core.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
 from pkbrokers_redis.core.sessions import Sessions, load_sessions
-from pkbrokers_redis.core.text import read_odd_ticks, read_tick_entries
+from pkbrokers_redis.pipeline.entries import EVIDENCE_BYTES, EntryDecoder
 from pkbrokers_redis.pipeline.late import settle_late
+from pkbrokers_redis.pipeline.shard_worker import Applied, ShardWorker
+from pkbrokers_redis.pipeline.shards import ROLE, ShardLeases
+from pkbrokers_redis.pipeline.warm import warm_up
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.commit import (
     Move,
-    Position,
-    claim,
     commit_args,
     ensure_groups,
     load_functions,
     queue_commit,
+    read_position,
     settle_commit,
 )
 from pkbrokers_redis.store.load import load_book
 from pkbrokers_redis.store.pipe import Pipe
+from pkbrokers_redis.store.replies import is_not_now
+from pkbrokers_redis.store.streams import StreamReader
 from pkbrokers_redis.store.symbols import load_symbols
 from pkbrokers_redis.store.ticks import trim
 
 log = logs.get("aggregate")
 
 ENTRIES_MAX = 512  # of one shard a read; ~1 MB at 40 ticks an entry
-TICKS_MAX = 50_000  # applied a commit and shard, ~20 ms; the rest waits for the next round
+ODD_TICKS = ("bad", "future_clamped")  # of the book's counts
 DIRTY_MAX = 500  # instruments a commit, so that Redis never stalls for long
-BLOCK_MS_MAX = 200  # how long a read waits for ticks, unless a candle closes sooner
-EVIDENCE_BYTES = 120  # of bad input, in a log line
+BLOCK_MS_MAX = 200  # how long a read waits for ticks, unless a candle closes or a lease wants renewal sooner
 TRIM_EVERY_MS = 2_000
 DRAIN_MS_MAX = 5_000
 SYMBOLS_RETRY_MS = 5_000
 WRONG_TYPE_RETRY_MS = 2_000
-PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 5.0  # between tries while Redis is away
-
-Entry = tuple[bytes, list[bytes] | None]
-
-
-class ShardWorker:
-    """One shard: its book, its position, and the entries read but not yet applied."""
-
-    def __init__(self, shard: int, book: Book, held: Position, revs: dict[bytes, bytes]) -> None:
-        self.shard = shard
-        self.book = book
-        self.held = held
-        self.read_id = held.id  # where the next XREAD goes on
-        self.revs = {int(name[:-5]): msgspec.json.decode(value) for name, value in revs.items()}
-        self.pending: list[tuple[bytes, bytes, int, TickArray]] = []  # id, source, seq, ticks
-        self.drained_ms = 0.0  # when we last knew that nothing older waits in the stream, epoch ms
-
-    @property
-    def lag_ms(self) -> float:
-        """Milliseconds between the newest entry applied and the newest one read."""
-        return float(self.read_id.split("-")[0]) - float(self.held.id.split("-")[0])
+PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 1.0  # between tries while Redis is away
 
 
 class Aggregator:
-    """Owns shards of the store that `connect` opens. `step` does one round; `run` loops it."""
+    """Owns its share of the shards of the store that `connect` opens. `step` does one round; `run` loops it.
+
+    `owner` is this process's id in leases and among the workers; no two may have the same.
+    """
 
     def __init__(
         self,
@@ -88,54 +75,103 @@ class Aggregator:
         settings: Settings,
         *,
         now_ms: Callable[[], float],
-        shards: Iterable[int] | None = None,
+        owner: str | None = None,
         sessions: Sessions | None = None,
     ) -> None:
         self._connect = connect
-        self._client: redis.Redis = None  # type: ignore[assignment]  # start() opens it
+        self._client: redis.Redis = None  # type: ignore[assignment]  # start() opens both
+        self._reader: StreamReader = None  # type: ignore[assignment]
+        self._started = False
         self._settings = settings
         self._keys = settings.keys
         self._now_ms = now_ms
         self._sessions = sessions or load_sessions(settings.sessions, settings.timezone, settings.calendar)
-        self._shards = list(range(settings.shards) if shards is None else shards)
+        owner = owner or f"{ROLE}-{secrets.token_hex(8)}"
+        self.leases = ShardLeases(settings.keys, owner, settings.lease_seconds)
         self.workers: dict[int, ShardWorker] = {}
         self._skipped: dict[int, float] = {}  # shard → when to look at its stream again, epoch ms
+        self._aside: dict[int, float] = {}  # shard with unusable keys → when to try again
         self._symbols: dict[int, bytes] = {}
         self._symbols_at_ms = float(-SYMBOLS_RETRY_MS)
         self.counts = dict.fromkeys(
-            ("entries", "repeated_entries", "odd_entries", "odd_rows", "commits", "refused_keys", "trimmed"),
-            0,
-        )
+            ("entries", "repeated_entries", "odd_entries", "odd_rows", "commits", "fenced", "stale",
+             "shards_taken", "refused_keys", "trimmed"), 0
+        )  # fmt: skip
         self.ticks_total = 0
-        self._draining: dict[int, float] = {}  # shard → when its stream was last read to its end
         self._once = logs.Once()
+        self._decoder = EntryDecoder(self.counts, self._tell)
         self._trim_at_ms = 0.0
 
     # -- life ------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Connect, load the functions, become the owner of the shards, and restore their books."""
+        """Connect, load the functions, lease what is free within our share, and restore its books."""
+        self._disconnect()
         self._client = self._connect()
+        self._reader = StreamReader(self._client)
         load_functions(self._client)
         ensure_groups(self._client, self._keys)
-        for shard in self._shards:
-            self._take(shard)
+        warm_up(self._settings.intervals, self._sessions)  # before others leave us shards that would wait
+        self.leases.forget()
+        self.leases.closing = False
+        self._share()
+        self._started = True
 
-    def _take(self, shard: int) -> None:
-        held = claim(self._client, self._keys, shard)
-        book = Book(
-            self._settings.intervals,
-            self._sessions,
-            grace_seconds=self._settings.close_grace_seconds,
-            event_clock=self._settings.clock == "event",
-        )
-        revs = load_book(self._client, self._keys, shard, book, self._odd_state)
-        self.workers[shard] = ShardWorker(shard, book, held, revs)
+    def run(self, stop: threading.Event, on_round: Callable[[int], None] = lambda ticks: None) -> None:
+        """`step` until told to stop; wait out a Redis that is away, then load the books again."""
+        pause_seconds = PAUSE_SECONDS_MIN
+        try:
+            while not stop.is_set():
+                try:
+                    if not self._started:
+                        self.start()
+                    on_round(self.step())
+                    pause_seconds = PAUSE_SECONDS_MIN
+                except (redis.RedisError, RedisUnavailable) as error:
+                    if isinstance(error, ResponseError) and not _passes(error):
+                        raise
+                    why = str(error).partition("\n")[0][:200]
+                    log.warning("redis_away", why=why, retry_seconds=pause_seconds)
+                    self._forget()
+                    stop.wait(pause_seconds)
+                    pause_seconds = min(pause_seconds * 2, PAUSE_SECONDS_MAX)
+            self._drain()
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Release the leases, so that others take our shards at once; without Redis they run out."""
+        with contextlib.suppress(redis.RedisError, PkbError):
+            if self._started:
+                self.leases.leave(self._client)
+        self._disconnect()
+        self._started = False
+
+    def _disconnect(self) -> None:
+        if self._client is not None:
+            self._reader.close()
+            self._client.close()
+
+    def _forget(self) -> None:
+        """Throw the books away: the next round loads them again, from where the last commits stand."""
+        self.workers.clear()
+        self._aside.clear()
+        self._started = False
+
+    def _drain(self) -> None:
+        """A graceful end: apply what the streams still hold (ingest stops before us), within bounds."""
+        self.leases.closing = True
+        deadline_ms = self._now_ms() + DRAIN_MS_MAX
+        try:
+            while self.workers and self._now_ms() < deadline_ms and self.step(block_ms_max=1):
+                pass
+        except (redis.RedisError, PkbError) as error:
+            log.warning("drain_stopped", why=str(error)[:200])  # it waits in the streams for the next owner
 
     def figures(self) -> dict[str, Any]:
         """What the heartbeat tells: shards owned, lag, counters."""
         return {
-            "shards": ",".join(map(str, self.workers)),
+            "shards": ",".join(map(str, sorted(self.workers))),
             "instruments": sum(len(worker.book) for worker in self.workers.values()),
             "lag_ms": max((worker.lag_ms for worker in self.workers.values()), default=0.0),
             **self.counts,
@@ -149,111 +185,124 @@ class Aggregator:
                 totals[name] = totals.get(name, 0) + count
         return totals
 
+    # -- whose shard -----------------------------------------------------------------------------
+
+    def _share(self) -> None:
+        """Look at the leases when it is time. Every book here is committed, so it may go at any moment."""
+        if self.leases.due_seconds <= 0:
+            self.leases.look(self._client)
+            for shard, error in self.leases.refused.items():
+                self._set_aside(shard, error)
+        epochs = self.leases.epochs
+        for shard in [each for each, worker in self.workers.items() if epochs.get(each) != worker.held.epoch]:
+            del self.workers[shard]
+        if len(self.workers) == len(epochs):
+            return
+        now_ms = self._now_ms()
+        for shard in [each for each in epochs if each not in self.workers]:
+            if self._aside.get(shard, 0.0) > now_ms:
+                continue
+            try:
+                self._load(shard, epochs[shard])
+            except RedisUnavailable:
+                raise
+            except PkbError as error:
+                self._set_aside(shard, error)
+            if self.leases.due_seconds <= 0:
+                return  # renew before the next one
+
+    def _load(self, shard: int, epoch: int) -> None:
+        """Restore a shard's book as the last commit left it."""
+        held = read_position(self._client, self._keys, shard, self.leases.owner, epoch)
+        book = Book(
+            self._settings.intervals,
+            self._sessions,
+            grace_seconds=self._settings.close_grace_seconds,
+            event_clock=self._settings.clock == "event",
+        )
+        revs = load_book(self._client, self._keys, shard, book, self._odd_state)
+        self.workers[shard] = ShardWorker(shard, book, held, revs)
+        self._aside.pop(shard, None)
+        self.counts["shards_taken"] += 1
+
+    def _set_aside(self, shard: int, error: PkbError) -> None:
+        """Leave a shard alone for a while whose keys a foreign hand filled; the others go on."""
+        self.workers.pop(shard, None)
+        self._aside[shard] = self._now_ms() + WRONG_TYPE_RETRY_MS
+        self.counts["refused_keys"] += 1
+        self._tell("shard_set_aside", self._keys.cursor(shard), why=error.message[:200], mend=error.mend)
+
     # -- one round -------------------------------------------------------------------------------
 
     def step(self, block_ms_max: int = BLOCK_MS_MAX) -> int:
-        """Read, apply, close, commit once. Returns how many ticks were taken in."""
+        """Share, read, apply, close, commit once. Returns how many ticks were taken in."""
+        self._share()
         if not any(worker.pending for worker in self.workers.values()):
             self._read(self._block_ms(block_ms_max))
-        applied = 0
+        ticks = 0
         commits: list[tuple[ShardWorker, Move, list[Any]]] = []
         for worker in self.workers.values():
-            ticks, move = self._apply(worker)
-            applied += ticks
+            applied = worker.apply(DIRTY_MAX)
+            ticks += applied.ticks
+            self.counts["entries"] += applied.entries
+            self.counts["repeated_entries"] += applied.repeated
+            self._tell_odd_ticks(worker, applied)
             # Close by the wall clock only what no waiting entry can still change.
             worker.book.close(worker.drained_ms, DIRTY_MAX)
             changes, extra = settle_late(
                 self._client, self._keys, worker.book, worker.revs, worker.book.collect()
             )
-            if changes.ops or move.id != worker.held.id:
+            if changes.ops or applied.move.id != worker.held.id:
                 sections = commit_args(worker.book, changes, self._symbol_of, extra)
-                commits.append((worker, move, sections))
-        self._commit(commits)
+                commits.append((worker, applied.move, sections))
+        self.ticks_total += ticks
+        if commits:
+            self._commit(commits)
         now_ms = self._now_ms()
         if now_ms >= self._trim_at_ms:
             self._trim_at_ms = now_ms + TRIM_EVERY_MS
-            trim(self._client, self._keys, self._held(), now_ms, self._settings.stream_retention_seconds)
-        return applied
-
-    def run(self, stop: threading.Event, on_round: Callable[[int], None] = lambda ticks: None) -> None:
-        """`step` until told to stop; wait out a Redis that is away, then load the books again.
-
-        Raises CommitRefused when another aggregator took our shards.
-        """
-        pause_seconds = PAUSE_SECONDS_MIN
-        while not stop.is_set():
-            try:
-                if not self.workers:
-                    self.start()
-                on_round(self.step())
-                pause_seconds = PAUSE_SECONDS_MIN
-            except CommitRefused as refusal:
-                if "FENCED" in refusal.message:
-                    raise
-                log.warning("redis_went_back", why=refusal.message)
-                self.workers.clear()
-            except (
-                redis.ConnectionError,
-                redis.TimeoutError,
-                redis.ReadOnlyError,
-                RedisUnavailable,
-            ) as error:
-                why = str(error).partition("\n")[0][:200]
-                log.warning("redis_away", why=why, retry_seconds=pause_seconds)
-                self.workers.clear()
-                stop.wait(pause_seconds)
-                pause_seconds = min(pause_seconds * 2, PAUSE_SECONDS_MAX)
-        self._drain()
-
-    def _drain(self) -> None:
-        """A graceful end: apply what the streams still hold (ingest stops before us), within bounds."""
-        deadline_ms = self._now_ms() + DRAIN_MS_MAX
-        try:
-            while self.workers and self._now_ms() < deadline_ms and self.step(block_ms_max=1):
-                pass
-        except (redis.RedisError, CommitRefused) as error:
-            log.warning("drain_stopped", why=str(error)[:200])  # it waits in the streams for the next owner
-
-    def _held(self) -> dict[int, str]:
-        return {shard: worker.held.id for shard, worker in self.workers.items()}
+            held = {shard: worker.held.id for shard, worker in self.workers.items()}
+            trim(self._client, self._keys, held, now_ms, self._settings.stream_retention_seconds)
+        return ticks
 
     def _block_ms(self, most: int) -> int:
-        """Wait for ticks at most until the next candle must close; an event clock needs no timer."""
+        """Wait for ticks at most until the next candle must close or the leases want to be renewed."""
+        most = min(most, int(self.leases.due_seconds * 1000) + 1)
         if self._settings.clock == "event":
-            return most
+            return max(1, most)  # an event clock needs no timer
         due = min((worker.book.next_due_ms for worker in self.workers.values()), default=np.inf)
         return max(1, min(most, int(min(due - self._now_ms(), 1e9)) + 1))
 
     def _read(self, block_ms: int) -> None:
         before_ms = self._now_ms()
-        streams: dict[Any, Any] = {}
-        worker_of: dict[bytes, ShardWorker] = {}
-        for worker in self.workers.values():
-            if self._skipped.get(worker.shard, 0.0) <= before_ms:
-                key = self._keys.ticks(worker.shard)
-                streams[key] = worker.read_id
-                worker_of[key.encode()] = worker
-        if not streams:
+        worker_of = {
+            self._keys.ticks(shard): worker
+            for shard, worker in self.workers.items()
+            if self._skipped.get(shard, 0.0) <= before_ms
+        }
+        if not worker_of:
+            time.sleep(block_ms / 1000)
             return
+        positions = {key: worker.read_id for key, worker in worker_of.items()}
         try:
-            reply: Any = self._client.xread(streams, count=ENTRIES_MAX, block=block_ms)
+            reply = self._reader.read(positions, ENTRIES_MAX, block_ms)
         except ResponseError as error:
             if "WRONGTYPE" not in str(error):
                 raise
             self._find_wrong_streams(before_ms)
             return
-        full: set[int] = set()
-        for key, entries in reply:
-            worker = worker_of[bytes(key)]
-            self._decode(worker, entries)
+        full: set[str] = set()
+        for name, entries in reply:
+            key = bytes(name).decode()
+            worker_of[key].queue(self._decoder.decode(key, entries))
             if len(entries) >= ENTRIES_MAX:
-                full.add(worker.shard)
+                full.add(key)
         # An empty reply came after waiting: nothing older than now is left. Otherwise a shard is drained
         # up to the moment before the read.
         drained_ms = before_ms if reply else self._now_ms()
-        for worker in worker_of.values():
-            if worker.shard not in full:
-                self._draining[worker.shard] = drained_ms
+        for key, worker in worker_of.items():
+            if key not in full:
+                worker.read_out_ms = drained_ms
 
     def _find_wrong_streams(self, now_ms: float) -> None:
         for worker in self.workers.values():
@@ -261,101 +310,45 @@ class Aggregator:
             found = bytes(self._client.type(key)).decode()  # type: ignore[arg-type]
             if found not in ("stream", "none"):
                 self._skipped[worker.shard] = now_ms + WRONG_TYPE_RETRY_MS
+                worker.read_out_ms = now_ms  # nothing waits in what is no stream
+                worker.held.read = 0  # for XINFO's lag: a stream there will be a new one
                 self.counts["refused_keys"] += 1
                 self._tell("wrong_type", key, mend=str(WrongKeyType(key, found, "stream")))
-
-    # -- entries → ticks -------------------------------------------------------------------------
-
-    def _decode(self, worker: ShardWorker, entries: list[Entry]) -> None:
-        """Queue the entries' ticks; entries of a foreign hand are counted and give none."""
-        texts: list[bytes] = []
-        heads: list[tuple[bytes, bytes, int, float]] = []
-        for entry_id, cells in entries:
-            fields = _fields(cells)
-            source, seq = fields.get(b"src", b""), fields.get(b"seq", b"")
-            at = fields.get(b"at", b"")
-            text = fields.get(b"ticks")
-            if text is None or not source or not _is_count(seq):
-                self.counts["odd_entries"] += 1
-                self._tell(
-                    "foreign_entry", self._keys.ticks(worker.shard),
-                    id=entry_id.decode(), lacks="src, seq or ticks", evidence=_evidence(cells),
-                )  # fmt: skip
-                text, source, seq = b"[]", b"", b"0"
-            texts.append(text)
-            heads.append((entry_id, source, int(seq), float(at) if _is_count(at) else 0.0))
-        if not texts:
-            return
-        ticks, counts, odd = read_tick_entries(texts)
-        first = 0
-        for n, (entry_id, src, number, at_ms) in enumerate(heads):
-            rows = ticks[first : first + counts[n]]
-            first += counts[n]
-            if n in odd:
-                rows, refused = read_odd_ticks(texts[n])
-                if refused:
-                    self.counts["odd_rows"] += refused
-                    self._tell(
-                        "odd_rows", self._keys.ticks(worker.shard),
-                        id=entry_id.decode(), rows=refused, evidence=repr(texts[n][:EVIDENCE_BYTES]),
-                    )  # fmt: skip
-            rows[:, AT_MS] = at_ms
-            worker.pending.append((entry_id, src, number, rows))
-        worker.read_id = heads[-1][0].decode()
-
-    def _apply(self, worker: ShardWorker) -> tuple[int, Move]:
-        """Feed what is pending to the book, as far as one commit may go."""
-        held = worker.held
-        if not worker.pending:
-            worker.drained_ms = self._draining.get(worker.shard, worker.drained_ms)
-            return 0, Move(held.id, held.read, {})
-        seen = dict(held.sources)
-        batch: list[TickArray] = []
-        size = 0
-        for _, source, seq, rows in worker.pending:
-            if size >= TICKS_MAX:
-                break
-            repeated = bool(source) and seq <= seen.get(source, -1)
-            if repeated:
-                self.counts["repeated_entries"] += 1  # a producer's retry: Redis had it already
-            elif source:
-                seen[source] = seq
-            batch.append(rows[:0] if repeated else rows)
-            size += len(rows)
-        ends = np.cumsum([len(rows) for rows in batch])
-        ticks = np.concatenate(batch)
-        left = worker.book.take(ticks, 0, ends, DIRTY_MAX)
-        # `take` stops where an entry ends: all entries that end there or before are applied.
-        done = int(np.searchsorted(ends, left, side="right"))
-        sources = {  # ascending within a source, so the last one stands
-            source: seq
-            for _, source, seq, _rows in worker.pending[:done]
-            if source and seq > held.sources.get(source, -1)
-        }
-        move = Move(worker.pending[done - 1][0].decode(), held.read + done, sources)
-        worker.pending = worker.pending[done:]
-        if not worker.pending:
-            worker.drained_ms = self._draining.get(worker.shard, worker.drained_ms)
-        self.counts["entries"] += done
-        self.ticks_total += left
-        return left, move
 
     # -- changes → Redis -------------------------------------------------------------------------
 
     def _commit(self, commits: list[tuple[ShardWorker, Move, list[Any]]]) -> None:
-        if not commits:
-            return
+        if self.leases.may_be_gone():  # we were stopped, or this round took too long
+            self._share()
+            commits = [each for each in commits if self.workers.get(each[0].shard) is each[0]]
         pipe = Pipe(self._client)
         for worker, move, sections in commits:
             most = self._settings.closed_max_entries
             queue_commit(pipe, self._keys, worker.shard, worker.held, move, most, sections)
-        replies = pipe.execute()
-        for (worker, move, _), reply in zip(commits, replies, strict=True):
-            for refused in settle_commit(reply, worker.held, move):
+        for (worker, move, _), reply in zip(commits, pipe.execute(), strict=True):
+            try:
+                refusals = settle_commit(reply, worker.held, move)
+            except CommitRefused as refusal:
+                self._drop(worker, refusal)
+                continue
+            except RedisUnavailable:
+                raise
+            except PkbError as error:
+                self._set_aside(worker.shard, error)
+                continue
+            for refused in refusals:
                 self.counts["refused_keys"] += 1
                 key, _, why = refused.partition(" ")
                 self._tell("key_refused", key, why=why[:EVIDENCE_BYTES], mend=f"look at it, then `DEL {key}`")
             self.counts["commits"] += 1
+
+    def _drop(self, worker: ShardWorker, refusal: CommitRefused) -> None:
+        """Another owns the shard, or Redis is not where we left it: look whose it is, then load it anew."""
+        fenced = refusal.message.startswith("FENCED")
+        self.counts["fenced" if fenced else "stale"] += 1
+        log.warning("fenced" if fenced else "redis_went_back", shard=worker.shard, why=refusal.message[:200])
+        del self.workers[worker.shard]
+        self.leases.hurry()
 
     def _symbol_of(self, token: int) -> bytes:
         """The symbol for the closed stream; the list is read again when a new instrument has none."""
@@ -376,21 +369,20 @@ class Aggregator:
         if self._once.first((event, place)):
             log.warning(event, place=place, **evidence)
 
+    def _tell_odd_ticks(self, worker: ShardWorker, applied: Applied) -> None:
+        """The rules count what they refuse and what they correct; here is its evidence, once a shard."""
+        counts = worker.book.counts()
+        news = [name for name in ODD_TICKS if counts[name] and name not in worker.told]
+        if news and applied.batch is not None:
+            for name, tick in worker.book.odd_ticks(applied.batch).items():
+                worker.told.add(name)
+                self._tell(f"{name}_tick", self._keys.ticks(worker.shard), tick=str(tick)[:EVIDENCE_BYTES])
+
     def _odd_state(self, why: str) -> None:
         self.counts["odd_entries"] += 1
         self._tell("odd_state", why, mend="the instrument starts anew with its next tick")
 
 
-def _fields(cells: Any) -> dict[bytes, bytes]:
-    """The fields of a stream entry as a dict, whichever way the client gave them."""
-    if isinstance(cells, dict):
-        return cells
-    return dict(zip(cells[::2], cells[1::2], strict=False)) if cells else {}
-
-
-def _is_count(text: bytes) -> bool:
-    return text.isdigit() and len(text) <= 18
-
-
-def _evidence(cells: Any) -> str:
-    return repr(cells)[:EVIDENCE_BYTES]
+def _passes(error: ResponseError) -> bool:
+    """Whether a refusal will pass: Redis cannot now, or lost our functions, which start() loads."""
+    return is_not_now(error) or "Function not found" in str(error)

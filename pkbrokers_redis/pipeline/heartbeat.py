@@ -1,19 +1,22 @@
 """Heartbeats: each worker says every two seconds that it lives and how it fares.
 
 P:worker:<id>   hash, TTL 10 s: role host pid started_at shards ticks_total ticks_per_second lag_ms …
+
+That a worker is a member (`P:workers`) it says itself, with its leases and more often.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 import redis
 
 from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.pipeline.lag import lag_figures, read_shards
 
 EVERY_MS = 2_000
 TTL_SECONDS = 10
@@ -23,6 +26,7 @@ class Heartbeat:
     """Writes one worker's hash when it is time; silent while Redis is away."""
 
     def __init__(self, keys: Keys, role: str, worker_id: str, now_ms: float) -> None:
+        self._keys = keys
         self.key = keys.worker(worker_id)
         self._fixed = {
             "role": role,
@@ -38,8 +42,18 @@ class Heartbeat:
         """Whether two seconds have passed."""
         return now_ms >= self._next_ms
 
-    def beat(self, client: redis.Redis, now_ms: float, ticks_total: int, figures: Mapping[str, Any]) -> None:
-        """Write the hash. `figures` are further fields; the rate is over the time since the last beat."""
+    def beat(
+        self,
+        client: redis.Redis,
+        now_ms: float,
+        ticks_total: int,
+        figures: Mapping[str, Any],
+        shards: Sequence[int] = (),
+    ) -> None:
+        """Write the hash. `figures` are further fields; the rate is over the time since the last beat.
+
+        The lag of `shards`, those whose candles this worker makes, is read from Redis and told with it.
+        """
         seconds = max((now_ms - self._last_ms) / 1000, 0.001)
         rate = (ticks_total - self._last_ticks) / seconds
         self._last_ms, self._next_ms, self._last_ticks = now_ms, now_ms + EVERY_MS, ticks_total
@@ -50,10 +64,12 @@ class Heartbeat:
             "ticks_per_second": round(rate, 1),
             "at": int(now_ms),
         }
-        pipeline = client.pipeline(transaction=True)
-        pipeline.hset(self.key, mapping=fields)
-        pipeline.expire(self.key, TTL_SECONDS)
         try:
+            if shards:
+                fields |= lag_figures(read_shards(client, self._keys, shards, now_ms))
+            pipeline = client.pipeline(transaction=True)
+            pipeline.hset(self.key, mapping=fields)
+            pipeline.expire(self.key, TTL_SECONDS)
             pipeline.execute()
         except redis.RedisError:
             pass  # whoever misses the heartbeat learns what we know: Redis is away

@@ -3,215 +3,83 @@
     reader threads   one a connection: frames into the inbox, nothing else
     writer (caller)  inbox → parse → XADD a frame and shard in one write; then a slice of quotes
 
-Ticks that Redis did not acknowledge is sent again, in order, until it is: the frames' `seq` lets
-the aggregator skip what had arrived. Nothing is acknowledged that is not in Redis.
+A frame stays in the inbox, in memory or on disk, until Redis has it. What a process that died could not
+send is sent by the next one, before its own.
 """
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import redis
-from redis.exceptions import ResponseError
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.core.errors import PkbError, RedisUnavailable, SettingsError
-from pkbrokers_redis.core.model import TickArray
-from pkbrokers_redis.kite.socket import ZerodhaWebSocketClient
-from pkbrokers_redis.kite.text_frames import Invalid, ServerError, TextEvent
-from pkbrokers_redis.kite.urls import url_for
-from pkbrokers_redis.kite.wire import parse_frame
-from pkbrokers_redis.pipeline.quotes import QuoteBoard
+from pkbrokers_redis.pipeline.assign import FeedLeases, cut_feeds, feed_figures, list_id, sessions_of
+from pkbrokers_redis.pipeline.inbox import Inbox
+from pkbrokers_redis.pipeline.readers import STOP_SECONDS_MAX, Readers
+from pkbrokers_redis.pipeline.spool import Spool
+from pkbrokers_redis.pipeline.writer import TickWriter
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.pipe import Pipe
-from pkbrokers_redis.store.ticks import enforce_cap, queue_ticks
+
+__all__ = ["Inbox", "Ingest", "TickWriter", "figures_of", "forward", "open_inbox", "pump"]
 
 log = logs.get("ingest")
 
-TOKENS_PER_CONNECTION = 3_000  # Kite's limit
-CONNECTIONS_PER_KEY = 3  # Kite's limit
-FRAMES_MAX = 20_000  # in the inbox, ~1 min at the open; then the reader waits and TCP holds Kite back
-BYTES_MAX = 512 * 1024 * 1024  # in the inbox, whichever comes first
 FRAMES_A_ROUND = 64
 IDLE_SECONDS = 0.2
 QUOTES_PENDING_SECONDS = 0.005  # pause between slices while quotes wait and no frame comes
-PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 5.0
-CAP_EVERY_MS = 1_000
-EVIDENCE_BYTES = 64
-
-# Replies that mean "not now", not "never": the batch is sent again.
-_NOT_NOW = ("OOM", "LOADING", "MISCONF", "READONLY", "CLUSTERDOWN", "TRYAGAIN", "MASTERDOWN", "BUSY")
+SAVE_SECONDS = 3.0  # of trying, once told to stop; then what is left is on disk, whatever Redis does
+DRAIN_SECONDS_MAX = 5.0  # of sending what is left, once told to stop; the rest waits on disk
 
 
-class Inbox:
-    """Frames between the reader threads and the writer; bounded in frames and in bytes."""
-
-    def __init__(self, frames_max: int = FRAMES_MAX, bytes_max: int = BYTES_MAX) -> None:
-        self._frames: deque[tuple[bytes, int]] = deque()
-        self._frames_max = frames_max
-        self._bytes_max = bytes_max
-        self._bytes = 0
-        self._changed = threading.Condition()
-        self._closed = False
-
-    def __len__(self) -> int:
-        return len(self._frames)
-
-    def put(self, frame: bytes, at_ms: int) -> None:
-        """Add a frame; wait while the inbox is full."""
-        with self._changed:
-            while not self._closed and (
-                len(self._frames) >= self._frames_max or self._bytes + len(frame) > self._bytes_max
-            ):
-                self._changed.wait()
-            self._frames.append((frame, at_ms))
-            self._bytes += len(frame)
-            if len(self._frames) == 1:
-                self._changed.notify_all()
-
-    def take(self, most: int, wait_seconds: float) -> list[tuple[bytes, int]]:
-        """Up to `most` frames, oldest first; none after waiting in vain."""
-        with self._changed:
-            if not self._frames and not self._closed:
-                self._changed.wait(wait_seconds)
-            full = len(self._frames) >= self._frames_max or self._bytes * 2 > self._bytes_max
-            taken = [self._frames.popleft() for _ in range(min(most, len(self._frames)))]
-            self._bytes -= sum(len(frame) for frame, _ in taken)
-            if full:
-                self._changed.notify_all()
-            return taken
-
-    def close(self) -> None:
-        """Let nobody wait any more."""
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
+def open_inbox(settings: Settings, source: str) -> Inbox:
+    """The inbox of a source, with its spool, and with what dead processes left in theirs."""
+    root = settings.spool_dir or settings.data_dir / "spool"
+    inbox = Inbox(
+        source,
+        Spool(root, source),
+        spool_bytes_max=settings.spool_max_bytes,
+        bytes_max=settings.buffer_max_bytes,
+    )
+    inherited = Spool.of_the_dead(root)
+    if size := sum(spool.size_bytes for spool in inherited):
+        log.warning("spool_found", folder=str(root), size_bytes=size)
+    inbox.inherit(inherited)
+    return inbox
 
 
-class TickWriter:
-    """Frames → Redis. One `seq` a frame, one pipeline a round; sends again until Redis has it."""
-
-    def __init__(
-        self,
-        connect: Callable[[], redis.Redis],
-        settings: Settings,
-        symbols: Mapping[int, str],
-        *,
-        source: str | None = None,
-    ) -> None:
-        self._connect = connect
-        self._client: redis.Redis | None = None
-        self._keys = settings.keys
-        self._settings = settings
-        self.source = source or f"{socket.gethostname()}-{os.getpid()}-{time.time_ns() // 1_000_000:x}"
-        self.seq = 0
-        self.quotes = QuoteBoard(self._keys, symbols)
-        self.counts = dict.fromkeys(
-            ("frames", "ticks", "entries", "quotes", "unknown_packets", "truncated_frames", "trailing_bytes",
-             "resent_batches", "refused_writes", "dropped_at_cap"), 0
-        )  # fmt: skip
-        self._once = logs.Once()
-        self._cap_at_ms = 0
-
-    def take_frames(self, frames: Sequence[tuple[bytes, int]]) -> list[tuple[int, int, TickArray]]:
-        """Parse frames into numbered batches; hostile bytes are counted and give what can be saved."""
-        batches: list[tuple[int, int, TickArray]] = []
-        for frame, at_ms in frames:
-            parsed = parse_frame(frame, at_ms)
-            self.counts["frames"] += 1
-            if parsed.unknown or parsed.truncated or parsed.trailing:
-                self._note_odd(frame, parsed.unknown, parsed.truncated, parsed.trailing)
-            if not len(parsed.ticks):
-                continue
-            self.seq += 1
-            self.counts["ticks"] += len(parsed.ticks)
-            batches.append((self.seq, at_ms, parsed.ticks))
-            self.quotes.note(frame, parsed, at_ms)
-        return batches
-
-    def write(
-        self, batches: Sequence[tuple[int, int, TickArray]], now_ms: int, stop: threading.Event | None = None
-    ) -> None:
-        """Put batches and a slice of quotes into Redis; waits out a Redis that is away or full.
-
-        Returns early only when `stop` is set and Redis does not answer; raises PkbError for a store
-        that can never take them.
-        """
-        pause_seconds = PAUSE_SECONDS_MIN
-        while True:
-            try:
-                if self._client is None:
-                    self._client = self._connect()
-                self._send(self._client, batches, now_ms)
-                return
-            except (redis.ConnectionError, redis.TimeoutError, RedisUnavailable, _NotNow) as error:
-                if not isinstance(error, _NotNow):
-                    self._client = None
-                self.counts["resent_batches"] += 1
-                log.warning("redis_away", why=str(error).splitlines()[0][:200], retry_seconds=pause_seconds)
-                if (stop or threading.Event()).wait(pause_seconds):
-                    return
-                pause_seconds = min(pause_seconds * 2, PAUSE_SECONDS_MAX)
-
-    def _send(self, client: redis.Redis, batches: Sequence[tuple[int, int, TickArray]], now_ms: int) -> None:
-        pipe = Pipe(client)
-        for seq, at_ms, ticks in batches:
-            queue_ticks(pipe, self._keys, self.source, seq, at_ms, ticks)
-        self.counts["entries"] += self._execute(pipe, "ticks")
-        self.quotes.queue(pipe, now_ms)  # behind the ticks: a candle must not wait for quotes
-        self.counts["quotes"] += self._execute(pipe, "quote")
-        if now_ms >= self._cap_at_ms:
-            self._cap_at_ms = now_ms + CAP_EVERY_MS
-            dropped = enforce_cap(client, self._keys, self._settings.stream_max_entries)
-            if dropped:
-                self.counts["dropped_at_cap"] += dropped
-                log.error(
-                    "stream_full", dropped_entries=dropped,
-                    mend="start `pkb aggregate`, or raise PKB_STREAM_MAX_ENTRIES",
-                )  # fmt: skip
-
-    def _execute(self, pipe: Pipe, what: str) -> int:
-        """Send a pipe; returns how many of its commands Redis took."""
-        replies = pipe.execute()
-        refused = [reply for reply in replies if isinstance(reply, Exception)]
-        for error in refused:
-            self._refused(error, what)
-        return len(replies) - len(refused)
-
-    def _refused(self, error: Exception, what: str) -> None:
-        if not isinstance(error, ResponseError):
-            raise error
-        text = str(error)
-        if text.startswith(_NOT_NOW):
-            raise _NotNow(text)
-        self.counts["refused_writes"] += 1
-        if self._once.first((what, text[:40])):
-            mend = "look at the key's TYPE, then DEL it"
-            log.warning("write_refused", what=what, why=text[:200], mend=mend)
-
-    def _note_odd(self, frame: bytes, unknown: int, truncated: bool, trailing: int) -> None:
-        self.counts["unknown_packets"] += unknown
-        self.counts["truncated_frames"] += truncated
-        self.counts["trailing_bytes"] += trailing
-        if self._once.first(("odd frame", bool(unknown), truncated, bool(trailing))):
-            log.warning(
-                "odd_frame", size_bytes=len(frame), unknown_packets=unknown, truncated=truncated,
-                trailing_bytes=trailing, starts_with=frame[:EVIDENCE_BYTES].hex(),
-            )  # fmt: skip
+def forward(
+    inbox: Inbox, writer: TickWriter, now_ms: Callable[[], float], stop: threading.Event, wait_seconds: float
+) -> int | None:
+    """One round: inbox → Redis. Returns the frames; None when told to stop and Redis does not take them."""
+    frames = inbox.peek(FRAMES_A_ROUND, wait_seconds)
+    if not writer.write(writer.parse(frames), int(now_ms()), stop):
+        return None
+    inbox.acknowledge(frames)
+    return len(frames)
 
 
-class _NotNow(PkbError):
-    """Raised when Redis answered that it cannot take a write at the moment."""
+def pump(
+    inbox: Inbox,
+    writer: TickWriter,
+    now_ms: Callable[[], float],
+    stop: threading.Event,
+    on_round: Callable[[], None] = lambda: None,
+) -> bool:
+    """`forward` until told to stop. Returns whether Redis took the last round."""
+    taken: int | None = 0
+    while not stop.is_set():
+        wait_seconds = QUOTES_PENDING_SECONDS if len(writer.quotes) else IDLE_SECONDS
+        taken = forward(inbox, writer, now_ms, stop, wait_seconds)
+        on_round()
+    return taken is not None
 
 
 class Ingest:
-    """All connections of one api key, and their writer."""
+    """One worker: it reads its share of the feeds (`assign.py`), and writes what they bring."""
 
     def __init__(
         self,
@@ -221,71 +89,85 @@ class Ingest:
         *,
         now_ms: Callable[[], float],
         source: str | None = None,
+        worker_id: str | None = None,
+        connect_leases: Callable[[], redis.Redis] | None = None,
     ) -> None:
-        most = TOKENS_PER_CONNECTION * CONNECTIONS_PER_KEY
-        if len(instruments) > most:
-            keys = -(-len(instruments) // most)
-            raise SettingsError(
-                f"{len(instruments):,} instruments are more than one Kite api key may stream ({most:,})",
-                f"name fewer in PKB_INSTRUMENTS, or use {keys} api keys, each with its own `pkb ingest`",
-            )
+        """`connect_leases`: a client that gives up sooner than the writer's, for the leases' thread."""
         self._now_ms = now_ms
-        self._once = logs.Once()
-        self.inbox = Inbox()
-        self.writer = TickWriter(connect, settings, dict(instruments), source=source)
-        self.text_counts: dict[str, int] = {}
+        self._failures: list[BaseException] = []
+        self._stop = threading.Event()
+        self.writer = TickWriter(connect, settings, dict(instruments), source=source, only_known=True)
+        self.inbox = open_inbox(settings, self.writer.source)
+        sessions = sessions_of(settings)
         tokens = [token for token, _ in instruments]
-        self.sockets = [
-            ZerodhaWebSocketClient(
-                lambda: url_for(settings),
-                tokens[first : first + TOKENS_PER_CONNECTION],
-                settings.kite_mode,
-                on_frame=self.inbox.put,
-                on_text=self._take_text,
-            )
-            for first in range(0, max(len(tokens), 1), TOKENS_PER_CONNECTION)
-        ]
+        self.feeds = cut_feeds(tokens, len(sessions))
+        self.list_id = list_id(tokens)
+        self.readers = Readers(self.feeds, sessions, on_frame=self.inbox.put, on_failure=self._fail)
+        self.leases = FeedLeases(
+            connect_leases or connect,
+            settings.keys,
+            worker_id or self.writer.source,
+            len(self.feeds),
+            settings.lease_seconds,
+            now_ms=now_ms,
+            on_take=self.readers.read,
+            on_drop=self.readers.drop,
+        )
 
     def run(self, stop: threading.Event, on_round: Callable[[], None] = lambda: None) -> None:
-        """Receive and write until told to stop; then write what was received, and return."""
-        failures: list[BaseException] = []
-
-        def read(client: ZerodhaWebSocketClient) -> None:
+        """Receive and write until told to stop; then write what was received, or leave it on disk."""
+        self._stop = stop
+        finished = threading.Event()
+        threads = [
+            threading.Thread(target=self._assign, name="feeds", daemon=True),
+            threading.Thread(target=self._save, args=(finished,), name="save", daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
+        try:
             try:
-                client.run(stop)
-            except BaseException as error:
-                failures.append(error)
+                healthy = pump(self.inbox, self.writer, self._now_ms, stop, on_round)
+            finally:
                 stop.set()
+                self.inbox.close()
+                threads[0].join(STOP_SECONDS_MAX)
+            deadline = time.monotonic() + DRAIN_SECONDS_MAX
+            while healthy and time.monotonic() < deadline:
+                healthy = bool(forward(self.inbox, self.writer, self._now_ms, stop, 0.0))
+        finally:
+            if waiting := self.inbox.finish():
+                log.warning(
+                    "left_on_disk", size_bytes=waiting, why="Redis did not take it",
+                    mend="the next `pkb ingest` with this PKB_SPOOL_DIR sends it",
+                )  # fmt: skip
+            finished.set()
+        if self._failures:
+            raise self._failures[0]
 
-        readers = [threading.Thread(target=read, args=(each,), daemon=True) for each in self.sockets]
-        for reader in readers:
-            reader.start()
-        while not stop.is_set():
-            pending = len(self.writer.quotes) > 0
-            frames = self.inbox.take(FRAMES_A_ROUND, QUOTES_PENDING_SECONDS if pending else IDLE_SECONDS)
-            self.writer.write(self.writer.take_frames(frames), int(self._now_ms()), stop)
-            on_round()
-        self.inbox.close()
-        for reader in readers:
-            reader.join(2.0)
-        while frames := self.inbox.take(FRAMES_A_ROUND, 0.0):
-            self.writer.write(self.writer.take_frames(frames), int(self._now_ms()), stop)
-        if failures:
-            raise failures[0]
+    def _save(self, finished: threading.Event) -> None:
+        """Told to stop while the writer waits for Redis: a SIGKILL may follow, so put all on disk."""
+        self._stop.wait()
+        if not finished.wait(SAVE_SECONDS):
+            self.inbox.save()
 
-    def _take_text(self, event: TextEvent) -> None:
-        kind = type(event).__name__
-        self.text_counts[kind] = self.text_counts.get(kind, 0) + 1
-        if isinstance(event, ServerError | Invalid) and self._once.first((kind, str(event)[:80])):
-            log.warning("kite_says", kind=kind, text=str(event)[:200])
+    def _assign(self) -> None:
+        try:
+            self.leases.run(self._stop)
+        except BaseException as error:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        """From a thread of ours: `run` shall end with it."""
+        self._failures.append(error)
+        self._stop.set()
 
 
 def figures_of(ingest: Ingest) -> dict[str, Any]:
     """The counters of a running ingest, for its heartbeat."""
-    totals: dict[str, Any] = dict(ingest.writer.counts)
-    for each in ingest.sockets:
-        for name, value in each.stats.as_dict().items():
-            totals[f"socket_{name}"] = totals.get(f"socket_{name}", 0) + value
-    totals["connected"] = sum(each.state == "connected" for each in ingest.sockets)
-    totals["inbox_frames"] = len(ingest.inbox)
-    return totals
+    return {
+        **ingest.writer.counts,
+        **ingest.readers.figures(),
+        **feed_figures(ingest.feeds, ingest.leases.held),
+        "list": ingest.list_id,
+        **ingest.inbox.figures(),
+    }

@@ -15,7 +15,9 @@ from typing import IO, BinaryIO, Literal, NamedTuple
 
 from pkbrokers_redis import logs
 
-EXIT_USER_ERROR = 2
+EXIT_USER_ERROR = 2  # final: another try would meet it again
+EXIT_TRY_AGAIN = 1  # as a crash: what is away may come back
+SUPERVISED = "PKB_SUPERVISED"  # in the environment of our processes: they tell the two apart for us
 OUTPUT_SECONDS_MAX = 1.0  # wait for the last lines of a dead process; a child of its own may hold the pipe
 LINE_BYTES_MAX = 65_536  # a longer line of a process's output is passed on in pieces
 LAST_LINE_BYTES_MAX = 1000

@@ -7,11 +7,11 @@ second: a newer packet replaces the waiting one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pkbrokers_redis.core.keys import Keys
-from pkbrokers_redis.kite.wire import ParsedFrame, quote_fields
+from pkbrokers_redis.kite.wire import ParsedFrame, parse_frame, quote_fields
 from pkbrokers_redis.store.pipe import Pipe
 
 QUOTES_A_ROUND = 64
@@ -28,6 +28,7 @@ class QuoteBoard:
         self._symbols = symbols
         self._fresh: dict[int, _Waiting] = {}  # arrived since the slice in hand was cut
         self._slice: list[int] = []  # tokens being written, round by round
+        self._sent: dict[int, _Waiting] = {}  # queued, and not yet known to be in Redis
         self._cut_ms = 0
 
     def __len__(self) -> int:
@@ -40,17 +41,27 @@ class QuoteBoard:
         packets = zip([frame] * n, parsed.offsets, parsed.lengths, [at_ms] * n, strict=True)
         self._fresh.update(zip(tokens, packets, strict=True))
 
-    def queue(self, pipe: Pipe, now_ms: int, most: int = QUOTES_A_ROUND) -> int:
-        """Append the next slice's HSETs to a pipe; returns how many."""
+    def note_again(self, frames: Iterable[tuple[bytes, int]]) -> None:
+        """Frames `(bytes, at_ms)` in their order, whose packets may not be in Redis after all.
+
+        What waits already is newer.
+        """
+        newer, self._fresh = self._fresh, {}
+        for frame, at_ms in frames:
+            self.note(frame, parse_frame(frame, at_ms), at_ms)
+        self._fresh.update(newer)
+
+    def queue(self, pipe: Pipe, now_ms: int, most: int = QUOTES_A_ROUND) -> list[str]:
+        """Append the next slice's HSETs to a pipe; returns their keys. `settle` or `put_back` must follow."""
         if not self._slice and self._fresh and now_ms - self._cut_ms >= EVERY_MS:
             self._slice = list(self._fresh)
             self._cut_ms = now_ms
-        written = 0
-        while self._slice and written < most:
+        while self._slice and len(self._sent) < most:
             token = self._slice.pop()
             waiting = self._fresh.pop(token, None)
             if waiting is None:
                 continue
+            self._sent[token] = waiting
             frame, offset, length, at_ms = waiting
             symbol = self._symbols.get(token) or str(token)
             fields = quote_fields(frame[offset : offset + length], symbol, at_ms)
@@ -58,5 +69,15 @@ class QuoteBoard:
             for name, value in fields.items():
                 cells += (name, value)
             pipe.add("HSET", self._keys.quote(token), *cells)
-            written += 1
-        return written
+        return [self._keys.quote(token) for token in self._sent]
+
+    def settle(self) -> None:
+        """What was queued is in Redis."""
+        self._sent.clear()
+
+    def put_back(self) -> None:
+        """What was queued may not be in Redis: it waits again, unless a newer packet does already."""
+        for token, waiting in self._sent.items():
+            self._fresh.setdefault(token, waiting)
+        self._slice += self._sent
+        self._sent.clear()

@@ -15,8 +15,8 @@ from pkbrokers_redis.core.keys import AGGREGATOR_GROUP, Keys
 from pkbrokers_redis.core.model import AT_MS, TIME_MS
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.kite.capture import KIND_BINARY, MAGIC, read_capture
-from pkbrokers_redis.pipeline.ingest import TickWriter
 from pkbrokers_redis.pipeline.trades import frames_of, read_trades
+from pkbrokers_redis.pipeline.writer import TickWriter
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.symbols import load_symbols, save_instruments
 
@@ -96,7 +96,7 @@ class Replay:
                 continue
             batches = self._writer.take_frames([(frame, at_ms)])
             self._writer.write(batches, self._now_ms(), self._stop)
-            self._count(sum(len(ticks) for _, _, ticks in batches))
+            self._count(sum(len(each.ticks) for each in batches))
         while len(self._writer.quotes) and not self._stop.is_set():
             self._writer.write([], self._now_ms(), self._stop)
 
@@ -122,8 +122,7 @@ class Replay:
                 return
             at_ms = self._now_ms()
             ticks[:, AT_MS] = at_ms
-            self._writer.seq += 1
-            self._writer.write([(self._writer.seq, at_ms, ticks)], at_ms, self._stop)
+            self._writer.write(self._writer.take_ticks(ticks, at_ms), at_ms, self._stop)
             self._count(len(ticks))
         self.summary.ticks -= len(trades.tokens)
 

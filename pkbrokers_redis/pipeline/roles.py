@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -18,12 +19,26 @@ from typing import Any
 import redis
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.core.errors import PkbError, SettingsError
+from pkbrokers_redis.core.errors import (
+    InputFileError,
+    MetaMismatch,
+    PkbError,
+    RedisUnsuitable,
+    SettingsError,
+    UnknownInterval,
+    UnknownSymbol,
+)
 from pkbrokers_redis.pipeline.heartbeat import Heartbeat
+from pkbrokers_redis.pipeline.process import EXIT_TRY_AGAIN, EXIT_USER_ERROR, SUPERVISED
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect, describe, explain
 from pkbrokers_redis.store.meta import ensure_meta
 from pkbrokers_redis.store.symbols import resolve_many
+
+# What no restart will mend.
+USERS_MISTAKES = (
+    SettingsError, UnknownSymbol, UnknownInterval, InputFileError, MetaMismatch, RedisUnsuitable
+)  # fmt: skip
 
 SWITCH_SECONDS = 0.001  # a reader thread waits at most this long for the writer's bytecode
 
@@ -34,12 +49,16 @@ def now_ms() -> float:
 
 
 def worker_id(role: str) -> str:
-    """Unique for a process's life: `aggregate-host-1234`."""
-    return f"{role}-{socket.gethostname()}-{os.getpid()}"
+    """Unique for a process's life: `aggregate-host-9f3c20-1234`. In containers host and pid may repeat."""
+    return f"{role}-{socket.gethostname()}-{secrets.token_hex(3)}-{os.getpid()}"
 
 
 def main(role: Callable[[Settings, threading.Event], None]) -> int:
-    """Run a role in the foreground until SIGTERM or SIGINT. Returns the exit code; errors are one line."""
+    """Run a role in the foreground until SIGTERM or SIGINT. Returns the exit code; errors are one line.
+
+    An error is 2. Under our supervisor 2 is a user's mistake only, and what may heal is 1: Redis away, a
+    shard lost to another worker.
+    """
     stop = threading.Event()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: stop.set())
@@ -51,7 +70,8 @@ def main(role: Callable[[Settings, threading.Event], None]) -> int:
     except (PkbError, redis.RedisError) as error:
         told = error if isinstance(error, PkbError) else explain(error, describe(settings))
         print(f"pkb: {' '.join(str(told).split())}", file=sys.stderr)  # noqa: T201  what a person reads
-        return 2
+        may_heal = SUPERVISED in os.environ and not isinstance(told, USERS_MISTAKES)
+        return EXIT_TRY_AGAIN if may_heal else EXIT_USER_ERROR
     return 0
 
 
@@ -63,17 +83,25 @@ def open_store(settings: Settings) -> redis.Redis:
 
 
 def aggregate(settings: Settings, stop: threading.Event) -> None:
-    """Run the aggregator of all shards until `stop` is set."""
+    """Run an aggregator until `stop` is set; several share the shards."""
     from pkbrokers_redis.pipeline.aggregate import Aggregator
 
     log = logs.get("aggregate")
     client = open_store(settings)
-    aggregator = Aggregator(lambda: connect(settings), settings, now_ms=now_ms)
-    heart = Heartbeat(settings.keys, "aggregate", worker_id("aggregate"), now_ms())
+    name = worker_id("aggregate")
+    silence_seconds_max = max(2 * settings.lease_seconds, 5.0)  # of Redis, before we look for it anew
+    aggregator = Aggregator(
+        lambda: connect(settings, socket_timeout_seconds=silence_seconds_max),
+        settings,
+        now_ms=now_ms,
+        owner=name,
+    )
+    heart = Heartbeat(settings.keys, "aggregate", name, now_ms())
 
     def beat(_ticks: int) -> None:
         if heart.due(at := now_ms()):
-            heart.beat(client, at, aggregator.ticks_total, aggregator.figures())
+            shards = sorted(aggregator.workers)
+            heart.beat(client, at, aggregator.ticks_total, aggregator.figures(), shards)
 
     log.info("started", store=describe(settings), shards=settings.shards, clock=settings.clock)
     try:
@@ -86,24 +114,37 @@ def aggregate(settings: Settings, stop: threading.Event) -> None:
 def ingest(settings: Settings, stop: threading.Event) -> None:
     """Stream PKB_INSTRUMENTS from Kite into Redis until `stop` is set."""
     from pkbrokers_redis.kite.urls import address_of, url_for
+    from pkbrokers_redis.pipeline.assign import sessions_of
     from pkbrokers_redis.pipeline.ingest import Ingest, figures_of
 
     log = logs.get("ingest")
-    address = address_of(url_for(settings))  # a missing session is a user's error, said at once
+    sessions = sessions_of(settings)
+    address = address_of(url_for(sessions[0]))  # a missing session is a user's error, said at once
     client = open_store(settings)
     instruments = resolve_many(client, settings.keys, settings.instruments)
     if not instruments:
         raise SettingsError(
             "there is nothing to stream", "set PKB_INSTRUMENTS, e.g. NSE:INFY,NSE:TCS, or a file of tokens"
         )
-    worker = Ingest(lambda: connect(settings), settings, instruments, now_ms=now_ms)
-    heart = Heartbeat(settings.keys, "ingest", worker_id("ingest"), now_ms())
+    name = worker_id("ingest")
+    worker = Ingest(
+        lambda: connect(settings),
+        settings,
+        instruments,
+        now_ms=now_ms,
+        worker_id=name,
+        connect_leases=lambda: connect(settings, socket_timeout_seconds=max(settings.lease_seconds, 1.0)),
+    )
+    heart = Heartbeat(settings.keys, "ingest", name, now_ms())
 
     def beat() -> None:
         if heart.due(at := now_ms()):
             heart.beat(client, at, worker.writer.counts["ticks"], figures_of(worker))
 
-    log.info("started", store=describe(settings), kite=address, instruments=len(instruments))
+    log.info(
+        "started", store=describe(settings), kite=address, instruments=len(instruments),
+        feeds=len(worker.feeds), api_keys=len(sessions),
+    )  # fmt: skip
     try:
         worker.run(stop, beat)
     finally:

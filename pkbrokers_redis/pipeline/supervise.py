@@ -2,7 +2,8 @@
 
     start   last role first: whoever reads stands ready before whoever writes
     death   again after 0.2 s, 0.4 s … 30 s; from the beginning once it ran for 30 s
-    exit 2  a user's mistake, which another try would meet again: everything stops
+    exit 2  a user's mistake, which another try would meet again: everything stops. Our processes know
+            that they are supervised, and exit with 1 where only something is away (`roles.main`)
     stop    first role first (ingest, then aggregators): SIGTERM, up to 10 s, SIGKILL
 
 One thread a process starts it, waits for its end and decides (`process.py`); nothing polls. On Linux the
@@ -21,7 +22,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from pkbrokers_redis.pipeline.process import EXIT_USER_ERROR, Backoff, Output, Process, ProcessStatus
+from pkbrokers_redis.pipeline.process import (
+    EXIT_USER_ERROR,
+    SUPERVISED,
+    Backoff,
+    Output,
+    Process,
+    ProcessStatus,
+)
 
 STOP_SECONDS_MAX = 10.0  # a worker commits its last batch and releases its shards in far less
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -64,6 +72,7 @@ class Supervisor:
         self._stop_seconds_max = stop_seconds_max
         self._notices_in: int | None = None  # open while `run` waits
         shared = Output(sys.stderr.buffer if output is None else output)
+        env = {**(os.environ if env is None else env), SUPERVISED: "1"}
         self._roles = [
             [
                 Process(

@@ -7,6 +7,7 @@ of 0: each gets one tick with volume 0 from the end of the day before its first 
 
 from __future__ import annotations
 
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -20,9 +21,11 @@ import pandas as pd
 from pkbrokers_redis.core.errors import InputFileError
 from pkbrokers_redis.core.model import BATCH_WIDTH, TIME_MS, TickArray
 from pkbrokers_redis.core.sessions import Sessions
+from pkbrokers_redis.core.tables import NUMBER_MAX, TIME_MAX_MS, TIME_MIN_MS
 
 TICKS_A_FRAME = 2_000
 MARKET_ZONE = "Asia/Kolkata"
+_ZONE = r"(?i::\d\d(?:\.\d+)?(?:z|[+-]\d\d(?::?\d\d)?)$)"  # a time of day with its zone
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class TradeFile:
     symbols: list[str]
     tokens: list[int]
     ticks: TickArray
-    rows_refused: int  # without a time, a symbol, a price above 0 or a quantity of at least 0
+    rows_refused: int  # without a time of our age, a symbol, a price above 0 or a quantity of at least 0
 
 
 def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> TradeFile:
@@ -42,6 +45,7 @@ def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> Tra
     time. Raises InputFileError for a file that is no table of trades.
     """
     table = _load(path)
+    table = table.loc[:, ~table.columns.duplicated()]
     missing = [name for name in ("time", "symbol", "price") if name not in table]
     if missing or not {"quantity", "volume"} & set(table.columns):
         lacks = missing or ["quantity (or cumulative volume)"]
@@ -57,7 +61,12 @@ def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> Tra
             "quantity": pd.to_numeric(table["volume" if cumulative else "quantity"], errors="coerce"),
         }
     )
-    good = frame["time"].notna() & frame["symbol"].notna() & (frame["price"] > 0) & (frame["quantity"] >= 0)
+    good = (
+        frame["time"].between(TIME_MIN_MS, TIME_MAX_MS, inclusive="left")
+        & frame["symbol"].fillna("").str.len().gt(0)
+        & frame["price"].between(0, NUMBER_MAX, inclusive="neither")
+        & frame["quantity"].between(0, NUMBER_MAX)
+    )
     refused = int((~good).sum())
     frame = frame[good].sort_values("time", kind="stable").reset_index(drop=True)
     if frame.empty:
@@ -109,7 +118,7 @@ def _load(path: Path) -> pd.DataFrame:
         ) from None
     except ImportError:
         raise InputFileError(f"{path.name} is Parquet", "pip install pyarrow, or give a CSV") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         why = str(error).partition("\n")[0]
         raise InputFileError(
             f"{path.name} cannot be read: {why}", "give a CSV or Parquet of trades"
@@ -124,12 +133,12 @@ def _to_ms(times: pd.Series[Any], path: Path) -> pd.Series[Any]:
         size = float(numbers.abs().median())
         scale = next((s for limit, s in ((1e11, 1e3), (1e14, 1.0), (1e17, 1e-3)) if size < limit), 1e-6)
         return pd.Series(np.floor(numbers * scale))
-    moments = pd.to_datetime(times, errors="coerce", utc=False, format="ISO8601")
-    if not isinstance(moments.dtype, pd.DatetimeTZDtype):
-        if moments.dtype == object:  # mixed zones
-            moments = pd.to_datetime(times, errors="coerce", utc=True, format="ISO8601")
-        else:
-            moments = moments.dt.tz_localize(MARKET_ZONE)
+    text = times.astype("string").str.strip()
+    has_zone = text.str.contains(_ZONE, na=False)
+    zoned = pd.to_datetime(text.where(has_zone), errors="coerce", utc=True, format="ISO8601")
+    local = pd.to_datetime(text.mask(has_zone), errors="coerce", format="ISO8601")
+    local = local.dt.tz_localize(MARKET_ZONE, ambiguous="NaT", nonexistent="NaT")
+    moments = zoned.fillna(local.dt.tz_convert("UTC"))
     if moments.isna().all():
         raise InputFileError(f"{path.name}: no time can be read", "use ISO 8601 or epoch seconds or ms")
     whole = (moments - pd.Timestamp(0, tz="UTC")) // pd.Timedelta(milliseconds=1)

@@ -7,7 +7,7 @@ nothing is incremented, so a batch that was applied again from the same cursor g
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -23,7 +23,6 @@ from pkbrokers_redis.store.pipe import Pipe
 from pkbrokers_redis.store.replies import is_not_now
 
 COMMIT = "pkb_commit"
-CLAIM = "pkb_claim"
 _ENTRY_ID = re.compile(rb"\d{1,18}-\d{1,18}")
 
 
@@ -37,38 +36,39 @@ def load_functions(client: redis.Redis) -> None:
 class Position:
     """Where a shard's commits stand: what `P:{S}:cursor` holds, and what we hold against it."""
 
-    epoch: int = 0
+    owner: str
+    epoch: int
+    commits: int = 0  # of the shard since it began: a Redis that went back in time shows another number
     id: str = "0-0"
     read: int = 0  # entries read since the stream began, for XINFO's lag
-    sources: dict[bytes, int] = field(default_factory=dict)  # source id → last seq applied
+    sources: dict[bytes, int] = field(default_factory=dict)  # source id → last seq; unheard longest first
 
 
-def claim(client: redis.Redis, keys: Keys, shard: int) -> Position:
-    """Become the owner of a shard and read where its commits stand.
+def read_position(client: redis.Redis, keys: Keys, shard: int, owner: str, epoch: int) -> Position:
+    """Where the commits of a shard stand whose lease is ours (`lease.lease_shards` gave the epoch).
 
     Raises WrongKeyType when somebody filled `P:{S}:cursor` with something else, and PkbError when its
     fields are not ours.
     """
     cursor = keys.cursor(shard)
     try:
-        epoch = int(client.fcall(CLAIM, 1, cursor))
         fields: dict[bytes, bytes] = client.hgetall(cursor)  # type: ignore[assignment]
     except ResponseError as error:
         if "WRONGTYPE" in str(error):
             raise WrongKeyType(cursor, _type_of(client, cursor), "hash") from None
-        if "not an integer" in str(error):
-            raise PkbError(f"{cursor} holds no number in `epoch`", f"HDEL {cursor} epoch") from None
         raise
     entry_id, read = fields.get(b"id", b"0-0"), fields.get(b"read", b"0")
-    if not _ENTRY_ID.fullmatch(entry_id) or not _is_count(read):
+    commits = fields.get(b"commits", b"0")
+    if not _ENTRY_ID.fullmatch(entry_id) or not _is_count(read) or not _is_count(commits):
         raise PkbError(
-            f"{cursor} holds no position in `id` and `read`: {entry_id[:40]!r}, {read[:40]!r}",
-            "set them to last-delivered-id and entries-read of its group in XINFO GROUPS",
+            f"{cursor} holds no position in `id`, `read` and `commits`: "
+            f"{entry_id[:40]!r}, {read[:40]!r}, {commits[:40]!r}",
+            "set id and read to its group's last-delivered-id and entries-read (XINFO GROUPS); HDEL commits",
         )
     sources = {
         name[4:]: int(seq) for name, seq in fields.items() if name.startswith(b"src:") and _is_count(seq)
     }
-    return Position(epoch, entry_id.decode(), int(read), sources)
+    return Position(owner, epoch, int(commits), entry_id.decode(), int(read), sources)
 
 
 def _is_count(text: bytes) -> bool:
@@ -81,17 +81,21 @@ def _type_of(client: redis.Redis, key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A step of the cursor: the last stream id applied, entries read in all, sources' new numbers."""
+    """A step of the cursor: the last stream id applied, entries read in all, sources' new numbers.
+
+    `forget` are sources whose numbers may go (see `SOURCES_MAX` in the shard's worker).
+    """
 
     id: str
     read: int
     sources: Mapping[bytes, int]
+    forget: Sequence[bytes] = ()
 
 
 def commit_args(
     book: Book, changes: Changes, symbol_of: Callable[[int], bytes], extra_state: Mapping[bytes, bytes]
 ) -> list[Any]:
-    """The counted sections of `pkb_commit` behind the header and the sources."""
+    """The counted sections of `pkb_commit` behind the header and its sources."""
     tokens = book.tokens.tolist()
     names = [interval.name for interval in book.intervals]
     keeps = [interval.keep for interval in book.intervals]
@@ -145,11 +149,33 @@ def queue_commit(
     sources: list[Any] = []
     for source, seq in move.sources.items():
         sources += (b"src:" + source, seq)
+    base = cursor.removesuffix("cursor")
+    # A cluster looks at the keys it is told of before it runs a function. While a slot moves away key by key,
+    # it then refuses a commit (TRYAGAIN) that would meet a key that is gone halfway through.
+    touched = touched_keys(base, sections) if pipe.is_clustered else ()
     pipe.add(
-        "FCALL", COMMIT, 4, cursor, keys.ticks(shard), keys.state(shard), keys.closed(shard),
-        cursor.removesuffix("cursor"), held.epoch, held.id, move.id, move.read, closed_max,
-        len(move.sources), *sources, *sections,
+        "FCALL", COMMIT, 4 + len(touched), cursor, keys.ticks(shard), keys.state(shard), keys.closed(shard),
+        *touched, base, held.owner, held.epoch, held.commits, held.id, move.id, move.read,
+        closed_max, len(move.sources), *sources, len(move.forget), *(b"src:" + each for each in move.forget),
+        *sections,
     )  # fmt: skip
+
+
+def touched_keys(base: str, sections: Sequence[Any]) -> list[str]:
+    """The `current:` and `candles:` keys that a commit's sections write, under the shard's prefix `base`."""
+    touched: dict[str, None] = {}
+    at = 1
+    for _ in range(sections[0]):  # currents: token, n, n pairs
+        touched[f"{base}current:{sections[at]}"] = None
+        at += 2 + 2 * sections[at + 1]
+    for _ in range(sections[at]):  # drops: token, interval
+        touched[f"{base}current:{sections[at + 1]}"] = None
+        at += 2
+    at += 1
+    for _ in range(sections[at]):  # puts: token, interval, start, keep, row
+        touched[f"{base}candles:{sections[at + 1]}:{sections[at + 2]}"] = None
+        at += 5
+    return list(touched)
 
 
 def settle_commit(reply: Any, held: Position, move: Move) -> list[str]:
@@ -168,8 +194,13 @@ def settle_commit(reply: Any, held: Position, move: Move) -> list[str]:
         raise PkbError(f"Redis refused a commit: {text}")
     if isinstance(reply, Exception):
         raise reply
+    held.commits += 1
     held.id, held.read = move.id, move.read
-    held.sources.update(move.sources)
+    for source, seq in move.sources.items():
+        held.sources.pop(source, None)  # to the end: heard of last
+        held.sources[source] = seq
+    for source in move.forget:
+        held.sources.pop(source, None)
     return [bytes(each).decode(errors="replace") for each in reply]
 
 

@@ -1,7 +1,7 @@
 """From `PKB_REDIS_URL` to a client that answers, or to one line that says why not.
 
-Nothing here ever shows a password: messages name the place (`describe`), and errors raised while a URL is
-taken apart are not chained, because their texts quote pieces of it.
+Nothing here ever shows a password: messages name the place (`describe`). `openers` knows the deployments:
+one server, Sentinel, Cluster.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import ssl
 import time
 import weakref
-from collections.abc import Callable
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit
 
 import redis
 from redis.backoff import ExponentialBackoff, NoBackoff
@@ -21,30 +19,35 @@ from redis.exceptions import (
     AuthorizationError,
     BusyLoadingError,
     InvalidResponse,
+    MovedError,
     NoPermissionError,
     OutOfMemoryError,
     ReadOnlyError,
+    RedisClusterException,
     RedisError,
     ResponseError,
 )
 from redis.retry import Retry
+from redis.sentinel import MasterNotFoundError
 
 from pkbrokers_redis.core.errors import PkbError, RedisUnavailable, RedisUnsuitable, SettingsError
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.embedded import attach, reader_data_dir, store_folder
+from pkbrokers_redis.store.openers import open_url, place_of
 
 CONNECT_SECONDS_MAX = 5.0
 LOADING_SECONDS_MAX = 60.0  # how long a server that loads its data is waited for
 READER_RETRIES = 3
 HEALTH_CHECK_SECONDS = 30
 
-Opener = Callable[[str, dict[str, Any]], redis.Redis]  # (URL, redis-py's connection options) → client
-
 
 def connect(
     settings: Settings, *, for_reading: bool = False, socket_timeout_seconds: float = 30.0
 ) -> redis.Redis:
     """A client of the configured store, which has answered. Replies are bytes, in RESP2 shapes.
+
+    With Sentinel its connections follow the master. On a cluster it is a `store.cluster.ClusterClient`, and
+    redis.Redis only in name: its docstring says what differs.
 
     Without PKB_REDIS_URL it is the embedded server's, which runs as long as the client's connection pool
     exists (or this process). `for_reading` retries lost connections, needs no right to Functions, and looks
@@ -65,20 +68,21 @@ def connect(
         "protocol": 2,
     }
     place = describe(settings, for_reading=for_reading)
-    if settings.redis_url is None:
-        data_dir = reader_data_dir(settings)[0] if for_reading else settings.data_dir
-        server = attach(settings, data_dir=data_dir)
-        client = _open_one(server.url, options)
-        weakref.finalize(client.connection_pool, server.close)
-    else:
-        client = _open(settings.redis_url.get_secret_value(), options)
+    client: redis.Redis | None = None
     try:
-        _probe(client, place, for_reading)
-    except (RedisError, OSError, UnicodeError) as error:
-        client.close()
-        raise explain(error, place) from error
-    except BaseException:
-        client.close()
+        if settings.redis_url is None:
+            data_dir = reader_data_dir(settings)[0] if for_reading else settings.data_dir
+            server = attach(settings, data_dir=data_dir)
+            client = open_url(server.url, options)
+            weakref.finalize(client.connection_pool, server.close)
+        else:
+            client = open_url(settings.redis_url.get_secret_value(), options)
+        _probe(client, for_reading)
+    except BaseException as error:
+        if client is not None:
+            client.close()
+        if isinstance(error, (RedisError, RedisClusterException, OSError, UnicodeError)):
+            raise explain(error, place) from error
         raise
     return client
 
@@ -88,7 +92,7 @@ def describe(settings: Settings, *, for_reading: bool = False) -> str:
     if settings.redis_url is None:
         data_dir = reader_data_dir(settings)[0] if for_reading else settings.data_dir
         return f"the embedded server in {store_folder(data_dir)}"
-    return _place(settings.redis_url.get_secret_value())
+    return place_of(settings.redis_url.get_secret_value())
 
 
 def explain(error: BaseException, place: str) -> PkbError:
@@ -96,6 +100,10 @@ def explain(error: BaseException, place: str) -> PkbError:
     text = " ".join(str(error).split())
     if isinstance(error, PkbError):
         return error
+    if isinstance(error, RedisClusterException):
+        return _explain_cluster(error, text, place)
+    if isinstance(error, MasterNotFoundError):
+        return _explain_sentinel(text, place)
     if isinstance(error, BusyLoadingError):
         return RedisUnavailable(f"{place} is still loading its data", "try again in a moment")
     if isinstance(error, NoPermissionError) or text.startswith("NOPERM"):
@@ -121,6 +129,10 @@ def explain(error: BaseException, place: str) -> PkbError:
         )
     if isinstance(error, OutOfMemoryError):
         return RedisUnavailable(f"{place} is out of memory", "raise its maxmemory, or keep fewer rows")
+    if isinstance(error, MovedError):
+        return SettingsError(
+            f"{place} is a node of a Redis Cluster", "begin PKB_REDIS_URL with redis+cluster://"
+        )
     if isinstance(error, ResponseError):
         return _explain_reply(text, place)
     return _explain_network(error, text, place)
@@ -145,6 +157,41 @@ def _explain_reply(text: str, place: str) -> PkbError:
     return RedisUnavailable(f"{place} answers with an error ({text[:120]})", "see its log")
 
 
+def _explain_cluster(error: RedisClusterException, text: str, place: str) -> PkbError:
+    """redis-py wraps what the last node it asked for the topology had answered."""
+    cause = error.__cause__
+    if isinstance(cause, RedisClusterException):  # "Cluster mode is not enabled", for any refusal
+        refusal = cause.__context__
+        if isinstance(refusal, NoPermissionError):
+            return explain(refusal, place)
+        return SettingsError(f"{place} is no Redis Cluster", "begin PKB_REDIS_URL with redis://")
+    if cause is not None:
+        return explain(cause, place)
+    if "not covered" in text:
+        return RedisUnavailable(
+            f"{place} is not whole: some slots have no master", "look at CLUSTER NODES, start what is missing"
+        )
+    return RedisUnavailable(f"{place} cannot be used ({text[:120]})", "look at CLUSTER NODES")
+
+
+def _explain_sentinel(text: str, place: str) -> PkbError:
+    """redis-py only has the texts of what each Sentinel had to say."""
+    said = text.partition("' : ")[2]
+    if "Authentication" in said or "NoPermission" in said:
+        return RedisUnavailable(
+            f"{place}: a Sentinel wants another user or password",
+            "add ?sentinel_password=… (and sentinel_username) to PKB_REDIS_URL",
+        )
+    if "Error" in said:
+        return RedisUnavailable(
+            f"{place}: no Sentinel answers that knows a master", "start them, correct hosts"
+        )
+    return RedisUnavailable(
+        f"{place}: the Sentinels know no living master of that name",
+        "correct the name at the end of PKB_REDIS_URL, or wait for the failover",
+    )
+
+
 def _explain_network(error: BaseException, text: str, place: str) -> PkbError:
     cause = error.__cause__ or error.__context__
     if isinstance(error, UnicodeError):
@@ -163,7 +210,7 @@ def _explain_network(error: BaseException, text: str, place: str) -> PkbError:
         return RedisUnavailable(f"{place} has no connection left for us", "raise its maxclients")
     if isinstance(error, (redis.TimeoutError, TimeoutError)):
         mend = "is it up, and is the port open to us?"
-        if place.startswith("rediss:"):  # a server without TLS waits for the rest of what we sent
+        if place.startswith("rediss"):  # a server without TLS waits for the rest of what we sent
             mend = "is it up, and does it speak TLS? Use redis:// where it does not"
         return RedisUnavailable(f"{place} does not answer in time", mend)
     if "closed by server" in text or "reset by peer" in text:
@@ -176,7 +223,7 @@ def _explain_network(error: BaseException, text: str, place: str) -> PkbError:
     )
 
 
-def _probe(client: redis.Redis, place: str, for_reading: bool) -> None:
+def _probe(client: redis.Redis, for_reading: bool) -> None:
     """Wait while it loads, then ask for a capability, not for a version: forks number themselves freely."""
     deadline = time.monotonic() + LOADING_SECONDS_MAX
     while True:
@@ -192,68 +239,3 @@ def _probe(client: redis.Redis, place: str, for_reading: bool) -> None:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.05)
-
-
-def _open(url: str, options: dict[str, Any]) -> redis.Redis:
-    opener = OPENERS.get(_split(url).scheme)
-    if opener is None:
-        raise SettingsError(
-            "PKB_REDIS_URL begins with no scheme we know",
-            "begin it with " + ", ".join(f"{scheme}://" for scheme in OPENERS),
-        )
-    return opener(url, options)
-
-
-def _open_one(url: str, options: dict[str, Any]) -> redis.Redis:
-    """redis://, rediss:// and unix://, with redis-py's query options (`?ssl_ca_certs=…`)."""
-    parts = _split(url)
-    database = parts.path.strip("/")
-    if parts.scheme == "unix":
-        if not parts.path:
-            raise _unreadable("it names no socket", "write unix:///path/to/redis.sock?db=0")
-    elif database and not database.isdecimal():
-        # redis-py would take database 0 without a word.
-        raise _unreadable("its path is no database number", "end it with /0")
-    try:
-        client = redis.Redis.from_url(url, **options)
-        pool = client.connection_pool
-        pool.connection_kwargs.update(decode_responses=False, protocol=2)  # whatever the URL says
-        pool.connection_class(**pool.connection_kwargs)  # an option nobody knows shows here
-    except (TypeError, ValueError):
-        raise _unreadable("an option after the ? is not one of redis-py's", "correct or remove it") from None
-    return client
-
-
-# A deployment is a row here: redis+sentinel and redis+cluster need an opener each.
-OPENERS: dict[str, Opener] = {"redis": _open_one, "rediss": _open_one, "unix": _open_one}
-
-
-def _split(url: str) -> SplitResult:
-    """`urlsplit`, with SettingsError for what cannot be read, and no piece of the URL in it."""
-    mend = "write redis://:password@host:6379/0, with / # ? @ : in the password as %2F %23 %3F %40 %3A"
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # read now: it is what raises
-    except ValueError:
-        raise _unreadable("its host or port cannot be read", mend) from None
-    _, at, _ = parts.netloc.rpartition("@")
-    if "@" in parts.path + parts.query + parts.fragment and parts.scheme != "unix":
-        raise _unreadable("a special character cuts it short", mend)
-    if parts.scheme == "unix" and parts.netloc and not at:
-        raise _unreadable("a unix socket needs an absolute path", "write unix:///path/to/redis.sock?db=0")
-    return parts
-
-
-def _unreadable(why: str, mend: str) -> SettingsError:
-    return SettingsError(f"PKB_REDIS_URL cannot be used: {why}", mend)
-
-
-def _place(url: str) -> str:
-    """Scheme, host, port and path only. A URL that cannot be read is not shown: who knows what is in it."""
-    try:
-        parts = _split(url)
-    except SettingsError:
-        return "PKB_REDIS_URL"
-    if parts.scheme not in OPENERS:
-        return "PKB_REDIS_URL"
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{unquote(parts.path)}"

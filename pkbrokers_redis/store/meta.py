@@ -37,9 +37,20 @@ def ensure_meta(client: redis.Redis, settings: Settings, now_iso: str) -> None:
 
     Raises MetaMismatch, which names the first field that differs, and WrongKeyType.
     """
-    wanted = _wanted(settings)
-    stored = read_meta(client, settings.prefix) or _write(client, settings.keys.meta(), wanted, now_iso)
-    for field, value in wanted.items():
+    if not check_meta(client, settings):
+        _compare(_write(client, settings.keys.meta(), _wanted(settings), now_iso), settings)
+
+
+def check_meta(client: redis.Redis, settings: Settings) -> bool:
+    """Whether there is a store. Writes nothing; raises as `ensure_meta` where it is not of these settings."""
+    stored = read_meta(client, settings.prefix)
+    if stored is not None:
+        _compare(stored, settings)
+    return stored is not None
+
+
+def _compare(stored: dict[str, str], settings: Settings) -> None:
+    for field, value in _wanted(settings).items():
         if stored.get(field) != value:
             raise MetaMismatch(field, stored.get(field, ""), value, _MENDS[field])
 

@@ -19,8 +19,8 @@ from pkbrokers_redis.store.pipe import Pipe
 
 def queue_frames(
     pipe: Pipe, keys: Keys, source: str, frames: Sequence[tuple[int, int, TickArray]]
-) -> int:
-    """Append frames `(seq, at_ms, ticks)`, an entry a frame and shard. Returns the entries.
+) -> list[str]:
+    """Append frames `(seq, at_ms, ticks)`, an entry a frame and shard. Returns the entries' keys in order.
 
     A shard's entries go in together or not at all: had Redis refused one (out of memory, say) and taken
     the next, that one's higher `seq` would make the first look like a repeat when it is sent again.
@@ -35,7 +35,7 @@ def queue_frames(
             commands = [("MULTI",), *commands, ("EXEC",)]
         for command in commands:
             pipe.add(*command)
-    return sum(map(len, entries.values()))
+    return [keys.ticks(shard) for shard, commands in entries.items() for _ in commands]
 
 
 def id_order(entry_id: str) -> tuple[int, int]:

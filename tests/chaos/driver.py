@@ -200,7 +200,8 @@ class Chaos:
         tokens = folder / "tokens"
         tokens.write_text("\n".join(str(row["instrument_token"]) for row in rows))
         self.settings = load_settings(
-            redis_url=self.redis.url, data_dir=folder / "data", sessions="always", lease_seconds=LEASE_SECONDS,
+            redis_url=self.redis.url, data_dir=folder / "data", sessions="always",
+            lease_seconds=LEASE_SECONDS,
             instruments=str(tokens), kite_ws_url=self.kite.url, close_grace_seconds=1, log_level="info",
         )  # fmt: skip
         self.workers = [

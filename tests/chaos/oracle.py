@@ -23,7 +23,7 @@ TOKEN, PRICE, _QUANTITY, VOLUME, OI, DAY_OPEN, DAY_HIGH, DAY_LOW, TIME = range(9
 
 
 def acknowledged(entries: Iterable[Entry]) -> tuple[list[tuple[int, Row]], int]:
-    """One shard's entries in stream order → `(received at, tick)` in order, and how many entries were repeats."""
+    """One shard's entries in stream order → `(received at, tick)` in order, and how many were repeats."""
     last: dict[bytes, int] = defaultdict(lambda: -1)
     ticks: list[tuple[int, Row]] = []
     repeats = 0

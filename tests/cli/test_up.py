@@ -10,8 +10,8 @@ from tests.support import run_pkb
 
 
 def test_the_roles_come_in_the_order_of_the_flow() -> None:
-    specs = roles(aggregators=3)
-    assert [(spec.name, spec.count) for spec in specs] == [("ingest", 1), ("aggregate", 3)]
+    specs = roles(aggregators=3, ingests=2)
+    assert [(spec.name, spec.count) for spec in specs] == [("ingest", 2), ("aggregate", 3)]
     assert specs[1].argv == (sys.executable, "-m", "workers.aggregate")
 
 

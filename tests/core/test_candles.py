@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from pkbrokers_redis.core import changes as ch
 from pkbrokers_redis.core.book import Book
-from pkbrokers_redis.core.candles import RING_MAX
 from pkbrokers_redis.core.intervals import parse_intervals
 from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.core.tables import RING_MAX
 
 TOKEN = 408065  # NSE:INFY
 IST = 19_800  # seconds ahead of UTC

@@ -1,0 +1,24 @@
+# One image for every role: `docker run … pkb ingest`, `pkb aggregate`, or any other command of `pkb`.
+FROM python:3.12-slim AS build
+WORKDIR /src
+RUN python -m venv /opt/pkb
+COPY pyproject.toml README.md LICENSE ./
+COPY pkbrokers_redis pkbrokers_redis
+COPY workers workers
+RUN /opt/pkb/bin/pip install --no-cache-dir .
+
+FROM python:3.12-slim
+RUN useradd --uid 10001 --create-home pkb && install -d -o pkb /data
+COPY --from=build /opt/pkb /opt/pkb
+ENV PATH=/opt/pkb/bin:$PATH PYTHONUNBUFFERED=1 PKB_DATA_DIR=/data
+# numba writes beside the code, which is not ours to write to, or here.
+ENV NUMBA_CACHE_DIR=/home/pkb/.cache/numba
+USER pkb
+# Compile the candle rules now (20 s), not in each new container. Another processor compiles them once more.
+RUN python -c "from pkbrokers_redis.core.intervals import DEFAULT_INTERVALS; \
+from pkbrokers_redis.core.sessions import load_sessions; \
+from pkbrokers_redis.pipeline.warm import warm_up; \
+warm_up(DEFAULT_INTERVALS, load_sessions('market'))"
+VOLUME /data
+HEALTHCHECK --interval=30s --timeout=20s --start-period=60s --retries=3 CMD ["pkb", "status", "--here"]
+CMD ["pkb", "--help"]

@@ -1,0 +1,142 @@
+"""`pkb doctor`: everything that may be wrong with a pipeline, checked one by one, each with its mend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import redis
+import typer
+from redis.exceptions import ResponseError
+
+from pkbrokers_redis.cli.health_view import as_dict, console, line
+from pkbrokers_redis.cli.output import AsJson, dump
+from pkbrokers_redis.cli.reader import require_store
+from pkbrokers_redis.core.errors import PkbError, RedisUnavailable
+from pkbrokers_redis.pipeline.check import check_volumes
+from pkbrokers_redis.pipeline.facts import each_server, gather
+from pkbrokers_redis.pipeline.health import (
+    EXIT_CODES,
+    SETUP,
+    STATUS,
+    Finding,
+    functions_there,
+    health_of,
+    judge,
+    meta_agrees,
+    moves,
+    streams_small,
+)
+from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.store import commit, lease
+from pkbrokers_redis.store.connect import connect, describe
+from pkbrokers_redis.store.meta import adopt_meta, check_meta
+from pkbrokers_redis.store.symbols import resolve_many
+
+LOOK_SECONDS = 1.0  # between the two looks that show whether shards move
+LIBRARY = "pkbrokers"
+FUNCTIONS = {commit.COMMIT, lease.HOLD, lease.LEASE, lease.RELEASE, lease.ANNOUNCE, lease.MEMBERS}
+KEYS_AT_ONCE = 1_000
+NAMES_MAX = 5
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Check the whole pipeline and say how to mend what is wrong. Exits as `pkb status` does.
+
+    Takes a second or more: it looks twice whether shards move, and adds up every instrument's volumes.
+    """
+    settings = load_settings()
+    require_store(settings)
+    findings: list[Finding] = []
+    facts = None
+    try:
+        with connect(settings, for_reading=True) as client:
+            findings.append(Finding("redis", "ok", f"{describe(settings, for_reading=True)} answers"))
+            findings += _meta(client, settings)
+            try:
+                settings = adopt_meta(client, settings)
+            except PkbError as error:
+                findings.append(Finding("meta", "fail", error.message, error.mend))
+            earlier = gather(client, settings.keys, "")
+            time.sleep(LOOK_SECONDS)
+            facts = gather(client, settings.keys, describe(settings, for_reading=True), stream_bytes=True)
+            rules = (*STATUS, moves(earlier), streams_small(settings.stream_max_entries), *SETUP)
+            findings += _functions(client)
+            findings += judge(facts, rules)
+            findings += _volumes(client, settings)
+            findings += _quotes(client, settings)
+    except RedisUnavailable as error:
+        findings.append(Finding("redis", "fail", error.message, error.mend))
+    if as_json:
+        print(dump(as_dict(facts, findings)))
+    else:
+        for finding in findings:
+            console().print(line(finding))
+    raise typer.Exit(EXIT_CODES[health_of(findings)])
+
+
+def _meta(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
+    try:
+        exists, problem = check_meta(client, settings), None
+    except PkbError as error:
+        exists, problem = True, error
+    return meta_agrees(problem, exists)
+
+
+def _functions(client: redis.Redis) -> Iterator[Finding]:
+    missing: set[str] = set()
+    try:
+        for name, libraries in each_server(client, "function_list", LIBRARY).items():
+            loaded = repr(libraries)  # nested lists, whose order differs with the version
+            missing |= {f"{each} {name}".strip() for each in FUNCTIONS if f"{each!r}" not in loaded}
+    except ResponseError:
+        return iter(())  # our user may not ask
+    return functions_there(sorted(missing))
+
+
+def _volumes(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
+    """The sum of an instrument's candle volumes is what was traded while we watched."""
+    widest = max(settings.intervals, key=lambda each: each.seconds * each.keep if each.name != "day" else 0)
+    found = check_volumes(client, settings.keys, widest.name, keep=widest.keep)
+    right = found.checked - len(found.wrong)
+    what = f"{widest.name} candles add up for {right:,} of {found.checked:,} instruments"
+    if found.cut:
+        what += f" ({found.cut:,} lists do not reach back to the day's begin)"
+    if found.odd:
+        yield Finding(
+            "volumes", "warn", f"{found.odd:,} keys hold what is not ours", "see the aggregators' logs"
+        )
+    if found.wrong:
+        some = ", ".join(map(str, sorted(found.wrong)[:NAMES_MAX]))
+        mend = f"look at {some}: backfill them; if they were never touched by hand, report it"
+        yield Finding("volumes", "fail", what, mend)
+    else:
+        yield Finding("volumes", "ok", what)
+
+
+def _quotes(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
+    """Every instrument of PKB_INSTRUMENTS has been seen at least once."""
+    if not settings.instruments:
+        yield Finding("quotes", "ok", "not checked: PKB_INSTRUMENTS is not set here")
+        return
+    try:
+        instruments = resolve_many(client, settings.keys, settings.instruments)
+    except PkbError as error:
+        yield Finding("quotes", "warn", error.message, error.mend)
+        return
+    without: list[str] = []
+    for first in range(0, len(instruments), KEYS_AT_ONCE):
+        chunk = instruments[first : first + KEYS_AT_ONCE]
+        pipeline = client.pipeline(transaction=False)
+        for token, _ in chunk:
+            pipeline.exists(settings.keys.quote(token))
+        replies = pipeline.execute(raise_on_error=False)
+        without += [name for (_, name), there in zip(chunk, replies, strict=True) if there != 1]
+    if without:
+        some = ", ".join(without[:NAMES_MAX])
+        yield Finding(
+            "quotes", "warn", f"{len(without):,} of {len(instruments):,} instruments have no quote: {some}",
+            "wait for the market to open; else the token is wrong or the instrument has expired",
+        )  # fmt: skip
+    else:
+        yield Finding("quotes", "ok", f"all {len(instruments):,} instruments have one")

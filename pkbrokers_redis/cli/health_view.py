@@ -1,0 +1,162 @@
+"""The pipeline's health for people and for programs: what `pkb status`, `pkb doctor` and `pkb top` print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from pkbrokers_redis.cli.output import iso
+from pkbrokers_redis.pipeline.facts import Facts, Server, Worker
+from pkbrokers_redis.pipeline.health import Finding, Health, health_of
+
+STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
+STYLE_OF: dict[Health, str] = {"healthy": "green", "degraded": "yellow", "down": "red"}
+COUNTERS = ("dropped_at_cap", "frames_lost", "fenced")  # of the heartbeats, shown where they are not 0
+WIDTH_MIN = 110  # rather wrapped by the terminal than cut short
+
+
+def as_dict(facts: Facts | None, findings: Sequence[Finding]) -> dict[str, Any]:
+    """What `--json` prints."""
+    found: dict[str, Any] = {"health": health_of(findings)}
+    if facts is not None:
+        found |= {
+            "at": iso(facts.at_ms / 1000),
+            "redis": {
+                "place": facts.place,
+                "servers": [
+                    {"name": each.name, "version": each.version, "used_bytes": each.used_bytes,
+                     "limit_bytes": each.limit_bytes, "appendonly": each.aof, "saves": each.saves}
+                    for each in facts.servers
+                ],
+            },
+            "workers": [
+                {"id": each.id, "role": each.role, "age_ms": each.age_ms, "skew_ms": each.skew_ms,
+                 **{name: _value(name, text) for name, text in each.fields.items() if name != "role"}}
+                for each in facts.workers
+            ],
+            "shards": [
+                {"shard": each.number, "owner": each.owner, "entries": each.entries,
+                 "position": each.position, "lag_entries": each.lag_entries, "lag_ms": each.lag_ms}
+                for each in facts.shards
+            ],
+            "feeds": [{"feed": number, "owner": owner} for number, owner in enumerate(facts.feeds)],
+            "counters": counters(facts),
+        }  # fmt: skip
+    return {**found, "findings": [finding._asdict() for finding in findings]}
+
+
+def counters(facts: Facts) -> dict[str, int]:
+    """What the living workers gave up or were refused, added up."""
+    return {name: int(sum(worker.number(name) for worker in facts.workers)) for name in COUNTERS}
+
+
+def view(facts: Facts, findings: Iterable[Finding]) -> Group:
+    """The whole picture, for a terminal or a pipe."""
+    findings = list(findings)
+    health = health_of(findings)
+    trouble = [finding for finding in findings if finding.level != "ok"]
+    lost = " · ".join(f"{name} {count:,}" for name, count in counters(facts).items() if count)
+    head = (health, f"bold {STYLE_OF[health]}")
+    parts: list[Any] = [
+        Text.assemble(head, f"  {facts.place}  ", (_servers(facts.servers), "dim")),
+        *([_workers(facts)] if facts.workers else []),
+        _shards(facts),
+    ]
+    if lost:
+        parts.append(Text(lost, "yellow"))
+    return Group(*parts, *(line(finding) for finding in trouble))
+
+
+def line(finding: Finding) -> Text:
+    """One finding: level, what was looked at, what was found, the mend."""
+    mend = f": {finding.mend}" if finding.mend else ""
+    return Text.assemble(
+        (f"{finding.level:<5}", STYLES[finding.level]), f"{finding.check:<12} {finding.what}{mend}"
+    )
+
+
+def console() -> Console:
+    """stdout, wide enough for the tables."""
+    found = Console(highlight=False, soft_wrap=True)
+    found.width = max(found.width, WIDTH_MIN)
+    return found
+
+
+def _servers(servers: Sequence[Server]) -> str:
+    if not servers:
+        return ""
+    used, limit = sum(each.used_bytes for each in servers), sum(each.limit_bytes for each in servers)
+    memory = f"{used / 1e6:,.0f} MB" + (f" of {limit / 1e6:,.0f}" if limit else "")
+    aof = "appendonly" if all(each.aof for each in servers) else "no appendonly"
+    masters = f"{len(servers)} masters, " if len(servers) > 1 else ""
+    return f"{masters}{servers[0].version}, {memory}, {aof}"
+
+
+def _workers(facts: Facts) -> Table:
+    table = _table(("worker", False), ("beat", True), ("ticks/s", True), ("ticks", True), ("has", False))
+    for worker in sorted(facts.workers, key=lambda each: (each.role != "ingest", each.role, each.id)):
+        if worker.age_ms is None:
+            table.add_row(worker.id, "gone", "", "", "", style="dim")
+            continue
+        table.add_row(
+            worker.id,
+            f"{worker.age_ms / 1000:.1f} s",
+            f"{worker.number('ticks_per_second'):,.0f}",
+            f"{worker.number('ticks_total'):,.0f}",
+            _has(worker),
+        )
+    return table
+
+
+def _has(worker: Worker) -> str:
+    if worker.role == "ingest":
+        feeds = worker.numbers("feeds")
+        return (
+            f"{worker.number('instruments'):,.0f} instruments in feeds {_list(feeds)}, "
+            f"{worker.number('connected'):.0f} of {len(feeds)} connected"
+        )
+    if worker.role == "aggregate":
+        return f"{worker.number('instruments'):,.0f} instruments in shards {_list(worker.numbers('shards'))}"
+    return ""
+
+
+def _shards(facts: Facts) -> Table:
+    table = _table(
+        ("shard", True), ("aggregator", False), ("waiting", True), ("lag ms", True), ("stream", True)
+    )
+    for shard in facts.shards:
+        table.add_row(
+            str(shard.number),
+            shard.owner or "–",
+            f"{shard.lag_entries:,}",
+            f"{shard.lag_ms:,.0f}",
+            f"{shard.entries:,}",
+        )
+    return table
+
+
+def _table(*columns: tuple[str, bool]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name, is_number in columns:
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
+    return table
+
+
+def _list(numbers: Sequence[int]) -> str:
+    return ",".join(map(str, numbers)) or "none"
+
+
+def _value(name: str, text: str) -> Any:
+    """A field of a heartbeat as JSON: numbers as numbers, lists as lists, whatever their length."""
+    if name in ("shards", "feeds"):
+        return [int(part) for part in text.split(",") if part.isdecimal()]
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text

@@ -1,0 +1,29 @@
+"""Load the compiled kernels before they are needed: seconds the first time on a machine, tenths afterwards.
+
+An aggregator that takes shards first and compiles then would leave them without an owner that works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pkbrokers_redis.core.book import Book
+from pkbrokers_redis.core.intervals import Interval
+from pkbrokers_redis.core.model import AT_MS, TIME_MS
+from pkbrokers_redis.core.sessions import Sessions
+from pkbrokers_redis.core.text import read_tick_entries
+
+_DAY_MS = 86_400_000
+_TICKS = [b"[[408065,100.5,1,%d,null,100,101,99,%d]]" % (n, _DAY_MS + n * 60_000) for n in range(1, 4)]
+
+
+def warm_up(intervals: Sequence[Interval], sessions: Sessions) -> None:
+    """Run a few ticks through a book of no consequence."""
+    book = Book(intervals, sessions, event_clock=True)
+    ticks, _, _ = read_tick_entries(_TICKS)
+    ticks[:, AT_MS] = ticks[:, TIME_MS]
+    book.take(ticks, 0, np.arange(1, len(ticks) + 1), 1)
+    book.close(0.0, 1)
+    book.collect()
