@@ -65,6 +65,7 @@ from pkbrokers_redis.core.tables import (
     NEED_DAY,
     NEXT_DUE,
     NUMBER_MAX,
+    OI_TIME,
     OPEN,
     OPEN_TIME,
     OPEN_VOLUME,
@@ -143,7 +144,15 @@ def _place_in_ring(ring: Floats, size: int, time: float, volume: float, price: f
 
 @compiled
 def _merge(
-    slots: Floats, i: int, k: int, s: int, tick: Floats, time: float, is_new: bool, is_day: bool
+    slots: Floats,
+    i: int,
+    k: int,
+    s: int,
+    tick: Floats,
+    time: float,
+    is_new: bool,
+    is_day: bool,
+    newest_oi: bool,
 ) -> int:
     """Rules 1 and 7: take one statement into one candle. 0 no change, 1 changed, 2 its open too."""
     price, volume = tick[LAST_PRICE], tick[VOLUME]
@@ -163,6 +172,8 @@ def _merge(
         slots[i, k, s, CLOSE_VOLUME] = key
         if tick[OI] == tick[OI]:
             slots[i, k, s, S_OI] = tick[OI]
+    elif s == 0 and newest_oi:  # what is newer came in a mode without open interest
+        slots[i, k, s, S_OI] = tick[OI]
     if time < open_time or (time == open_time and key < slots[i, k, s, OPEN_VOLUME]):
         slots[i, k, s, OPEN], slots[i, k, s, OPEN_TIME], slots[i, k, s, OPEN_VOLUME] = price, time, key
         change = 2
@@ -289,6 +300,10 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
         ring[place, R_HIGH], ring[place, R_LOW] = tick[DAY_HIGH], tick[DAY_LOW]
     b.counts[C_NEWS] += 1
 
+    newest_oi = tick[OI] == tick[OI] and (place == 0 or time > inst[OI_TIME])
+    if newest_oi:
+        inst[OI_TIME] = time
+
     base = inst[SEEN] if today else np.nan
     slots, seconds, marks, evicted = b.slots, b.seconds, b.marks, b.evicted
     anchor, close = b.anchor_s[d, c], b.close_s[d, c]
@@ -315,7 +330,7 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
             b.late[n, 2:] = tick
             marks[LATE_SIZE] = n + 1
             continue
-        change = _merge(slots, i, k, s, tick, time, known, length == 0)
+        change = _merge(slots, i, k, s, tick, time, known, length == 0, newest_oi)
         if high_before == high_before or low_before == low_before:
             change = max(change, _take_hidden(slots, i, k, s, before_time, high_before, low_before))
         if high_after == high_after or low_after == low_after:

@@ -289,6 +289,18 @@ def test_open_interest_is_the_latest_ticks() -> None:
     assert market.rows("1m", future)[0][6] == 12
 
 
+def test_open_interest_survives_a_newer_tick_of_a_mode_without_it() -> None:
+    future = 2 + 256 * 50_000
+    market = Market().take(
+        tick(-60, 99, 1_000, token=future, oi=10),
+        tick(1, 100, 1_010, token=future, oi=11),
+        tick(3.5, 101, 1_030, token=future, at=3.5),
+        tick(3, 101, 1_020, token=future, oi=12),
+        tick(2, 101, 1_015, token=future, oi=13),
+    )
+    assert market.rows("1m", future)[0][4:7] == [101, 30, 12]
+
+
 def test_bad_ticks_are_counted_and_cost_nothing_else() -> None:
     good = tick(-60, 99, 1_000), tick(1, 100, 1_010)
     bad = [
