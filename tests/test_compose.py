@@ -275,3 +275,7 @@ def test_every_service_becomes_healthy(file: str, tmp_path: Path, kite: Simulato
             lambda: subprocess.run(status, env=env, check=False, stdout=subprocess.DEVNULL).returncode == 0,
             timeout_seconds=60,
         )
+        doctor = subprocess.run(
+            [*PKB, "doctor"], env=env, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert doctor.returncode == 0, doctor.stdout + doctor.stderr

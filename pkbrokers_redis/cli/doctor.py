@@ -129,9 +129,9 @@ def _quotes(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
         chunk = instruments[first : first + KEYS_AT_ONCE]
         pipeline = client.pipeline(transaction=False)
         for token, _ in chunk:
-            pipeline.exists(settings.keys.quote(token))
+            pipeline.hlen(settings.keys.quote(token))
         replies = pipeline.execute(raise_on_error=False)
-        without += [name for (_, name), there in zip(chunk, replies, strict=True) if there != 1]
+        without += [name for (_, name), there in zip(chunk, replies, strict=True) if not there]
     if without:
         some = ", ".join(without[:NAMES_MAX])
         yield Finding(

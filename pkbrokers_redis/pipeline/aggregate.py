@@ -30,6 +30,7 @@ from pkbrokers_redis.core.errors import CommitRefused, PkbError, RedisUnavailabl
 from pkbrokers_redis.core.sessions import Sessions, load_sessions
 from pkbrokers_redis.pipeline.entries import EVIDENCE_BYTES, EntryDecoder
 from pkbrokers_redis.pipeline.late import settle_late
+from pkbrokers_redis.pipeline.names import Names
 from pkbrokers_redis.pipeline.shard_worker import Applied, ShardWorker
 from pkbrokers_redis.pipeline.shards import ROLE, ShardLeases
 from pkbrokers_redis.pipeline.warm import warm_up
@@ -47,7 +48,6 @@ from pkbrokers_redis.store.load import load_book
 from pkbrokers_redis.store.pipe import Pipe
 from pkbrokers_redis.store.replies import is_not_now
 from pkbrokers_redis.store.streams import StreamReader
-from pkbrokers_redis.store.symbols import load_symbols
 from pkbrokers_redis.store.ticks import trim
 
 log = logs.get("aggregate")
@@ -58,7 +58,6 @@ DIRTY_MAX = 500  # instruments a commit, so that Redis never stalls for long
 BLOCK_MS_MAX = 200  # how long a read waits for ticks, unless a candle closes or a lease wants renewal sooner
 TRIM_EVERY_MS = 2_000
 DRAIN_MS_MAX = 5_000
-SYMBOLS_RETRY_MS = 5_000
 WRONG_TYPE_RETRY_MS = 2_000
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 1.0  # between tries while Redis is away
 
@@ -91,8 +90,7 @@ class Aggregator:
         self.workers: dict[int, ShardWorker] = {}
         self._skipped: dict[int, float] = {}  # shard → when to look at its stream again, epoch ms
         self._aside: dict[int, float] = {}  # shard with unusable keys → when to try again
-        self._symbols: dict[int, bytes] = {}
-        self._symbols_at_ms = float(-SYMBOLS_RETRY_MS)
+        self._names = Names(settings.keys)
         self.counts = dict.fromkeys(
             ("entries", "repeated_entries", "odd_entries", "odd_rows", "commits", "fenced", "stale",
              "shards_taken", "refused_keys", "trimmed"), 0
@@ -351,16 +349,7 @@ class Aggregator:
         self.leases.hurry()
 
     def _symbol_of(self, token: int) -> bytes:
-        """The symbol for the closed stream; the list is read again when a new instrument has none."""
-        symbol = self._symbols.get(token)
-        if symbol is None:
-            now_ms = self._now_ms()
-            if now_ms - self._symbols_at_ms >= SYMBOLS_RETRY_MS:
-                self._symbols_at_ms = now_ms
-                names = load_symbols(self._client, self._keys)
-                self._symbols = {each: name.encode() for each, name in names.items()}
-            symbol = self._symbols.get(token) or b"%d" % token
-        return symbol
+        return self._names.symbol_of(self._client, token, self._now_ms())
 
     # -- saying things once ----------------------------------------------------------------------
 

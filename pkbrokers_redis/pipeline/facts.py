@@ -107,7 +107,8 @@ def each_server(client: redis.Redis, method: str, *arguments: Any) -> dict[str, 
     if cluster is None:
         return {"": getattr(client, method)(*arguments)}
     nodes = sorted(cluster.get_primaries(), key=lambda node: str(node.name))
-    return {node.name: getattr(cluster, method)(*arguments, target_nodes=node) for node in nodes}
+    # A node's own client: not all of redis-py's methods take `target_nodes`.
+    return {node.name: getattr(cluster.get_redis_connection(node), method)(*arguments) for node in nodes}
 
 
 def first_server(client: redis.Redis, method: str) -> Any:

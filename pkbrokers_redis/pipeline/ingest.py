@@ -19,6 +19,7 @@ import redis
 from pkbrokers_redis import logs
 from pkbrokers_redis.pipeline.assign import FeedLeases, cut_feeds, feed_figures, list_id, sessions_of
 from pkbrokers_redis.pipeline.inbox import Inbox
+from pkbrokers_redis.pipeline.quotes import EVERY_MS
 from pkbrokers_redis.pipeline.readers import STOP_SECONDS_MAX, Readers
 from pkbrokers_redis.pipeline.spool import Spool
 from pkbrokers_redis.pipeline.writer import TickWriter
@@ -134,6 +135,7 @@ class Ingest:
             deadline = time.monotonic() + DRAIN_SECONDS_MAX
             while healthy and time.monotonic() < deadline:
                 healthy = bool(forward(self.inbox, self.writer, self._now_ms, stop, 0.0))
+            self._write_last_quotes(deadline)
         finally:
             if waiting := self.inbox.finish():
                 log.warning(
@@ -143,6 +145,12 @@ class Ingest:
             finished.set()
         if self._failures:
             raise self._failures[0]
+
+    def _write_last_quotes(self, deadline: float) -> None:
+        """The newest packet of each instrument may still wait for its half second."""
+        while len(self.writer.quotes) and time.monotonic() < deadline:
+            if not self.writer.write([], int(self._now_ms()) + EVERY_MS, self._stop):
+                return
 
     def _save(self, finished: threading.Event) -> None:
         """Told to stop while the writer waits for Redis: a SIGKILL may follow, so put all on disk."""

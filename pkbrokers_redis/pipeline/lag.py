@@ -10,7 +10,7 @@ import msgspec
 import redis
 
 from pkbrokers_redis.core.keys import AGGREGATOR_GROUP, Keys
-from pkbrokers_redis.store.ticks import id_order
+from pkbrokers_redis.store.ids import id_order
 
 SHARDS_AT_ONCE = 256  # a pipeline's bound
 

@@ -23,8 +23,8 @@ import redis
 from redis.exceptions import RedisClusterException
 
 from pkbrokers_redis.store.cluster import cluster_of, master_pool, refresh
+from pkbrokers_redis.store.ids import id_order
 from pkbrokers_redis.store.pipe import Pipe
-from pkbrokers_redis.store.ticks import id_order
 
 BELLS_MAX = 256  # connections a reader; with more streams the others are looked at every LOOK_MS
 LOOK_MS = 50

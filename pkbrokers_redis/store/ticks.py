@@ -14,6 +14,7 @@ import redis
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.model import TickArray
 from pkbrokers_redis.core.text import tick_texts
+from pkbrokers_redis.store.ids import id_order
 from pkbrokers_redis.store.pipe import Pipe
 
 
@@ -36,12 +37,6 @@ def queue_frames(
         for command in commands:
             pipe.add(*command)
     return [keys.ticks(shard) for shard, commands in entries.items() for _ in commands]
-
-
-def id_order(entry_id: str) -> tuple[int, int]:
-    """A stream id as numbers, to compare it."""
-    ms, _, seq = entry_id.partition("-")
-    return int(ms), int(seq or 0)
 
 
 def trim(

@@ -14,6 +14,7 @@ from pkbrokers_redis.pipeline.check import check_volumes
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect
 from tests.e2e.pipelines import is_drained, running_pipeline, wait_for_entries
+from tests.support import run_pkb, settings_env
 from tests.topologies import running_cluster
 
 INSTRUMENTS = 400
@@ -36,6 +37,8 @@ def test_the_pipeline_runs_on_a_cluster_and_every_volume_adds_up(tmp_path: Path)
             wait_for_entries(client, keys, 500)
             followed = CandleStore(settings).follow(block_seconds=0.1)
             wait_for_entries(client, keys, 500)
+            doctor = run_pkb("doctor", env=settings_env(settings))
+            assert doctor.returncode == 0, doctor.stdout + doctor.stderr
             pipeline.close_market(client, keys)
             output = pipeline.stop()
         assert "Traceback" not in output

@@ -153,7 +153,9 @@ def test_a_killed_aggregator_started_again_gives_the_same_rows(
     client: redis.Redis,
     make_aggregator: Callable[[Settings], Aggregator],
 ) -> None:
-    settings = make_settings(sessions="always", clock="event", intervals_text="1m:2000,5m:400,60m,day")
+    settings = make_settings(
+        sessions="always", clock="event", intervals_text="1m:2000,5m:400,60m,day", lease_seconds=0.5
+    )
     trades = lean_trades(
         market_data / "lean-us-equity" / "ibm_tick_20131010_trade.zip", tmp_path / "ibm.csv", "IBM"
     )
@@ -166,7 +168,7 @@ def test_a_killed_aggregator_started_again_gives_the_same_rows(
     client.flushall()
     finished = threading.Event()
     again = threading.Thread(
-        target=lambda: (replay(settings, trades, speed=8_000), finished.set()), daemon=True
+        target=lambda: (replay(settings, trades, speed=5_000), finished.set()), daemon=True
     )
     again.start()
     kills = 0

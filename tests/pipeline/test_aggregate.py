@@ -24,7 +24,7 @@ from tests.support import running_server, wait_until
 
 INFY, RELIANCE, TCS = 408065, 738561, 2953217
 START_S = 1_767_584_700  # 2026-01-05 09:15 in Kolkata, a Monday
-EVENT = {"sessions": "always", "clock": "event", "intervals_text": "1m,5m,60m,day"}
+EVENT = {"sessions": "always", "clock": "event", "intervals_text": "1m,5m,60m,day", "lease_seconds": 60}
 Row = list[Any]
 
 
@@ -561,7 +561,7 @@ def test_a_redis_that_is_killed_and_comes_back_costs_nothing(
     whole.drain()
     port = free_port()
     options = ("--port", str(port), "--appendonly", "yes", "--appendfsync", "everysec")
-    settings = make_settings(**EVENT, redis_url=f"redis://127.0.0.1:{port}/0", lease_seconds=0.5)
+    settings = make_settings(**{**EVENT, "redis_url": f"redis://127.0.0.1:{port}/0", "lease_seconds": 0.5})
     with redis.Redis(port=port) as client:
         torn = Store(client, settings)
         aggregator = Aggregator(lambda: connect(settings), settings, now_ms=lambda: time.time() * 1000)

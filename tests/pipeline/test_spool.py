@@ -155,7 +155,7 @@ def test_a_damaged_byte_never_gives_a_false_frame_and_the_next_file_is_read(at: 
 
 @pytest.fixture
 def small_disk() -> Iterator[Callable[[int], None]]:
-    """`small_disk(n)`: no file may grow beyond n bytes; a write that reaches it is cut short, as on a full disk."""
+    """`small_disk(n)`: no file grows beyond n bytes; a write that reaches it is cut short, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -379,9 +379,9 @@ def test_whatever_happens_frames_leave_in_order_and_none_is_lost_uncounted(
         offered = 0
         for what, n in steps:
             if what == "put":
-                clock.now += 1.0  # a reader never waits here: Redis has been away for a second
                 for _ in range(n):
                     offered += 1
+                    clock.now += 1.0  # so that a reader never waits here: Redis has not moved for a second
                     inbox.put(bytes(SIZE), 0)
             elif what == "wait":
                 clock.now += n
