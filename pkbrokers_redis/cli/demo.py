@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ import redis
 import typer
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.cli.demo_view import View
+from pkbrokers_redis.cli.demo_view import DemoSummary, View
 from pkbrokers_redis.cli.output import dump
 from pkbrokers_redis.consumers.store import CandleStore
 from pkbrokers_redis.core.errors import PkbError
@@ -36,24 +36,6 @@ WARM_UP_SECONDS_MAX = 180  # the first run compiles the candle rules
 SECONDS_WITHOUT_TERMINAL = 65  # long enough for a minute to complete
 REFRESH_SECONDS = 0.25
 RESTARTS_MAX = 3
-
-
-@dataclass
-class DemoSummary:
-    """What a demo did; `--json` prints it."""
-
-    instruments: int = 0
-    seconds: float = 0.0
-    ticks: int = 0
-    ticks_per_second: float = 0.0
-    candles_forming: int = 0
-    candles_completed: int = 0
-    closed_announced: int = 0
-    volumes_checked: int = 0
-    volumes_wrong: int = 0
-    redis_url: str = ""
-    data_dir: str = ""
-    symbols: list[str] = field(default_factory=list)
 
 
 def demo(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import redis
 from rich.console import Console, Group
@@ -17,10 +18,25 @@ from pkbrokers_redis.consumers.store import CandleStore
 from pkbrokers_redis.core.model import Candle
 from pkbrokers_redis.settings import Settings
 
-if TYPE_CHECKING:
-    from pkbrokers_redis.cli.demo import DemoSummary
-
 PLAIN_EVERY_SECONDS = 5.0  # without a terminal: a line now and then
+
+
+@dataclass
+class DemoSummary:
+    """What a demo did; `--json` prints it."""
+
+    instruments: int = 0
+    seconds: float = 0.0
+    ticks: int = 0
+    ticks_per_second: float = 0.0
+    candles_forming: int = 0
+    candles_completed: int = 0
+    closed_announced: int = 0
+    volumes_checked: int = 0
+    volumes_wrong: int = 0
+    redis_url: str = ""
+    data_dir: str = ""
+    symbols: list[str] = field(default_factory=list)
 
 
 class View:

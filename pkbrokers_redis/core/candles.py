@@ -25,6 +25,7 @@ from pkbrokers_redis.core.model import (
     TOKEN_MAX,
     VOLUME,
 )
+from pkbrokers_redis.core.ring import place_in_ring, put_in_ring
 from pkbrokers_redis.core.slots import flag_of, slot_for
 from pkbrokers_redis.core.tables import (
     ANNOUNCE,
@@ -71,9 +72,7 @@ from pkbrokers_redis.core.tables import (
     OPEN_VOLUME,
     R_HIGH,
     R_LOW,
-    R_PRICE,
     R_TIME,
-    R_VOLUME,
     REV,
     RING_MAX,
     RING_SIZE,
@@ -112,34 +111,6 @@ def is_bad(tick: Floats) -> bool:
         if abs(tick[column]) > NUMBER_MAX:  # NaN, an absent field, compares false
             return True
     return False
-
-
-@compiled
-def _place_in_ring(ring: Floats, size: int, time: float, volume: float, price: float) -> int:
-    """Where a statement belongs (0 newest); -1 it is there already; RING_MAX older than all kept.
-
-    Statements are ordered by trade time, then cumulative volume, then arrival. With a volume, time
-    and volume identify one; without, time and price do.
-    """
-    for j in range(size):
-        r_time = ring[j, R_TIME]
-        if time < r_time:
-            continue
-        if time > r_time:
-            return j
-        r_volume = ring[j, R_VOLUME]
-        if volume != volume or r_volume != r_volume:
-            for same in range(j, size):  # same time, no volume to tell them apart: the price does
-                if ring[same, R_TIME] != time:
-                    break
-                if ring[same, R_PRICE] == price:
-                    return -1
-            return j
-        if volume == r_volume:
-            return -1
-        if volume > r_volume:
-            return j
-    return size if size < RING_MAX else RING_MAX
 
 
 @compiled
@@ -233,9 +204,7 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
     if inst[FIRST_AT] == 0:  # rule 2: the first sight is the baseline and makes no candle
         inst[FIRST_AT], inst[FIRST_TIME] = max(tick[AT_MS], 1.0), time
         inst[FIRST_VOLUME], inst[SEEN], inst[BASELINE], inst[DAY_S] = volume, volume, volume, day_s
-        inst[RING_SIZE] = 1
-        ring[0, R_TIME], ring[0, R_VOLUME], ring[0, R_PRICE] = time, volume, price
-        ring[0, R_HIGH], ring[0, R_LOW] = tick[DAY_HIGH], tick[DAY_LOW]
+        inst[RING_SIZE] = put_in_ring(ring, 0, 0, time, volume, price, tick[DAY_HIGH], tick[DAY_LOW])
         b.counts[C_FIRST] += 1
         touch(b, i, 1)
         return
@@ -271,7 +240,7 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
     if time < first_second or (b.day_ms[d, 0] <= first_second and volume <= inst[FIRST_VOLUME]):
         b.counts[C_EARLY] += 1
         return
-    place = _place_in_ring(ring, size, time, volume, price)
+    place = place_in_ring(ring, size, time, volume, price)
     if place < 0:
         b.counts[C_REPEAT] += 1
         return
@@ -291,13 +260,7 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
                 high_after = ring[place - 1, R_HIGH]
             if ring[place - 1, R_LOW] < tick[DAY_LOW]:
                 low_after = ring[place - 1, R_LOW]
-        if size < RING_MAX:
-            size += 1
-            inst[RING_SIZE] = size
-        for j in range(size - 1, place, -1):
-            ring[j] = ring[j - 1]
-        ring[place, R_TIME], ring[place, R_VOLUME], ring[place, R_PRICE] = time, volume, price
-        ring[place, R_HIGH], ring[place, R_LOW] = tick[DAY_HIGH], tick[DAY_LOW]
+        inst[RING_SIZE] = put_in_ring(ring, size, place, time, volume, price, tick[DAY_HIGH], tick[DAY_LOW])
     b.counts[C_NEWS] += 1
 
     newest_oi = tick[OI] == tick[OI] and (place == 0 or time > inst[OI_TIME])

@@ -38,7 +38,7 @@ from pkbrokers_redis.store.ticks import enforce_cap, queue_frames
 
 log = logs.get("ingest")
 
-PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 5.0  # between tries while Redis is away
+PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 1.0  # between tries while Redis is away
 REPLY_SECONDS_MAX = (
     5.0  # no reply for so long: the connection is given up, and everything asked and sent again
 )
