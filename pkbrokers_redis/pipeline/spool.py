@@ -9,10 +9,9 @@
     | u32    | u32   | u64 | u64   | the frame       |   crc32 is of everything behind it
     +--------+-------+-----+-------+-----------------+
 
-What was appended survives the process (not a power cut: it is fsynced at the end only). A process killed
-inside an append leaves a torn last record, which the reader recognises and cuts. A segment is deleted when
-Redis has all of it; a dead process's successor begins at the start of the first one, and the repeats carry
-the seq they had, so that the aggregator skips them.
+What was appended survives the process, though not a power cut; one killed inside an append leaves a torn
+record, which the reader cuts. A segment is deleted when Redis has all of it; a dead process's successor begins
+at the start of the first one, and repeats carry the seq they had, so that the aggregator skips them.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from pkbrokers_redis import logs
 log = logs.get("spool")
 
 MAGIC = b"PKBSPL1\n"
-SEGMENT_BYTES = 16 * 2**20  # a successor repeats at most this much: 90,000 ticks, a fraction of a second
+SEGMENT_BYTES = 16 * 2**20  # what a successor repeats at most: 90,000 ticks, a fraction of a second
 READ_BYTES_MAX = 8 * 2**20  # of frames handed out at once
 FRAME_BYTES_MAX = 64 * 2**20  # a longer record is damage, not a frame
 SUFFIX = ".spool"

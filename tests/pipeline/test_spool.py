@@ -155,7 +155,7 @@ def test_a_damaged_byte_never_gives_a_false_frame_and_the_next_file_is_read(at: 
 
 @pytest.fixture
 def small_disk() -> Iterator[Callable[[int], None]]:
-    """`small_disk(n)`: no file grows beyond n bytes; a write that reaches it is cut short, as on a full disk."""
+    """`small_disk(n)`: no file grows beyond n bytes; a write that reaches it is cut short."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
