@@ -10,8 +10,8 @@
     +--------+-------+-----+-------+-----------------+
 
 What was appended survives the process, though not a power cut; one killed inside an append leaves a torn
-record, which the reader cuts. A segment is deleted when Redis has all of it; a dead process's successor begins
-at the start of the first one, and repeats carry the seq they had, so that the aggregator skips them.
+record, which the reader cuts. A segment is deleted when Redis has it; a dead process's successor begins at
+the start of the first one, and repeats carry the seq they had, so that the aggregator skips them.
 """
 
 from __future__ import annotations

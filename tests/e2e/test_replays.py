@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable
 from datetime import datetime
@@ -17,18 +18,21 @@ import pytest
 import redis
 
 from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.pipeline.aggregate import Aggregator
 from pkbrokers_redis.pipeline.replay import Replay, lag_entries
+from pkbrokers_redis.pipeline.trades import read_trades
+from pkbrokers_redis.pipeline.writer import TickWriter
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
 from tests.e2e.conftest import drain
 from tests.support import running_process, settings_env, wait_until
 
 
-def replay(settings: Settings, path: Path, speed: float | None = None) -> int:
-    """The whole file, as fast as the store takes it unless told otherwise; returns the ticks."""
+def replay(settings: Settings, path: Path) -> int:
+    """The whole file, as fast as the store takes it; returns the ticks."""
     stop = threading.Event()
-    return Replay(lambda: connect(settings), settings, speed=speed, stop=stop).run(path).ticks
+    return Replay(lambda: connect(settings), settings, speed=None, stop=stop).run(path).ticks
 
 
 def kraken_trades(folder: Path, target: Path) -> Path:
@@ -166,11 +170,11 @@ def test_a_killed_aggregator_started_again_gives_the_same_rows(
     assert undisturbed
 
     client.flushall()
-    finished = threading.Event()
-    again = threading.Thread(
-        target=lambda: (replay(settings, trades, speed=5_000), finished.set()), daemon=True
+    killed_often, finished = threading.Event(), threading.Event()
+    feeding = threading.Thread(
+        target=lambda: (_feed(settings, trades, killed_often), finished.set()), daemon=True
     )
-    again.start()
+    feeding.start()
     kills = 0
     while not finished.is_set():
         before = _applied(client, settings)
@@ -185,10 +189,28 @@ def test_a_killed_aggregator_started_again_gives_the_same_rows(
             process.kill()
             process.wait()
             kills += 1
-    again.join()
-    drain(make_aggregator(settings), client, settings)
+        if kills >= 3:
+            killed_often.set()
+    feeding.join()
+    aggregator = make_aggregator(settings)
+    wait_until(
+        lambda: aggregator.step(block_ms_max=1) == 0 and lag_entries(client, settings.keys) == 0,
+        what="the last aggregator to lease the shards and finish",
+    )
     assert kills >= 3
     assert _all_rows(client, settings) == undisturbed
+
+
+def _feed(settings: Settings, trades: Path, go_on: threading.Event) -> None:
+    """A trade file in small frames: unhurried until `go_on`, with a rest kept for behind it."""
+    sessions = load_sessions(settings.sessions, settings.timezone)
+    ticks = read_trades(trades, {}, sessions).ticks
+    writer = TickWriter(lambda: connect(settings), settings, {})
+    frames = [ticks[first : first + 50] for first in range(0, len(ticks), 50)]
+    for n, frame in enumerate(frames):
+        go_on.wait(0.02 if n < len(frames) - 50 else 120)
+        at_ms = int(time.time() * 1000)
+        writer.write(writer.take_ticks(frame, at_ms), at_ms)
 
 
 def _applied(client: redis.Redis, settings: Settings) -> int:

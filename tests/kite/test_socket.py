@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import structlog.testing
 
 from pkbrokers_redis.core.errors import PkbError, SettingsError
 from pkbrokers_redis.kite.layout import MODE_OF_LENGTH
@@ -445,26 +444,29 @@ def test_a_connect_that_hangs_is_given_up() -> None:
     ],
 )
 def test_no_log_line_and_no_error_holds_the_session(
-    handle: Callable[[socket.socket], None], caplog: pytest.LogCaptureFixture
+    handle: Callable[[socket.socket], None],
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     caplog.set_level(0)
-    with (
-        structlog.testing.capture_logs() as logs,
-        raw_server(handle) as url,
-        receiving(url, forbidden_seconds=0.01) as received,
-    ):
+    with raw_server(handle) as url, receiving(url, forbidden_seconds=0.01) as received:
         wait_until(lambda: received.client.stats.errors >= 2)
-    assert logs
-    assert SECRET not in repr(logs) + caplog.text + repr(vars(received.client)["stats"])
+    printed = "".join(capsys.readouterr())
+    assert "logger=kite" in printed
+    assert SECRET not in printed + caplog.text + repr(vars(received.client)["stats"])
 
 
 @pytest.mark.parametrize(
     "url", ["", "http://x/?t=" + SECRET, "nonsense:" + SECRET, "ws://h:99999/?" + SECRET]
 )
-def test_a_url_that_is_none_is_an_error_that_holds_no_session(url: str) -> None:
-    with structlog.testing.capture_logs() as logs, receiving(url) as received:
+def test_a_url_that_is_none_is_an_error_that_holds_no_session(
+    url: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with receiving(url) as received:
         wait_until(lambda: received.client.stats.errors >= 1)
-    assert SECRET not in repr(logs)
+    printed = "".join(capsys.readouterr())
+    assert "logger=kite" in printed
+    assert SECRET not in printed
     assert received.failure is None
 
 
