@@ -82,7 +82,8 @@ def test_help_and_the_reading_commands_start_without_the_compiler_and_pandas() -
     code = (
         "import sys; from pkbrokers_redis.cli.main import COMMANDS, load_command, summary\n"
         "for name in COMMANDS: assert summary(name), name\n"
-        "for name in 'quote candles closed ticks key config redis-cli status top'.split(): load_command(name)\n"
+        "for name in 'quote candles closed ticks key config redis-cli status top'.split():"
+        " load_command(name)\n"
         "print([name for name in ('numba', 'pandas', 'kiteconnect') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
