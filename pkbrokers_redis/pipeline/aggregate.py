@@ -25,7 +25,7 @@ import redis
 from redis.exceptions import ResponseError
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.core.book import Book
+from pkbrokers_redis.core.book import Book, Changes
 from pkbrokers_redis.core.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
 from pkbrokers_redis.core.sessions import Sessions, load_sessions
 from pkbrokers_redis.pipeline.entries import EVIDENCE_BYTES, EntryDecoder
@@ -60,6 +60,8 @@ TRIM_EVERY_MS = 2_000
 DRAIN_MS_MAX = 5_000
 WRONG_TYPE_RETRY_MS = 2_000
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 1.0  # between tries while Redis is away
+
+Commit = tuple[ShardWorker, Move, Changes, dict[bytes, bytes]]
 
 
 class Aggregator:
@@ -238,7 +240,7 @@ class Aggregator:
         if not any(worker.pending for worker in self.workers.values()):
             self._read(self._block_ms(block_ms_max))
         ticks = 0
-        commits: list[tuple[ShardWorker, Move, list[Any]]] = []
+        commits: list[Commit] = []
         for worker in self.workers.values():
             applied = worker.apply(DIRTY_MAX)
             ticks += applied.ticks
@@ -251,8 +253,7 @@ class Aggregator:
                 self._client, self._keys, worker.book, worker.revs, worker.book.collect()
             )
             if changes.ops or applied.move.id != worker.held.id:
-                sections = commit_args(worker.book, changes, self._symbol_of, extra)
-                commits.append((worker, applied.move, sections))
+                commits.append((worker, applied.move, changes, extra))
         self.ticks_total += ticks
         if commits:
             self._commit(commits)
@@ -315,15 +316,17 @@ class Aggregator:
 
     # -- changes → Redis -------------------------------------------------------------------------
 
-    def _commit(self, commits: list[tuple[ShardWorker, Move, list[Any]]]) -> None:
+    def _commit(self, commits: list[Commit]) -> None:
         if self.leases.may_be_gone():  # we were stopped, or this round took too long
             self._share()
             commits = [each for each in commits if self.workers.get(each[0].shard) is each[0]]
         pipe = Pipe(self._client)
-        for worker, move, sections in commits:
+        for worker, move, changes, extra in commits:
+            sections = commit_args(worker.book, changes, self._symbol_of, extra)
             most = self._settings.closed_max_entries
             queue_commit(pipe, self._keys, worker.shard, worker.held, move, most, sections)
-        for (worker, move, _), reply in zip(commits, pipe.execute(), strict=True):
+            pipe.flush()  # Redis carries it out while we write the next shard's
+        for (worker, move, _, _), reply in zip(commits, pipe.execute(), strict=True):
             try:
                 refusals = settle_commit(reply, worker.held, move)
             except CommitRefused as refusal:

@@ -32,6 +32,7 @@ def server_options(folder: Path, socket_path: Path, *, compact: bool) -> list[st
         "appendonly": "yes",
         "appendfsync": "everysec",  # what the OS was given survives a kill; a power cut costs a second
         "aof-load-truncated": "yes",
+        "auto-aof-rewrite-min-size": "256mb",  # each rewrite forks, a latency spike: seldom, not every 64 MB
         "list-max-listpack-size": listpack_size,
         "list-compress-depth": compress_depth,
     }

@@ -30,12 +30,14 @@ class Pipe:
 
     def __init__(self, client: redis.Redis) -> None:
         self._cluster = cluster_of(client)
-        self._pool = None if self._cluster else client.connection_pool
+        self._pool: Any = None if self._cluster else client.connection_pool
+        self._connection: Any = None  # held from the first flush to execute
+        self._sent = 0
         self._parts: list[bytes] = []
         self._keys: list[Any] = []  # cluster only: the key that says where each part goes
 
     def __len__(self) -> int:
-        return len(self._parts)
+        return self._sent + len(self._parts)
 
     @property
     def is_clustered(self) -> bool:
@@ -63,22 +65,41 @@ class Pipe:
         Raises redis.ConnectionError or TimeoutError when a connection failed, or when a cluster's slots are
         elsewhere by now: then nobody knows which commands were carried out.
         """
-        parts, self._parts = self._parts, []
-        if not parts:
-            return []
         if self._cluster is not None:
+            parts, self._parts = self._parts, []
             keys, self._keys = self._keys, []
-            return _execute_on_masters(self._cluster, parts, keys)
-        pool: Any = self._pool
-        connection = pool.get_connection()
+            return _execute_on_masters(self._cluster, parts, keys) if parts else []
+        self.flush()
+        connection, self._connection = self._connection, None
+        sent, self._sent = self._sent, 0
+        if connection is None:
+            return []
         try:
-            connection.send_packed_command([b"".join(parts)])
-            return [_reply(connection) for _ in parts]
+            return [_reply(connection) for _ in range(sent)]
         except BaseException:
             connection.disconnect()  # unread replies must not meet the next caller
             raise
         finally:
-            pool.release(connection)
+            self._pool.release(connection)
+
+    def flush(self) -> None:
+        """Send what was added so far without waiting for replies, so that the server can begin.
+
+        Then `execute` must follow. On a cluster nothing happens before `execute`.
+        """
+        if self._cluster is not None or not self._parts:
+            return
+        parts, self._parts = self._parts, []
+        if self._connection is None:
+            self._connection = self._pool.get_connection()
+        try:
+            self._connection.send_packed_command([b"".join(parts)])
+        except BaseException:
+            connection, self._connection, self._sent = self._connection, None, 0
+            connection.disconnect()
+            self._pool.release(connection)
+            raise
+        self._sent += len(parts)
 
 
 def _execute_on_masters(cluster: redis.RedisCluster, parts: list[bytes], keys: list[Any]) -> list[Any]:

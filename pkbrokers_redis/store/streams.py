@@ -54,16 +54,26 @@ class StreamReader:
         if not positions:
             return []
         if self._cluster is None:
-            streams: dict[Any, Any] = dict(positions)
-            found: Any = self._client.xread(streams, count=count, block=block_ms or None)
-            if isinstance(found, dict):  # RESP3
-                found = [(key, [each for part in parts for each in part]) for key, parts in found.items()]
-            return found or []
+            found = self._xread(positions, count, block_ms)
+            if block_ms and 0 < len(found) < len(positions):
+                # A wait ends with the first stream that gets something, and a frame is for several.
+                seen = {bytes(key) for key, _ in found}
+                others = {key: after for key, after in positions.items() if key.encode() not in seen}
+                found += self._xread(others, count, 0)
+            return found
         batches = self._look(positions, count)
         if batches or not block_ms:
             return batches
         self._wait(self._cluster, positions, block_ms / 1000)
         return self._look(positions, count)
+
+    def _xread(self, positions: Mapping[str, str], count: int, block_ms: int) -> list[Batch]:
+        """One XREAD of one server; 0 does not wait."""
+        streams: dict[Any, Any] = dict(positions)
+        found: Any = self._client.xread(streams, count=count, block=block_ms or None)
+        if isinstance(found, dict):  # RESP3
+            found = [(key, [each for part in parts for each in part]) for key, parts in found.items()]
+        return list(found or [])
 
     def _look(self, positions: Mapping[str, str], count: int) -> list[Batch]:
         pipe = Pipe(self._client)
