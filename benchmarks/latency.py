@@ -3,8 +3,8 @@
     python -m benchmarks.latency [SECONDS]
 
 Every 30 ms the packet of one of eight instruments, a shard each, carries a price that no packet carried
-before; the clock stops when a reader that asks Redis every millisecond sees that price in its `1m` candle. Feeder, ingest, Redis, aggregator
-and this reader share the cores of the machine.
+before. The clock stops when a reader that asks Redis every millisecond sees that price in its `1m` candle.
+Feeder, ingest, Redis, aggregator and this reader share the cores of the machine.
 """
 
 from __future__ import annotations

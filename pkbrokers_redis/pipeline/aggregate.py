@@ -55,6 +55,7 @@ log = logs.get("aggregate")
 ENTRIES_MAX = 512  # of one shard a read; ~1 MB at 40 ticks an entry
 ODD_TICKS = ("bad", "future_clamped")  # of the book's counts
 DIRTY_MAX = 500  # instruments a commit, so that Redis never stalls for long
+CLOSE_MAX = 32  # instruments closed a round and shard: the minute's end must not hold up the ticks
 BLOCK_MS_MAX = 200  # how long a read waits for ticks, unless a candle closes or a lease wants renewal sooner
 TRIM_EVERY_MS = 2_000
 DRAIN_MS_MAX = 5_000
@@ -248,7 +249,7 @@ class Aggregator:
             self.counts["repeated_entries"] += applied.repeated
             self._tell_odd_ticks(worker, applied)
             # Close by the wall clock only what no waiting entry can still change.
-            worker.book.close(worker.drained_ms, DIRTY_MAX)
+            worker.book.close(worker.drained_ms, worker.book.dirty + CLOSE_MAX)
             changes, extra = settle_late(
                 self._client, self._keys, worker.book, worker.revs, worker.book.collect()
             )
