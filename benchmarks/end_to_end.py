@@ -19,10 +19,12 @@ from benchmarks.harness import (
     machine,
     private_store,
     running,
+    tick_stream,
     tokens,
     wait_for,
     worker_env,
 )
+from benchmarks.kernels import dicts_per_second
 
 FRAME_PACKETS = 400
 
@@ -60,7 +62,10 @@ def run(ticks: int = 3_000_000) -> list[Row]:
     speed, cpu = throughput(ticks)
     detail = ", ".join(f"{name} {micros:.1f}" for name, micros in cpu.items())
     name = f"end to end, {INSTRUMENTS:,} instruments × 10 intervals (CPU µs a tick: {detail})"
-    return [Row(name, f"{speed:,.0f} ticks/s", goal="≥ 100,000", met=speed >= 100_000)]
+    dicts = dicts_per_second(tick_stream(100_000, INSTRUMENTS, 1_784_691_900_000, 100_000))
+    reference = f"plain-Python dicts in memory {dicts:,.0f} ticks/s"
+    ratio = f"{speed / dicts:.1f} ×"
+    return [Row(name, f"{speed:,.0f} ticks/s", reference, ratio, "≥ 100,000", speed >= 100_000)]
 
 
 if __name__ == "__main__":

@@ -131,6 +131,25 @@ class SentinelSet:
             address: Any = sentinel.sentinel_get_master_addr_by_name(SERVICE)
             return int(address[1])
 
+    def believed_ports(self) -> set[int]:
+        """Whom the Sentinels take for the master, each for itself."""
+        found = set()
+        for port in self.sentinel_ports:
+            with redis.Redis(port=port, socket_timeout=5) as sentinel:
+                address: Any = sentinel.sentinel_get_master_addr_by_name(SERVICE)
+                found.add(int(address[1]))
+        return found
+
+    def follows(self, port: int) -> bool:
+        """Whether that server is a replica with the whole of its master's data."""
+        with redis.Redis(port=port, socket_timeout=5, decode_responses=True) as server:
+            state: Any = server.info("replication")
+            return state["role"] == "slave" and state["master_link_status"] == "up"
+
+    def is_in_step(self) -> bool:
+        """Whether every Sentinel knows the others and a replica that follows the master."""
+        return all(_knows_all(port, None) for port in self.sentinel_ports)
+
     def kill_master(self) -> None:
         """kill -9."""
         os.kill(self.processes[self.master_port].pid, signal.SIGKILL)

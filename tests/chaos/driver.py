@@ -31,6 +31,7 @@ from typing import Any
 
 import redis
 
+from pkbrokers_redis.core.errors import RedisUnavailable
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.pipeline.aggregate import Aggregator
 from pkbrokers_redis.pipeline.replay import lag_entries
@@ -43,11 +44,14 @@ from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.chaos import oracle
 from tests.support import settings_env, wait_until
+from tests.topologies import running_node, running_sentinels
 
 INSTRUMENTS = 300
 LEASE_SECONDS = 2.0
 PAUSE_SECONDS = (0.3, 2.5)  # between faults
 READ_COUNT = 2_000
+BUFFER_BYTES = 1_000_000  # seconds of frames: an outage goes through the spool …
+SPOOL_BYTES = 300_000  # … and the longer ones through its quota
 
 
 @dataclass
@@ -109,6 +113,65 @@ class RedisServer:
         self.process.kill()
         self.process.wait()
 
+    def faults(self, rng: random.Random) -> dict[str, Callable[[], None]]:
+        """What can happen to one server."""
+        return {
+            "redis_killed": lambda: self._away(rng.uniform(0.0, 2.0)),
+            "redis_away": lambda: self._away(rng.uniform(4.0, 8.0)),  # through memory and the spool's quota
+            "redis_stalled": lambda: self._stall(rng.uniform(0.2, 1.5)),
+        }
+
+    def _away(self, seconds: float) -> None:
+        self.kill()
+        time.sleep(seconds)
+        self.start()
+
+    def _stall(self, seconds: float) -> None:
+        assert self.process
+        self.process.send_signal(signal.SIGSTOP)
+        time.sleep(seconds)
+        self.process.send_signal(signal.SIGCONT)
+
+
+class SentinelServers:
+    """A master, a replica and three Sentinels; the master of the moment can be killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._stack = contextlib.ExitStack()
+        self._folder = folder
+        self.set = self._stack.enter_context(running_sentinels(folder))
+
+    @property
+    def url(self) -> str:
+        return self.set.url
+
+    def start(self) -> None:
+        """They run already."""
+
+    def kill(self) -> None:
+        self._stack.close()
+
+    def faults(self, rng: random.Random) -> dict[str, Callable[[], None]]:
+        """What can happen to the set."""
+        return {"master_killed": lambda: self._fail_over(rng.uniform(0.0, 2.0))}
+
+    def _fail_over(self, seconds: float) -> None:
+        """Kill the master; when every Sentinel names another, let the dead one come back as its replica.
+
+        One that comes back sooner may meet a Sentinel that still calls it master, and a writer that believes
+        it (docs/operations.md).
+        """
+        dead = self.set.current_port()
+        process = self.set.processes[dead]
+        process.kill()
+        process.wait()
+        wait_until(lambda: dead not in self.set.believed_ports(), timeout_seconds=60, what="a failover")
+        time.sleep(seconds)
+        node = running_node(self._folder / f"server-{dead}", dead, "--appendonly", "yes")
+        self.set.processes[dead] = self._stack.enter_context(node)
+        wait_until(lambda: self.set.follows(dead), timeout_seconds=60, what="the old master to follow")
+        wait_until(self.set.is_in_step, timeout_seconds=60, what="the Sentinels to see it")
+
 
 class Worker:
     """One `python -m workers.<role>`; its output goes to a file for the post-mortem."""
@@ -148,9 +211,8 @@ class Worker:
 class Recorder(threading.Thread):
     """Keeps every entry of the tick streams, in order; registered as a reader, so trimming waits for it."""
 
-    def __init__(self, url: str, settings: Settings) -> None:
+    def __init__(self, settings: Settings) -> None:
         super().__init__(daemon=True)
-        self._url = url
         self._settings = settings
         self.entries: dict[int, list[oracle.Entry]] = {shard: [] for shard in range(settings.shards)}
         self._last = {settings.keys.ticks(shard): b"0-0" for shard in range(settings.shards)}
@@ -159,15 +221,15 @@ class Recorder(threading.Thread):
         self.caught_up = threading.Event()
 
     def run(self) -> None:
-        client = redis.Redis.from_url(self._url, protocol=2)
         while not self.stop_event.is_set():
             try:
+                client = connect(self._settings, socket_timeout_seconds=5)
                 for key in self._last:
                     with contextlib.suppress(redis.ResponseError):
                         client.xgroup_create(key, "recorder", id="0-0", mkstream=True)
                 while not self.stop_event.is_set():
                     self._read(client)
-            except redis.RedisError:
+            except (redis.RedisError, RedisUnavailable):
                 time.sleep(0.1)
 
     def _read(self, client: redis.Redis) -> None:
@@ -184,7 +246,14 @@ class Chaos:
     """The stage, the faults and the verdict."""
 
     def __init__(
-        self, seed: int, seconds: float, folder: Path, *, ingests: int = 1, aggregators: int = 2
+        self,
+        seed: int,
+        seconds: float,
+        folder: Path,
+        *,
+        ingests: int = 1,
+        aggregators: int = 2,
+        sentinel: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
         self.seconds = seconds
@@ -193,7 +262,7 @@ class Chaos:
         self._frame_rng = random.Random(seed + 1)
         self._held: bytes | None = None
         (folder / "redis").mkdir()
-        self.redis = RedisServer(folder / "redis")
+        self.redis = SentinelServers(folder / "redis") if sentinel else RedisServer(folder / "redis")
         rows = universe(INSTRUMENTS)
         self.kite = SimulatorServer(Market(rows, int(time.time() * 1000), seed=seed), outgoing=self._damage)
         self.kite.start()
@@ -203,13 +272,14 @@ class Chaos:
             redis_url=self.redis.url, data_dir=folder / "data", sessions="always",
             lease_seconds=LEASE_SECONDS,
             instruments=str(tokens), kite_ws_url=self.kite.url, close_grace_seconds=1, log_level="info",
+            **({} if sentinel else {"buffer_max_bytes": BUFFER_BYTES, "spool_max_bytes": SPOOL_BYTES}),
         )  # fmt: skip
         self.workers = [
             Worker(role, n, settings_env(self.settings), folder)
             for role, count in (("aggregate", aggregators), ("ingest", ingests))
             for n in range(count)
         ]
-        self.recorder = Recorder(self.redis.url, self.settings)
+        self.recorder = Recorder(self.settings)
 
     # -- faults ------------------------------------------------------------------------------------
 
@@ -232,17 +302,20 @@ class Chaos:
 
     def faults(self) -> dict[str, Callable[[], None]]:
         """Name → what it does. Each leaves the stage whole, if late."""
-        return {
+        faults = {
             "aggregator_killed": lambda: self._one("aggregate").signal(signal.SIGKILL),
             "aggregator_stopped": lambda: self._hang(
                 self._one("aggregate"), self.rng.uniform(0.5, 2 * LEASE_SECONDS)
             ),
             "ingest_killed": lambda: self._one("ingest").signal(signal.SIGKILL),
             "ingest_stopped": lambda: self._hang(self._one("ingest"), self.rng.uniform(0.2, 2.0)),
-            "redis_killed": self._kill_redis,
-            "redis_stalled": self._stall_redis,
             "sockets_dropped": self.kite.disconnect_all,
+            **self.redis.faults(self.rng),
         }
+        if isinstance(self.redis, SentinelServers):
+            # What a failover takes back only its source can send again: it must not die just then.
+            del faults["ingest_killed"]
+        return faults
 
     def _one(self, role: str) -> Worker:
         return self.rng.choice([each for each in self.workers if each.role == role])
@@ -251,17 +324,6 @@ class Chaos:
         worker.signal(signal.SIGSTOP)
         time.sleep(seconds)
         worker.signal(signal.SIGCONT)
-
-    def _kill_redis(self) -> None:
-        self.redis.kill()
-        time.sleep(self.rng.uniform(0.0, 2.0))
-        self.redis.start()
-
-    def _stall_redis(self) -> None:
-        assert self.redis.process
-        self.redis.process.send_signal(signal.SIGSTOP)
-        time.sleep(self.rng.uniform(0.2, 1.5))
-        self.redis.process.send_signal(signal.SIGCONT)
 
     # -- the run -----------------------------------------------------------------------------------
 
@@ -418,10 +480,16 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--aggregators", type=int, default=2)
     parser.add_argument("--ingests", type=int, default=1)
+    parser.add_argument("--sentinel", action="store_true", help="a Sentinel set whose master is killed")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="pkb-chaos-"))
     report = Chaos(
-        options.seed, options.seconds, folder, ingests=options.ingests, aggregators=options.aggregators
+        options.seed,
+        options.seconds,
+        folder,
+        ingests=options.ingests,
+        aggregators=options.aggregators,
+        sentinel=options.sentinel,
     ).run()
     print(json.dumps({**asdict(report), "faults": dict(report.faults), "ok": report.ok}, indent=1))
     if not report.ok:
