@@ -40,6 +40,7 @@ USERS_MISTAKES = (
     SettingsError, UnknownSymbol, UnknownInterval, InputFileError, MetaMismatch, RedisUnsuitable
 )  # fmt: skip
 
+WRITER_SECONDS_MAX = 5.0  # what ingest waits for an answer of Redis before it keeps frames itself
 SWITCH_SECONDS = 0.001  # a reader thread waits at most this long for the writer's bytecode
 
 
@@ -116,6 +117,7 @@ def ingest(settings: Settings, stop: threading.Event) -> None:
     from pkbrokers_redis.kite.urls import address_of, url_for
     from pkbrokers_redis.pipeline.assign import sessions_of
     from pkbrokers_redis.pipeline.ingest import Ingest, figures_of
+    from pkbrokers_redis.pipeline.warm import warm_up_writer
 
     log = logs.get("ingest")
     sessions = sessions_of(settings)
@@ -126,9 +128,12 @@ def ingest(settings: Settings, stop: threading.Event) -> None:
         raise SettingsError(
             "there is nothing to stream", "set PKB_INSTRUMENTS, e.g. NSE:INFY,NSE:TCS, or a file of tokens"
         )
+    warm_up_writer()
     name = worker_id("ingest")
     worker = Ingest(
-        lambda: connect(settings),
+        lambda: connect(
+            settings, socket_timeout_seconds=WRITER_SECONDS_MAX
+        ),  # a hung Redis is one that is away
         settings,
         instruments,
         now_ms=now_ms,

@@ -11,12 +11,17 @@ import numpy as np
 
 from pkbrokers_redis.core.book import Book
 from pkbrokers_redis.core.intervals import Interval
-from pkbrokers_redis.core.model import AT_MS, TIME_MS
+from pkbrokers_redis.core.model import AT_MS, BATCH_WIDTH, TIME_MS
 from pkbrokers_redis.core.sessions import Sessions
-from pkbrokers_redis.core.text import read_tick_entries
+from pkbrokers_redis.core.text import read_tick_entries, tick_texts
 
 _DAY_MS = 86_400_000
 _TICKS = [b"[[408065,100.5,1,%d,null,100,101,99,%d]]" % (n, _DAY_MS + n * 60_000) for n in range(1, 4)]
+
+
+def warm_up_writer() -> None:
+    """Write a tick row of no consequence: an ingest that compiles with frames waiting would spool them."""
+    tick_texts(np.ones((1, BATCH_WIDTH)), 1)
 
 
 def warm_up(intervals: Sequence[Interval], sessions: Sessions) -> None:
