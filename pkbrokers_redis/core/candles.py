@@ -67,6 +67,7 @@ from pkbrokers_redis.core.tables import (
     NEXT_DUE,
     NUMBER_MAX,
     OI_TIME,
+    OI_VOLUME,
     OPEN,
     OPEN_TIME,
     OPEN_VOLUME,
@@ -230,8 +231,10 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
             touch(b, i, 1)
         return
 
-    # Rule 1. No trade time (then it is the time received): only a risen volume is news.
-    if time == tick[AT_MS] and volume <= inst[SEEN] and today and time >= ring[0, R_TIME]:
+    # Rule 1. No trade time (then it is the time received): only a risen volume is news. A source whose trade
+    # times equal its receipts to the second may still bring a straggler.
+    received = time == tick[AT_MS] and (time % 1000 != 0 or time >= ring[0, R_TIME])
+    if received and volume <= inst[SEEN] and today:
         b.counts[C_REPEAT] += 1
         return
     # Rule 2: what had traded when we first looked is not ours to tell. A trade time is in whole seconds, the
@@ -263,9 +266,11 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
         inst[RING_SIZE] = put_in_ring(ring, size, place, time, volume, price, tick[DAY_HIGH], tick[DAY_LOW])
     b.counts[C_NEWS] += 1
 
-    newest_oi = tick[OI] == tick[OI] and (place == 0 or time > inst[OI_TIME])
+    newest_oi = tick[OI] == tick[OI] and (
+        place == 0 or time > inst[OI_TIME] or (time == inst[OI_TIME] and volume >= inst[OI_VOLUME])
+    )
     if newest_oi:
-        inst[OI_TIME] = time
+        inst[OI_TIME], inst[OI_VOLUME] = time, volume
 
     base = inst[SEEN] if today else np.nan
     slots, seconds, marks, evicted = b.slots, b.seconds, b.marks, b.evicted

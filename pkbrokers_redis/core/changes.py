@@ -55,7 +55,7 @@ OP_WIDTH = 6
 
 ROW_BYTES_MAX = 8 * 23 + 16
 MARK_BYTES_MAX = 16 * 23
-HOT_BYTES_MAX = (7 + RING_MAX * 5) * 23 + 32
+HOT_BYTES_MAX = (8 + RING_MAX * 5) * 23 + 32
 
 
 def bytes_max(intervals: int, slots: int) -> int:
@@ -98,7 +98,7 @@ def _write_row(out: Bytes, pos: int, slot: Floats) -> int:
 
 @compiled
 def _write_hot(out: Bytes, pos: int, inst: Floats, ring: Floats) -> int:
-    """`[first_at,first_time,first_volume,day,seen,baseline,oi_time,time,volume,price,high,low, …]`.
+    """`[first_at,first_time,first_volume,day,seen,baseline,oi_time,oi_volume,time,volume,price,high,low, …]`.
 
     Statements after the newest are differences to it, null where a field equals the newer one's.
     """

@@ -19,8 +19,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 # columns of `inst`
-FIRST_AT, FIRST_TIME, FIRST_VOLUME, DAY_S, SEEN, BASELINE, OI_TIME, RING_SIZE = range(8)
-INST_WIDTH = 8
+FIRST_AT, FIRST_TIME, FIRST_VOLUME, DAY_S, SEEN, BASELINE, OI_TIME, OI_VOLUME, RING_SIZE = range(9)
+INST_WIDTH = 9
 # columns of `ring`
 R_TIME, R_VOLUME, R_PRICE, R_HIGH, R_LOW = range(5)
 RING_WIDTH = 5

@@ -32,6 +32,7 @@ from typing import Any
 import redis
 
 from pkbrokers_redis.core.errors import RedisUnavailable
+from pkbrokers_redis.core.model import CANDLE_FIELDS
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.pipeline.aggregate import Aggregator
 from pkbrokers_redis.pipeline.replay import lag_entries
@@ -69,6 +70,7 @@ class Report:
     announced: int = 0
     announced_twice: int = 0
     announced_differently: int = 0
+    columns_different: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
 
     @property
@@ -416,6 +418,7 @@ class Chaos:
                 rows = [each.get(key, {}).get(start) for each in (ours, expected, calm)]
                 if not rows[0] == rows[1] == rows[2]:
                     self.report.rows_different += 1
+                    self.report.columns_different[_difference(rows)] += 1
                     if len(self.report.examples) < 10:
                         self.report.examples.append(
                             f"{key} {start}: ours {rows[0]} oracle {rows[1]} calm {rows[2]}"
@@ -455,6 +458,19 @@ class Chaos:
             self.report.announced_differently += sum(
                 ours[token, interval].get(start) != row for (token, interval, start), row in last.items()
             )
+
+
+def _difference(rows: list[list[Any] | None]) -> str:
+    """Which columns differ, and from what: `oracle ticks`."""
+    ours = rows[0]
+    words = []
+    for name, row in zip(("oracle", "calm"), rows[1:], strict=True):
+        if ours is None or row is None:
+            words.append(f"{name} missing" if row is None else "ours missing")
+        else:
+            columns = (n for n, (a, b) in enumerate(zip(ours, row, strict=False)) if a != b)
+            words += [f"{name} {(*CANDLE_FIELDS, 'flag')[n]}" for n in columns]
+    return ", ".join(words)
 
 
 def all_rows(client: redis.Redis, settings: Settings) -> oracle.Rows:
