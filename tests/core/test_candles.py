@@ -148,6 +148,12 @@ def test_without_a_trade_time_only_a_risen_volume_is_news() -> None:
     assert market.rows("1m") == [row(0, 100, 100, 100, 100, 10, None, 1)]
 
 
+def test_a_stale_packet_without_a_trade_time_is_no_news() -> None:
+    market = Market().take(tick(-60, 99, 1_000), tick(1, 100, 1_010), tick(9, 101, 1_030))
+    before = market.all_rows()
+    assert market.take(tick(7.25, 100, 1_020, at=7.25)).all_rows() == before
+
+
 def test_without_volume_a_new_price_or_time_is_news() -> None:
     index = 256265
     market = Market().take(
