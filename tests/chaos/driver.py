@@ -14,14 +14,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import random
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -31,7 +27,6 @@ from typing import Any
 
 import redis
 
-from pkbrokers_redis.core.errors import RedisUnavailable
 from pkbrokers_redis.core.model import CANDLE_FIELDS
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.pipeline.aggregate import Aggregator
@@ -40,17 +35,15 @@ from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
-from pkbrokers_redis.store.binary import find_binary
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.chaos import oracle
+from tests.chaos.stage import Recorder, RedisServer, SentinelServers, Worker
 from tests.support import settings_env, wait_until
-from tests.topologies import running_node, running_sentinels
 
 INSTRUMENTS = 300
 LEASE_SECONDS = 2.0
 PAUSE_SECONDS = (0.3, 2.5)  # between faults
-READ_COUNT = 2_000
 BUFFER_BYTES = 1_000_000  # seconds of frames: an outage goes through the spool …
 SPOOL_BYTES = 300_000  # … and the longer ones through its quota
 
@@ -79,169 +72,6 @@ class Report:
         return (
             not (self.rows_different or self.announced_twice or self.announced_differently) and self.rows > 0
         )
-
-
-class RedisServer:
-    """An append-only server on a fixed port that can be killed, stalled and started again."""
-
-    def __init__(self, folder: Path, kind: str = "valkey") -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
-        self._command = [
-            str(find_binary(kind)), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", str(folder),
-            "--save", "", "--appendonly", "yes", "--appendfsync", "everysec", "--loglevel", "warning",
-        ]  # fmt: skip
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL)
-        client = redis.Redis(port=self.port)
-
-        def answers() -> bool:
-            with contextlib.suppress(redis.RedisError):
-                return bool(client.ping())
-            return False
-
-        wait_until(answers, timeout_seconds=60, what="Redis to answer")
-        client.close()
-
-    def kill(self) -> None:
-        assert self.process
-        self.process.kill()
-        self.process.wait()
-
-    def faults(self, rng: random.Random) -> dict[str, Callable[[], None]]:
-        """What can happen to one server."""
-        return {
-            "redis_killed": lambda: self._away(rng.uniform(0.0, 2.0)),
-            "redis_away": lambda: self._away(rng.uniform(4.0, 8.0)),  # through memory and the spool's quota
-            "redis_stalled": lambda: self._stall(rng.uniform(0.2, 1.5)),
-        }
-
-    def _away(self, seconds: float) -> None:
-        self.kill()
-        time.sleep(seconds)
-        self.start()
-
-    def _stall(self, seconds: float) -> None:
-        assert self.process
-        self.process.send_signal(signal.SIGSTOP)
-        time.sleep(seconds)
-        self.process.send_signal(signal.SIGCONT)
-
-
-class SentinelServers:
-    """A master, a replica and three Sentinels; the master of the moment can be killed."""
-
-    def __init__(self, folder: Path) -> None:
-        self._stack = contextlib.ExitStack()
-        self._folder = folder
-        self.set = self._stack.enter_context(running_sentinels(folder))
-
-    @property
-    def url(self) -> str:
-        return self.set.url
-
-    def start(self) -> None:
-        """They run already."""
-
-    def kill(self) -> None:
-        self._stack.close()
-
-    def faults(self, rng: random.Random) -> dict[str, Callable[[], None]]:
-        """What can happen to the set."""
-        return {"master_killed": lambda: self._fail_over(rng.uniform(0.0, 2.0))}
-
-    def _fail_over(self, seconds: float) -> None:
-        """Kill the master; when every Sentinel names another, let the dead one come back as its replica.
-
-        One that comes back sooner may meet a Sentinel that still calls it master, and a writer that believes
-        it (docs/operations.md).
-        """
-        dead = self.set.current_port()
-        process = self.set.processes[dead]
-        process.kill()
-        process.wait()
-        wait_until(lambda: dead not in self.set.believed_ports(), timeout_seconds=60, what="a failover")
-        time.sleep(seconds)
-        node = running_node(self._folder / f"server-{dead}", dead, "--appendonly", "yes")
-        self.set.processes[dead] = self._stack.enter_context(node)
-        wait_until(lambda: self.set.follows(dead), timeout_seconds=60, what="the old master to follow")
-        wait_until(self.set.is_in_step, timeout_seconds=60, what="the Sentinels to see it")
-
-
-class Worker:
-    """One `python -m workers.<role>`; its output goes to a file for the post-mortem."""
-
-    def __init__(self, role: str, number: int, env: dict[str, str], folder: Path) -> None:
-        self.role = role
-        self._env = {**os.environ, **env, "PYTHONUNBUFFERED": "1"}
-        self._log = (folder / f"{role}-{number}.log").open("ab")
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", f"workers.{self.role}"], env=self._env, stdout=self._log, stderr=self._log
-        )
-
-    def ensure(self) -> None:
-        """Start it again when it ended: what a supervisor does."""
-        if self.process is None or self.process.poll() is not None:
-            self.start()
-
-    def signal(self, number: signal.Signals) -> None:
-        if self.process is not None and self.process.poll() is None:
-            self.process.send_signal(number)
-
-    def stop(self) -> None:
-        self.signal(signal.SIGCONT)
-        self.signal(signal.SIGTERM)
-        if self.process is not None:
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        self._log.close()
-
-
-class Recorder(threading.Thread):
-    """Keeps every entry of the tick streams, in order; registered as a reader, so trimming waits for it."""
-
-    def __init__(self, settings: Settings) -> None:
-        super().__init__(daemon=True)
-        self._settings = settings
-        self.entries: dict[int, list[oracle.Entry]] = {shard: [] for shard in range(settings.shards)}
-        self._last = {settings.keys.ticks(shard): b"0-0" for shard in range(settings.shards)}
-        self._shard = {settings.keys.ticks(s).encode(): s for s in range(settings.shards)}
-        self.stop_event = threading.Event()
-        self.caught_up = threading.Event()
-
-    def run(self) -> None:
-        while not self.stop_event.is_set():
-            try:
-                client = connect(self._settings, socket_timeout_seconds=5)
-                for key in self._last:
-                    with contextlib.suppress(redis.ResponseError):
-                        client.xgroup_create(key, "recorder", id="0-0", mkstream=True)
-                while not self.stop_event.is_set():
-                    self._read(client)
-            except (redis.RedisError, RedisUnavailable):
-                time.sleep(0.1)
-
-    def _read(self, client: redis.Redis) -> None:
-        reply: Any = client.xread(self._last, count=READ_COUNT, block=200)  # type: ignore[arg-type]
-        for key, found in reply or []:
-            self.entries[self._shard[key]] += [fields for _, fields in found]
-            self._last[key.decode()] = found[-1][0]
-            client.xgroup_setid(key, "recorder", found[-1][0])
-        if not reply:
-            self.caught_up.set()
 
 
 class Chaos:
