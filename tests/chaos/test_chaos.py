@@ -18,5 +18,4 @@ def test_half_a_minute_of_faults_leaves_every_row_as_without(tmp_path: Path) -> 
     assert report.rows_different == 0, f"seed {seed}: {report.examples}"
     assert report.announced_twice == report.announced_differently == 0, f"seed {seed}"
     assert report.rows >= 3_000
-    assert report.announced > 0
     assert sum(report.faults.values()) >= 8

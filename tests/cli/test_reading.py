@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import redis
 
-from pkbrokers_redis.cli import output
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
 from tests.cli.conftest import Pkb
@@ -54,7 +53,6 @@ def _data(client: redis.Redis, store_env: Settings) -> None:
 @pytest.fixture
 def on_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if stdout were a terminal: it is a file while pytest captures it."""
-    monkeypatch.setattr(output, "choose", lambda as_json, as_csv: "table")
     for name in ("quote", "candles", "closed", "ticks"):
         monkeypatch.setattr(f"pkbrokers_redis.cli.{name}.choose", lambda as_json, as_csv: "table")
 
