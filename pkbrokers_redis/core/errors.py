@@ -63,7 +63,7 @@ class UnknownInterval(PkbError):
 
 
 class FrameError(PkbError):
-    """Raised when a binary frame ends inside a packet. `.frame` holds its first bytes."""
+    """Raised when bytes are no packet of Kite's, by their length. `.frame` holds the first of them."""
 
     def __init__(self, message: str, frame: bytes) -> None:
         super().__init__(message)

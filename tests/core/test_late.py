@@ -142,4 +142,5 @@ def test_rows_of_a_foreign_hand_are_passed_over(foreign: bytes) -> None:
 @given(st.lists(st.binary(max_size=60), max_size=5), st.integers(-2, 4), st.floats(0, 2_000))
 @example([b"[1,1,1,1,1,1e308,null,1]"], 0, 1.0)
 def test_no_bytes_break_it(rows: list[bytes], n: int, volume: float) -> None:
-    amend([*rows, *texts(*THREE)], late(n, 105, volume), False)
+    for start, text in amend([*rows, *texts(*THREE)], late(n, 105, volume), False):
+        assert msgspec.json.decode(text)[0] == start
