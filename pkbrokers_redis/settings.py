@@ -80,6 +80,9 @@ class Settings(BaseSettings):
     clock: Literal["wall", "event"] = Field("wall", description="`event`: candles close by event time only")
     close_grace_seconds: float = Field(2, ge=0, le=3600, description="a candle's wait for stragglers")
     lease_seconds: float = Field(3, ge=0.5, le=300, description="a dead aggregator's shards move within it")
+    time_shift: str | None = Field(
+        None, description="rehearsals: `market,machine,speed`, two epoch seconds that coincide and a factor"
+    )
     calendar: Path | None = Field(None, description="a calendar file that overrides the shipped one")
 
     # sync and bot
@@ -105,6 +108,18 @@ class Settings(BaseSettings):
         except (ZoneInfoNotFoundError, ValueError, OSError):
             raise ValueError("is no time zone; use a name such as Asia/Kolkata") from None
         return name
+
+    @field_validator("time_shift")
+    @classmethod
+    def _three_numbers(cls, text: str | None) -> str | None:
+        try:
+            if text is not None:
+                market, machine, speed = map(float, text.split(","))
+                if not (0 < market < 4e9 and 0 < machine < 4e9 and 0.01 <= speed <= 10_000):
+                    raise ValueError
+        except ValueError:
+            raise ValueError("is not `market,machine,speed`: two epoch seconds and a factor") from None
+        return text
 
     @cached_property
     def intervals(self) -> tuple[Interval, ...]:

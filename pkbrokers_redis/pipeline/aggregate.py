@@ -58,7 +58,7 @@ DIRTY_MAX = 500  # instruments a commit, so that Redis never stalls for long
 CLOSE_MAX = 32  # instruments closed a round and shard: the minute's end must not hold up the ticks
 BLOCK_MS_MAX = 200  # how long a read waits for ticks, unless a candle closes or a lease wants renewal sooner
 TRIM_EVERY_MS = 2_000
-DRAIN_MS_MAX = 5_000
+DRAIN_SECONDS_MAX = 5.0
 WRONG_TYPE_RETRY_MS = 2_000
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 1.0  # between tries while Redis is away
 
@@ -77,6 +77,7 @@ class Aggregator:
         settings: Settings,
         *,
         now_ms: Callable[[], float],
+        machine_ms: Callable[[], float] = lambda: time.time() * 1000,
         owner: str | None = None,
         sessions: Sessions | None = None,
     ) -> None:
@@ -87,6 +88,8 @@ class Aggregator:
         self._settings = settings
         self._keys = settings.keys
         self._now_ms = now_ms
+        self._machine_ms = machine_ms  # stream ids are the machine's time, whatever the market's is
+        self._speed = float(getattr(now_ms, "speed", 1.0))  # of market time, in a rehearsal
         self._sessions = sessions or load_sessions(settings.sessions, settings.timezone, settings.calendar)
         owner = owner or f"{ROLE}-{secrets.token_hex(8)}"
         self.leases = ShardLeases(settings.keys, owner, settings.lease_seconds)
@@ -162,9 +165,9 @@ class Aggregator:
     def _drain(self) -> None:
         """A graceful end: apply what the streams still hold (ingest stops before us), within bounds."""
         self.leases.closing = True
-        deadline_ms = self._now_ms() + DRAIN_MS_MAX
+        deadline = time.monotonic() + DRAIN_SECONDS_MAX
         try:
-            while self.workers and self._now_ms() < deadline_ms and self.step(block_ms_max=1):
+            while self.workers and time.monotonic() < deadline and self.step(block_ms_max=1):
                 pass
         except (redis.RedisError, PkbError) as error:
             log.warning("drain_stopped", why=str(error)[:200])  # it waits in the streams for the next owner
@@ -258,7 +261,7 @@ class Aggregator:
         self.ticks_total += ticks
         if commits:
             self._commit(commits)
-        now_ms = self._now_ms()
+        now_ms = self._machine_ms()
         if now_ms >= self._trim_at_ms:
             self._trim_at_ms = now_ms + TRIM_EVERY_MS
             held = {shard: worker.held.id for shard, worker in self.workers.items()}
@@ -271,7 +274,8 @@ class Aggregator:
         if self._settings.clock == "event":
             return max(1, most)  # an event clock needs no timer
         due = min((worker.book.next_due_ms for worker in self.workers.values()), default=np.inf)
-        return max(1, min(most, int(min(due - self._now_ms(), 1e9)) + 1))
+        wait_ms = (due - self._now_ms()) / self._speed
+        return max(1, min(most, int(min(wait_ms, 1e9)) + 1))
 
     def _read(self, block_ms: int) -> None:
         before_ms = self._now_ms()

@@ -19,6 +19,7 @@ from typing import Any
 import redis
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.core.errors import (
     InputFileError,
     MetaMismatch,
@@ -94,7 +95,7 @@ def aggregate(settings: Settings, stop: threading.Event) -> None:
     aggregator = Aggregator(
         lambda: connect(settings, socket_timeout_seconds=silence_seconds_max),
         settings,
-        now_ms=now_ms,
+        now_ms=market_clock(settings),
         owner=name,
     )
     heart = Heartbeat(settings.keys, "aggregate", name, now_ms())
