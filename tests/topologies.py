@@ -57,7 +57,7 @@ def wait_for(port: int, password: str | None = None) -> None:
 
 @dataclass
 class Cluster:
-    """Masters on loopback that share the slots evenly."""
+    """Nodes on loopback: masters that share the slots evenly, then a replica for each if asked for."""
 
     ports: list[int]
     processes: list[subprocess.Popen[str]]
@@ -74,41 +74,97 @@ class Cluster:
         """A plain client of one node."""
         return redis.Redis(port=self.ports[number], socket_timeout=10)
 
+    def masters(self) -> list[int]:
+        """The nodes (by number) that every living node takes for a master with slots."""
+        believed = [owners for number in self.living() if (owners := self._owners(number)) is not None]
+        return sorted(set.intersection(*believed)) if believed else []
+
+    def living(self) -> list[int]:
+        """The nodes whose process runs."""
+        return [number for number, process in enumerate(self.processes) if process.poll() is None]
+
+    def _owners(self, number: int) -> set[int] | None:
+        with self.node(number) as node:
+            try:
+                slots: Any = node.execute_command("CLUSTER SLOTS")
+            except redis.RedisError:
+                return None
+        found: set[int] = set()
+        for each in _masters_of(slots):
+            found.add(self.ports.index(each))
+        return found
+
+    def is_whole(self, masters: int) -> bool:
+        """Whether everybody agrees that all slots are served, and each replica follows its master."""
+        for number in range(len(self.ports)):
+            with self.node(number) as node:
+                try:
+                    info: Any = node.execute_command("CLUSTER INFO")
+                    state: Any = node.info("replication")
+                except redis.RedisError:
+                    return False
+            if info["cluster_state"] != "ok" or int(info["cluster_known_nodes"]) != len(self.ports):
+                return False
+            if state["role"] == "slave" and state["master_link_status"] != "up":
+                return False
+        return len(self.masters()) == masters
+
+
+def _masters_of(slots: Any) -> list[int]:
+    """The masters' ports in an answer to CLUSTER SLOTS, however redis-py shapes it."""
+    if isinstance(slots, dict):
+        return [int(each["primary"][1]) for each in slots.values()]
+    return [int(each[2][1]) for each in slots]
+
+
+def cluster_options(bus_port: int, timeout_ms: int) -> tuple[str, ...]:
+    """What makes a server a node that keeps its data."""
+    return (
+        *("--cluster-enabled", "yes", "--cluster-port", str(bus_port), "--appendonly", "yes"),
+        *("--cluster-node-timeout", str(timeout_ms), "--repl-diskless-sync-delay", "0"),
+    )
+
 
 @contextlib.contextmanager
-def running_cluster(folder: Path, masters: int = 3, *options: str) -> Iterator[Cluster]:
-    """A cluster of Valkeys without replicas, whole and agreed upon."""
-    ports = free_ports(2 * masters)
+def running_cluster(
+    folder: Path, masters: int = 3, *options: str, replicas: bool = False, timeout_ms: int = 5_000
+) -> Iterator[Cluster]:
+    """A cluster of Valkeys, whole and agreed upon; with `replicas` one for each master."""
+    count = 2 * masters if replicas else masters
+    ports = free_ports(2 * count)
     with contextlib.ExitStack() as stack:
         processes = [
             stack.enter_context(
                 running_node(
                     folder / f"node-{number}",
                     ports[number],
-                    *("--cluster-enabled", "yes", "--cluster-port", str(ports[masters + number])),
-                    *("--cluster-node-timeout", "5000", "--appendonly", "yes", *options),
+                    *cluster_options(ports[count + number], timeout_ms),
+                    *options,
                 )
             )
-            for number in range(masters)
+            for number in range(count)
         ]
-        cluster = Cluster(ports[:masters], processes)
-        nodes = [stack.enter_context(cluster.node(number)) for number in range(masters)]
-        for number, node in enumerate(nodes):
+        cluster = Cluster(ports[:count], processes)
+        nodes = [stack.enter_context(cluster.node(number)) for number in range(count)]
+        for number, node in enumerate(nodes[:masters]):
             first, last = SLOTS * number // masters, SLOTS * (number + 1) // masters - 1
             node.execute_command("CLUSTER ADDSLOTSRANGE", first, last)
             node.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
-        for number in range(1, masters):
-            nodes[0].execute_command("CLUSTER MEET", "127.0.0.1", ports[number], ports[masters + number])
-
-        def is_whole() -> bool:
-            infos: list[Any] = [node.execute_command("CLUSTER INFO") for node in nodes]
-            return all(
-                info["cluster_state"] == "ok" and int(info["cluster_known_nodes"]) == masters
-                for info in infos
-            )
-
-        wait_until(is_whole, timeout_seconds=30, what="the cluster to agree")
+        for number in range(1, count):
+            nodes[0].execute_command("CLUSTER MEET", "127.0.0.1", ports[number], ports[count + number])
+        for number in range(masters, count):
+            owner = nodes[number - masters].execute_command("CLUSTER MYID").decode()
+            wait_until(lambda n=nodes[number], o=owner: _follows(n, o), what="a replica to know its master")
+        wait_until(lambda: cluster.is_whole(masters), timeout_seconds=30, what="the cluster to agree")
         yield cluster
+
+
+def _follows(node: redis.Redis, owner: str) -> bool:
+    try:
+        node.execute_command("CLUSTER REPLICATE", owner)
+    except redis.ResponseError:
+        return False  # the gossip has not reached it yet
+    return True
 
 
 @dataclass

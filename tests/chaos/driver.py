@@ -38,14 +38,17 @@ from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.chaos import oracle
-from tests.chaos.stage import Recorder, RedisServer, SentinelServers, Worker
+from tests.chaos.stage import ClusterServers, Recorder, RedisServer, SentinelServers, Worker
 from tests.support import settings_env, wait_until
 
 INSTRUMENTS = 300
 LEASE_SECONDS = 2.0
 PAUSE_SECONDS = (0.3, 2.5)  # between faults
-BUFFER_BYTES = 1_000_000  # seconds of frames: an outage goes through the spool …
-SPOOL_BYTES = 300_000  # … and the longer ones through its quota
+# Seconds of frames: an outage goes through the spool, and the longer ones through its quota.
+SCARCE = {"buffer_max_bytes": 1_000_000, "spool_max_bytes": 300_000}
+
+
+TOPOLOGIES = {"single": RedisServer, "sentinel": SentinelServers, "cluster": ClusterServers}
 
 
 @dataclass
@@ -85,7 +88,7 @@ class Chaos:
         *,
         ingests: int = 1,
         aggregators: int = 2,
-        sentinel: bool = False,
+        topology: str = "single",
     ) -> None:
         self.rng = random.Random(seed)
         self.seconds = seconds
@@ -94,7 +97,7 @@ class Chaos:
         self._frame_rng = random.Random(seed + 1)
         self._held: bytes | None = None
         (folder / "redis").mkdir()
-        self.redis = SentinelServers(folder / "redis") if sentinel else RedisServer(folder / "redis")
+        self.redis = TOPOLOGIES[topology](folder / "redis")
         rows = universe(INSTRUMENTS)
         self.kite = SimulatorServer(Market(rows, int(time.time() * 1000), seed=seed), outgoing=self._damage)
         self.kite.start()
@@ -104,7 +107,7 @@ class Chaos:
             redis_url=self.redis.url, data_dir=folder / "data", sessions="always",
             lease_seconds=LEASE_SECONDS,
             instruments=str(tokens), kite_ws_url=self.kite.url, close_grace_seconds=1, log_level="info",
-            **({} if sentinel else {"buffer_max_bytes": BUFFER_BYTES, "spool_max_bytes": SPOOL_BYTES}),
+            **({} if self.redis.can_go_back else SCARCE),
         )  # fmt: skip
         self.workers = [
             Worker(role, n, settings_env(self.settings), folder)
@@ -144,7 +147,7 @@ class Chaos:
             "sockets_dropped": self.kite.disconnect_all,
             **self.redis.faults(self.rng),
         }
-        if isinstance(self.redis, SentinelServers):
+        if self.redis.can_go_back:
             # What a failover takes back only its source can send again: it must not die just then.
             del faults["ingest_killed"]
         return faults
@@ -326,7 +329,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--aggregators", type=int, default=2)
     parser.add_argument("--ingests", type=int, default=1)
-    parser.add_argument("--sentinel", action="store_true", help="a Sentinel set whose master is killed")
+    parser.add_argument("--topology", choices=TOPOLOGIES, default="single", help="what Redis runs as")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="pkb-chaos-"))
     report = Chaos(
@@ -335,7 +338,7 @@ def main() -> int:
         folder,
         ingests=options.ingests,
         aggregators=options.aggregators,
-        sentinel=options.sentinel,
+        topology=options.topology,
     ).run()
     print(json.dumps({**asdict(report), "faults": dict(report.faults), "ok": report.ok}, indent=1))
     if not report.ok:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import redis
 
@@ -21,15 +20,18 @@ from pkbrokers_redis.core.errors import RedisUnavailable
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.binary import find_binary
 from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.streams import StreamReader
 from tests.chaos import oracle
 from tests.support import wait_until
-from tests.topologies import running_node, running_sentinels
+from tests.topologies import running_cluster, running_node, running_sentinels
 
 READ_COUNT = 2_000
 
 
 class RedisServer:
     """An append-only server on a fixed port that can be killed, stalled and started again."""
+
+    can_go_back = False  # what it acknowledged it has, after any fault of ours
 
     def __init__(self, folder: Path, kind: str = "valkey") -> None:
         with socket.socket() as probe:
@@ -85,6 +87,8 @@ class RedisServer:
 class SentinelServers:
     """A master, a replica and three Sentinels; the master of the moment can be killed."""
 
+    can_go_back = True  # a replica that takes over may lack what the master acknowledged
+
     def __init__(self, folder: Path) -> None:
         self._stack = contextlib.ExitStack()
         self._folder = folder
@@ -120,6 +124,82 @@ class SentinelServers:
         self.set.processes[dead] = self._stack.enter_context(node)
         wait_until(lambda: self.set.follows(dead), timeout_seconds=60, what="the old master to follow")
         wait_until(self.set.is_in_step, timeout_seconds=60, what="the Sentinels to see it")
+
+
+class ClusterServers:
+    """Three masters and a replica of each; any node can be killed, and comes back."""
+
+    can_go_back = True  # a replica that takes over may lack what the master acknowledged
+
+    MASTERS = 3
+    TIMEOUT_MS = 1_500  # silence after which a master is given up
+
+    def __init__(self, folder: Path) -> None:
+        self._stack = contextlib.ExitStack()
+        self._folder = folder
+        cluster = running_cluster(folder, self.MASTERS, replicas=True, timeout_ms=self.TIMEOUT_MS)
+        self.cluster = self._stack.enter_context(cluster)
+
+    @property
+    def url(self) -> str:
+        return self.cluster.url
+
+    def start(self) -> None:
+        """They run already."""
+
+    def kill(self) -> None:
+        self._stack.close()
+
+    def faults(self, rng: random.Random) -> dict[str, Callable[[], None]]:
+        """What can happen to a cluster."""
+        return {
+            "master_failed_over": lambda: self._fail_over(rng, rng.uniform(0.0, 1.0)),
+            "master_restarted": lambda: self._restart(rng),
+            "replica_killed": lambda: self._kill_replica(rng),
+        }
+
+    def _fail_over(self, rng: random.Random, seconds: float) -> None:
+        """Kill a master; when all others have its replica in its place, let it come back as a replica."""
+        dead = rng.choice(self.cluster.masters())
+        self._kill(dead)
+        wait_until(self._is_replaced(dead), timeout_seconds=60, what="a replica to take over")
+        time.sleep(seconds)
+        self._revive(dead)
+
+    def _restart(self, rng: random.Random) -> None:
+        """Kill a master that is back, with its data, before anybody gives it up."""
+        dead = rng.choice(self.cluster.masters())
+        self._kill(dead)
+        self._revive(dead)
+
+    def _kill_replica(self, rng: random.Random) -> None:
+        dead = rng.choice(sorted(set(self.cluster.living()) - set(self.cluster.masters())))
+        self._kill(dead)
+        time.sleep(rng.uniform(0.0, 2.0))
+        self._revive(dead)
+
+    def _is_replaced(self, dead: int) -> Callable[[], bool]:
+        def is_replaced() -> bool:
+            masters = self.cluster.masters()
+            return len(masters) == self.MASTERS and dead not in masters
+
+        return is_replaced
+
+    def _kill(self, number: int) -> None:
+        self.cluster.processes[number].kill()
+        self.cluster.processes[number].wait()
+
+    def _revive(self, number: int) -> None:
+        """The node's own file remembers who it is and whom it knows."""
+        port = self.cluster.ports[number]
+        command = self.cluster.processes[number].args
+        words = [str(word) for word in command[1:]]  # type: ignore[index]
+        options = words[words.index("--logfile") + 2 :]
+        node = running_node(self._folder / f"node-{number}", port, *options)
+        self.cluster.processes[number] = self._stack.enter_context(node)
+        wait_until(
+            lambda: self.cluster.is_whole(self.MASTERS), timeout_seconds=60, what="the cluster to be whole"
+        )
 
 
 class Worker:
@@ -164,7 +244,7 @@ class Recorder(threading.Thread):
         super().__init__(daemon=True)
         self._settings = settings
         self.entries: dict[int, list[oracle.Entry]] = {shard: [] for shard in range(settings.shards)}
-        self._last = {settings.keys.ticks(shard): b"0-0" for shard in range(settings.shards)}
+        self._last = {settings.keys.ticks(shard): "0-0" for shard in range(settings.shards)}
         self._shard = {settings.keys.ticks(s).encode(): s for s in range(settings.shards)}
         self.stop_event = threading.Event()
         self.caught_up = threading.Event()
@@ -176,16 +256,17 @@ class Recorder(threading.Thread):
                 for key in self._last:
                     with contextlib.suppress(redis.ResponseError):
                         client.xgroup_create(key, "recorder", id="0-0", mkstream=True)
+                reader = StreamReader(client)
                 while not self.stop_event.is_set():
-                    self._read(client)
+                    self._read(client, reader)
             except (redis.RedisError, RedisUnavailable):
                 time.sleep(0.1)
 
-    def _read(self, client: redis.Redis) -> None:
-        reply: Any = client.xread(self._last, count=READ_COUNT, block=200)  # type: ignore[arg-type]
-        for key, found in reply or []:
+    def _read(self, client: redis.Redis, reader: StreamReader) -> None:
+        reply = reader.read(self._last, READ_COUNT, 200)
+        for key, found in reply:
             self.entries[self._shard[key]] += [fields for _, fields in found]
-            self._last[key.decode()] = found[-1][0]
+            self._last[key.decode()] = found[-1][0].decode()
             client.xgroup_setid(key, "recorder", found[-1][0])
         if not reply:
             self.caught_up.set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,12 @@ from typing import Any
 import pytest
 
 from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.pipeline.check import check_volumes
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect
+from tests.chaos import oracle
+from tests.chaos.driver import all_rows
 from tests.e2e.pipelines import is_drained, running_pipeline, wait_for_entries
 from tests.support import run_pkb, settings_env
 from tests.topologies import running_cluster
@@ -21,7 +23,7 @@ INSTRUMENTS = 400
 
 
 @pytest.mark.xdist_group("heavy")
-def test_the_pipeline_runs_on_a_cluster_and_every_volume_adds_up(tmp_path: Path) -> None:
+def test_the_pipeline_runs_on_a_cluster_and_every_row_is_the_oracles(tmp_path: Path) -> None:
     with running_cluster(tmp_path / "cluster") as cluster:
         settings = load_settings(
             redis_url=cluster.url,
@@ -53,14 +55,21 @@ def test_the_pipeline_runs_on_a_cluster_and_every_volume_adds_up(tmp_path: Path)
         assert all(shards_of) and sum(map(len, shards_of)) == settings.shards
         assert set.union(*shards_of) == {f"{{{shard}}}" for shard in range(settings.shards)}
 
-        # Each instrument's volume, counted from the streams without the pipeline's help.
+        # Every row and each instrument's volume, from the streams without the pipeline's help.
+        expected: oracle.Rows = {}
         volumes: dict[int, list[int]] = defaultdict(list)
+        sessions = load_sessions("always", settings.timezone)
         for shard in range(settings.shards):
             entries: Any = client.xrange(keys.ticks(shard))
-            for _, fields in entries:
-                for tick in json.loads(fields[b"ticks"]):
-                    if tick[3] is not None:
-                        volumes[tick[0]].append(tick[3])
+            ticks, repeats = oracle.acknowledged(fields for _, fields in entries)
+            assert repeats == 0
+            expected |= oracle.candles(ticks, settings.intervals, sessions)
+            for _, tick in ticks:
+                if tick[3] is not None:
+                    volumes[tick[0]].append(tick[3])
+        ours = all_rows(client, settings)
+        assert sum(map(len, ours.values())) > INSTRUMENTS * len(settings.intervals)
+        assert ours == {key: rows for key, rows in expected.items() if rows}
         assert len(volumes) > INSTRUMENTS * 0.9
         traded = {token: max(seen) - seen[0] for token, seen in volumes.items()}
         result = check_volumes(client, keys)
