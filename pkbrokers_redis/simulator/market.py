@@ -2,14 +2,16 @@
 
 Trades arrive at random (Poisson) and walk the price in ticks. As on Kite, nobody sees single trades: each
 instrument is conflated into one packet an interval, with the last trade, the day's cumulative volume and
-the day's true high and low. What the hidden trades did shows only there.
+the day's true high and low. What the hidden trades did shows only there. A day's new extreme never hides
+between two minutes: in the first packet of a minute it is the packet's own price. So an exact history exists
+for each minute, and larger candles are merges of minutes.
 
 All prices are kept as the wire's integers. Rows are positions in the universe given.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +24,7 @@ from pkbrokers_redis.kite.layout import (
     INDEX_FULL,
     PRICE_DIVISORS,
 )
+from pkbrokers_redis.simulator.hours import AUCTION, CLOSED, TEMPO, Hours
 
 INTERVAL_MS = 1000  # Kite's usual conflation
 DAY_MS = 86_400_000
@@ -32,18 +35,41 @@ QUANTITY_MAX = 20  # of one trade, in lots
 BAND = 0.10  # a price stays within ±10 % of the previous close
 
 Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+
+class Opening(NamedTuple):
+    """What had happened before the market was started, by row; prices are wire integers."""
+
+    close: Ints  # of the previous day
+    open: Ints
+    high: Ints
+    low: Ints
+    price: Ints
+    volume: Ints
+    oi: Ints
+    last_trade_s: Ints
 
 
 class Market:
     """The state of `universe` and its last packets. Not thread-safe; `step` is called with rising times.
 
     `rate` asks for that many packets a second over all instruments, by a shorter conflation interval.
-    The volume of the day starts at a ceiling that depends on the time of day alone and stays below it,
-    so a simulator started again goes on higher, never lower.
+    `hours`: each instrument trades in its own; unset: around the clock. `opening`: where it starts. Without
+    one the volume of the day starts at a ceiling that depends on the time of day alone and stays below it, so
+    that a simulator started again goes on higher, never lower.
     """
 
     def __init__(
-        self, universe: list[dict[str, Any]], start_ms: int, *, seed: int = 1, rate: float | None = None
+        self,
+        universe: list[dict[str, Any]],
+        start_ms: int,
+        *,
+        seed: int = 1,
+        rate: float | None = None,
+        hours: Hours | None = None,
+        opening: Opening | None = None,
     ) -> None:
         count = len(universe)
         self.rng = np.random.default_rng(seed)
@@ -68,44 +94,88 @@ class Market:
         self.price: Ints = base // self._tick * self._tick
         self.close = self.price.copy()  # of the previous day
         self.oi: Ints = np.where(self._has_oi, self._lot * self.rng.integers(10_000, 100_000, count), 0)
+        self._begun_s = 0 if opening is None else start_ms // 1000  # what traded before is the opening's
+        self._hours, self._has_ceiling = hours, opening is None and hours is None
+        self.volume: Ints = np.zeros(count, np.int64)
+        self._turnover = np.zeros(count)
         self._start_day(start_ms)
-        self.volume[:] = np.where(self.is_index, 0, self._volume_ceiling(start_ms))
-        self._turnover = self.volume.astype(np.float64) * self.price
+        if self._has_ceiling:
+            self.volume[:] = np.where(self.is_index, 0, self._volume_ceiling(start_ms))
+        if opening is not None:
+            self._take_up(opening)
+        self._turnover[:] = self.volume * self.price.astype(np.float64)
 
         self.packets = np.zeros(count, DTYPES[FULL])  # last packet of instruments
         self.index_packets = np.zeros(count, DTYPES[INDEX_FULL])  # and of indices, by the same rows
         every = np.arange(count)
-        self._write(every, start_ms)
+        self._write(every, start_ms // 1000 if opening is None else self.last_trade_s)
 
     def _start_day(self, now_ms: int) -> None:
         count = len(self.tokens)
         self._day = (now_ms + IST_OFFSET_MS) // DAY_MS
         self.open, self.high, self.low = self.price.copy(), self.price.copy(), self.price.copy()
-        self.volume: Ints = np.zeros(count, np.int64)
-        self._turnover = np.zeros(count)
+        self.volume[:] = 0
+        self._turnover[:] = 0
         self.last_quantity: Ints = np.where(self.is_index, 0, self._lot)
         self.last_trade_s: Ints = np.full(count, now_ms // 1000, np.int64)
+        self._stated_s: Ints = np.zeros(count, np.int64)  # of today's last packet that said something
+        self._has_traded = np.ones(count, bool)  # today
+        self._row_day: Ints = np.full(count, self._day, np.int64)
         self.oi_high, self.oi_low = self.oi.copy(), self.oi.copy()
+
+    def _take_up(self, opening: Opening) -> None:
+        self.close, self.open, self.high, self.low, self.price, self.volume = map(np.copy, opening[:6])
+        self.oi, self.last_trade_s = opening.oi.copy(), opening.last_trade_s.copy()
+        self.oi_high, self.oi_low = self.oi.copy(), self.oi.copy()
+        self._row_day = (self.last_trade_s * 1000 + IST_OFFSET_MS) // DAY_MS
+        self._day = int(self._row_day.max())  # if it was yesterday, the first step begins a new day
+
+    def _start_rows(self, rows: Ints) -> None:
+        """A new day of instruments that keep hours. Nothing is sent of them before their first trade."""
+        self.close[rows] = self.price[rows]
+        for extreme in (self.open, self.high, self.low):
+            extreme[rows] = self.price[rows]
+        self.volume[rows], self._turnover[rows] = 0, 0
+        self.oi_high[rows], self.oi_low[rows] = self.oi[rows], self.oi[rows]
+        self._has_traded[rows] = self.is_index[rows]  # an index has no trades, only a level
+        self._row_day[rows] = self._day
 
     def _volume_ceiling(self, now_ms: int) -> int:
         return (now_ms + IST_OFFSET_MS) % DAY_MS * VOLUME_PER_MS
 
     def step(self, now_ms: int) -> Ints:
         """Trade up to `now_ms` (epoch ms). Returns the rows whose interval is over: their packets are new."""
-        if (now_ms + IST_OFFSET_MS) // DAY_MS > self._day:
-            self.close = self.price.copy()
-            self._start_day(now_ms)
+        today = (now_ms + IST_OFFSET_MS) // DAY_MS
         turn = np.floor((now_ms - self._phase) / self.interval_ms)
         due = np.flatnonzero(turn > self._turn)
-        if due.size:
-            self._turn[due] = turn[due]
-            self._trade(due, now_ms)
-            self._write(due, now_ms)
+        self._turn[due] = turn[due]
+        if self._hours is None:
+            if today > self._day:
+                self.close = self.price.copy()
+                self._start_day(now_ms)
+            tempo, since_s = np.ones(due.size), np.full(due.size, self._begun_s)
+            is_call = np.zeros(due.size, bool)
+        else:
+            self._day = today
+            phases, since = self._hours.phases(now_ms)
+            due = due[phases[due] != CLOSED]
+            fresh = due[self._row_day[due] < today]
+            if fresh.size:
+                self._start_rows(fresh)
+            since_s = np.maximum(since[due], self._begun_s)
+            tempo, is_call = TEMPO[phases[due]], phases[due] == AUCTION
+        if not due.size:
+            return due
+        self._trade(due, now_ms, tempo, since_s, is_call)
+        due = due[self._has_traded[due]]
+        self._write(due, now_ms // 1000)
         return due
 
-    def _trade(self, due: Ints, now_ms: int) -> None:
-        trades = self.rng.poisson(self._activity[due])
-        rows, trades = due[trades > 0], trades[trades > 0]
+    def _trade(self, due: Ints, now_ms: int, tempo: Floats, since_s: Ints, is_call: Flags) -> None:
+        """`tempo` scales how many trades, none is before `since_s`; an auction (`is_call`) has one price."""
+        trades: Ints = self.rng.poisson(self._activity[due] * tempo)
+        some = trades > 0
+        rows, since_s, is_call, trades = due[some], since_s[some], is_call[some], trades[some]
         if not rows.size:
             return
         owner = np.repeat(rows, trades)  # the instrument of each single trade
@@ -117,9 +187,10 @@ class Market:
 
         # The volume never passes its ceiling: trades that would are not made.
         fits = self.volume[rows] + bought <= self._volume_ceiling(now_ms)
-        if not fits.all():
+        if self._has_ceiling and not fits.all():
             keep = np.repeat(fits, trades)
-            rows, trades, bought = rows[fits], trades[fits], bought[fits]
+            rows, since_s, is_call = rows[fits], since_s[fits], is_call[fits]
+            trades, bought = trades[fits], bought[fits]
             owner, quantity = owner[keep], quantity[keep]
             if not rows.size:
                 return
@@ -127,20 +198,35 @@ class Market:
             last = first + trades - 1
 
         price = self._walk(owner, first, trades)
-        self.price[rows] = price[last]
-        self.high[rows] = np.maximum(self.high[rows], np.maximum.reduceat(price, first))
-        self.low[rows] = np.minimum(self.low[rows], np.minimum.reduceat(price, first))
-        self.volume[rows] += bought
-        self._turnover[rows] += np.add.reduceat(quantity * price.astype(np.float64), first)
-        self.last_quantity[rows] = quantity[last]
+        if is_call.any():
+            one = np.repeat(is_call, trades)
+            price[one] = self.price[owner[one]]
         # The last of k trades spread over the interval, in whole seconds as Kite gives them.
         back_ms = self.interval_ms * self.rng.random(rows.size) / (trades + 1)
         traded_s = ((now_ms - np.minimum(back_ms, INTERVAL_MS)) // 1000).astype(np.int64)
-        self.last_trade_s[rows] = np.maximum(self.last_trade_s[rows], traded_s)
+        traded_s = np.maximum(np.maximum(self.last_trade_s[rows], traded_s), since_s)
+        self._set_extremes(rows, price, first, last, np.where(self.is_index[rows], now_ms // 1000, traded_s))
+        self.price[rows] = price[last]
+        self.volume[rows] += bought
+        self._turnover[rows] += np.add.reduceat(quantity * price.astype(np.float64), first)
+        self.last_quantity[rows] = quantity[last]
+        self.last_trade_s[rows] = traded_s
         moved = np.where(self._has_oi[rows], self._lot[rows] * self.rng.integers(-20, 21, rows.size), 0)
         self.oi[rows] = np.maximum(0, self.oi[rows] + moved)
         self.oi_high[rows] = np.maximum(self.oi_high[rows], self.oi[rows])
         self.oi_low[rows] = np.minimum(self.oi_low[rows], self.oi[rows])
+
+    def _set_extremes(self, rows: Ints, price: Ints, first: Ints, last: Ints, at_s: Ints) -> None:
+        """The day's open, high and low, by trades at `price`, of packets that speak of the second `at_s`."""
+        begins = at_s // 60 != self._stated_s[rows] // 60  # a minute: nothing hides in its first packet
+        highest = np.where(begins, price[last], np.maximum.reduceat(price, first))
+        lowest = np.where(begins, price[last], np.minimum.reduceat(price, first))
+        opening = ~self._has_traded[rows]
+        self.open[rows] = np.where(opening, price[last], self.open[rows])
+        self.high[rows] = np.where(opening, highest, np.maximum(self.high[rows], highest))
+        self.low[rows] = np.where(opening, lowest, np.minimum(self.low[rows], lowest))
+        self._has_traded[rows] = True
+        self._stated_s[rows] = at_s
 
     def _walk(self, owner: Ints, first: Ints, trades: Ints) -> Ints:
         """The price of each trade: steps summed up within each instrument, kept in the day's band."""
@@ -154,14 +240,15 @@ class Market:
         bounded: Ints = np.maximum(walked, tick)
         return bounded
 
-    def _write(self, rows: Ints, now_ms: int) -> None:
-        """State → packets, with a fresh order book."""
+    def _write(self, rows: Ints, now_s: int | Ints) -> None:
+        """State → packets, with a fresh order book. `now_s`: a second, or one a row of the universe."""
+        at_s: Ints = np.broadcast_to(now_s, len(self.tokens))
         index = rows[self.is_index[rows]]
         self._write_common(self.index_packets, index)
         if index.size:
             block = self.index_packets[index]
             block["price_change"] = self.price[index] - self.close[index]
-            block["exchange_timestamp"] = now_ms // 1000
+            block["exchange_timestamp"] = self._stated_s[index] = at_s[index]
             self.index_packets[index] = block
         rows = rows[~self.is_index[rows]]
         self._write_common(self.packets, rows)
@@ -173,7 +260,7 @@ class Market:
         block["average_traded_price"] = np.rint(self._turnover[rows] / np.maximum(volume, 1))
         block["volume_traded"] = volume
         block["last_trade_time"] = self.last_trade_s[rows]
-        block["exchange_timestamp"] = now_ms // 1000
+        block["exchange_timestamp"] = at_s[rows]
         block["oi"], block["oi_day_high"], block["oi_day_low"] = (
             self.oi[rows],
             self.oi_high[rows],

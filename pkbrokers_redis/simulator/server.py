@@ -1,7 +1,8 @@
 """A Kite websocket server on loopback: faithful enough that the official KiteTicker works unchanged.
 
 One thread, one asyncio loop. Every client has its subscriptions and a bounded queue; who reads too slowly
-is disconnected, as on Kite. `publish` pushes exact bytes, `outgoing` is where faults come in.
+is disconnected, as on Kite. `publish` pushes exact bytes; `outgoing` and `faults` are where faults come in.
+`SimulatedKite` puts REST, login and history beside it.
 """
 
 from __future__ import annotations
@@ -12,13 +13,10 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from datetime import datetime
+from contextlib import AbstractAsyncContextManager, nullcontext
 from urllib.parse import parse_qs, urlsplit
 
-import msgspec
 import numpy as np
-import numpy.typing as npt
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
@@ -26,7 +24,8 @@ from websockets.http11 import Request, Response
 from pkbrokers_redis import logs
 from pkbrokers_redis.core.errors import PkbError
 from pkbrokers_redis.kite.capture import KIND_BINARY, KIND_TEXT, CaptureWriter
-from pkbrokers_redis.kite.layout import IST
+from pkbrokers_redis.simulator.clients import Client, ServerStats, greetings, steps_between, text_frame
+from pkbrokers_redis.simulator.faults import STATUS_KINDS, Faults
 from pkbrokers_redis.simulator.frames import MODE_QUOTE, NONE, frames_for
 from pkbrokers_redis.simulator.market import Ints, Market
 from pkbrokers_redis.simulator.requests import BadRequest, SetMode, Subscribe, parse_request
@@ -36,9 +35,8 @@ log = logs.get("simulator")
 HEARTBEAT = b"\x00"
 HEARTBEAT_SECONDS = 2.0
 TOKENS_PER_CONNECTION_MAX = 3000
-QUEUE_FRAMES_MAX = 512  # of one client, ~30 MB at worst; then it is disconnected
 STEP_SECONDS_MAX, STEP_SECONDS_MIN = 0.05, 0.005
-CLOSE_TOO_SLOW = 1008
+STEPS_IN_A_ROW = 8  # then REST and the clients' requests get a turn
 
 # Refused handshakes and garbage are what this server is made for: no log line for each.
 _quiet = logging.getLogger("pkbrokers_redis.simulator.websockets")
@@ -50,32 +48,16 @@ class SimulatorFailed(PkbError):
     """Raised when the simulator cannot start, as when its port is taken."""
 
 
-@dataclass(slots=True)
-class ServerStats:
-    """Counters since the start; read them from any thread."""
-
-    connections: int = 0
-    refused: int = 0
-    frames: int = 0  # binary ones handed to clients, heartbeats not counted
-    packets: int = 0  # made by the market, whether or not anyone subscribed
-    bad_requests: int = 0
-    slow_disconnects: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class _Client:
-    link: ServerConnection
-    modes: npt.NDArray[np.int8]  # by row of the market
-    count: int = 0  # tokens subscribed
-    queue: asyncio.Queue[bytes | str] = field(default_factory=lambda: asyncio.Queue(QUEUE_FRAMES_MAX))
-
-
 class SimulatorServer:
     """`start()`, then `url`; `stop()` at the end. A market of None serves only what `publish` pushes.
 
     `access_token`: when set, another one (or enctoken) in the URL gets HTTP 403; may change while running.
     `connections_max`: beyond it, HTTP 429. `capture`: every frame sent to any client, for an independent
     check. `outgoing`: each market frame → the frames to send instead (drop, duplicate, reorder, damage).
+    `faults`: the same and more, on demand. `admit`: the URL's query → whether its session is alive.
+    `recorder`: told the rows of each market step and its time, whoever listens. `beside`: what else lives in
+    this loop. `clock`: market time in seconds, running at `speed`; beyond 1 each interval is one step, from
+    `begin_ms` on if given.
     """
 
     def __init__(
@@ -90,6 +72,12 @@ class SimulatorServer:
         capture: CaptureWriter | None = None,
         outgoing: Callable[[bytes], Iterable[bytes]] | None = None,
         clock: Callable[[], float] = time.time,
+        speed: float = 1.0,
+        begin_ms: int | None = None,
+        faults: Faults | None = None,
+        admit: Callable[[dict[str, list[str]]], bool] | None = None,
+        recorder: Callable[[Ints, int], None] | None = None,
+        beside: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> None:
         self.market = market
         self.host, self.port = host, port
@@ -99,8 +87,10 @@ class SimulatorServer:
         self.outgoing = outgoing
         self._heartbeat_seconds = heartbeat_seconds
         self._capture = capture
-        self._clock = clock
-        self._clients: set[_Client] = set()
+        self._clock, self._speed = clock, speed
+        self._faults, self._may_enter, self._recorder, self._beside = faults, admit, recorder, beside
+        self._stepped_ms = begin_ms
+        self._clients: set[Client] = set()
         self._ready = threading.Event()
         self._failure: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -125,10 +115,18 @@ class SimulatorServer:
         return sum(client.count for client in tuple(self._clients))
 
     def start(self) -> None:
-        """Serve in a thread of its own; returns when the port is open. Raises SimulatorFailed."""
+        """Serve in a thread of its own; returns when the port is open. Raises SimulatorFailed.
+
+        After `stop` it may start again: the same port, the same market.
+        """
+        self._ready.clear()
+        self._failure = None
         self._thread = threading.Thread(target=self._run, name="simulator", daemon=True)
         self._thread.start()
         self._ready.wait()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
         if self._failure is not None:
             reason = getattr(self._failure, "strerror", None) or type(self._failure).__name__
             raise SimulatorFailed(
@@ -183,7 +181,7 @@ class SimulatorServer:
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        async with serve(
+        listening = serve(
             self._client,
             self.host,
             self.port,
@@ -193,7 +191,8 @@ class SimulatorServer:
             close_timeout=0.5,
             max_size=2**20,
             logger=_quiet,
-        ) as server:
+        )
+        async with self._beside(), listening as server:
             self.port = next(iter(server.sockets)).getsockname()[1]
             self._ready.set()
             tasks = [asyncio.create_task(self._beat())]
@@ -215,6 +214,11 @@ class SimulatorServer:
         if self.access_token is not None and given != self.access_token:
             self.stats.refused += 1
             return link.respond(http.HTTPStatus.FORBIDDEN, "the session is not valid\n")
+        fault = None if self._faults is None else self._faults.strike("ws", *STATUS_KINDS)
+        if fault is not None or (self._may_enter is not None and not self._may_enter(query)):
+            self.stats.refused += 1
+            status = http.HTTPStatus.FORBIDDEN if fault is None else http.HTTPStatus(int(fault.kind))
+            return link.respond(status, "refused\n")
         if self.connections_max is not None and len(self._clients) >= self.connections_max:
             self.stats.refused += 1
             return link.respond(http.HTTPStatus.TOO_MANY_REQUESTS, "too many connections\n")
@@ -222,10 +226,10 @@ class SimulatorServer:
 
     async def _client(self, link: ServerConnection) -> None:
         rows = len(self.market.tokens) if self.market is not None else 0
-        client = _Client(link, np.zeros(rows, np.int8))
+        client = Client(link, np.zeros(rows, np.int8))
         self._clients.add(client)
         self.stats.connections += 1
-        for text in self._greetings(rows):
+        for text in greetings(rows, self._clock()):
             self._enqueue(client, text)
         writer = asyncio.create_task(self._write(client))
         try:
@@ -237,12 +241,7 @@ class SimulatorServer:
             self._clients.discard(client)
             writer.cancel()
 
-    def _greetings(self, count: int) -> list[str]:
-        stamp = datetime.fromtimestamp(int(self._clock()), IST).isoformat()
-        meta = {"type": "instruments_meta", "data": {"count": count, "etag": f'W/"sim-{count}"'}}
-        return [_text(meta), _text({"type": "app_code", "timestamp": stamp})]
-
-    async def _write(self, client: _Client) -> None:
+    async def _write(self, client: Client) -> None:
         try:
             while True:
                 frame = await client.queue.get()
@@ -254,7 +253,7 @@ class SimulatorServer:
         except ConnectionClosed:
             pass  # the reader's side of this client cleans up
 
-    def _enqueue(self, client: _Client, frame: bytes | str) -> None:
+    def _enqueue(self, client: Client, frame: bytes | str) -> None:
         try:
             client.queue.put_nowait(frame)
         except asyncio.QueueFull:
@@ -262,7 +261,7 @@ class SimulatorServer:
             self._clients.discard(client)
             client.link.transport.abort()
 
-    def _answer(self, client: _Client, message: bytes | str) -> None:
+    def _answer(self, client: Client, message: bytes | str) -> None:
         request = parse_request(message)
         if isinstance(request, BadRequest):
             self._complain(client, request.reason)
@@ -285,33 +284,52 @@ class SimulatorServer:
             client.modes[rows] = NONE
         client.count = int(np.count_nonzero(client.modes))
 
-    def _complain(self, client: _Client, reason: str) -> None:
+    def _complain(self, client: Client, reason: str) -> None:
         self.stats.bad_requests += 1
-        self._enqueue(client, _text({"type": "error", "data": reason}))
+        self._enqueue(client, text_frame({"type": "error", "data": reason}))
 
-    def _send_rows(self, client: _Client, market: Market, rows: Ints) -> None:
+    def _send_rows(self, client: Client, market: Market, rows: Ints) -> None:
+        faults = self._faults
+        if faults is not None:
+            rows = faults.audible(rows, market.tokens)
         for frame in frames_for(market, rows, client.modes):
-            for sent in (frame,) if self.outgoing is None else self.outgoing(frame):
+            if faults is not None and faults.strike("ws", "drop"):
+                client.link.transport.abort()
+                return
+            sent = [frame] if self.outgoing is None else list(self.outgoing(frame))
+            if faults is not None:
+                sent = [each for one in sent for each in faults.damage(one, client.held)]
+            for each in sent:
                 self.stats.frames += 1
-                self._enqueue(client, sent)
+                self._enqueue(client, each)
 
     async def _trade(self, market: Market) -> None:
         step_seconds = min(STEP_SECONDS_MAX, max(STEP_SECONDS_MIN, market.interval_ms / 1000))
         while True:
             started = time.monotonic()
-            rows = market.step(int(self._clock() * 1000))
-            self.stats.packets += len(rows)
-            for client in tuple(self._clients):
-                if client.count:
-                    self._send_rows(client, market, rows)
+            now_ms = int(self._clock() * 1000)
+            before_ms = now_ms if self._stepped_ms is None else self._stepped_ms
+            stride_ms = int(market.interval_ms) if self._speed > 1 else 0
+            for number, time_ms in enumerate(steps_between(before_ms, now_ms, stride_ms)):
+                if number % STEPS_IN_A_ROW == STEPS_IN_A_ROW - 1:
+                    await asyncio.sleep(0)
+                self._step(market, time_ms)
             await asyncio.sleep(max(0.0, started + step_seconds - time.monotonic()))
+
+    def _step(self, market: Market, now_ms: int) -> None:
+        self._stepped_ms = now_ms
+        rows = market.step(now_ms)
+        self.stats.packets += len(rows)
+        if self._recorder is not None:
+            self._recorder(rows, now_ms)
+        for client in tuple(self._clients):
+            if client.count:
+                self._send_rows(client, market, rows)
 
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_seconds)
+            if self._faults is not None and self._faults.stalled():
+                continue
             for client in tuple(self._clients):
                 self._enqueue(client, HEARTBEAT)
-
-
-def _text(content: object) -> str:
-    return msgspec.json.encode(content).decode()

@@ -14,7 +14,7 @@ _SIM_EXCHANGE_TOKEN = 100_000  # NSE's own stay below
 _EXPIRY = "2030-12-26"  # fixed, so that the same n always gives the same rows
 
 # Segment (low byte), exchange and segment name in the CSV, wire divisor, usual tick size.
-_NSE, _NFO, _CDS, _BSE, _BCD, _MCX, _INDEX = 1, 2, 3, 4, 6, 7, 9
+_NSE, _NFO, _CDS, _BSE, _BFO, _BCD, _MCX, _INDEX = 1, 2, 3, 4, 5, 6, 7, 9
 
 _INDICES = (
     (256265, "NIFTY 50", "NSE", 24_500.0),
@@ -69,6 +69,23 @@ _OTHERS = (
     (500_325, _BSE, "BSE", "RELIANCE", "RELIANCE INDUSTRIES", 1_400.0, 0.05, 1, "EQ"),
     (500_209, _BSE, "BSE", "INFY", "INFOSYS", 1_500.0, 0.05, 1, "EQ"),
 )
+# More contracts, of stocks too: underlying (NSE's tradingsymbol), price, lot. Exchange tokens from 36,001 on.
+_STOCK_FUTURES = (
+    ("INFY", 1_507.0, 400),
+    ("RELIANCE", 1_406.0, 500),
+    ("TCS", 3_416.0, 175),
+    ("HDFCBANK", 1_909.0, 550),
+    ("ICICIBANK", 1_356.0, 700),
+    ("SBIN", 803.0, 750),
+    ("ITC", 422.0, 1_600),
+    ("TATASTEEL", 150.6, 5_500),
+)
+_BFO_CONTRACTS = (
+    (850_001, "SENSEX30DECFUT", "SENSEX", 80_700.0, 20, "FUT", 0.0),
+    (850_002, "SENSEX30DEC80500CE", "SENSEX", 610.0, 20, "CE", 80_500.0),
+    (850_003, "SENSEX30DEC80500PE", "SENSEX", 540.0, 20, "PE", 80_500.0),
+)
+_EXPIRED = "2024-12-26"
 _KNOWN_FIRST = 6  # of the equities, before the indices of little interest in a small demo
 
 
@@ -87,6 +104,18 @@ def universe(n: int) -> list[dict[str, Any]]:
             _row(token, f"SIM{number:05d}", f"SIMULATED {number}", "NSE", price, 0.05, 1, "EQ", "NSE")
         )
     return rows
+
+
+def expired_contracts() -> list[dict[str, Any]]:
+    """Contracts that have expired: still in the CSV, as on a morning after, but they trade no more."""
+    return [
+        _row(37_000 + number << 8 | _NFO, f"{name}24DECFUT", name, "NFO", price, 0.05, lot, "FUT", "NFO-FUT")
+        | {"expiry": _EXPIRED}
+        for number, (name, price, lot) in enumerate(_STOCK_FUTURES, 1)
+    ] + [
+        _row(220_101 << 8 | _MCX, "GOLD24DECFUT", "GOLD", "MCX", 74_000.0, 1.0, 100, "FUT", "MCX-FUT")
+        | {"expiry": _EXPIRED}
+    ]
 
 
 def _known() -> list[dict[str, Any]]:
@@ -112,8 +141,17 @@ def _known() -> list[dict[str, Any]]:
         )
         for number, segment, exchange, symbol, name, price, tick, lot, kind in _OTHERS
     ]
+    futures = [
+        _row(36_000 + number << 8 | _NFO, f"{name}30DECFUT", name, "NFO", price, 0.05, lot, "FUT", "NFO-FUT")
+        for number, (name, price, lot) in enumerate(_STOCK_FUTURES, 1)
+    ]
+    sensex = [
+        _row(number << 8 | _BFO, symbol, name, "BFO", price, 0.05, lot, kind, _segment_name("BFO", kind))
+        | {"strike": strike}
+        for number, symbol, name, price, lot, kind, strike in _BFO_CONTRACTS
+    ]
     few = [indices[0], *equities[:_KNOWN_FIRST], *indices[1:3]]
-    return [*few, *equities[_KNOWN_FIRST:], *others, *indices[3:]]
+    return [*few, *equities[_KNOWN_FIRST:], *others, *indices[3:], *futures, *sensex]
 
 
 def _segment_name(exchange: str, kind: str) -> str:

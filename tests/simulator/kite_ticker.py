@@ -1,11 +1,13 @@
 """The official KiteTicker, unchanged, in a process of its own (Twisted's reactor starts once a process).
 
 usage: python kite_ticker.py ROOT MODE TOKEN…   prints one JSON object once every token has ticked in MODE.
+The session is that of PKB_KITE_API_KEY and PKB_KITE_ACCESS_TOKEN, if they are set.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from typing import Any
 
@@ -16,7 +18,8 @@ def main(root: str, mode: str, *texts: str) -> None:
     tokens = [int(text) for text in texts]
     ticks: dict[int, Any] = {}
     messages: list[str] = []
-    ticker = KiteTicker("key", "token", root=root)
+    session = [os.environ.get(f"PKB_KITE_{name}", name) for name in ("API_KEY", "ACCESS_TOKEN")]
+    ticker = KiteTicker(*session, root=root)
 
     def on_connect(ws: KiteTicker, response: object) -> None:
         ws.subscribe(tokens)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import requests
 
 from pkbrokers_redis.cli.record import SessionRefused, record
+from pkbrokers_redis.cli.sim import sim
 from pkbrokers_redis.core.errors import PkbError
 from pkbrokers_redis.kite.capture import KIND_BINARY, read_capture
 from pkbrokers_redis.kite.wire import parse_frame
@@ -25,10 +30,11 @@ RECORD = "import typer; from pkbrokers_redis.cli.record import record; typer.run
 def test_a_simulator_says_where_it_is_and_what_it_sends_can_be_recorded(tmp_path: Path) -> None:
     with running_python("-c", SIM, "--port", "0", "--instruments", "20", "--rate", "400") as simulator:
         assert simulator.stdout is not None
-        said = [simulator.stdout.readline() for _ in range(3)]
+        said = list(itertools.takewhile(lambda line: not line.startswith("Ctrl-C"), simulator.stdout))
         assert "20 instruments, 400 ticks a second" in said[0]
-        env = dict(re.findall(r"(PKB_\w+)=(\S+)", said[1]))
-        assert env["PKB_KITE_WS_URL"] in said[0]
+        env = dict(re.findall(r"export (PKB_\w+)=(\S+)", "".join(said)))
+        for name in ("PKB_KITE_WS_URL", "PKB_KITE_API_URL", "PKB_KITE_LOGIN_URL"):
+            assert env[name] in said[1]
         wanted = {int(text) for text in env["PKB_INSTRUMENTS"].split(",")}
         with running_python("-c", RECORD, "frames.cap", env=env) as recorder:
             wait_until(lambda: recorded_tokens() == wanted or recorder.poll() is not None, timeout_seconds=60)
@@ -64,19 +70,69 @@ def test_both_stop_by_themselves_when_told() -> None:
     assert "0 frames" in output
 
 
+def test_a_running_simulator_takes_orders(capsys: pytest.CaptureFixture[str]) -> None:
+    with running_python("-c", SIM, "--port", "0", "--instruments", "3", "--fault", "mute") as simulator:
+        assert simulator.stdout is not None
+        said = "".join(itertools.takewhile(lambda line: not line.startswith("Ctrl-C"), simulator.stdout))
+        env = dict(re.findall(r"export (PKB_\w+)=(\S+)", said))
+        address = env["PKB_KITE_API_URL"]
+        headers = {"Authorization": f"token {env['PKB_KITE_API_KEY']}:{env['PKB_KITE_ACCESS_TOKEN']}"}
+
+        def status() -> int:
+            return requests.get(address + "/user/profile", headers=headers, timeout=10).status_code
+
+        assert status() == 200
+        sim(control=address, clear=True, fault=["503,count=2,path=/user"])
+        assert capsys.readouterr().out == "503 struck 0 count 2 path /user\n"
+        assert [status(), status(), status()] == [503, 503, 200]
+        sim(control=address, expire=True)
+        assert status() == 403
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"control": "http://127.0.0.1:1", "fault": ["mute"]}, "REST address"),
+        ({"fault": ["flood"]}, "choose one of"),
+        ({"fault": ["mute,count=x"]}, "give a number"),
+        ({"start": "tomorrow"}, "2026-11-20T08:55"),
+    ],
+)
+def test_an_order_that_cannot_be_is_told_in_one_line(options: dict[str, Any], word: str) -> None:
+    with pytest.raises(PkbError, match=word):
+        sim(port=0, **options)
+
+
+@pytest.mark.usefixtures("_signals")
+def test_a_simulator_begins_when_told_at_the_speed_told(capsys: pytest.CaptureFixture[str]) -> None:
+    sim(port=0, instruments=5, sessions=True, start="2026-09-10T08:55", speed=60, seconds=0.1)
+    said = capsys.readouterr().out
+    shift = re.search(r"PKB_TIME_SHIFT=([\d.]+),([\d.]+),([\d.]+)", said)
+    assert shift is not None
+    assert (float(shift[1]), float(shift[3])) == (1_789_010_700.0, 60.0)
+    assert "PKB_SESSIONS" not in said
+
+
+@pytest.fixture
+def _signals() -> Iterator[None]:
+    """A command installs signal handlers; this process gets its own back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals")
 def test_recording_with_a_dead_session_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     server = SimulatorServer(None, access_token="right")
     server.start()
     monkeypatch.setenv("PKB_KITE_WS_URL", server.url)
     monkeypatch.setenv("PKB_KITE_ACCESS_TOKEN", "wr0ng-session")
     monkeypatch.setenv("PKB_INSTRUMENTS", "408065")
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(SessionRefused) as caught:
             record(Path("frames.cap"))
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         server.stop()
     assert "wr0ng-session" not in str(caught.value)
 

@@ -8,7 +8,7 @@ import pytest
 
 from pkbrokers_redis.core.errors import SettingsError
 from pkbrokers_redis.core.model import SEGMENTS
-from pkbrokers_redis.simulator.universe import INSTRUMENTS_MAX, universe
+from pkbrokers_redis.simulator.universe import INSTRUMENTS_MAX, expired_contracts, universe
 from tests.support import SHARED_DATA
 
 
@@ -42,12 +42,28 @@ def test_well_known_names_have_their_real_tokens() -> None:
 
 def test_every_priced_segment_is_there() -> None:
     segments = {row["instrument_token"] & 0xFF for row in universe(100)}
-    assert segments >= {1, 2, 3, 4, 6, 7, 9}
+    assert segments >= {1, 2, 3, 4, 5, 6, 7, 9}
 
 
 def test_a_larger_universe_only_appends() -> None:
     assert universe(300)[:70] == universe(70)
     assert [len(universe(n)) for n in (1, 5, 46, 47)] == [1, 5, 46, 47]
+
+
+def test_some_stocks_have_futures_by_their_tradingsymbol_and_some_have_none() -> None:
+    rows = universe(100)
+    stocks = {row["tradingsymbol"] for row in rows if row["segment"] == "NSE"}
+    with_futures = {row["name"] for row in rows if row["segment"] == "NFO-FUT"} & stocks
+    assert "INFY" in with_futures
+    assert "SIM00001" in stocks - with_futures
+
+
+def test_expired_contracts_are_of_no_universe() -> None:
+    tokens = {row["instrument_token"] for row in universe(INSTRUMENTS_MAX)}
+    expired = expired_contracts()
+    assert {row["exchange"] for row in expired} == {"NFO", "MCX"}
+    assert not tokens & {row["instrument_token"] for row in expired}
+    assert all(row["expiry"] < "2025" for row in expired)
 
 
 @pytest.mark.parametrize("n", [0, -1, INSTRUMENTS_MAX + 1])

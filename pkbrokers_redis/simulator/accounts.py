@@ -1,0 +1,246 @@
+"""Who may use the simulator: users, apps, sessions. Thread-safe, so that a test changes them at any time.
+
+The official flow gives a request token (single use, minutes) and for it an access token; the web login gives
+an enctoken. A new session of the same user and kind ends the one before, as on Kite. Sessions end by
+`expire_all`, never by the clock: that hour is Kite's to choose, and clients must trust the 403.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import pyotp
+
+from pkbrokers_redis.simulator.answers import Refused
+
+REQUEST_TOKEN_SECONDS: Final = 120.0
+ATTEMPTS_MAX: Final = 5  # wrong passwords, and wrong TOTPs, until the account is locked
+PENDING_MAX: Final = 1000  # logins begun, request tokens not used; the oldest go
+TOTP_STEP_SECONDS: Final = 30
+LOCKED = "The account is locked after too many wrong attempts. Reset the password to unlock it."
+
+
+@dataclass(slots=True)
+class Account:
+    """One user with one app. The defaults are the simulator's test account.
+
+    `authorised`: whether the user has agreed to the app before; if not, the login ends at a consent page.
+    `redirect_url`: where the app wants the request token; "" is a page of the simulator that shows it.
+    """
+
+    user_id: str = "SIM001"
+    password: str = field(default="sim-password", repr=False)
+    totp_secret: str = field(default="JBSWY3DPEHPK3PXPJBSWY3DPEHPK3PXP", repr=False)
+    api_key: str = "simkey0000000001"
+    api_secret: str = field(default="simsecret00000000000000000000001", repr=False)
+    user_name: str = "Simulated User"
+    redirect_url: str = ""
+    authorised: bool = True
+    wrong_passwords: int = 0
+    wrong_totps: int = 0
+    totp_used: int = field(default=0, repr=False)  # the 30-second window of the last one accepted
+
+    @property
+    def locked(self) -> bool:
+        """Whether too many attempts were wrong."""
+        return max(self.wrong_passwords, self.wrong_totps) >= ATTEMPTS_MAX
+
+    def unlock(self) -> None:
+        """Forget the wrong attempts."""
+        self.wrong_passwords = self.wrong_totps = 0
+
+
+class WebSession(NamedTuple):
+    """What a web login gives, as cookies."""
+
+    user_id: str
+    enctoken: str
+    public_token: str
+
+
+class _Pending(NamedTuple):
+    owner: str  # user id, or api key
+    at_s: float
+
+
+class Accounts:
+    """All users and their sessions. `now_s` is machine time: authenticator apps know no other."""
+
+    def __init__(
+        self,
+        *accounts: Account,
+        now_s: Callable[[], float] = time.time,
+        request_token_seconds: float = REQUEST_TOKEN_SECONDS,
+    ) -> None:
+        self.users = {account.user_id: account for account in accounts or (Account(),)}
+        self.request_token_seconds = request_token_seconds
+        self.logins = 0  # web logins that were completed
+        self.exchanges = 0  # request tokens exchanged for an access token
+        self._now_s = now_s
+        self._lock = threading.RLock()
+        self._request_ids: dict[str, _Pending] = {}  # password given, TOTP awaited
+        self._connects: dict[str, _Pending] = {}  # sess_id → api key
+        self._request_tokens: dict[str, _Pending] = {}
+        self._access: dict[str, str] = {}  # access token → user id
+        self._web: dict[str, WebSession] = {}  # by enctoken
+
+    @property
+    def first(self) -> Account:
+        """The account that `SimulatedKite.environment()` speaks of."""
+        return next(iter(self.users.values()))
+
+    # --- what tests do --------------------------------------------------------------------------------
+
+    def expire_all(self) -> None:
+        """Every session is over, as Kite's are in the early morning."""
+        with self._lock:
+            self._access.clear()
+            self._web.clear()
+
+    def open_session(self, user_id: str | None = None) -> str:
+        """An access token without the login, for tests that are not about it."""
+        with self._lock:
+            return self._new_access(self.users[user_id] if user_id else self.first)
+
+    def open_web_session(self, user_id: str | None = None) -> WebSession:
+        """An enctoken without the login."""
+        with self._lock:
+            return self._new_web(self.users[user_id] if user_id else self.first)
+
+    # --- the web login --------------------------------------------------------------------------------
+
+    def check_password(self, user_id: str, password: str) -> str:
+        """The id of a login that awaits its TOTP. Raises Refused."""
+        with self._lock:
+            account = self.users.get(user_id.upper())
+            if account is None:
+                raise Refused(403, "Invalid username or password.", "UserException")
+            if account.locked:
+                raise Refused(403, LOCKED, "UserException")
+            if not hmac.compare_digest(account.password, password):
+                account.wrong_passwords += 1
+                raise Refused(403, "Invalid username or password.", "UserException")
+            account.wrong_passwords = 0
+            request_id = secrets.token_hex(16)
+            self._keep(self._request_ids, request_id, account.user_id)
+            return request_id
+
+    def check_totp(self, user_id: str, request_id: str, value: str) -> WebSession:
+        """A web session for the right TOTP, each of which counts once. Raises Refused."""
+        with self._lock:
+            pending = self._request_ids.get(request_id)
+            if pending is None or pending.owner != user_id.upper():
+                raise Refused(400, "Invalid `request_id`. Please log in again.", "InputException")
+            account = self.users[pending.owner]
+            if account.locked:
+                raise Refused(403, LOCKED, "UserException")
+            window = self._totp_window(account, value)
+            if window <= account.totp_used:
+                account.wrong_totps += 1
+                left = max(0, ATTEMPTS_MAX - account.wrong_totps)
+                raise Refused(403, "Invalid TOTP", "TwoFAException", {"attempts_remaining": left})
+            account.totp_used, account.wrong_totps = window, 0
+            del self._request_ids[request_id]
+            self.logins += 1
+            return self._new_web(account)
+
+    def _totp_window(self, account: Account, value: str) -> int:
+        """The 30-second window this TOTP belongs to: this one or the one before; 0 if neither."""
+        totp, now = pyotp.TOTP(account.totp_secret), int(self._now_s()) // TOTP_STEP_SECONDS
+        for window in (now, now - 1):
+            if hmac.compare_digest(totp.generate_otp(window).encode(), value.encode()):
+                return window
+        return 0
+
+    # --- the app's login ------------------------------------------------------------------------------
+
+    def app(self, api_key: str) -> Account | None:
+        """The account whose app has this key."""
+        return next((each for each in self.users.values() if each.api_key == api_key), None)
+
+    def begin_connect(self, api_key: str) -> str:
+        """A `sess_id` for the app's login pages. Raises Refused for a key nobody has."""
+        with self._lock:
+            if self.app(api_key) is None:
+                raise Refused(400, "Invalid `api_key`.")
+            sess_id = secrets.token_urlsafe(24)
+            self._keep(self._connects, sess_id, api_key)
+            return sess_id
+
+    def connect_app(self, sess_id: str, api_key: str) -> Account:
+        """The account of a login begun. Raises Refused."""
+        pending = self._connects.get(sess_id)
+        account = self.app(api_key)
+        if pending is None or pending.owner != api_key or account is None:
+            raise Refused(400, "Invalid session. Begin the login again.")
+        return account
+
+    def finish_connect(self, sess_id: str, api_key: str) -> str:
+        """A request token. Raises Refused."""
+        with self._lock:
+            self.connect_app(sess_id, api_key)
+            del self._connects[sess_id]
+            token = secrets.token_urlsafe(24)
+            self._keep(self._request_tokens, token, api_key)
+            return token
+
+    def exchange(self, api_key: str, request_token: str, checksum: str) -> tuple[Account, str]:
+        """Request token → the account and its new access token. Raises Refused."""
+        with self._lock:
+            account = self.app(api_key)
+            if account is None:
+                raise Refused(403, "Invalid `api_key`.")
+            text = api_key + request_token + account.api_secret
+            if not hmac.compare_digest(hashlib.sha256(text.encode()).hexdigest(), checksum):
+                raise Refused(403, "Invalid `checksum`.")
+            pending = self._request_tokens.pop(request_token, None)
+            late = pending is None or self._now_s() - pending.at_s > self.request_token_seconds
+            if pending is None or late or pending.owner != api_key:
+                raise Refused(403, "Token is invalid or has expired.")
+            self.exchanges += 1
+            return account, self._new_access(account)
+
+    # --- sessions -------------------------------------------------------------------------------------
+
+    def with_access(self, api_key: str, access_token: str) -> Account | None:
+        """Whose access token that is, if it is alive and the key is the app's."""
+        with self._lock:
+            account = self.users.get(self._access.get(access_token, ""))
+            return account if account is not None and account.api_key == api_key else None
+
+    def with_enctoken(self, enctoken: str) -> WebSession | None:
+        """The web session, if it is alive."""
+        with self._lock:
+            return self._web.get(enctoken)
+
+    def end_access(self, api_key: str, access_token: str) -> None:
+        """Log out. Raises Refused when there is no such session."""
+        with self._lock:
+            if self.with_access(api_key, access_token) is None:
+                raise Refused(403)
+            del self._access[access_token]
+
+    def _new_access(self, account: Account) -> str:
+        self._access = {token: user for token, user in self._access.items() if user != account.user_id}
+        token = secrets.token_urlsafe(24)
+        self._access[token] = account.user_id
+        return token
+
+    def _new_web(self, account: Account) -> WebSession:
+        self._web = {token: each for token, each in self._web.items() if each.user_id != account.user_id}
+        # As Kite's, an enctoken holds characters that a URL must quote.
+        session = WebSession(account.user_id, f"{secrets.token_urlsafe(48)}+/==", secrets.token_urlsafe(24))
+        self._web[session.enctoken] = session
+        return session
+
+    def _keep(self, pending: dict[str, _Pending], name: str, owner: str) -> None:
+        while len(pending) >= PENDING_MAX:
+            del pending[next(iter(pending))]
+        pending[name] = _Pending(owner, self._now_s())

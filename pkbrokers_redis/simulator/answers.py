@@ -1,0 +1,83 @@
+"""Kite's answers as JSON: `{"status": "success", "data": …}`, or an error with Kite's exception name.
+
+    HTTP  error_type                          when
+    400   InputException                      a parameter is missing or wrong
+    403   TokenException, UserException, …    the session is over; a login is refused
+    404   GeneralException                    no such route
+    429   NetworkException                    too many requests
+    500   GeneralException
+    502   DataException                       the order system behind answers nonsense
+    503   NetworkException                    the order system behind does not answer
+
+Source: https://kite.trade/docs/connect/v3/exceptions/ and the official SDKs.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Any, Final
+
+import msgspec
+from aiohttp import web
+
+from pkbrokers_redis.kite.layout import IST
+
+ERROR_TYPES: Final = {
+    400: "InputException",
+    403: "TokenException",
+    404: "GeneralException",
+    429: "NetworkException",
+    500: "GeneralException",
+    502: "DataException",
+    503: "NetworkException",
+}
+MESSAGES: Final = {
+    403: "Incorrect `api_key` or `access_token`.",
+    404: "Route not found",
+    429: "Too many requests",
+    500: "Something unexpected happened",
+    502: "Unable to fetch the data from the OMS",
+    503: "The OMS is not responding",
+}
+
+
+class Refused(Exception):
+    """Raised inside the simulator to answer a request with one of Kite's errors."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str | None = None,
+        error_type: str | None = None,
+        data: dict[str, Any] | None = None,
+    ) -> None:
+        self.status = status
+        self.message = message or MESSAGES.get(status, "Bad request")
+        self.error_type = error_type or ERROR_TYPES[status]
+        self.data = data
+        super().__init__(self.message)
+
+
+def success(data: Any) -> web.Response:
+    """`data` in Kite's envelope."""
+    return _json(200, {"status": "success", "data": data})
+
+
+def failure(error: Refused) -> web.Response:
+    """Kite's error envelope."""
+    content = {
+        "status": "error",
+        "message": error.message,
+        "data": error.data,
+        "error_type": error.error_type,
+    }
+    return _json(error.status, content)
+
+
+def _json(status: int, content: dict[str, Any]) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(content), content_type="application/json")
+
+
+def local_text(epoch_s: float) -> str:
+    """`2021-06-08 15:45:56`: Indian time as Kite's quotes and sessions write it."""
+    return datetime.fromtimestamp(int(epoch_s), IST).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,0 +1,161 @@
+"""The whole simulated Kite: its clock, its environment, a day in minutes, stop and start."""
+
+from __future__ import annotations
+
+import json
+import time
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+import websocket
+
+from pkbrokers_redis.clock import market_clock
+from pkbrokers_redis.core import model
+from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter, read_capture
+from pkbrokers_redis.kite.layout import IST
+from pkbrokers_redis.kite.wire import parse_frame
+from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.simulator.clients import STEPS_MAX, steps_between
+from pkbrokers_redis.simulator.kite import SimulatedKite
+from pkbrokers_redis.simulator.server import SimulatorFailed
+from pkbrokers_redis.simulator.universe import universe
+from tests.simulator.conftest import INFY
+from tests.support import running_python, wait_until
+
+
+def at_ms(text: str) -> float:
+    return datetime.fromisoformat(text).replace(tzinfo=IST).timestamp() * 1000
+
+
+def subscribe(kite: SimulatedKite, tokens: list[int]) -> websocket.WebSocket:
+    query = f"?api_key={kite.accounts.first.api_key}&access_token={kite.accounts.open_session()}"
+    link = websocket.create_connection(kite.ws_url + query, timeout=20)
+    link.send(json.dumps({"a": "subscribe", "v": tokens}))
+    link.send(json.dumps({"a": "mode", "v": ["full", tokens]}))
+    return link
+
+
+def test_a_fast_market_sends_one_packet_a_market_second_of_each_instrument(tmp_path: Path) -> None:
+    rows = universe(100)
+    tokens = [row["instrument_token"] for row in rows]
+    start_ms = at_ms("2026-09-10 10:00")
+    with CaptureWriter(tmp_path / "sent.cap") as capture:
+        kite = SimulatedKite(
+            rows, sessions=load_sessions("market"), start_ms=start_ms, speed=60, capture=capture
+        )
+        kite.start()
+        link = subscribe(kite, tokens)
+        wait_until(lambda: link.recv_data() and kite.now_ms() > start_ms + 120_000, poll_seconds=0)
+        kite.stop()
+    seconds: dict[int, list[int]] = {token: [] for token in tokens}
+    for _, kind, frame in read_capture(tmp_path / "sent.cap"):
+        if kind == KIND_BINARY and len(frame) > 1:
+            parsed = parse_frame(frame, 0)
+            for tick in parsed.ticks:
+                if tick[model.TOKEN].astype(int) & 0xFF == model.SEGMENT_INDICES:
+                    seconds[int(tick[model.TOKEN])].append(int(tick[model.TIME_MS]) // 1000)
+    indices = [times for token, times in seconds.items() if token & 0xFF == model.SEGMENT_INDICES]
+    assert len(indices) == 6
+    for times in indices:
+        later = np.array(sorted(set(times[2:])))
+        assert later.size > 60
+        assert (np.diff(later) <= 2).all()  # each is on its own phase of the second
+
+
+def test_the_official_kiteticker_works_with_a_session_of_the_accounts() -> None:
+    script = Path(__file__).with_name("kite_ticker.py")
+    with SimulatedKite(universe(10)) as kite:
+        env = kite.environment() | {"PKB_KITE_ACCESS_TOKEN": kite.accounts.open_session()}
+        with running_python(str(script), kite.ws_url, "full", str(INFY), env=env) as process:
+            output, _ = process.communicate(timeout=60)
+    told = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    assert told["ticks"].keys() == {str(INFY)}
+
+
+def test_processes_with_the_environment_share_the_market_time() -> None:
+    start_ms = at_ms("2026-09-10 09:00")
+    kite = SimulatedKite(universe(3), sessions=load_sessions("market"), start_ms=start_ms, speed=60)
+    kite.start()
+    environment = kite.environment()
+    assert "PKB_SESSIONS" not in environment
+    theirs = market_clock(load_settings(time_shift=environment["PKB_TIME_SHIFT"]))
+    before, told, after = kite.now_ms(), theirs(), kite.now_ms()
+    assert before <= told <= after
+    code = (
+        "from pkbrokers_redis.clock import market_clock; from pkbrokers_redis.settings import load_settings;"
+        "print(market_clock(load_settings())())"
+    )
+    with running_python("-c", code, env=environment) as process:
+        output, _ = process.communicate(timeout=60)
+    assert before <= float(output.splitlines()[-1]) <= kite.now_ms()
+    kite.stop()
+
+
+def test_by_default_it_is_now_and_around_the_clock() -> None:
+    with SimulatedKite(universe(3)) as kite:
+        environment = kite.environment()
+        assert environment["PKB_SESSIONS"] == "always"
+        assert "PKB_TIME_SHIFT" not in environment
+        assert abs(kite.now_ms() - time.time() * 1000) < 60_000
+        settings = load_settings(kite_ws_url=environment["PKB_KITE_WS_URL"])
+        assert settings.kite_ws_url == kite.ws_url
+
+
+def test_a_trading_day_of_all_segments_passes_in_seconds() -> None:
+    """Ten minutes around each of the day's edges at 600×: who trades when."""
+    rows = universe(60)
+    sessions = load_sessions("market")
+
+    def who_traded(start: str, minutes: int) -> set[int]:
+        with SimulatedKite(rows, sessions=sessions, start_ms=at_ms(start), speed=600) as kite:
+            before = kite.market.volume.copy()
+            end_ms = at_ms(start) + minutes * 60_000
+            wait_until(lambda: kite.server._stepped_ms is not None and kite.server._stepped_ms >= end_ms)
+            moved = kite.market.tokens[kite.market.volume != before]
+        return {int(token) & 0xFF for token in moved}
+
+    everything = {1, 2, 3, 4, 5, 6, 7}
+    assert who_traded("2026-09-10 08:50", 9) == set()
+    assert who_traded("2026-09-10 09:01", 5) >= {3, 6, 7}
+    assert who_traded("2026-09-10 09:16", 3) == everything
+    assert who_traded("2026-09-10 15:36", 3) == {2, 3, 5, 6, 7}
+    assert who_traded("2026-09-10 15:42", 3) == {3, 6, 7}
+    assert who_traded("2026-09-10 17:01", 3) == {7}
+    assert who_traded("2026-09-10 23:31", 3) == set()
+    assert who_traded("2026-09-12 11:00", 3) == set()  # a Saturday
+
+
+def test_it_stops_and_starts_again_on_the_same_ports_with_the_same_market() -> None:
+    kite = SimulatedKite(universe(10), rate=200)
+    kite.start()
+    addresses = (kite.ws_url, kite.api_url, kite.login_url)
+    wait_until(lambda: kite.stats.packets > 20)
+    kite.stop()
+    volume = kite.market.volume.copy()
+    kite.start()
+    assert (kite.ws_url, kite.api_url, kite.login_url) == addresses
+    packets = kite.stats.packets
+    subscribe(kite, [INFY]).recv_data()
+    wait_until(lambda: kite.stats.packets > packets)
+    kite.stop()
+    assert (kite.market.volume >= volume).all()
+
+
+def test_a_taken_port_is_told_in_one_line_and_leaves_nothing_open() -> None:
+    with SimulatedKite(universe(3)) as kite:
+        port = int(kite.api_url.rpartition(":")[2])
+        other = SimulatedKite(universe(3), login_port=port)
+        with pytest.raises(SimulatorFailed, match="another port"):
+            other.start()
+        other.stop()
+
+
+def test_steps_of_a_fast_market_leave_out_no_interval_and_have_a_limit() -> None:
+    assert list(steps_between(1000, 1300, 0)) == [1300]
+    assert list(steps_between(1000, 4200, 1000)) == [2000, 3000, 4000, 4200]
+    assert list(steps_between(1000, 1400, 1000)) == [1400]
+    far = list(steps_between(0, 10**9, 1000))
+    assert (len(far), far[-1]) == (STEPS_MAX, STEPS_MAX * 1000)
