@@ -16,6 +16,7 @@ TRYAGAIN, CLUSTERDOWN, and exceptions that are not even RedisErrors. Workers kno
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,6 +80,9 @@ class ClusterClient(redis.RedisCluster):
                 return replies
 
         pipeline.execute, pipeline.execute_command = execute_all, note_command
+        for name in ("delete", "unlink", "exists"):  # redis-py hands these past `execute_command`
+            word = "DEL" if name == "delete" else name.upper()
+            setattr(pipeline, name, functools.partial(note_command, word))
         return pipeline
 
     def _shape(self, name: str, options: dict[str, Any], reply: Any) -> Any:

@@ -139,6 +139,19 @@ def test_symbols_meta_heartbeat_and_trimming_work_across_the_slots(
     assert enforce_cap(cluster_client, KEYS, 100) > 0
 
 
+def test_a_pipeline_deletes_and_looks_for_keys_of_any_slot(cluster_client: redis.Redis) -> None:
+    names = [f"pkb:test:{n}" for n in range(20)]
+    pipeline = cluster_client.pipeline(transaction=False)
+    for name in names:
+        pipeline.set(name, 1)
+    for name in names[:10]:
+        pipeline.delete(name)
+    for name in names:
+        pipeline.exists(name)
+    pipeline.unlink(names[10])
+    assert pipeline.execute() == [True] * 20 + [1] * 10 + [0] * 10 + [1] * 10 + [1]
+
+
 def test_candles_are_read_and_followed_from_all_masters(
     cluster_client: redis.Redis, cluster_settings: Settings
 ) -> None:
@@ -213,7 +226,7 @@ def test_a_commit_to_a_slot_that_moves_key_by_key_waits_and_is_whole(
         puts = [1, token, "1m", 1_800_000_000, 5, row]
         move = Move(held.id, held.read, {})
         queue_commit(
-            pipe, KEYS, shard, held, move, 100, [1, token, 1, "1m", row, 0, *puts, 0, 1, token, b"[]"]
+            pipe, KEYS, shard, held, move, 100, [1, token, 1, "1m", row, 0, 0, *puts, 0, 1, token, b"[]"]
         )
         return settle_commit(pipe.execute()[0], held, move)
 
