@@ -12,6 +12,7 @@ looks like a credential is masked on the way out, whoever logged it.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import threading
@@ -104,6 +105,14 @@ class _Output:
 
 
 _output = _Output()
+
+
+def _forget_lock() -> None:
+    """In a forked child: the thread that held it may not exist here."""
+    _output.lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_forget_lock)
 
 
 def _drop_below_level(_logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -72,7 +72,7 @@ class Settings(BaseSettings):
     kite_api_url: str = Field("https://api.kite.trade", description="REST endpoint")
     kite_login_url: str = Field("https://kite.zerodha.com", description="web login endpoint")
     kite_mode: Literal["ltp", "quote", "full"] = Field("full", description="ltp, quote or full")
-    instruments: str = Field("", description="NSE:INFY, tokens, index names, a file, nse-equity, all")
+    instruments: str = Field("", description="NSE:INFY, tokens, indices, a file, nse-equity, nfo-nifty, all")
 
     # time
     sessions: Literal["market", "always"] = Field("market", description="`always`: no session filter")
@@ -85,6 +85,16 @@ class Settings(BaseSettings):
     )
     calendar: Path | None = Field(None, description="a calendar file that overrides the shipped one")
 
+    # files and other databases
+    files_dir: Path | None = Field(
+        None, description="ticks.json, pickles, candles.db, Parquet; unset: `files` in PKB_DATA_DIR"
+    )
+    files_url: str | None = Field(
+        None, description="where published files are read: a URL or a folder; unset: PKB_GITHUB_REPO's"
+    )
+    turso_url: str | None = Field(None, description="a libSQL (Turso) database that shares the candle file")
+    turso_token: SecretStr | None = Field(None, description="its token")
+
     # sync and bot
     github_repo: str | None = Field(None, description="owner/name of the sync target")
     github_branch: str = Field("actions-data-download", description="branch of the sync target")
@@ -95,6 +105,9 @@ class Settings(BaseSettings):
     telegram_chats: str = Field("", description="chat ids that may ask")
     telegram_admins: str = Field("", description="user ids that may operate")
     telegram_api_url: str = Field("https://api.telegram.org/bot", description="Bot API endpoint")
+    telegram_file_max_bytes: int = Field(
+        50_000_000, ge=1_000, description="largest file the bot sends; a larger one goes in parts"
+    )
 
     # logs
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level shown")
@@ -125,6 +138,11 @@ class Settings(BaseSettings):
     def intervals(self) -> tuple[Interval, ...]:
         """The interval table in ascending length."""
         return parse_intervals(self.intervals_text)
+
+    @property
+    def files_folder(self) -> Path:
+        """Where snapshots are written, and looked for."""
+        return self.files_dir or self.data_dir / "files"
 
     @cached_property
     def keys(self) -> Keys:

@@ -9,7 +9,7 @@ A book whose changes could not be committed is ahead of Redis: throw it away and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pkbrokers_redis.core import candles as c
 from pkbrokers_redis.core import changes as ch
+from pkbrokers_redis.core import closing
 from pkbrokers_redis.core import tables as t
 from pkbrokers_redis.core.buckets import bucket_end_s
 from pkbrokers_redis.core.intervals import Interval
@@ -30,13 +31,18 @@ LOG_START = 4096
 
 
 class Changes(NamedTuple):
-    """What one collect gave: operations in order (see `core.changes`) and the text they cut from."""
+    """What one collect gave: operations in order (see `core.changes`) and the text they cut from.
+
+    `lists` are whole candle lists (instrument, interval, rows) that replace what is there, ahead of the rest.
+    """
 
     ops: list[list[int]]
     text: bytes
+    lists: Sequence[tuple[int, int, list[bytes]]] = ()
 
 
 NOTHING = Changes([], b"")
+_NO_STATEMENT = np.full(t.RING_WIDTH, np.nan)
 
 
 class LateTick(NamedTuple):
@@ -64,7 +70,10 @@ class Book:
         grace_seconds: float = 2.0,
         event_clock: bool = False,
         instruments: int = 256,
+        derivatives: Collection[int] = (),
+        scratch: ch.Scratch | None = None,
     ) -> None:
+        """`derivatives` are the tokens of stocks with futures or options: their sessions may differ."""
         self.intervals = tuple(intervals)
         self.sessions = sessions
         self.grace_ms = grace_seconds * 1000.0
@@ -82,7 +91,10 @@ class Book:
             slots=np.zeros((instruments, len(seconds), self.slots, t.SLOT_WIDTH)),
             in_current=np.zeros((instruments, len(seconds)), np.int64),
             schedule=np.zeros(instruments, np.int64),
-            schedule_of_segment=np.array([sessions.schedule_of(s) for s in range(256)], np.int64),
+            schedule_of_segment=np.array(
+                [[sessions.schedule_of(s, with_) for s in range(256)] for with_ in (False, True)], np.int64
+            ),
+            derivatives=np.array(sorted(derivatives), np.int64),
             seconds=np.array(seconds, np.int64),
             day_ms=np.zeros((DAYS_START, 2), np.int64),
             anchor_s=np.zeros((DAYS_START, schedules), np.int64),
@@ -96,8 +108,7 @@ class Book:
             late=np.zeros((LOG_START, 2 + BATCH_WIDTH)),
         )
         self.tables.marks[t.NEXT_DUE] = np.inf
-        self._text = np.empty(0, np.uint8)
-        self._ops = np.empty((0, ch.OP_WIDTH), np.int64)
+        self._scratch = scratch or ch.Scratch()
 
     # -- what is in it ---------------------------------------------------------------------------
 
@@ -120,6 +131,11 @@ class Book:
         return int(self.tables.marks[t.DIRTY_SIZE])
 
     @property
+    def evicted(self) -> int:
+        """How many candles left the slots since the last collect."""
+        return int(self.tables.marks[t.EVICTED_SIZE])
+
+    @property
     def tokens(self) -> npt.NDArray[np.int64]:
         """Token of each instrument index."""
         return self.tables.tokens[: len(self)]
@@ -127,6 +143,12 @@ class Book:
     def counts(self) -> dict[str, int]:
         """What became of the ticks so far, by name."""
         return dict(zip(t.COUNT_NAMES, self.tables.counts.tolist(), strict=True))
+
+    @property
+    def base(self) -> int:
+        """Index of the shortest interval, of which the others are made up; -1 where there is only `day`."""
+        lengths = [(each.seconds, k) for k, each in enumerate(self.intervals) if each.seconds]
+        return min(lengths, default=(0, -1))[1]
 
     # -- ticks and time --------------------------------------------------------------------------
 
@@ -161,14 +183,18 @@ class Book:
 
         With the event clock only ticks move time on; with the wall clock, whichever is further.
         """
-        clock = self.watermark_ms if self.event_clock else max(self.watermark_ms, now_ms)
+        clock = self.clock_ms(now_ms)
         if clock < self.next_due_ms:
             return True  # as the kernel would say, without the cost of calling it
-        return bool(c.close_due(self.tables, clock, self.grace_ms, dirty_max))
+        return bool(closing.close_due(self.tables, clock, self.grace_ms, dirty_max))
+
+    def clock_ms(self, now_ms: float) -> float:
+        """The time by which candles close."""
+        return self.watermark_ms if self.event_clock else max(self.watermark_ms, now_ms)
 
     def collect(self) -> Changes:
         """All changes since the last collect, as text; the book counts them as written."""
-        evicted = int(self.tables.marks[t.EVICTED_SIZE])
+        evicted = self.evicted
         if not self.dirty and not evicted:
             return NOTHING
         per_instrument = len(self.intervals) * (2 * self.slots + 1) + 2
@@ -176,12 +202,10 @@ class Book:
         text_max = (
             self.dirty * ch.bytes_max(len(self.intervals), self.slots) + evicted * ch.ROW_BYTES_MAX + 64
         )
-        if len(self._ops) < ops_max:
-            self._ops = np.empty((ops_max, ch.OP_WIDTH), np.int64)
-        if len(self._text) < text_max:
-            self._text = np.empty(text_max, np.uint8)
-        n, size = ch.collect(self.tables, self._text, self._ops)
-        return Changes(self._ops[:n].tolist(), self._text[:size].tobytes())
+        scratch = self._scratch
+        scratch.grow(text_max, ops_max)
+        n, size = ch.collect(self.tables, scratch.text, scratch.ops)
+        return Changes(scratch.ops[:n].tolist(), scratch.text[:size].tobytes())
 
     def late_ticks(self) -> Iterator[LateTick]:
         """Hand out (once) the ticks that were older than every slot."""
@@ -248,6 +272,8 @@ class Book:
         i = self.index(token)
         b = self.tables
         numbers = [np.nan if cell is None else float(cell) for cell in hot]
+        if len(numbers) % t.RING_WIDTH == t.GAP_FROM % t.RING_WIDTH:  # of a version that knew no repairs
+            numbers[t.GAP_FROM : t.GAP_FROM] = [0.0] * (t.RING_SIZE - t.GAP_FROM)
         size = (len(numbers) - t.RING_SIZE) // t.RING_WIDTH
         b.inst[i, : t.RING_SIZE] = numbers[: t.RING_SIZE]
         b.inst[i, t.RING_SIZE] = size
@@ -263,7 +289,7 @@ class Book:
             s = filled[k]
             filled[k] = s + 1
             row = current.get(self.intervals[k].name)
-            self._restore_slot(i, k, s, mark, row, ring[0])
+            self._restore_slot(i, k, s, mark, row, ring[0] if size else _NO_STATEMENT)
 
     def _restore_slot(
         self, i: int, k: int, s: int, mark: list[Any], row: bytes | None, newest: npt.NDArray[np.float64]
@@ -296,13 +322,26 @@ class Book:
             slot[t.TOP] = base + cells[5]
             slot[t.S_OI] = np.nan if cells[6] is None else cells[6]
             slot[t.TICKS] = cells[7]
-            slot[t.CLOSE_TIME] = newest[t.R_TIME]
+            slot[t.CLOSE_TIME] = -np.inf if np.isnan(newest[t.R_TIME]) else newest[t.R_TIME]
             slot[t.CLOSE_VOLUME] = -1.0 if np.isnan(newest[t.R_VOLUME]) else newest[t.R_VOLUME]
             b.in_current[i, k] = 1
         if slot[t.REV] < 0:
             b.marks[t.NEXT_DUE] = min(b.marks[t.NEXT_DUE], slot[t.END] * 1000 + self.grace_ms)
 
     # -- room ------------------------------------------------------------------------------------
+
+    def shift_slots(self, i: int, k: int) -> None:
+        """Make room at slot 0, as a newer candle's first tick does; the oldest leaves to the log."""
+        b = self.tables
+        if b.slots[i, k, -1, t.START]:
+            n = int(b.marks[t.EVICTED_SIZE])
+            if n >= len(b.evicted):
+                self._grow_logs()
+                b = self.tables
+            b.evicted[n, 0], b.evicted[n, 1], b.evicted[n, 2:] = i, k, b.slots[i, k, -1]
+            b.marks[t.EVICTED_SIZE] = n + 1
+        b.slots[i, k, 1:] = b.slots[i, k, :-1].copy()
+        b.slots[i, k, 0] = 0.0
 
     def _add_day(self, time_ms: int) -> None:
         b = self.tables

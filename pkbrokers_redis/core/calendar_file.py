@@ -32,11 +32,15 @@ Windows = tuple[Window, ...]
 
 
 class Calendar(NamedTuple):
-    """Which days an exchange group trades. Days are `date.toordinal()`; REGULAR is None in `special`."""
+    """Which days an exchange group trades. Days are `date.toordinal()`; REGULAR is None in `special`.
+
+    `reasons` has the names of holidays and why a day is special; where both are given, the latter.
+    """
 
     weekend: frozenset[int]  # ISO weekdays, Monday is 1
     holidays: frozenset[int]
     special: dict[int, Windows | None]
+    reasons: dict[int, str]
 
 
 class Schedule(NamedTuple):
@@ -48,6 +52,10 @@ class Schedule(NamedTuple):
 
     def windows_on(self, day: date, summer_time_zone: ZoneInfo) -> list[tuple[int, int]]:
         """The day's windows in minutes after midnight, in time order; empty on a closed day."""
+        return [(opened, closed) for _, opened, closed in self.named_windows_on(day, summer_time_zone)]
+
+    def named_windows_on(self, day: date, summer_time_zone: ZoneInfo) -> list[tuple[str, int, int]]:
+        """The same with the windows' names in front."""
         ordinal = day.toordinal()
         windows: Windows | None = None
         if ordinal in self.calendar.special:
@@ -57,7 +65,7 @@ class Schedule(NamedTuple):
         if windows is None:
             windows = next((each for since, each in reversed(self.hours) if since <= ordinal), ())
         summer = bool(datetime.combine(day, time(12), summer_time_zone).dst())
-        return [window.summer if summer else window.winter for window in windows]
+        return [(each.name, *(each.summer if summer else each.winter)) for each in windows]
 
 
 class CalendarFile(NamedTuple):
@@ -206,9 +214,9 @@ def _calendar(name: str, raw: _Calendar, others: dict[str, _Calendar]) -> Calend
     where = f"calendars.{name}"
     if any(not 1 <= weekday <= 7 for weekday in raw.weekend):
         raise _BadField(f"{where}.weekend", "weekdays are 1 (Monday) to 7 (Sunday)")
-    holidays = set(raw.holidays)
+    holidays = dict(raw.holidays)
     if raw.holidays_of is not None:
-        holidays |= set(_known(raw.holidays_of, others, f"{where}.holidays_of").holidays)
+        holidays = _known(raw.holidays_of, others, f"{where}.holidays_of").holidays | holidays
     types: dict[str, Windows | None] = {
         kind: _windows(windows, f"{where}.day_types.{kind}") for kind, windows in raw.day_types.items()
     }
@@ -220,7 +228,10 @@ def _calendar(name: str, raw: _Calendar, others: dict[str, _Calendar]) -> Calend
             special[day.toordinal()] = _known(entry.windows, types, here)
         else:
             special[day.toordinal()] = _windows(entry.windows, here)
-    return Calendar(frozenset(raw.weekend), frozenset(day.toordinal() for day in holidays), special)
+    names = holidays | {day: entry.why for day, entry in raw.special.items() if entry.why}
+    reasons = {day.toordinal(): name for day, name in names.items()}
+    closed = frozenset(day.toordinal() for day in holidays)
+    return Calendar(frozenset(raw.weekend), closed, special, reasons)
 
 
 def _schedule(name: str, raw_fields: dict[str, Any], calendars: dict[str, Calendar]) -> Schedule:

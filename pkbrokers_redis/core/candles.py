@@ -26,11 +26,13 @@ from pkbrokers_redis.core.model import (
     VOLUME,
 )
 from pkbrokers_redis.core.ring import place_in_ring, put_in_ring
-from pkbrokers_redis.core.slots import flag_of, slot_for
+from pkbrokers_redis.core.slots import flag_of, mark_partial, rebase, slot_for
 from pkbrokers_redis.core.tables import (
-    ANNOUNCE,
+    ANSWERED_FROM,
+    ANSWERED_TO,
     BASE,
     BASELINE,
+    C_ANSWERED,
     C_BAD,
     C_CLAMPED,
     C_DEEP_LATE,
@@ -58,13 +60,11 @@ from pkbrokers_redis.core.tables import (
     FULL,
     FUTURE_MAX_MS,
     HIGH,
-    INSTRUMENTS,
     LATE_SIZE,
     LIMIT,
     LOG_FULL,
     LOW,
     NEED_DAY,
-    NEXT_DUE,
     NUMBER_MAX,
     OI_TIME,
     OI_VOLUME,
@@ -203,20 +203,40 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
     day_s = b.day_ms[d, 0] // 1000
 
     if inst[FIRST_AT] == 0:  # rule 2: the first sight is the baseline and makes no candle
-        inst[FIRST_AT], inst[FIRST_TIME] = max(tick[AT_MS], 1.0), time
-        inst[FIRST_VOLUME], inst[SEEN], inst[BASELINE], inst[DAY_S] = volume, volume, volume, day_s
-        inst[RING_SIZE] = put_in_ring(ring, 0, 0, time, volume, price, tick[DAY_HIGH], tick[DAY_LOW])
+        inst[FIRST_AT], inst[FIRST_TIME], inst[FIRST_VOLUME] = max(tick[AT_MS], 1.0), time, volume
+        if day_s > inst[DAY_S]:
+            inst[SEEN], inst[BASELINE], inst[DAY_S] = volume, volume, day_s
+        elif day_s == inst[DAY_S]:  # history told us of today before: its volume is in the candles
+            inst[BASELINE] -= inst[SEEN]
+            if volume == volume:
+                inst[BASELINE] += volume
+                rebase(b, i, day_s, volume)
+            inst[SEEN] = volume
+            mark_partial(b, i)
+        # Without a trade time it has the receipt's: trades of its second, in whole seconds, come after it.
+        known_at = time // 1000 * 1000 if volume == volume else time
+        inst[RING_SIZE] = put_in_ring(ring, 0, 0, known_at, volume, price, tick[DAY_HIGH], tick[DAY_LOW])
         b.counts[C_FIRST] += 1
         touch(b, i, 1)
         return
     if day_s > inst[DAY_S]:  # rule 2: a new trade date starts from 0
         inst[DAY_S] = day_s
+        inst[BASELINE] = 0.0 if inst[SEEN] == inst[SEEN] else np.nan
         if inst[SEEN] == inst[SEEN]:
-            inst[SEEN] = inst[BASELINE] = 0.0
+            inst[SEEN] = 0.0
         touch(b, i, 1)
     today = day_s == inst[DAY_S]
+    # A day's volume never falls. Where it does, all that was said before today's open was another day's: Kite
+    # resends the last tick after a subscribe, in a mode without a trade time, and it looks as if of today.
+    open_ms = b.anchor_s[d, b.schedule[i]] * 1000.0
+    said_before = ring[0, R_TIME] < min(time, open_ms) and inst[ANSWERED_TO] <= open_ms
+    if today and volume < inst[SEEN] and said_before:
+        inst[SEEN] = inst[BASELINE] = inst[FIRST_VOLUME] = 0.0
+        touch(b, i, 1)
     if today and volume == volume and inst[SEEN] != inst[SEEN]:  # from ltp to a mode with volume
-        inst[SEEN] = inst[BASELINE] = volume
+        inst[BASELINE] = volume + (inst[BASELINE] if inst[BASELINE] == inst[BASELINE] else 0.0)
+        inst[SEEN] = volume
+        rebase(b, i, day_s, volume)
 
     c = b.schedule[i]
     inside = False
@@ -272,6 +292,10 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
     if newest_oi:
         inst[OI_TIME], inst[OI_VOLUME] = time, volume
 
+    # History has answered for its time: it is in the candles, with what we may have missed.
+    answered = inst[ANSWERED_FROM] <= time < inst[ANSWERED_TO]
+    if answered:
+        b.counts[C_ANSWERED] += 1
     base = inst[SEEN] if today else np.nan
     slots, seconds, marks, evicted = b.slots, b.seconds, b.marks, b.evicted
     anchor, close = b.anchor_s[d, c], b.close_s[d, c]
@@ -279,14 +303,16 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
     level = 1
     for k in range(seconds.size):
         length = seconds[k]
+        if answered and length != 0:
+            continue
         start, end = anchor, close
         if length != 0:
             start = anchor + (second - anchor) // length * length
             end = min(start + length, close)
-        flag = 0
-        if length != 0 or tick[DAY_HIGH] != tick[DAY_HIGH]:
-            flag = flag_of(start, end, inst[FIRST_AT], inst[FIRST_TIME], inst[FIRST_VOLUME])
         newest = slots[i, k, 0, START]
+        flag = 0
+        if start != newest and (length != 0 or tick[DAY_HIGH] != tick[DAY_HIGH]):
+            flag = flag_of(start, end, inst)
         due = end * 1000 + grace_ms
         s = slot_for(
             slots, i, k, length, start, end, day_s, base, volume, flag, due, marks, evicted
@@ -309,6 +335,9 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
             b.counts[C_LATE] += 1
     touch(b, i, level)
     if today and volume > inst[SEEN]:
+        if answered:
+            inst[BASELINE] += volume - inst[SEEN]
+            rebase(b, i, day_s, volume)
         inst[SEEN] = volume
     if time > b.marks[WATERMARK]:
         b.marks[WATERMARK] = time
@@ -354,29 +383,3 @@ def apply(
             b.counts[C_CLAMPED] += 1
         _apply_tick(b, tick, i, d, time, grace_ms)
     return DONE, n
-
-
-@compiled
-def close_due(b: Tables, clock_ms: float, grace_ms: float, dirty_max: int) -> bool:
-    """Rule 5: complete and announce every candle whose end + grace has passed. False: more are due."""
-    if clock_ms < b.marks[NEXT_DUE]:
-        return True
-    next_due = np.inf
-    for i in range(int(b.marks[INSTRUMENTS])):
-        for k in range(b.seconds.size):
-            for s in range(b.slots.shape[2] - 1, -1, -1):
-                slot = b.slots[i, k, s]
-                if slot[START] == 0 or slot[REV] >= 0:
-                    continue
-                due = slot[END] * 1000 + grace_ms
-                if due > clock_ms:
-                    next_due = min(next_due, due)
-                    continue
-                if b.is_dirty[i] == 0 and b.marks[DIRTY_SIZE] >= dirty_max:
-                    return False
-                slot[REV] = 0.0
-                slot[ANNOUNCE] = 1.0
-                slot[COMPLETE] = 1.0
-                touch(b, i, 2)
-    b.marks[NEXT_DUE] = next_due
-    return True

@@ -55,7 +55,23 @@ OP_WIDTH = 6
 
 ROW_BYTES_MAX = 8 * 23 + 16
 MARK_BYTES_MAX = 16 * 23
-HOT_BYTES_MAX = (8 + RING_MAX * 5) * 23 + 32
+HOT_BYTES_MAX = (12 + RING_MAX * 5) * 23 + 32
+
+
+class Scratch:
+    """Where `collect` writes before a copy is handed out. The books of one thread share it: it grows to the
+    largest commit and stays, and eight of their own would hold eight times as much."""
+
+    def __init__(self) -> None:
+        self.text = np.empty(0, np.uint8)
+        self.ops = np.empty((0, OP_WIDTH), np.int64)
+
+    def grow(self, text_size: int, ops_size: int) -> None:
+        """Room for at least so many bytes and operations."""
+        if len(self.ops) < ops_size:
+            self.ops = np.empty((ops_size, OP_WIDTH), np.int64)
+        if len(self.text) < text_size:
+            self.text = np.empty(text_size, np.uint8)
 
 
 def bytes_max(intervals: int, slots: int) -> int:
@@ -98,7 +114,8 @@ def _write_row(out: Bytes, pos: int, slot: Floats) -> int:
 
 @compiled
 def _write_hot(out: Bytes, pos: int, inst: Floats, ring: Floats) -> int:
-    """`[first_at,first_time,first_volume,day,seen,baseline,oi_time,oi_volume,time,volume,price,high,low, …]`.
+    """`[first_at,first_time,first_volume,day,seen,baseline,oi_time,oi_volume,gap_from,gap_to,answered_from,
+    answered_to,time,volume,price,high,low, …]`.
 
     Statements after the newest are differences to it, null where a field equals the newer one's.
     """

@@ -48,11 +48,10 @@ class MetaMismatch(PkbError):
 class UnknownSymbol(PkbError):
     """Raised when a symbol is in no instrument list; `.nearest` holds close spellings."""
 
-    def __init__(self, symbol: str, nearest: list[str]) -> None:
-        if nearest:
-            mend = "did you mean " + " or ".join(nearest) + "?"
-        else:
-            mend = "give NSE:NAME as in `pkb redis-cli HKEYS pkb:symbols`, or the instrument token"
+    def __init__(self, symbol: str, nearest: list[str], mend: str = "") -> None:
+        if nearest and not mend:
+            mend = f"did you mean {' or '.join(nearest)}? `pkb instruments search` finds more"
+        mend = mend or "`pkb instruments search` finds names; or give the instrument token"
         super().__init__(f"unknown symbol {symbol!r}", mend)
         self.symbol = symbol
         self.nearest = nearest
@@ -84,3 +83,45 @@ class WrongKeyType(PkbError):
 
 class InputFileError(PkbError):
     """Raised when a file given to us (replay, instruments) cannot be read as what it should be."""
+
+
+class RefusedPickle(InputFileError):
+    """Raised when a pickle asks for more than the tables of numbers we read; `.name` is what it asked for."""
+
+    def __init__(self, message: str, name: str = "") -> None:
+        super().__init__(message, "nothing of it was run; use a file from a source you trust")
+        self.name = name
+
+
+class CandleFileError(PkbError):
+    """Raised when the SQLite file of candles cannot be opened, read or written: damaged, locked, full."""
+
+
+class KiteError(PkbError):
+    """Raised when Kite refuses a request. `.status` is the HTTP status (None: there was no answer), `.kind`
+    Kite's own `error_type`."""
+
+    def __init__(self, message: str, mend: str = "", *, status: int | None = None, kind: str = "") -> None:
+        super().__init__(message, mend)
+        self.status = status
+        self.kind = kind
+
+
+class KiteUnavailable(KiteError):
+    """Raised when Kite does not answer, or not as it should (5xx, a page for data): try again later."""
+
+
+class KiteThrottled(KiteError):
+    """Raised on 429: too many requests."""
+
+
+class SessionExpired(KiteError):
+    """Raised on Kite's TokenException (403): the session is dead, whatever its age. Renew it."""
+
+
+class LoginRefused(KiteError):
+    """Raised when Kite refuses what we log in with. Never tried again by itself: Kite locks accounts."""
+
+
+class LoginNeeded(SettingsError):
+    """Raised when there is no Kite session and none can be had without a person."""

@@ -9,14 +9,21 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-import msgspec
-
 from pkbrokers_redis.core.book import LateTick
-
-Row = list[float | int | str | None]
-START, OPEN, HIGH, LOW, CLOSE, VOLUME, OI, TICKS = range(8)
-
-_decoder = msgspec.json.Decoder(list[float | int | str | None])
+from pkbrokers_redis.core.row_list import (
+    CLOSE,
+    HIGH,
+    LOW,
+    OI,
+    OPEN,
+    START,
+    TICKS,
+    VOLUME,
+    Row,
+    number,
+    parse_row,
+    row_text,
+)
 
 
 class Amended(NamedTuple):
@@ -32,19 +39,19 @@ def amend(rows: list[bytes], tick: LateTick, is_day: bool) -> list[Amended]:
     Nothing when the tick is older than the list, or changes no row. Rows of a foreign hand are passed
     over. What a row gains in volume, the next one loses.
     """
-    parsed = [row for row in map(_parse, rows) if row is not None]
+    parsed = [row for row in map(parse_row, rows) if row is not None]
     starts = [int(row[START]) for row in parsed]  # type: ignore[arg-type]
     if not starts or tick.start < starts[0]:
         return []
     place = next((n for n, start in enumerate(starts) if start >= tick.start), len(starts))
     after = [n for n in range(place, len(starts)) if tick.start < starts[n] < tick.oldest_start]
-    volume_end = tick.volume_after - math.fsum(_number(parsed[n][VOLUME]) for n in after)
+    volume_end = tick.volume_after - math.fsum(number(parsed[n][VOLUME]) for n in after)
     gained = 0.0
     if not math.isnan(tick.volume + volume_end):
         gained = round(max(0.0, tick.volume - volume_end), 8)
     taken_from = parsed[after[0]] if after and not is_day else None
     if taken_from is not None:
-        gained = min(gained, _number(taken_from[VOLUME]))
+        gained = min(gained, number(taken_from[VOLUME]))
     elif not is_day:
         gained = 0.0  # its successor is in the book and already owns that volume
 
@@ -58,17 +65,17 @@ def amend(rows: list[bytes], tick: LateTick, is_day: bool) -> list[Amended]:
         p = tick.price
         changed.append([tick.start, p, p, p, p, gained, oi, 1])
     if gained and taken_from is not None:
-        taken_from[VOLUME] = round(_number(taken_from[VOLUME]) - gained, 8)
+        taken_from[VOLUME] = round(number(taken_from[VOLUME]) - gained, 8)
         changed.append(taken_from)
-    return [Amended(int(_number(row[START])), _text(row)) for row in changed]
+    return [Amended(int(number(row[START])), row_text(row)) for row in changed]
 
 
 def _amend_row(row: Row, tick: LateTick, gained: float, volume_end: float) -> bool:
     before = list(row)
-    volume_start = volume_end - _number(row[VOLUME])
-    row[HIGH] = max(_number(row[HIGH]), tick.price)
-    row[LOW] = min(_number(row[LOW]), tick.price)
-    row[VOLUME] = round(_number(row[VOLUME]) + gained, 8)
+    volume_start = volume_end - number(row[VOLUME])
+    row[HIGH] = max(number(row[HIGH]), tick.price)
+    row[LOW] = min(number(row[LOW]), tick.price)
+    row[VOLUME] = round(number(row[VOLUME]) + gained, 8)
     if tick.volume > volume_end:
         row[CLOSE] = tick.price  # no statement of this candle stands at a higher volume
         if not math.isnan(tick.oi):
@@ -77,25 +84,5 @@ def _amend_row(row: Row, tick: LateTick, gained: float, volume_end: float) -> bo
         row[OPEN] = tick.price  # nothing had traded in this candle before this trade
     if row == before:
         return False
-    row[TICKS] = int(_number(row[TICKS])) + 1
+    row[TICKS] = int(number(row[TICKS])) + 1
     return True
-
-
-def _number(cell: float | int | str | None) -> float:
-    return float(cell) if isinstance(cell, int | float) else 0.0
-
-
-def _parse(text: bytes) -> Row | None:
-    try:
-        row = _decoder.decode(text)
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
-    if len(row) < 8 or not isinstance(row[START], int):
-        return None
-    return row if all(isinstance(cell, int | float) for cell in (*row[OPEN:OI], row[TICKS])) else None
-
-
-def _text(row: Row) -> bytes:
-    return msgspec.json.encode(
-        [int(cell) if isinstance(cell, float) and cell == int(cell) else cell for cell in row]
-    )

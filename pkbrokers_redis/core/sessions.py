@@ -34,6 +34,14 @@ class Day(NamedTuple):
     windows: tuple[tuple[int, int], ...]
 
 
+class NamedWindow(NamedTuple):
+    """A window of a day as people know it: `continuous`, `closing_auction`, `muhurat`; epoch milliseconds."""
+
+    name: str
+    open_ms: int
+    close_ms: int
+
+
 class Sessions:
     """Answers for every schedule of the calendar. `schedules` holds their names; an id is the index."""
 
@@ -43,16 +51,20 @@ class Sessions:
         self._zone = zone
         self._always = always
         self._days: dict[tuple[int, date], Day] = {}
+        self.derivatives: frozenset[int] = frozenset()  # tokens of stocks with futures or options
         self._latest: dict[int, Day] = {}  # ticks come day after day: mostly one comparison
 
-    def schedule_of(self, token: int, has_derivatives: bool = False) -> int:
+    def schedule_of(self, token: int, has_derivatives: bool | None = None) -> int:
         """The schedule id of a Kite token, from its segment (the low byte).
 
-        `has_derivatives`: the stock has futures or options, so it takes part in the closing auction.
+        `has_derivatives`: the stock has futures or options, so it takes part in the closing auction; None:
+        it has if it is among `derivatives`.
         An unknown segment gets NSE cash hours (the file's `default_schedule`).
         """
         pair = self._calendar.segments.get(token & 0xFF)
-        return self._calendar.default if pair is None else pair[has_derivatives]
+        if pair is None:
+            return self._calendar.default
+        return pair[token in self.derivatives if has_derivatives is None else has_derivatives]
 
     def day(self, schedule: int, time_ms: int) -> Day:
         """The local day that holds `time_ms`.
@@ -94,6 +106,47 @@ class Sessions:
                 break
             day = self.day(schedule, day.day_end_ms)
         return None
+
+    def date_of(self, time_ms: int) -> date:
+        """The local date of a moment: India's, or with `always` that of PKB_TIMEZONE."""
+        return datetime.fromtimestamp(time_ms // 1000, self._zone).date()
+
+    def on_date(self, schedule: int, local: date) -> Day:
+        """The day of a local date. Raises as `day` does."""
+        return self.day(schedule, self._midnight_ms(local))
+
+    def named_windows(self, schedule: int, local: date) -> list[NamedWindow]:
+        """The windows of a local date with their names, in time order; empty on a closed day."""
+        day = self.on_date(schedule, local)
+        names = ["always"]
+        if not self._always:
+            rules = self._calendar.schedules[schedule]
+            names = [name for name, _, _ in rules.named_windows_on(local, self._calendar.summer_time_zone)]
+        return [NamedWindow(name, *window) for name, window in zip(names, day.windows, strict=True)]
+
+    def reason(self, schedule: int, local: date) -> str:
+        """The holiday's name, or why the day is special; "" on any other day, weekends included."""
+        if self._always:
+            return ""
+        return self._calendar.schedules[schedule].calendar.reasons.get(local.toordinal(), "")
+
+    def session_near(self, schedule: int, local: date, step_days: int) -> date | None:
+        """The nearest later (`step_days` 1) or earlier (-1) date with a session; None within 30 days."""
+        for _ in range(NEXT_OPEN_DAYS_MAX):
+            local += timedelta(days=step_days)
+            if self.on_date(schedule, local).windows:
+                return local
+        return None
+
+    def segments_of(self, schedule: int) -> list[int]:
+        """Kite's segment numbers whose instruments follow this schedule, in ascending order."""
+        return sorted(number for number, pair in self._calendar.segments.items() if schedule in pair)
+
+    def reasons(self, schedule: int, year: int) -> dict[date, str]:
+        """All holidays and special days of a year by date, in time order."""
+        named = self._calendar.schedules[schedule].calendar.reasons
+        days = sorted((date.fromordinal(ordinal), name) for ordinal, name in named.items())
+        return {day: name for day, name in days if day.year == year}
 
     def _make_day(self, schedule: int, local: date) -> Day:
         rules = self._calendar.schedules[schedule]

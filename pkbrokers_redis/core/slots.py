@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pkbrokers_redis.core.model import FLAG_PARTIAL
+from pkbrokers_redis.core.model import FLAG_GAP, FLAG_PARTIAL
 from pkbrokers_redis.core.tables import (
+    ANSWERED_FROM,
+    ANSWERED_TO,
     BASE,
     CLOSE_TIME,
     COMPLETE,
@@ -16,7 +18,12 @@ from pkbrokers_redis.core.tables import (
     DIRTY,
     END,
     EVICTED_SIZE,
+    FIRST_AT,
+    FIRST_TIME,
+    FIRST_VOLUME,
     FLAG,
+    GAP_FROM,
+    GAP_TO,
     HIGH,
     LOW,
     NEXT_DUE,
@@ -28,7 +35,9 @@ from pkbrokers_redis.core.tables import (
     TOP,
     UNANNOUNCED,
     Floats,
+    Tables,
     compiled,
+    touch,
 )
 
 
@@ -96,10 +105,41 @@ def slot_for(
 
 
 @compiled
-def flag_of(start: int, end: int, first_at: float, first_time: float, first_volume: float) -> int:
-    """Rule 8: partial, if we began to watch inside it or our baseline holds volume traded inside it."""
-    if start * 1000 < first_at < end * 1000:
-        return FLAG_PARTIAL
-    if start * 1000 <= first_time < end * 1000 and first_volume != 0:
-        return FLAG_PARTIAL
+def flag_of(start: int, end: int, inst: Floats) -> int:
+    """Rule 8: partial, if we began to watch inside it or our baseline holds volume traded inside it, unless
+    history has told us of it from its start; gap, if the feed was down inside it."""
+    start_ms, end_ms = start * 1000, end * 1000
+    first_at, first_time = inst[FIRST_AT], inst[FIRST_TIME]
+    if not (inst[ANSWERED_FROM] <= start_ms and first_at < inst[ANSWERED_TO]):
+        if start_ms < first_at < end_ms:
+            return FLAG_PARTIAL
+        if start_ms <= first_time < end_ms and inst[FIRST_VOLUME] != 0:
+            return FLAG_PARTIAL
+    if inst[GAP_FROM] < end_ms and start_ms < inst[GAP_TO]:
+        return FLAG_GAP
     return 0
+
+
+@compiled
+def mark_partial(b: Tables, i: int) -> None:
+    """Rule 8 for the forming candles that history opened before we saw the first tick."""
+    for k in range(b.seconds.size):
+        slot = b.slots[i, k, 0]
+        if slot[START] != 0 and slot[COMPLETE] == 0 and b.seconds[k] != 0:
+            if flag_of(int(slot[START]), int(slot[END]), b.inst[i]) == FLAG_PARTIAL:
+                slot[FLAG], slot[DIRTY] = FLAG_PARTIAL, 1.0
+                touch(b, i, 2)
+
+
+@compiled
+def rebase(b: Tables, i: int, day_s: int, volume: float) -> None:
+    """Let the forming candles count on from `volume`: what traded up to there is in them, or is not ours."""
+    for k in range(b.seconds.size):
+        slot = b.slots[i, k, 0]
+        if b.seconds[k] == 0 or slot[START] == 0 or slot[COMPLETE] != 0 or slot[DAY] != day_s:
+            continue
+        if volume > slot[TOP]:
+            slot[BASE] += volume - slot[TOP]
+            slot[TOP] = volume
+            slot[DIRTY] = 1.0
+            touch(b, i, 2)

@@ -1,6 +1,6 @@
 """The arrays of one shard, and how to find something in them. The rules over them are in `core.candles`.
 
-    inst[i]            what we know of instrument i: baseline, highest volume of the day, …
+    inst[i]            what we know of instrument i: baseline, highest volume of the day, last outage, …
     ring[i, 0..]       its latest statements, newest first: (time, volume, price, day high, day low)
     slots[i, k, 0..]   its newest candles of interval k, newest first; slot 0 may still be forming
 
@@ -19,8 +19,13 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
 # columns of `inst`
-FIRST_AT, FIRST_TIME, FIRST_VOLUME, DAY_S, SEEN, BASELINE, OI_TIME, OI_VOLUME, RING_SIZE = range(9)
-INST_WIDTH = 9
+(
+    FIRST_AT, FIRST_TIME, FIRST_VOLUME, DAY_S, SEEN, BASELINE, OI_TIME, OI_VOLUME,
+    GAP_FROM, GAP_TO,  # ms, half-open: the last outage of the feed that history has not answered for; 0 none
+    ANSWERED_FROM, ANSWERED_TO,  # ms, half-open: what history answered for last; 0 none
+    RING_SIZE,
+) = range(13)  # fmt: skip
+INST_WIDTH = 13
 # columns of `ring`
 R_TIME, R_VOLUME, R_PRICE, R_HIGH, R_LOW = range(5)
 RING_WIDTH = 5
@@ -34,10 +39,12 @@ SLOT_WIDTH = 21
 # `marks`: the tables' own scalars
 WATERMARK, NEXT_DUE, INSTRUMENTS, DIRTY_SIZE, EVICTED_SIZE, LATE_SIZE, DAYS, LAST_DAY = range(8)
 # `counts`: what became of the ticks
-(C_TICKS, C_FIRST, C_NEWS, C_REPEAT, C_OUTSIDE, C_BAD, C_CLAMPED, C_LATE, C_DEEP_LATE, C_EARLY) = range(10)
+(
+    C_TICKS, C_FIRST, C_NEWS, C_REPEAT, C_OUTSIDE, C_BAD, C_CLAMPED, C_LATE, C_DEEP_LATE, C_EARLY, C_ANSWERED,
+) = range(11)  # fmt: skip
 COUNT_NAMES = (
     "ticks", "first_sight", "news", "repeats", "outside_session", "bad", "future_clamped", "late",
-    "very_late", "before_baseline",
+    "very_late", "before_baseline", "after_history",
 )  # fmt: skip
 
 DONE, NEED_DAY, FULL, LOG_FULL, LIMIT = range(5)
@@ -62,7 +69,8 @@ class Tables(NamedTuple):
     slots: Floats  # [N, I, S, SLOT_WIDTH]
     in_current: Ints  # [N, I] 1 where Redis holds the interval in `current`
     schedule: Ints  # [N] index into the calendar's schedules
-    schedule_of_segment: Ints  # [256]
+    schedule_of_segment: Ints  # [2, 256] without and with derivatives
+    derivatives: Ints  # tokens of stocks that have futures or options, ascending
     seconds: Ints  # [I] 0 for the day
     day_ms: Ints  # [D, 2] local midnight to midnight
     anchor_s: Ints  # [D, C]
@@ -114,7 +122,9 @@ def add(b: Tables, token: int) -> int:
     b.marks[INSTRUMENTS] = i + 1
     b.table[place] = i + 1
     b.tokens[i] = token
-    b.schedule[i] = b.schedule_of_segment[token & 0xFF]
+    nearest = np.searchsorted(b.derivatives, token)
+    has_derivatives = nearest < b.derivatives.size and b.derivatives[nearest] == token
+    b.schedule[i] = b.schedule_of_segment[1 if has_derivatives else 0, token & 0xFF]
     return i
 
 

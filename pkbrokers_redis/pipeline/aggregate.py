@@ -1,6 +1,7 @@
 """The aggregator: tick streams in, candles out, one atomic commit a batch and shard.
 
     share   renew the leases, load the shards that are newly ours, drop those that are not (pipeline.shards)
+    repair  outages and history's rows of the repair streams, in commits of their own (pipeline.repair)
     read    XREAD from each shard's cursor, whatever is there
     apply   repeats of a source's retry skipped, rows decoded at once, rules applied (core.book)
     close   candles whose end + grace has passed
@@ -26,12 +27,15 @@ from redis.exceptions import ResponseError
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.core.book import Book, Changes
+from pkbrokers_redis.core.changes import Scratch
 from pkbrokers_redis.core.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
 from pkbrokers_redis.core.sessions import Sessions, load_sessions
+from pkbrokers_redis.pipeline.derivatives import Derivatives
 from pkbrokers_redis.pipeline.entries import EVIDENCE_BYTES, EntryDecoder
 from pkbrokers_redis.pipeline.late import settle_late
 from pkbrokers_redis.pipeline.names import Names
-from pkbrokers_redis.pipeline.shard_worker import Applied, ShardWorker
+from pkbrokers_redis.pipeline.repair import REPAIR_COUNTS, Repairs
+from pkbrokers_redis.pipeline.shard_worker import Applied, ShardWorker, book_counts
 from pkbrokers_redis.pipeline.shards import ROLE, ShardLeases
 from pkbrokers_redis.pipeline.warm import warm_up
 from pkbrokers_redis.settings import Settings
@@ -54,15 +58,15 @@ log = logs.get("aggregate")
 
 ENTRIES_MAX = 512  # of one shard a read; ~1 MB at 40 ticks an entry
 ODD_TICKS = ("bad", "future_clamped")  # of the book's counts
-DIRTY_MAX = 500  # instruments a commit, so that Redis never stalls for long
+DIRTY_MAX = 500  # instruments a commit, so that Redis never stalls for long …
+BEHIND_MS, DIRTY_BEHIND_MAX = 1_000, 2_000  # … unless we lag so much: larger batches conflate more ticks
 CLOSE_MAX = 32  # instruments closed a round and shard: the minute's end must not hold up the ticks
 BLOCK_MS_MAX = 200  # how long a read waits for ticks, unless a candle closes or a lease wants renewal sooner
-TRIM_EVERY_MS = 2_000
 DRAIN_SECONDS_MAX = 5.0
-WRONG_TYPE_RETRY_MS = 2_000
+TRIM_EVERY_MS = WRONG_TYPE_RETRY_MS = 2_000
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 1.0  # between tries while Redis is away
 
-Commit = tuple[ShardWorker, Move, Changes, dict[bytes, bytes]]
+Commit = tuple[ShardWorker, Move, Changes]
 
 
 class Aggregator:
@@ -94,17 +98,19 @@ class Aggregator:
         owner = owner or f"{ROLE}-{secrets.token_hex(8)}"
         self.leases = ShardLeases(settings.keys, owner, settings.lease_seconds)
         self.workers: dict[int, ShardWorker] = {}
+        self._scratch = Scratch()
+        self._derivatives = Derivatives(settings.keys)
         self._skipped: dict[int, float] = {}  # shard → when to look at its stream again, epoch ms
         self._aside: dict[int, float] = {}  # shard with unusable keys → when to try again
         self._names = Names(settings.keys)
         self.counts = dict.fromkeys(
             ("entries", "repeated_entries", "odd_entries", "odd_rows", "commits", "fenced", "stale",
-             "shards_taken", "refused_keys", "trimmed"), 0
+             "shards_taken", "refused_keys", "trimmed", *REPAIR_COUNTS), 0
         )  # fmt: skip
-        self.ticks_total = 0
+        self.ticks_total, self._trim_at_ms = 0, 0.0
         self._once = logs.Once()
         self._decoder = EntryDecoder(self.counts, self._tell)
-        self._trim_at_ms = 0.0
+        self._repairs = Repairs(settings.keys, self.counts, self._tell)
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -118,6 +124,7 @@ class Aggregator:
         warm_up(self._settings.intervals, self._sessions)  # before others leave us shards that would wait
         self.leases.forget()
         self.leases.closing = False
+        self._derivatives.look(self._client)
         self._share()
         self._started = True
 
@@ -179,20 +186,15 @@ class Aggregator:
             "instruments": sum(len(worker.book) for worker in self.workers.values()),
             "lag_ms": max((worker.lag_ms for worker in self.workers.values()), default=0.0),
             **self.counts,
-            **self._book_counts(),
+            **book_counts(self.workers.values()),
         }
-
-    def _book_counts(self) -> dict[str, int]:
-        totals: dict[str, int] = {}
-        for worker in self.workers.values():
-            for name, count in worker.book.counts().items():
-                totals[name] = totals.get(name, 0) + count
-        return totals
 
     # -- whose shard -----------------------------------------------------------------------------
 
     def _share(self) -> None:
         """Look at the leases when it is time. Every book here is committed, so it may go at any moment."""
+        if self._derivatives.look_if_due(self._client):
+            self.workers.clear()  # loaded again below, with other hours
         if self.leases.due_seconds <= 0:
             self.leases.look(self._client)
             for shard, error in self.leases.refused.items():
@@ -223,6 +225,8 @@ class Aggregator:
             self._sessions,
             grace_seconds=self._settings.close_grace_seconds,
             event_clock=self._settings.clock == "event",
+            derivatives=self._derivatives.tokens,
+            scratch=self._scratch,
         )
         revs = load_book(self._client, self._keys, shard, book, self._odd_state)
         self.workers[shard] = ShardWorker(shard, book, held, revs)
@@ -241,23 +245,23 @@ class Aggregator:
     def step(self, block_ms_max: int = BLOCK_MS_MAX) -> int:
         """Share, read, apply, close, commit once. Returns how many ticks were taken in."""
         self._share()
+        self._repair()
         if not any(worker.pending for worker in self.workers.values()):
-            self._read(self._block_ms(block_ms_max))
+            waits = any(worker.repairs for worker in self.workers.values())
+            self._read(self._block_ms(1 if waits else block_ms_max))
         ticks = 0
         commits: list[Commit] = []
         for worker in self.workers.values():
-            applied = worker.apply(DIRTY_MAX)
+            applied = worker.apply(DIRTY_MAX if worker.lag_ms < BEHIND_MS else DIRTY_BEHIND_MAX)
             ticks += applied.ticks
             self.counts["entries"] += applied.entries
             self.counts["repeated_entries"] += applied.repeated
             self._tell_odd_ticks(worker, applied)
             # Close by the wall clock only what no waiting entry can still change.
             worker.book.close(worker.drained_ms, worker.book.dirty + CLOSE_MAX)
-            changes, extra = settle_late(
-                self._client, self._keys, worker.book, worker.revs, worker.book.collect()
-            )
+            changes = settle_late(self._client, self._keys, worker.book, worker.revs, worker.book.collect())
             if changes.ops or applied.move.id != worker.held.id:
-                commits.append((worker, applied.move, changes, extra))
+                commits.append((worker, applied.move, changes))
         self.ticks_total += ticks
         if commits:
             self._commit(commits)
@@ -266,11 +270,23 @@ class Aggregator:
             self._trim_at_ms = now_ms + TRIM_EVERY_MS
             held = {shard: worker.held.id for shard, worker in self.workers.items()}
             trim(self._client, self._keys, held, now_ms, self._settings.stream_retention_seconds)
+            self._repairs.trim(self._client, self.workers.values())
         return ticks
+
+    def _repair(self) -> None:
+        """Apply and commit repairs by themselves, on books that are as Redis has them."""
+        self._repairs.read(self._client, self.workers.values())
+        commits: list[Commit] = [
+            (worker, *work)
+            for worker in self._repairs.ready(self.workers.values())
+            if (work := self._repairs.apply(self._client, worker, self._now_ms())) is not None
+        ]
+        if commits:
+            self._commit(commits)
 
     def _block_ms(self, most: int) -> int:
         """Wait for ticks at most until the next candle must close or the leases want to be renewed."""
-        most = min(most, int(self.leases.due_seconds * 1000) + 1)
+        most = min(most, int(max(self.leases.due_seconds, 0.0) * 1000) + 1)
         if self._settings.clock == "event":
             return max(1, most)  # an event clock needs no timer
         due = min((worker.book.next_due_ms for worker in self.workers.values()), default=np.inf)
@@ -306,7 +322,7 @@ class Aggregator:
         drained_ms = before_ms if reply else self._now_ms()
         for key, worker in worker_of.items():
             if key not in full:
-                worker.read_out_ms = drained_ms
+                worker.note_read_out(drained_ms)
 
     def _find_wrong_streams(self, now_ms: float) -> None:
         for worker in self.workers.values():
@@ -314,7 +330,7 @@ class Aggregator:
             found = bytes(self._client.type(key)).decode()  # type: ignore[arg-type]
             if found not in ("stream", "none"):
                 self._skipped[worker.shard] = now_ms + WRONG_TYPE_RETRY_MS
-                worker.read_out_ms = now_ms  # nothing waits in what is no stream
+                worker.note_read_out(now_ms)  # nothing waits in what is no stream
                 worker.held.read = 0  # for XINFO's lag: a stream there will be a new one
                 self.counts["refused_keys"] += 1
                 self._tell("wrong_type", key, mend=str(WrongKeyType(key, found, "stream")))
@@ -326,12 +342,12 @@ class Aggregator:
             self._share()
             commits = [each for each in commits if self.workers.get(each[0].shard) is each[0]]
         pipe = Pipe(self._client)
-        for worker, move, changes, extra in commits:
-            sections = commit_args(worker.book, changes, self._symbol_of, extra)
+        for worker, move, changes in commits:
+            sections = commit_args(worker.book, changes, self._symbol_of, worker.revs.collect())
             most = self._settings.closed_max_entries
             queue_commit(pipe, self._keys, worker.shard, worker.held, move, most, sections)
             pipe.flush()  # Redis carries it out while we write the next shard's
-        for (worker, move, _, _), reply in zip(commits, pipe.execute(), strict=True):
+        for (worker, move, _), reply in zip(commits, pipe.execute(), strict=True):
             try:
                 refusals = settle_commit(reply, worker.held, move)
             except CommitRefused as refusal:

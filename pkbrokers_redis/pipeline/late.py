@@ -1,4 +1,4 @@
-"""What a commit needs beyond the book: rows of very late ticks, and revisions of candles that left it."""
+"""What a commit needs beyond the book: rows that are in no slot any more, and their revisions."""
 
 from __future__ import annotations
 
@@ -13,42 +13,95 @@ from pkbrokers_redis.core import changes as ch
 from pkbrokers_redis.core.book import Book, Changes, LateTick
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.late import amend
+from pkbrokers_redis.core.row_list import start_of
 
-REVS_MAX = 64  # revisions remembered of an instrument's candles that left the book
-START_DIGITS_MAX = 18
+REVS_MAX = 64  # revisions remembered of an instrument's candles that left the book …
+FLOOR = "*"  # … and the highest of those forgotten, which all others count on from
 
-Revisions = dict[int, dict[str, int]]  # token → "5m 1762745700" → rev
 _revs_decoder = msgspec.json.Decoder(dict[str, int])
 
 
-def read_revisions(fields: Mapping[bytes, bytes]) -> Revisions:
-    """`<token>:revs` fields of `P:{S}:state` → revisions; what a foreign hand left there is passed over."""
-    revs: Revisions = {}
-    for name, value in fields.items():
-        try:
-            revs[int(name.removesuffix(b":revs"))] = _revs_decoder.decode(value)
-        except (msgspec.DecodeError, ValueError):
-            continue
-    return revs
+class Revisions:
+    """Of the candles that left the book: token → "5m 1762745700" → rev. A candle's only ever rise."""
+
+    def __init__(self, fields: Mapping[bytes, bytes]) -> None:
+        """`<token>:revs` fields of `P:{S}:state`; what a foreign hand left there is passed over."""
+        self._revs: dict[int, dict[str, int]] = {}
+        self._changed: set[int] = set()
+        for name, value in fields.items():
+            try:
+                self._revs[int(name.removesuffix(b":revs"))] = _revs_decoder.decode(value)
+            except (msgspec.DecodeError, ValueError):
+                continue
+
+    def next(self, token: int, interval: str, start: int) -> int:
+        """The revision to announce a row with; remembered."""
+        revs = self._revs.get(token, {})
+        rev = max(revs.get(f"{interval} {start}", 0), revs.get(FLOOR, 0)) + 1
+        self.note(token, interval, start, rev)
+        return rev
+
+    def note(self, token: int, interval: str, start: int, rev: int) -> None:
+        """Remember a revision that was announced."""
+        revs = self._revs.setdefault(token, {})
+        name = f"{interval} {start}"
+        revs.pop(name, None)  # to the end: forgotten last
+        revs[name] = rev
+        self._changed.add(token)
+
+    def collect(self) -> dict[bytes, bytes]:
+        """State fields of what changed since the last collect."""
+        fields: dict[bytes, bytes] = {}
+        for token in self._changed:
+            revs = self._revs[token]
+            for oldest in [name for name in revs if name != FLOOR][:-REVS_MAX]:
+                revs[FLOOR] = max(revs.get(FLOOR, 0), revs.pop(oldest))
+            fields[b"%d:revs" % token] = msgspec.json.encode(revs)
+        self._changed.clear()
+        return fields
 
 
-def settle_late(
-    client: redis.Redis, keys: Keys, book: Book, revs: Revisions, changes: Changes
-) -> tuple[Changes, dict[bytes, bytes]]:
+class Addenda:
+    """Changes with rows added that are in no slot: put into their list, and announced again."""
+
+    def __init__(self, book: Book, revs: Revisions, changes: Changes) -> None:
+        self._book, self._revs = book, revs
+        self._ops = list(changes.ops)
+        self._text = [changes.text]
+        self._size = len(changes.text)
+        self._lists = list(changes.lists)
+
+    def add(self, i: int, k: int, start: int, row: bytes, *, put: bool = True) -> None:
+        """One row, announced with a raised revision; `put` False where its list is replaced as a whole."""
+        first, self._size = self._size, self._size + len(row)
+        self._text.append(row)
+        if put:
+            self._ops.append([ch.PUT, i, k, first, self._size, 0])
+        rev = self._revs.next(int(self._book.tokens[i]), self._book.intervals[k].name, start)
+        self._ops.append([ch.CLOSED, i, k, first, self._size, rev])
+
+    def replace(self, i: int, k: int, rows: list[bytes]) -> None:
+        """A whole list."""
+        self._lists.append((i, k, rows))
+
+    def changes(self) -> Changes:
+        """All of it."""
+        return Changes(self._ops, b"".join(self._text), self._lists)
+
+
+def settle_late(client: redis.Redis, keys: Keys, book: Book, revs: Revisions, changes: Changes) -> Changes:
     """Complete a book's changes: very late ticks amend their rows, in the same commit.
 
-    Their rows are read from Redis (with what this commit will put laid over them). Returns the changes
-    and the state fields `<token>:revs` to write. `revs` is updated in place.
+    Their rows are read from Redis (with what this commit will put laid over them). `revs` is updated.
     """
-    extra: dict[bytes, bytes] = {}
     tokens = book.tokens
     for op in changes.ops:
         if op[0] == ch.REVISION:
-            _note(revs, int(tokens[op[1]]), f"{book.intervals[op[2]].name} {op[3]}", op[5], extra)
+            revs.note(int(tokens[op[1]]), book.intervals[op[2]].name, op[3], op[5])
     ticks = list(book.late_ticks())
     if not ticks:
-        return changes, extra
-    ops, text, size = list(changes.ops), [changes.text], len(changes.text)
+        return changes
+    addenda = Addenda(book, revs, changes)
     lists: dict[tuple[int, int], dict[int, bytes]] = {}
     for tick in ticks:
         interval = book.intervals[tick.interval]
@@ -58,15 +111,8 @@ def settle_late(
         rows = lists[place]
         for start, row in amend([rows[s] for s in sorted(rows)], tick, interval.seconds == 0):
             rows[start] = row
-            name = f"{interval.name} {start}"
-            rev = revs.get(tick.token, {}).get(name, 0) + 1
-            _note(revs, tick.token, name, rev, extra)
-            i = book.index(tick.token)
-            ops.append([ch.PUT, i, tick.interval, size, size + len(row), 0])
-            ops.append([ch.CLOSED, i, tick.interval, size, size + len(row), rev])
-            text.append(row)
-            size += len(row)
-    return Changes(ops, b"".join(text)), extra
+            addenda.add(book.index(tick.token), tick.interval, start, row)
+    return addenda.changes()
 
 
 def _rows(
@@ -82,17 +128,4 @@ def _rows(
         for op in changes.ops
         if op[0] == ch.PUT and op[1] == i and op[2] == tick.interval
     ]
-    return {start: row for row in (*stored, *put) if (start := _start_of(row)) is not None}
-
-
-def _start_of(row: bytes) -> int | None:
-    start = row[1 : row.find(b",")]
-    return int(start) if start.isdigit() and len(start) <= START_DIGITS_MAX else None
-
-
-def _note(revs: Revisions, token: int, name: str, rev: int, extra: dict[bytes, bytes]) -> None:
-    of_token = revs.setdefault(token, {})
-    of_token[name] = rev
-    while len(of_token) > REVS_MAX:
-        del of_token[next(iter(of_token))]
-    extra[b"%d:revs" % token] = msgspec.json.encode(of_token)
+    return {start: row for row in (*stored, *put) if (start := start_of(row)) is not None}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,8 +11,9 @@ import numpy as np
 from pkbrokers_redis.core.book import Book
 from pkbrokers_redis.core.model import TickArray
 from pkbrokers_redis.pipeline.entries import Pending
-from pkbrokers_redis.pipeline.late import read_revisions
+from pkbrokers_redis.pipeline.late import Revisions
 from pkbrokers_redis.store.commit import Move, Position
+from pkbrokers_redis.store.ids import id_order
 
 TICKS_MAX = 50_000  # applied a commit and shard, ~20 ms; the rest waits for the next round
 SOURCES_MAX = 256  # whose last seq the cursor keeps; a source is one life of an ingest worker
@@ -27,6 +30,14 @@ class Applied(NamedTuple):
     batch: TickArray | None = None
 
 
+class Repair(NamedTuple):
+    """One entry of the shard's repairs, read and not yet applied."""
+
+    id: str
+    fields: dict[bytes, bytes]
+    reads_out: int  # of the tick stream when it was read
+
+
 class ShardWorker:
     """Lives from taking a shard over until it is lost, given up, or its book is no longer what Redis has."""
 
@@ -35,9 +46,11 @@ class ShardWorker:
         self.book = book
         self.held = held
         self.read_id = held.id  # where the next XREAD goes on
-        self.revs = read_revisions(revs)
+        self.revs = Revisions(revs)
         self.pending: list[Pending] = []  # at most one read, so bounded by it
+        self.repairs: deque[Repair] = deque()  # at most one read of that stream
         self.read_out_ms = 0.0  # when the stream was last read to its end, epoch ms
+        self.reads_out = 0  # how often it was
         self.drained_ms = 0.0  # … and all that was read has been applied
         self.told: set[str] = set()  # kinds of odd ticks whose evidence was logged
         self._entries = 0
@@ -46,6 +59,17 @@ class ShardWorker:
     def lag_ms(self) -> float:
         """Milliseconds between the newest entry applied and the newest one read."""
         return float(self.read_id.split("-")[0]) - float(self.held.id.split("-")[0])
+
+    def is_ready(self, repair: Repair) -> bool:
+        """Whether all ticks are applied that were in the stream before a repair was in its own."""
+        if id_order(self.held.id)[0] > id_order(repair.id)[0]:
+            return True  # the ids of both streams are the same server's time, to the millisecond
+        return not self.pending and self.reads_out > repair.reads_out
+
+    def note_read_out(self, now_ms: float) -> None:
+        """The stream was read to its end; nothing older than `now_ms` waits in it."""
+        self.read_out_ms = now_ms
+        self.reads_out += 1
 
     def queue(self, entries: list[Pending]) -> None:
         """Take entries as they were read."""
@@ -100,3 +124,12 @@ class ShardWorker:
         if surplus <= 0 or self._entries < SETTLED_ENTRIES:
             return []
         return [source for source in list(self.held.sources)[:surplus] if source not in heard]
+
+
+def book_counts(workers: Iterable[ShardWorker]) -> dict[str, int]:
+    """What became of the ticks, added up over shards."""
+    totals: dict[str, int] = {}
+    for worker in workers:
+        for name, count in worker.book.counts().items():
+            totals[name] = totals.get(name, 0) + count
+    return totals

@@ -11,7 +11,10 @@ import numpy as np
 
 from pkbrokers_redis.core.book import Book
 from pkbrokers_redis.core.intervals import Interval
-from pkbrokers_redis.core.model import AT_MS, BATCH_WIDTH, TIME_MS
+from pkbrokers_redis.core.model import AT_MS, BATCH_WIDTH, TIME_MS, TOKEN
+from pkbrokers_redis.core.outage import Outage, mark_outage
+from pkbrokers_redis.core.repair import HistoryRows, apply_history
+from pkbrokers_redis.core.row_list import RowList
 from pkbrokers_redis.core.sessions import Sessions
 from pkbrokers_redis.core.text import read_tick_entries, tick_texts
 
@@ -31,4 +34,10 @@ def warm_up(intervals: Sequence[Interval], sessions: Sessions) -> None:
     ticks[:, AT_MS] = ticks[:, TIME_MS]
     book.take(ticks, 0, np.arange(1, len(ticks) + 1), 1)
     book.close(0.0, 1)
+    mark_outage(book, Outage([int(ticks[0, TOKEN])], _DAY_MS, _DAY_MS + 1))  # repairs use the kernels, too
+    if book.base >= 0:
+        minute: list[float | int | str | None] = [_DAY_MS // 1000, 100.0, 101.0, 99.0, 100.0, 1.0, None]
+        lists = {k: RowList((), interval.keep) for k, interval in enumerate(book.intervals)}
+        span = HistoryRows(int(ticks[0, TOKEN]), book.base, _DAY_MS // 1000, 2 * _DAY_MS // 1000, [minute])
+        apply_history(book, span, lists, 0.0)
     book.collect()

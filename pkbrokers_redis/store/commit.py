@@ -42,6 +42,7 @@ class Position:
     id: str = "0-0"
     read: int = 0  # entries read since the stream began, for XINFO's lag
     sources: dict[bytes, int] = field(default_factory=dict)  # source id → last seq; unheard longest first
+    repair: str = "0-0"  # the last entry of `P:{S}:repairs` applied
 
 
 def read_position(client: redis.Redis, keys: Keys, shard: int, owner: str, epoch: int) -> Position:
@@ -58,17 +59,19 @@ def read_position(client: redis.Redis, keys: Keys, shard: int, owner: str, epoch
             raise WrongKeyType(cursor, _type_of(client, cursor), "hash") from None
         raise
     entry_id, read = fields.get(b"id", b"0-0"), fields.get(b"read", b"0")
-    commits = fields.get(b"commits", b"0")
+    commits, repair = fields.get(b"commits", b"0"), fields.get(b"repair", b"0-0")
     if not _ENTRY_ID.fullmatch(entry_id) or not _is_count(read) or not _is_count(commits):
         raise PkbError(
             f"{cursor} holds no position in `id`, `read` and `commits`: "
             f"{entry_id[:40]!r}, {read[:40]!r}, {commits[:40]!r}",
             "set id and read to its group's last-delivered-id and entries-read (XINFO GROUPS); HDEL commits",
         )
+    if not _ENTRY_ID.fullmatch(repair):
+        raise PkbError(f"{cursor} holds no stream id in `repair`: {repair[:40]!r}", f"HDEL {cursor} repair")
     sources = {
         name[4:]: int(seq) for name, seq in fields.items() if name.startswith(b"src:") and _is_count(seq)
     }
-    return Position(owner, epoch, int(commits), entry_id.decode(), int(read), sources)
+    return Position(owner, epoch, int(commits), entry_id.decode(), int(read), sources, repair.decode())
 
 
 def _is_count(text: bytes) -> bool:
@@ -83,13 +86,15 @@ def _type_of(client: redis.Redis, key: str) -> str:
 class Move:
     """A step of the cursor: the last stream id applied, entries read in all, sources' new numbers.
 
-    `forget` are sources whose numbers may go (see `SOURCES_MAX` in the shard's worker).
+    `forget` are sources whose numbers may go (see `SOURCES_MAX` in the shard's worker). `repair` is the last
+    entry of the repairs in this commit, "" where there is none.
     """
 
     id: str
     read: int
     sources: Mapping[bytes, int]
     forget: Sequence[bytes] = ()
+    repair: str = ""
 
 
 def commit_args(
@@ -105,6 +110,9 @@ def commit_args(
     puts: list[Any] = []
     closed: list[Any] = []
     state: list[Any] = []
+    lists: list[Any] = []
+    for i, k, rows in changes.lists:
+        lists += (tokens[i], names[k], len(rows), *rows)
     counts = [0, 0, 0, 0]
     current_of, fields_at = -1, 0
     for kind, i, k, first, last, rev in changes.ops:
@@ -135,6 +143,7 @@ def commit_args(
     return [
         *(counts[0], *currents),
         *(counts[1], *drops),
+        *(len(changes.lists), *lists),
         *(counts[2], *puts),
         *(counts[3], *closed),
         *(len(state) // 2, *state),
@@ -152,12 +161,14 @@ def queue_commit(
     base = cursor.removesuffix("cursor")
     # A cluster looks at the keys it is told of before it runs a function. While a slot moves away key by key,
     # it then refuses a commit (TRYAGAIN) that would meet a key that is gone halfway through.
-    touched = touched_keys(base, sections) if pipe.is_clustered else ()
+    touched: Sequence[str] = ()
+    if pipe.is_clustered:
+        touched = touched_keys(base, sections) + ([keys.repairs(shard)] if move.repair else [])
     pipe.add(
         "FCALL", COMMIT, 4 + len(touched), cursor, keys.ticks(shard), keys.state(shard), keys.closed(shard),
         *touched, base, held.owner, held.epoch, held.commits, held.id, move.id, move.read,
-        closed_max, len(move.sources), *sources, len(move.forget), *(b"src:" + each for each in move.forget),
-        *sections,
+        closed_max, move.repair, len(move.sources), *sources,
+        len(move.forget), *(b"src:" + each for each in move.forget), *sections,
     )  # fmt: skip
 
 
@@ -171,6 +182,10 @@ def touched_keys(base: str, sections: Sequence[Any]) -> list[str]:
     for _ in range(sections[at]):  # drops: token, interval
         touched[f"{base}current:{sections[at + 1]}"] = None
         at += 2
+    at += 1
+    for _ in range(sections[at]):  # lists: token, interval, n, n rows
+        touched[f"{base}candles:{sections[at + 1]}:{sections[at + 2]}"] = None
+        at += 3 + sections[at + 3]
     at += 1
     for _ in range(sections[at]):  # puts: token, interval, start, keep, row
         touched[f"{base}candles:{sections[at + 1]}:{sections[at + 2]}"] = None
@@ -195,7 +210,7 @@ def settle_commit(reply: Any, held: Position, move: Move) -> list[str]:
     if isinstance(reply, Exception):
         raise reply
     held.commits += 1
-    held.id, held.read = move.id, move.read
+    held.id, held.read, held.repair = move.id, move.read, move.repair or held.repair
     for source, seq in move.sources.items():
         held.sources.pop(source, None)  # to the end: heard of last
         held.sources[source] = seq

@@ -3,11 +3,12 @@
 --[[ The one place that writes candles: everything of a batch and shard in one call, or nothing. And the leases
 that say who may.
 
-P:{S}:cursor   hash    id, read (entries), commits, epoch, owner, src:<id> → last seq
+P:{S}:cursor   hash    id, read (entries), repair, commits, epoch, owner, src:<id> → last seq
 P:{S}:lease    string  the owner's id, PX
 P:{S}:ticks    stream  its group `aggregator` carries the committed position
 P:{S}:state    hash    token → what the aggregator remembers beside the rows
 P:{S}:closed   stream  announced candles
+P:{S}:repairs  stream  what `repair` in the cursor is an id of; only looked at
 and, under the same hash tag, ARGV "base" .. : current:<token>, candles:<token>:<interval>.
 
 A command on a key that somebody filled with another type fails alone: the key's name is returned,
@@ -66,6 +67,16 @@ local function put(bad, key, start, keep, row)
   if #rows < tonumber(keep) then redis.call('LPUSH', key, row) end
 end
 
+-- Replace a whole list.
+local function replace(bad, key, args, from, to)
+  local _, err = try(bad, key, 'LTRIM', key, 1, 0) -- empties a list, and refuses what is none
+  while from <= to and not err do
+    local last = math.min(from + CHUNK - 1, to)
+    redis.call('RPUSH', key, unpack(args, from, last))
+    from = last + 1
+  end
+end
+
 local function hset_all(bad, key, args, from, to)
   while from <= to do
     local last = math.min(from + CHUNK - 1, to)
@@ -103,15 +114,16 @@ local function mend_lag(ticks, id, read)
 end
 
 --[[ KEYS cursor, ticks, state, closed. ARGV: base, owner, epoch, commits so far, id we left in the cursor, id to
-leave there, entries read so far, cap of closed, then counted sections: sources (src seq), sources to forget
-(src), currents (token n (interval row)×n), drops (token interval), puts (token interval start keep row),
-closed (token symbol interval row rev), state (field value).
+leave there, entries read so far, cap of closed, id of the last repair in this commit ('' for none), then counted
+sections: sources (src seq), sources to forget (src), currents (token n (interval row)×n), drops (token interval),
+lists (token interval n row×n: all there is from now on), puts (token interval start keep row), closed (token
+symbol interval row rev), state (field value).
 Returns the names of keys that refused. Refuses itself with FENCED when another owns the shard, and with STALE
 when Redis is not as we left it: then what we know of the shard must be loaded again. ]]
 local function commit(keys, args)
   local cursor, ticks, state, closed = keys[1], keys[2], keys[3], keys[4]
   local base, owner, epoch, commits = args[1], args[2], args[3], args[4]
-  local was, id, read, cap = args[5], args[6], args[7], args[8]
+  local was, id, read, cap, repair = args[5], args[6], args[7], args[8], args[9]
   local held = redis.call('HMGET', cursor, 'owner', 'epoch', 'commits', 'id')
   local held_epoch = tonumber(held[2] or '0') or 0
   if held_epoch < tonumber(epoch) then -- no other owner: the data went back (flushed, or an older copy)
@@ -128,8 +140,11 @@ local function commit(keys, args)
   if id ~= was and never_had(ticks, id) then
     return redis.error_reply('STALE the stream never had entry ' .. id)
   end
+  if repair ~= '' and never_had(base .. 'repairs', repair) then
+    return redis.error_reply('STALE the repairs never had entry ' .. repair)
+  end
   local bad = {}
-  local i = 9
+  local i = 10
   local function count()
     i = i + 1
     return tonumber(args[i - 1])
@@ -156,6 +171,11 @@ local function commit(keys, args)
     i = i + 2
   end
   for _ = 1, count() do
+    local key, rows = base .. 'candles:' .. args[i] .. ':' .. args[i + 1], tonumber(args[i + 2])
+    replace(bad, key, args, i + 3, i + 2 + rows)
+    i = i + 3 + rows
+  end
+  for _ = 1, count() do
     put(bad, base .. 'candles:' .. args[i] .. ':' .. args[i + 1], tonumber(args[i + 2]), args[i + 3], args[i + 4])
     i = i + 5
   end
@@ -168,6 +188,7 @@ local function commit(keys, args)
   hset_all(bad, state, args, i, i + fields - 1)
 
   redis.call('HSET', cursor, 'id', id, 'read', read, 'commits', tonumber(commits) + 1)
+  if repair ~= '' then redis.call('HSET', cursor, 'repair', repair) end
   if id ~= was then
     local _, err = try({}, ticks, 'XGROUP', 'SETID', ticks, GROUP, id, 'ENTRIESREAD', read)
     if err then

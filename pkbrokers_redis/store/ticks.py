@@ -11,7 +11,7 @@ from typing import Any
 
 import redis
 
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.core.keys import AGGREGATOR_GROUP, Keys
 from pkbrokers_redis.core.model import TickArray
 from pkbrokers_redis.core.text import tick_texts
 from pkbrokers_redis.store.ids import id_order
@@ -67,7 +67,7 @@ def trim(
 
 
 def enforce_cap(client: redis.Redis, keys: Keys, entries_max: int) -> int:
-    """The hard cap: cut streams longer than it, applied or not. Returns the entries dropped."""
+    """The hard cap: cut streams longer than it, applied or not. Returns the entries dropped unapplied."""
     pipeline = client.pipeline(transaction=False)
     for shard in range(keys.shards):
         pipeline.xlen(keys.ticks(shard))
@@ -75,8 +75,20 @@ def enforce_cap(client: redis.Redis, keys: Keys, entries_max: int) -> int:
     dropped = 0
     for shard, size in enumerate(sizes):
         if isinstance(size, int) and size > entries_max:
-            dropped += int(client.xtrim(keys.ticks(shard), maxlen=entries_max, approximate=True))
+            applied = size - _lag(client, keys.ticks(shard), size)
+            gone = int(client.xtrim(keys.ticks(shard), maxlen=entries_max, approximate=True))
+            dropped += max(0, gone - applied)
     return dropped
+
+
+def _lag(client: redis.Redis, key: str, size: int) -> int:
+    """How many of a stream's `size` entries the aggregator has not applied; all, where nobody knows."""
+    groups: Any = client.xinfo_groups(key)
+    for group in groups:
+        if _text(group.get("name") or group.get(b"name")) == AGGREGATOR_GROUP:
+            lag = group.get("lag", group.get(b"lag"))
+            return size if lag is None else min(int(lag), size)
+    return size
 
 
 def _text(value: Any) -> str:

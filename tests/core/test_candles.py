@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from typing import Any
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -42,19 +42,26 @@ def tick(
 class Market:
     """A book, and what Redis would hold after its commits."""
 
-    def __init__(self, mode: str = "market", grace: float = 2.0, intervals: str = "1m,5m,60m,day") -> None:
+    def __init__(
+        self,
+        mode: str = "market",
+        grace: float = 2.0,
+        intervals: str = "1m,5m,60m,day",
+        derivatives: tuple[int, ...] = (),
+    ) -> None:
         self.book = Book(
             parse_intervals(intervals),
             load_sessions(mode),  # type: ignore[arg-type]
             grace_seconds=grace,
             event_clock=True,
+            derivatives=derivatives,
         )
         self.lists: Rows = {}
         self.current: dict[int, dict[str, list[Any]]] = {}
         self.closed: list[tuple[str, int, int]] = []  # interval, start, rev
         self.state: dict[str, bytes] = {}
 
-    def take(self, *ticks: list[float], batch: int | None = None) -> Market:
+    def take(self, *ticks: list[float], batch: int | None = None) -> Self:
         array = np.array(ticks, float)
         size = batch or len(ticks)
         for first in range(0, len(ticks), size):
@@ -63,7 +70,7 @@ class Market:
             self.commit()
         return self
 
-    def close(self, second: float) -> Market:
+    def close(self, second: float) -> Self:
         """The wall clock says `second` seconds after 09:15."""
         self.book.event_clock = False
         self.book.close((OPEN + second) * 1000, 10_000)
@@ -115,6 +122,12 @@ def test_the_first_sight_is_the_baseline_and_makes_no_candle() -> None:
     market = Market().take(tick(10, 100, 5_000))
     assert market.rows("1m") == []
     assert market.rows("day") == []
+
+
+def test_a_day_extreme_new_in_the_second_of_a_first_sight_without_a_trade_time_is_taken_in() -> None:
+    market = Market().take(tick(10.9, 100, 5_000, at=10.9, day=(100, 105, 95)))
+    market.take(tick(10, 101, 5_010, at=10.95, day=(100, 106, 95)))
+    assert market.rows("1m") == [row(0, 101, 106, 101, 101, 10, None, 1, "partial")]
 
 
 def test_open_is_the_earliest_close_the_latest_high_and_low_the_extremes() -> None:
@@ -477,3 +490,45 @@ def test_rows_equal_a_naive_reading_of_the_rules(ticks: list[list[float]]) -> No
     market = Market().take(*ticks, batch=4)
     for name, seconds in (("1m", 60), ("5m", 300), ("60m", 3600)):
         assert market.rows(name) == _oracle(ticks, seconds)
+
+
+@pytest.mark.parametrize("has_derivatives", [False, True])
+def test_after_august_2026_a_stock_with_derivatives_trades_on_in_the_closing_auction(
+    has_derivatives: bool,
+) -> None:
+    other, later = 341249, 16 * 86_400  # 2026-08-07, a Friday
+    market = Market(derivatives=(other, TOKEN) if has_derivatives else (other,))
+    market.take(
+        tick(later, 100, 1_000),
+        tick(later + 3600 * 6 - 60, 101, 1_010),  # 15:14
+        tick(later + 3600 * 6 + 18 * 60, 102, 1_030),  # 15:33, only in the auction's window
+    )
+    volumes = [each[5] for each in market.rows("1m")]
+    assert volumes == ([10, 20] if has_derivatives else [10])
+
+
+def test_a_first_sight_before_the_open_may_be_yesterdays_last_tick() -> None:
+    # Kite resends it after the subscribe, in quote mode: without a trade time it looks as if of today.
+    market = Market().take(
+        tick(-1400.5, 99.0, 295_739, at=-1400.5),
+        tick(10, 100.0, 40),
+        tick(20, 101.0, 55),
+        tick(70, 102.0, 60),
+    )
+    assert [row[5] for row in market.rows("1m")] == [55, 5]
+
+
+def test_the_pre_opens_volume_is_the_baseline_even_when_yesterdays_was_seen_first() -> None:
+    market = Market().take(
+        tick(-1400.5, 99.0, 295_739, at=-1400.5),
+        tick(-600, 99.5, 30),
+        tick(10, 100.0, 40),
+    )
+    assert [row[5] for row in market.rows("1m")] == [10]
+
+
+def test_a_straggler_with_less_volume_is_no_new_day() -> None:
+    market = Market().take(
+        tick(-1400.5, 99.0, 10), tick(10, 100.0, 40), tick(20, 101.0, 55), tick(15, 100.5, 45)
+    )
+    assert [row[5] for row in market.rows("1m")] == [45]

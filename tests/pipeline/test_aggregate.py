@@ -79,7 +79,9 @@ class Store:
     def aggregator(self) -> Aggregator:
         """A new one that owns everything: whoever did before is as good as dead."""
         self.evict()
-        new = Aggregator(lambda: connect(self.settings), self.settings, now_ms=self.clock, machine_ms=self.clock)
+        new = Aggregator(
+            lambda: connect(self.settings), self.settings, now_ms=self.clock, machine_ms=self.clock
+        )
         new.start()
         self.started.append(new)
         return new

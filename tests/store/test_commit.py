@@ -73,7 +73,7 @@ def commit(
     sections: list[Any] = [len(currents or {})]
     for token, rows in (currents or {}).items():
         sections += (token, len(rows), *(cell for pair in rows.items() for cell in pair))
-    for part in (drops, puts, closed, list((state or {}).items())):
+    for part in (drops, (), puts, closed, list((state or {}).items())):
         sections += (len(part), *(cell for each in part for cell in each))
     move = Move(entry_id or held.id, held.read if read is None else read, sources or {}, forget)
     pipe = Pipe(client)

@@ -47,7 +47,7 @@ def commit(client: redis.Redis, shard: int, owner: str, epoch: int) -> None:
     """A commit of one state field."""
     held = read_position(client, KEYS, shard, owner, epoch)
     pipe, move = Pipe(client), Move(held.id, held.read, {})
-    queue_commit(pipe, KEYS, shard, held, move, 100, [0, 0, 0, 0, 1, "1", owner])
+    queue_commit(pipe, KEYS, shard, held, move, 100, [0, 0, 0, 0, 0, 1, "1", owner])
     settle_commit(pipe.execute()[0], held, move)
 
 
@@ -193,7 +193,7 @@ def test_a_survey_without_functions_says_so(client: redis.Redis) -> None:
 
 def move_to(client: redis.Redis, held: Position, entry_id: str) -> None:
     pipe, move = Pipe(client), Move(entry_id, held.read + 1, {})
-    queue_commit(pipe, KEYS, 1, held, move, 100, [0, 0, 0, 0, 0])
+    queue_commit(pipe, KEYS, 1, held, move, 100, [0, 0, 0, 0, 0, 0])
     settle_commit(pipe.execute()[0], held, move)
 
 

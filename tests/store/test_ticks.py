@@ -175,6 +175,17 @@ def test_no_stream_and_a_key_of_another_type_are_passed_over(client: redis.Redis
     assert client.get(keys.ticks(1)) == b"mine"
 
 
+@pytest.mark.usefixtures("groups")
+def test_the_hard_cap_counts_only_what_nobody_had_applied(client: redis.Redis) -> None:
+    fill(client, 0, 10 * NODE)
+    applied = 8 * NODE
+    client.xgroup_setid(KEYS.ticks(0), AGGREGATOR_GROUP, f"{applied}-0", entries_read=applied)
+    assert enforce_cap(client, KEYS, 5 * NODE) == 0
+    assert client.xlen(KEYS.ticks(0)) <= 6 * NODE
+    lost = enforce_cap(client, KEYS, NODE)
+    assert lost == 2 * NODE - client.xlen(KEYS.ticks(0)) > 0
+
+
 def test_the_hard_cap_drops_the_oldest_and_says_how_many(client: redis.Redis) -> None:
     fill(client, 0, 10 * NODE)
     fill(client, 1, NODE)
