@@ -31,7 +31,7 @@ from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import commit, lease
 from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.meta import adopt_meta, check_meta
-from pkbrokers_redis.store.symbols import resolve_many
+from pkbrokers_redis.store.watch import instrument_list
 
 LOOK_SECONDS = 1.0  # between the two looks that show whether shards move
 LIBRARY = "pkbrokers"
@@ -120,7 +120,7 @@ def _quotes(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
         yield Finding("quotes", "ok", "not checked: PKB_INSTRUMENTS is not set here")
         return
     try:
-        instruments = resolve_many(client, settings.keys, settings.instruments)
+        instruments = instrument_list(client, settings)
     except PkbError as error:
         yield Finding("quotes", "warn", error.message, error.mend)
         return

@@ -11,8 +11,11 @@ import typer
 
 from pkbrokers_redis.core.errors import PkbError, SettingsError
 from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter
-from pkbrokers_redis.kite.socket import ZerodhaWebSocketClient, url_for
+from pkbrokers_redis.kite.socket import ZerodhaWebSocketClient
+from pkbrokers_redis.kite.urls import session_in, url_for
 from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.store.auth import Session, load_session
+from pkbrokers_redis.store.embedded import reader_data_dir, store_folder
 
 
 class SessionRefused(PkbError):
@@ -26,7 +29,7 @@ def record(
     """Record raw websocket frames of PKB_INSTRUMENTS into FILE until stopped."""
     settings = load_settings()
     tokens = _tokens(settings)
-    url = url_for(settings)
+    url = url_for(settings, session_in(settings) or _shared_session(settings))
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
@@ -50,6 +53,16 @@ def record(
 
 def _give_up(_stop: threading.Event) -> None:
     raise SessionRefused("Kite refused the session (HTTP 403)", "run `pkb login` and record again")
+
+
+def _shared_session(settings: Settings) -> Session | None:
+    """What `pkb login` left in the store, where there is one: recording must not make one."""
+    if settings.redis_url is None and not store_folder(reader_data_dir(settings)[0]).exists():
+        return None
+    from pkbrokers_redis.store.connect import connect
+
+    with connect(settings, for_reading=True) as client:
+        return load_session(client, settings.keys)
 
 
 def _tokens(settings: Settings) -> list[int]:

@@ -18,23 +18,28 @@ import msgspec
 import websocket
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.kite.subscriptions import TOKENS_PER_CONNECTION_MAX, Subscriptions
 from pkbrokers_redis.kite.text_frames import TextEvent, parse_text
 from pkbrokers_redis.kite.transport import FrameTooLarge, describe, open_websocket, receive
 from pkbrokers_redis.kite.urls import KITE_WEB_ORIGIN, address_of, url_for
 
-__all__ = ["SocketStats", "ZerodhaWebSocketClient", "backoff_seconds", "url_for"]
+__all__ = [
+    "TOKENS_PER_CONNECTION_MAX",
+    "SocketStats",
+    "ZerodhaWebSocketClient",
+    "backoff_seconds",
+    "url_for",
+]
 
 log = logs.get("kite")
 
-TOKENS_PER_CONNECTION_MAX = 3000
 CONNECTIONS_PER_KEY_MAX = 3
-MODES = ("ltp", "quote", "full")
 KITE_HEADERS = {"X-Kite-Version": "3", "User-Agent": "pkbrokers-redis"}
 
 BACKOFF_BASE_SECONDS, BACKOFF_CAP_SECONDS = 0.5, 30.0
 HEALTHY_SECONDS = 10.0  # a connection that lived this long starts the backoff anew
 FORBIDDEN_SECONDS, FORBIDDEN_CAP_SECONDS = 15.0, 300.0  # Kite locks out who hammers a dead session
+SESSION_LOOK_SECONDS = 2.0  # while we wait so long: whether somebody has logged in
 THROTTLED_SECONDS = 60.0
 FRAME_BYTES_MAX = 16 * 2**20  # 3,000 full packets are 560 KB
 
@@ -70,10 +75,13 @@ def backoff_seconds(attempt: int, rng: random.Random) -> float:
 class ZerodhaWebSocketClient:
     """Receives frames of up to 3,000 instruments on one connection.
 
-    `on_frame(frame, at_ms)` gets every binary frame but heartbeats, `on_text(event)` every text frame, both
-    in the thread of `run`: what they raise ends `run`. `url` may be a function, called for each connect, so
-    that a new session is picked up. `on_forbidden(stop)` is called on 403 and may renew the session or raise.
-    `expects_ticks(at_ms)` says whether the market trades: heartbeats alone are then silence too.
+    `on_frame(frame, at_ms)` gets every binary frame but heartbeats, `on_heartbeat(at_ms)` those,
+    `on_text(event)` every text frame, `on_state(state)` every change of `state`, all in the thread of `run`:
+    what they raise ends `run`. `url` may be a function, called for each connect, so that a new session is
+    picked up. `on_forbidden(stop)` is called on 403 and may renew the session or raise.
+    `expects_ticks(at_ms)` is asked after each `tickless_seconds` without a tick: True says that heartbeats
+    alone are silence too, and the connection is given up. `now_ms` stamps frames (epoch ms); time-outs are
+    the machine's.
     """
 
     def __init__(
@@ -84,11 +92,13 @@ class ZerodhaWebSocketClient:
         *,
         on_frame: Callable[[bytes, int], None],
         on_text: Callable[[TextEvent], None] | None = None,
+        on_heartbeat: Callable[[int], None] | None = None,
+        on_state: Callable[[str], None] | None = None,
         on_forbidden: Callable[[threading.Event], None] | None = None,
         expects_ticks: Callable[[int], bool] | None = None,
         headers: Mapping[str, str] = KITE_HEADERS,
         batch_size: int = 500,
-        clock: Callable[[], float] = time.time,
+        now_ms: Callable[[], float] = lambda: time.time() * 1000,
         rng: random.Random | None = None,
         connect_seconds: float = 10.0,
         stale_seconds: float = 10.0,
@@ -100,11 +110,12 @@ class ZerodhaWebSocketClient:
         self._url = url if callable(url) else lambda: url
         self._on_frame = on_frame
         self._on_text = on_text
+        self._on_heartbeat = on_heartbeat
+        self._on_state = on_state
         self._on_forbidden = on_forbidden
         self._expects_ticks = expects_ticks
         self._headers = dict(headers)
-        self._batch_size = batch_size
-        self._clock = clock
+        self._now_ms = now_ms
         self._rng = rng or random.Random()
         self._connect_seconds = connect_seconds
         self._stale_seconds = stale_seconds
@@ -113,70 +124,39 @@ class ZerodhaWebSocketClient:
         self._throttled_seconds = throttled_seconds
         self._frame_bytes_max = frame_bytes_max
 
-        self._mode = _known_mode(mode)
-        self._wanted: dict[int, str] = {}  # token → mode; what every new connection subscribes
-        # Messages to send; only run()'s thread sends, as a TLS connection is not for two threads.
-        self._outbox: list[dict[str, object]] = []
-        self._lock = threading.Lock()  # over _wanted and _outbox
+        self._subscriptions = Subscriptions(mode, batch_size)
         self._forbidden_in_a_row = 0
+        self._given_up = ""  # why this connection shall end
         self.state = "stopped"  # stopped, connecting, connected, waiting, forbidden, throttled
         self.stats = SocketStats()
         self.subscribe(tokens)
 
-    # --- subscriptions: any thread, connected or not -------------------------------------------------
+    # --- from any thread, connected or not -----------------------------------------------------------
 
     @property
     def tokens(self) -> frozenset[int]:
         """The instruments subscribed, or to be subscribed on the next connect."""
-        with self._lock:
-            return frozenset(self._wanted)
+        return self._subscriptions.tokens
 
     def subscribe(self, tokens: Iterable[int], mode: str | None = None) -> None:
         """Add instruments (or change their mode), within half a second and on every reconnect.
 
         Raises SettingsError beyond 3,000 on this connection, or for a mode Kite does not have.
         """
-        mode = _known_mode(mode or self._mode)
-        fresh = [int(token) for token in dict.fromkeys(tokens)]
-        with self._lock:
-            count = len(self._wanted.keys() | set(fresh))
-            if count > TOKENS_PER_CONNECTION_MAX:
-                raise SettingsError(
-                    f"{count} instruments are too many for one Kite connection",
-                    f"give each connection at most {TOKENS_PER_CONNECTION_MAX}",
-                )
-            self._wanted.update(dict.fromkeys(fresh, mode))
-            self._outbox += self._subscribe_messages(fresh, mode)
+        self._subscriptions.add(tokens, mode)
 
     def unsubscribe(self, tokens: Iterable[int]) -> None:
         """Drop instruments, within half a second and on every reconnect; strangers are ignored."""
-        with self._lock:
-            gone = [token for token in dict.fromkeys(tokens) if self._wanted.pop(token, None)]
-            self._outbox += [{"a": "unsubscribe", "v": part} for part in self._batches(gone)]
+        self._subscriptions.remove(tokens)
 
-    def _batches(self, tokens: list[int]) -> list[list[int]]:
-        return [tokens[start : start + self._batch_size] for start in range(0, len(tokens), self._batch_size)]
+    def resubscribe(self, tokens: Iterable[int]) -> None:
+        """Unsubscribe and subscribe anew, for instruments that fell silent; strangers are ignored."""
+        self._subscriptions.repeat(tokens)
 
-    def _subscribe_messages(self, tokens: list[int], mode: str) -> list[dict[str, object]]:
-        messages: list[dict[str, object]] = []
-        for part in self._batches(tokens):
-            messages.append({"a": "subscribe", "v": part})
-            messages.append({"a": "mode", "v": [mode, part]})  # only what is subscribed takes a mode
-        return messages
-
-    def _fill_outbox_anew(self) -> None:
-        """A new connection knows nothing: everything wanted replaces what waited to be sent."""
-        with self._lock:
-            self._outbox = []
-            for mode in MODES:
-                tokens = [token for token, each in self._wanted.items() if each == mode]
-                self._outbox += self._subscribe_messages(tokens, mode)
-
-    def _send_outbox(self, link: websocket.WebSocket) -> None:
-        with self._lock:
-            messages, self._outbox = self._outbox, []
-        for message in messages:
-            link.send(msgspec.json.encode(message).decode())
+    def reconnect(self, why: str) -> None:
+        """Give this connection up and open another, within half a second. Nothing where there is none."""
+        if self.state == "connected":
+            self._given_up = why
 
     # --- the loop ------------------------------------------------------------------------------------
 
@@ -188,19 +168,24 @@ class ZerodhaWebSocketClient:
         attempt = 0
         try:
             while not stop.is_set():
-                self.state = "connecting"
+                self._enter("connecting")
                 started = time.monotonic()
                 wait_seconds = self._one_connection(stop)
                 if time.monotonic() - started >= HEALTHY_SECONDS:
                     attempt = 0
                 if wait_seconds is None:
-                    self.state = "waiting"
+                    self._enter("waiting")
                     wait_seconds = backoff_seconds(attempt, self._rng)
                 attempt += 1
                 if not stop.wait(wait_seconds):
                     self.stats.reconnects += 1
         finally:
-            self.state = "stopped"
+            self._enter("stopped")
+
+    def _enter(self, state: str) -> None:
+        self.state = state
+        if self._on_state is not None:
+            self._on_state(state)
 
     def _one_connection(self, stop: threading.Event) -> float | None:
         """One connection's life. Returns how long to wait before the next, None for the usual backoff."""
@@ -225,9 +210,10 @@ class ZerodhaWebSocketClient:
         self.stats.connects += 1
         self._forbidden_in_a_row = 0
         try:
-            self._fill_outbox_anew()
-            self.state = "connected"
-            log.info("websocket_connected", server=server, instruments=len(self._wanted))
+            self._subscriptions.renew()
+            self._given_up = ""
+            self._enter("connected")
+            log.info("websocket_connected", server=server, instruments=len(self._subscriptions))
             reason = self._receive(link, stop)
         finally:
             link.close(timeout=0)
@@ -239,12 +225,12 @@ class ZerodhaWebSocketClient:
 
     def _refused(self, status: int | None, url: str, stop: threading.Event) -> float | None:
         if status == 429:
-            self.state = "throttled"
+            self._enter("throttled")
             self.stats.throttled += 1
             return self._throttled_seconds * (1 + self._rng.random() / 4)
         if status not in (401, 403):
             return None
-        self.state = "forbidden"
+        self._enter("forbidden")
         self.stats.forbidden += 1
         if self._on_forbidden is not None:
             self._on_forbidden(stop)
@@ -252,17 +238,26 @@ class ZerodhaWebSocketClient:
         self._forbidden_in_a_row += 1
         if self._url() != url and doublings == 0:
             return None  # there is a new session: try it soon, and once
-        return min(FORBIDDEN_CAP_SECONDS, self._forbidden_seconds * 2.0**doublings)
+        wait_seconds = min(FORBIDDEN_CAP_SECONDS, self._forbidden_seconds * 2.0**doublings)
+        refused = self._url()
+        while wait_seconds > SESSION_LOOK_SECONDS and not stop.wait(SESSION_LOOK_SECONDS):
+            wait_seconds -= SESSION_LOOK_SECONDS
+            if self._url() != refused:
+                return None  # somebody has logged in
+        return wait_seconds
 
     def _receive(self, link: websocket.WebSocket, stop: threading.Event) -> str:
         """Frames until `stop` ("") or until the connection is of no more use (why, for the log)."""
         stats = self.stats
         heard = ticked = time.monotonic()
         while not stop.is_set():
+            if self._given_up:
+                return self._given_up
             opcode, data = -1, b""
             try:
-                if self._outbox:
-                    self._send_outbox(link)
+                # Only this thread sends, as a TLS connection is not for two.
+                for message in self._subscriptions.take():
+                    link.send(msgspec.json.encode(message).decode())
             except (websocket.WebSocketException, OSError) as error:
                 return describe(error)  # a message may have gone out by half
             try:
@@ -272,13 +267,15 @@ class ZerodhaWebSocketClient:
             except (websocket.WebSocketException, OSError) as error:
                 stats.oversized += isinstance(error, FrameTooLarge)
                 return describe(error)
-            now, at_ms = time.monotonic(), int(self._clock() * 1000)
+            now, at_ms = time.monotonic(), int(self._now_ms())
             if opcode == websocket.ABNF.OPCODE_BINARY:
                 heard = now
                 stats.frames += 1
                 stats.bytes += len(data)
                 if len(data) == 1:
                     stats.heartbeats += 1
+                    if self._on_heartbeat is not None:
+                        self._on_heartbeat(at_ms)
                 else:
                     ticked = now
                     self._on_frame(data, at_ms)
@@ -292,7 +289,8 @@ class ZerodhaWebSocketClient:
                 return "silent, not even a heartbeat"
             if now - ticked > self._tickless_seconds:
                 ticked = now
-                if self._wanted and self._expects_ticks is not None and self._expects_ticks(at_ms):
+                expects = self._expects_ticks
+                if len(self._subscriptions) and expects is not None and expects(at_ms):
                     stats.stale += 1
                     return "heartbeats but no ticks while the market is open"
         return ""
@@ -303,9 +301,3 @@ class ZerodhaWebSocketClient:
         self.stats.text_invalid += event.kind == "invalid"
         if self._on_text is not None:
             self._on_text(event)
-
-
-def _known_mode(mode: str) -> str:
-    if mode not in MODES:
-        raise SettingsError(f"{mode!r} is no Kite mode", "use ltp, quote or full")
-    return mode

@@ -18,16 +18,13 @@ import redis
 from pkbrokers_redis.core.errors import InputFileError, PkbError, UnknownSymbol
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.model import SEGMENT_INDICES, TOKEN_MAX
+from pkbrokers_redis.store.groups import GROUPS, group_of
 
 ROWS_A_PIPELINE = 1_000  # 100,000 instruments go in 100 round trips, none of them long for Redis
 FILE_LINES_MAX = 1_000_000
 NEAREST_MAX = 3
+SYNC = "run `pkb instruments sync`"
 NEAREST_COMPARED_MAX = 2_000  # difflib takes ~20 µs a name
-
-# NSE series that are shares: none, BE/BZ (trade for trade), SM/ST (SME). The others behind a hyphen
-# (GS, SG, N1, RE, …) are bonds, rights and funds.
-EQUITY_SERIES = {"BE", "BZ", "SM", "ST"}
-NSE_SEGMENT = 1
 
 
 class SavedInstruments(NamedTuple):
@@ -65,7 +62,7 @@ def save_instruments(client: redis.Redis, keys: Keys, rows: Iterable[Mapping[str
 
 def load_symbols(client: redis.Redis, keys: Keys) -> dict[int, str]:
     """Token → `EXCHANGE:TRADINGSYMBOL` of the whole master."""
-    return {token: name for name, token in _names(client, keys).items()}
+    return {token: name for name, token in read_names(client, keys).items()}
 
 
 def resolve(client: redis.Redis, keys: Keys, text: str) -> tuple[int, str]:
@@ -79,15 +76,7 @@ def resolve(client: redis.Redis, keys: Keys, text: str) -> tuple[int, str]:
 def resolve_all(client: redis.Redis, keys: Keys, texts: Sequence[str | int]) -> list[tuple[int, str]]:
     """`resolve` for many, in two round trips when all are spelt right. Keeps the order."""
     wanted = [str(text).strip() for text in texts]
-    named = sorted({_full_name(text) for text in wanted if not _is_number(text)})
-    found: dict[str, int] = {}
-    for first in range(0, len(named), ROWS_A_PIPELINE):
-        some = named[first : first + ROWS_A_PIPELINE]
-        values: Any = client.hmget(keys.symbols(), some)
-        for name, value in zip(some, values, strict=True):
-            token = _token_of(value.decode()) if value else None
-            if token is not None:
-                found[name] = token
+    found = read_tokens(client, keys, sorted({_full_name(text) for text in wanted if not _is_number(text)}))
     numbers = _symbols_of_tokens(client, keys, [text for text in wanted if _is_number(text)])
     every: dict[str, int] | None = None
     answer: list[tuple[int, str]] = []
@@ -97,7 +86,7 @@ def resolve_all(client: redis.Redis, keys: Keys, texts: Sequence[str | int]) -> 
         elif (name := _full_name(text)) in found:
             answer.append((found[name], name))
         else:
-            every = _names(client, keys) if every is None else every
+            every = read_names(client, keys) if every is None else every
             answer.append(_search(every, text))
     return answer
 
@@ -105,31 +94,32 @@ def resolve_all(client: redis.Redis, keys: Keys, texts: Sequence[str | int]) -> 
 def resolve_many(client: redis.Redis, keys: Keys, text: str) -> list[tuple[int, str]]:
     """PKB_INSTRUMENTS → `[(token, symbol), …]`, each once, in the order given.
 
-    `text` is a comma list of symbols, tokens, index names, `nse-equity`, `all`, and files with one of
-    these a line (`#` begins a comment). Raises UnknownSymbol, InputFileError.
+    `text` is a comma list of symbols, tokens, index names, groups (`nse-equity`, `all`, … : groups.py), and
+    files with one of these a line (`#` begins a comment). Raises UnknownSymbol, InputFileError.
     """
     names: list[str] = []
     chosen: dict[int, str] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         names += _lines_of(part) if _is_path(part) else [part]
-    groups = {name.lower() for name in names} & {"all", "nse-equity"}
-    every = _names(client, keys) if groups else {}
-    if groups and not every:
-        raise PkbError("the instrument master is empty", "load it before asking for `nse-equity` or `all`")
-    singles = iter(resolve_all(client, keys, [name for name in names if name.lower() not in groups]))
+    rules = {name: rule for name in names if (rule := group_of(name)) is not None}
+    every = read_names(client, keys) if rules else {}
+    if rules and not every:
+        raise PkbError(f"the instrument master is empty, and {next(iter(rules))!r} is chosen from it", SYNC)
+    singles = iter(resolve_all(client, keys, [name for name in names if name not in rules]))
     for name in names:
-        group = name.lower()
-        if group not in groups:
+        if name not in rules:
             token, symbol = next(singles)
             chosen.setdefault(token, symbol)
             continue
-        for symbol, token in every.items():
-            if group == "all" or _is_nse_equity(symbol, token):
-                chosen.setdefault(token, symbol)
+        found = {token: symbol for symbol, token in every.items() if rules[name](symbol, token)}
+        if not found and name.lower() not in GROUPS:
+            raise UnknownSymbol(name[:40], [], "no contract begins so: `pkb instruments search` finds names")
+        for token, symbol in found.items():
+            chosen.setdefault(token, symbol)
     return list(chosen.items())
 
 
-def _names(client: redis.Redis, keys: Keys) -> dict[str, int]:
+def read_names(client: redis.Redis, keys: Keys) -> dict[str, int]:
     """The whole `P:symbols`, in slices: 100,000 fields at once would stall Redis for everybody."""
     names: dict[str, int] = {}
     for name, value in client.hscan_iter(keys.symbols(), count=10_000):
@@ -137,6 +127,19 @@ def _names(client: redis.Redis, keys: Keys) -> dict[str, int]:
         if token is not None:
             names[name.decode(errors="replace")] = token
     return names
+
+
+def read_tokens(client: redis.Redis, keys: Keys, names: Sequence[str]) -> dict[str, int]:
+    """`NSE:INFY` → token, for those names that the master has, letter by letter."""
+    found: dict[str, int] = {}
+    for first in range(0, len(names), ROWS_A_PIPELINE):
+        some = list(names[first : first + ROWS_A_PIPELINE])
+        values: Any = client.hmget(keys.symbols(), some)
+        for name, value in zip(some, values, strict=True):
+            token = _token_of(value.decode(errors="replace")) if value else None
+            if token is not None:
+                found[name] = token
+    return found
 
 
 def _symbols_of_tokens(client: redis.Redis, keys: Keys, texts: list[str]) -> dict[str, tuple[int, str]]:
@@ -170,6 +173,8 @@ def _search(names: dict[str, int], text: str) -> tuple[int, str]:
             return token, name
         if bare and token & 0xFF == SEGMENT_INDICES and spelt.partition(":")[2] == bare:
             return token, name
+    if not names:
+        raise UnknownSymbol(text[:40], [], f"the instrument master is empty: {SYNC}, or give the token")
     raise UnknownSymbol(text[:40], nearest_names(names, text))
 
 
@@ -223,14 +228,6 @@ def _token_of(text: str) -> int | None:
         return None
     token = int(text)
     return token if 0 < token <= TOKEN_MAX else None
-
-
-def _is_nse_equity(symbol: str, token: int) -> bool:
-    exchange, _, name = symbol.partition(":")
-    if exchange != "NSE" or token & 0xFF != NSE_SEGMENT:
-        return False
-    stem, hyphen, series = name.rpartition("-")
-    return not (hyphen and stem and len(series) == 2) or series in EQUITY_SERIES
 
 
 def _is_path(part: str) -> bool:

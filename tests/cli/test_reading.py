@@ -95,7 +95,8 @@ def test_no_candles_are_an_empty_array_and_a_word(pkb: Pkb) -> None:
 def test_an_unknown_symbol_is_one_line_with_the_nearest_and_exit_2(pkb: Pkb) -> None:
     ended = pkb("candles", "RELIANSE", "5m")
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err == "pkb: unknown symbol 'RELIANSE': did you mean NSE:RELIANCE?\n"
+    asked = "did you mean NSE:RELIANCE? `pkb instruments search` finds more"
+    assert ended.err == f"pkb: unknown symbol 'RELIANSE': {asked}\n"
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
+from pydantic import SecretStr
 
 from pkbrokers_redis.core.errors import PkbError, SettingsError
+from pkbrokers_redis.kite import socket as socket_module
 from pkbrokers_redis.kite.layout import MODE_OF_LENGTH
 from pkbrokers_redis.kite.socket import (
     BACKOFF_CAP_SECONDS,
@@ -28,6 +31,7 @@ from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.store.auth import Session
 from tests.support import wait_until
 
 SECRET = "s3cr3t-session"
@@ -196,10 +200,70 @@ def test_frames_arrive_byte_for_byte_whatever_their_size() -> None:
         assert received.frames == sent
 
 
-def test_heartbeats_are_counted_and_not_passed_on() -> None:
-    with serving(None, heartbeat_seconds=0.02) as server, receiving(server.url) as received:
-        wait_until(lambda: received.client.stats.heartbeats >= 3)
+def test_heartbeats_are_counted_and_are_no_frames() -> None:
+    beats: list[int] = []
+    with (
+        serving(None, heartbeat_seconds=0.02) as server,
+        receiving(server.url, on_heartbeat=beats.append) as received,
+    ):
+        wait_until(lambda: received.client.stats.heartbeats >= 3 and len(beats) >= 3)
         assert received.frames == []
+
+
+def test_frames_and_heartbeats_are_stamped_with_market_time() -> None:
+    stamps: list[int] = []
+    with serving(None, heartbeat_seconds=0.02) as server:
+        client = ZerodhaWebSocketClient(
+            server.url,
+            on_frame=lambda frame, at_ms: stamps.append(at_ms),
+            on_heartbeat=stamps.append,
+            now_ms=lambda: 1_767_584_700_000.7,
+        )
+        stop = threading.Event()
+        thread = threading.Thread(target=client.run, args=(stop,), daemon=True)
+        thread.start()
+        wait_until(lambda: stamps and client.state == "connected")
+        server.publish(FRAME)
+        wait_until(lambda: client.stats.frames > client.stats.heartbeats)
+        stop.set()
+        thread.join(10)
+    assert set(stamps) == {1_767_584_700_000}
+
+
+def test_instruments_that_fell_silent_are_subscribed_anew_in_their_modes() -> None:
+    asked: list[Any] = []
+    with serving(quick_market(3)) as server, receiving(server.url) as received:
+        answer = server._answer
+        server._answer = lambda client, message: (
+            asked.append(msgspec.json.decode(message)),
+            answer(client, message),
+        )[1]  # type: ignore[method-assign]
+        first, second, third = server.market.tokens.tolist()  # type: ignore[union-attr]
+        received.client.subscribe([first, second], "full")
+        received.client.subscribe([third], "ltp")
+        wait_until(lambda: server.subscriptions == 3)
+        asked.clear()
+        received.client.resubscribe([first, third, 999])
+        wait_until(lambda: len(asked) == 5)
+        assert asked == [
+            {"a": "unsubscribe", "v": [first, third]},
+            {"a": "subscribe", "v": [third]},
+            {"a": "mode", "v": ["ltp", [third]]},
+            {"a": "subscribe", "v": [first]},
+            {"a": "mode", "v": ["full", [first]]},
+        ]
+        assert server.subscriptions == 3
+
+
+def test_it_reconnects_when_told_to_and_tells_each_state() -> None:
+    states: list[str] = []
+    with serving(None) as server, receiving(server.url, on_state=states.append) as received:
+        received.client.reconnect("nothing is connected yet, maybe")
+        wait_until(lambda: received.client.state == "connected")
+        received.client.reconnect("some instruments are silent")
+        wait_until(lambda: received.client.stats.connects >= 2)
+    assert states[:5] == ["connecting", "connected", "waiting", "connecting", "connected"]
+    assert states[-1] == "stopped"
 
 
 def test_hostile_text_is_counted_and_the_frames_behind_it_arrive() -> None:
@@ -283,9 +347,22 @@ def test_a_session_that_stays_dead_is_not_hammered() -> None:
         serving(None, access_token="other") as server,
         receiving(f"{server.url}/?access_token={SECRET}", forbidden_seconds=30) as received,
     ):
-        wait_until(lambda: 30.0 in received.stop.waits)
+        wait_until(lambda: socket_module.SESSION_LOOK_SECONDS in received.stop.waits)
         assert received.client.state == "forbidden"
         assert server.stats.refused == 1
+
+
+def test_while_it_waits_after_403_a_session_made_by_others_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket_module, "SESSION_LOOK_SECONDS", 0.02)
+    sessions = ["dead"]
+    with (
+        serving(None, access_token="new") as server,
+        receiving(lambda: f"{server.url}/?access_token={sessions[-1]}", forbidden_seconds=300) as received,
+    ):
+        wait_until(lambda: received.stop.waits.count(0.02) >= 3)
+        assert server.stats.refused == 1
+        sessions.append("new")
+        wait_until(lambda: received.client.state == "connected")
 
 
 def test_what_on_forbidden_raises_ends_the_run() -> None:
@@ -507,8 +584,9 @@ def test_url_for_builds_kites_two_forms_and_a_local_one() -> None:
     assert url_for(load_settings(**key)) == "wss://ws.kite.trade?api_key=key&access_token=a%2Fb%2Bc"
     web = load_settings(kite_enctoken="x+/==", kite_user_id="AB1234")
     assert url_for(web) == "wss://ws.zerodha.com/?api_key=kitefront&user_id=AB1234&enctoken=x%2B%2F%3D%3D"
-    assert "access_token=mine" in url_for(load_settings(**key), access_token="mine")
-    assert "enctoken=mine" in url_for(load_settings(**key), enctoken="mine", user_id="U")
+    mine = Session("other", access_token=SecretStr("mine"))
+    assert url_for(load_settings(**key), mine) == "wss://ws.kite.trade?api_key=other&access_token=mine"
+    assert "enctoken=mine" in url_for(load_settings(**key), Session("", "U", enctoken=SecretStr("mine")))
     local = "ws://127.0.0.1:8765"
     assert url_for(load_settings(kite_ws_url=local)) == local
     assert url_for(load_settings(kite_ws_url=local, **key)).startswith(local + "?api_key=key&")

@@ -107,10 +107,68 @@ def test_all_is_the_whole_master(client: redis.Redis, settings: Settings) -> Non
     assert dict(resolve_many(client, settings.keys, "all")) == load_symbols(client, settings.keys)
 
 
-def test_all_of_an_empty_master_says_so(client: redis.Redis, settings: Settings) -> None:
+@pytest.mark.parametrize("text", ["all", "NSE-Equity", "nfo-nifty", "INFY", "BSE:INFY"])
+def test_an_empty_master_says_how_to_fill_it(client: redis.Redis, settings: Settings, text: str) -> None:
     client.delete(settings.keys.symbols())
-    with pytest.raises(PkbError, match="master is empty"):
-        resolve_many(client, settings.keys, "all")
+    with pytest.raises(PkbError, match=r"master is empty.*pkb instruments sync"):
+        resolve_many(client, settings.keys, text)
+
+
+def test_an_unknown_symbol_tells_how_to_search(client: redis.Redis, settings: Settings) -> None:
+    for text in ("INFYY", "QQQQQQQ"):
+        with pytest.raises(UnknownSymbol, match="pkb instruments search"):
+            resolve(client, settings.keys, text)
+
+
+CONTRACTS = ["NFO:NIFTY26DECFUT", "NFO:NIFTY2612524500CE", "NFO:NIFTYNXT5026DECFUT", "NFO:M&M26DECFUT",
+             "MCX:CRUDEOIL26DECFUT", "CDS:USDINR26DECFUT"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("group", "wanted"),
+    [
+        ("nse-indices", {"NSE:NIFTY 50"}),
+        ("bse-indices", {"BSE:SENSEX"}),
+        ("indices", {"NSE:NIFTY 50", "BSE:SENSEX"}),
+        ("bse-equity", {"BSE:INFY"}),
+        ("nfo", {*CONTRACTS[:4]}),
+        ("NFO-NIFTY", {*CONTRACTS[:2]}),
+        ("nfo-m&m", {"NFO:M&M26DECFUT"}),
+        ("nfo-futures", {CONTRACTS[0], CONTRACTS[2], CONTRACTS[3]}),
+        ("mcx", {"MCX:CRUDEOIL26DECFUT"}),
+        ("cds-usdinr", {"CDS:USDINR26DECFUT"}),
+        ("bcd", set()),
+    ],
+)
+def test_groups_are_chosen_from_the_master(
+    client: redis.Redis, settings: Settings, group: str, wanted: set[str]
+) -> None:
+    segments = {"NFO": 2, "CDS": 3, "MCX": 7}
+    rows = [
+        {
+            "instrument_token": number << 8 | segments[name[:3]],
+            "exchange": name[:3],
+            "tradingsymbol": name[4:],
+        }
+        for number, name in enumerate(CONTRACTS, 1)
+    ]
+    save_instruments(client, settings.keys, rows)
+    assert {symbol for _, symbol in resolve_many(client, settings.keys, group)} == wanted
+
+
+def test_a_group_adds_to_what_was_named_before_and_nothing_twice(
+    client: redis.Redis, settings: Settings
+) -> None:
+    chosen = resolve_many(client, settings.keys, "RELIANCE,nse-equity,INFY,nse-equity")
+    assert chosen[0] == (RELIANCE, "NSE:RELIANCE") and len(chosen) == len(dict(chosen)) == 4
+
+
+def test_an_underlying_without_contracts_is_an_unknown_symbol(
+    client: redis.Redis, settings: Settings
+) -> None:
+    with pytest.raises(UnknownSymbol, match=r"'nfo-nifti'.*pkb instruments search"):
+        resolve_many(client, settings.keys, "nfo-nifti")
+    assert resolve_many(client, settings.keys, "BAJAJ-AUTO") == [(4267265, "NSE:BAJAJ-AUTO")]  # no group
 
 
 def test_nothing_wanted_is_nothing(client: redis.Redis, settings: Settings) -> None:

@@ -1,0 +1,283 @@
+"""`KiteInstruments`: Kite's instrument master, fetched, checked, swapped into Redis, and asked for.
+
+    with connect(settings) as client:
+        KiteInstruments(settings=settings, client=client).sync()
+
+Upstream's names and arguments; its SQLite file is Redis here (`db_path`, `local` and `recreate_schema` are
+taken and have no effect), and instead of a filtered list of NSE shares the whole master is kept: the filter
+is in the question (`get_equities`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any, NamedTuple
+
+import redis
+from pydantic import SecretStr
+
+from pkbrokers_redis import logs
+from pkbrokers_redis.core.errors import KiteError, PkbError, SettingsError
+from pkbrokers_redis.core.model import SEGMENT_INDICES
+from pkbrokers_redis.kite.instrument import Instrument, csv_of, instrument_of
+from pkbrokers_redis.kite.instruments_csv import Parsed, parse_instruments
+from pkbrokers_redis.kite.rest import open_kite
+from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.store import master
+from pkbrokers_redis.store.auth import IST, Session, load_session
+from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.groups import is_nse_equity
+from pkbrokers_redis.store.symbols import read_names
+
+log = logs.get("instruments")
+
+EXCHANGES = ("NSE", "BSE", "NFO", "BFO", "CDS", "BCD", "MCX", "NSEIX", "GLOBAL", "NCO")
+REFRESH_SECONDS = 23.5 * 3600  # upstream's: a master this old is fetched anew
+ALL = "all"
+
+
+class Synced(NamedTuple):
+    """What a sync did. `changed` is False when the same master stood there already."""
+
+    rows: int
+    added: int
+    removed: int
+    expired: int
+    refused: int
+    changed: bool
+
+
+class KiteInstruments:
+    """The master in Redis. `settings` and `client` default to the configured store.
+
+    A session is used where there is one (`api_key` and `access_token`, else P:auth, else the settings); Kite
+    gives the list without one too.
+    """
+
+    def __init__(
+        self,
+        api_key: str | None = None,
+        access_token: str | None = None,
+        db_path: str | None = None,
+        local: bool = True,
+        recreate_schema: bool = False,
+        *,
+        settings: Settings | None = None,
+        client: redis.Redis | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        """`now`: epoch seconds of the market, which say what has expired."""
+        self.settings = settings or load_settings()
+        self._client = client
+        self._session = _session_of(api_key, access_token)
+        self._now = now
+
+    @property
+    def client(self) -> redis.Redis:
+        """The store, connected to when first needed."""
+        if self._client is None:
+            self._client = connect(self.settings)
+        return self._client
+
+    # --- ours ----------------------------------------------------------------------------------------
+
+    def fetch(self, exchanges: Sequence[str] = ()) -> Parsed:
+        """Download and check the master, whole or of some exchanges. Raises KiteError, SettingsError."""
+        wanted = [exchange.strip().upper() for exchange in exchanges]
+        for exchange in wanted:
+            if exchange not in EXCHANGES:
+                raise SettingsError(f"Kite has no exchange {exchange[:20]!r}", "use " + ", ".join(EXCHANGES))
+        files: list[str | None] = [*wanted] or [None]
+        session = self._session or load_session(self.client, self.settings.keys)
+        kite = open_kite(self.settings, session)
+        try:
+            content = [kite.instruments_csv(exchange) for exchange in files]
+        except KiteError as error:
+            if error.status not in (401, 403):
+                raise
+            kite = open_kite(self.settings, anonymous=True)  # a dead session is no reason to have no names
+            content = [kite.instruments_csv(exchange) for exchange in files]
+        first, *others = content
+        # Each exchange's file has its own header line.
+        joined = first + b"".join(b"\n" + other.partition(b"\n")[2] for other in others)
+        return parse_instruments(joined, datetime.fromtimestamp(self._now(), IST).date())
+
+    def sync(self, exchanges: Sequence[str] = (), *, force: bool = False) -> Synced:
+        """Make Kite's list ours. The same list again costs a download and one small write.
+
+        Raises KiteError, MasterShrunk (unless `force`), SettingsError.
+        """
+        parsed = self.fetch(exchanges)
+        return self.store(parsed, exchanges, force=force)
+
+    def store(self, parsed: Parsed, exchanges: Sequence[str] = (), *, force: bool = False) -> Synced:
+        """Swap a parsed master in: of `exchanges`, or of all exchanges in it."""
+        client, keys = self.client, self.settings.keys
+        if not parsed.rows:
+            raise PkbError("Kite's instrument list is empty", "try again later: the stored one stays")
+        named = sorted({exchange.strip().upper() for exchange in exchanges})
+        scope = ",".join(named) or ALL
+        refused = parsed.refused.total()
+        if refused:
+            log.warning("instruments_refused", rows=refused, why=_some(parsed.refused.items()))
+        at = datetime.fromtimestamp(self._now(), IST).isoformat(timespec="seconds")
+        # What has expired depends on the day, not only on the file.
+        digest = parsed.sha256 if not parsed.expired else f"{parsed.sha256}-{parsed.expired}"
+        before = master.read_manifest(client, keys)
+        changed = force or not master.is_current(client, keys, digest, scope)
+        swapped = master.Swapped(len(parsed.rows), 0, 0)
+        if changed:
+            rows = [row for row in parsed.rows if not named or row["exchange"] in named]
+            in_scope = named or sorted({row["exchange"] for row in rows})
+            swapped = master.swap_master(client, keys, rows, in_scope, force=force)
+        changed_at = at if changed or before is None else before.changed_at
+        manifest = master.Manifest(at, changed_at, swapped.names, refused, digest, scope)
+        master.write_manifest(client, keys, manifest)
+        log.info(
+            "instruments_synced", scope=scope, rows=swapped.names, added=swapped.added,
+            removed=swapped.removed, expired=parsed.expired, refused=refused, changed=changed,
+        )  # fmt: skip
+        return Synced(swapped.names, swapped.added, swapped.removed, parsed.expired, refused, changed)
+
+    # --- upstream's ----------------------------------------------------------------------------------
+
+    def fetch_instruments(self, reTrial: bool = False) -> list[Instrument]:  # noqa: N803  upstream's name
+        """NSE's instruments from Kite, as upstream: nothing is stored."""
+        at = self._iso_now()
+        return [instrument_of(row, at) for row in self.fetch(["NSE"]).rows]
+
+    def sync_instruments(self, instruments: Sequence[Instrument] = (), force_fetch: bool = True) -> bool:
+        """`sync` when the stored master is older than 23.5 hours. False, and a line in the log, if it fails.
+
+        With `force_fetch=False` the given instruments are stored instead of a download.
+        """
+        try:
+            if not self._needs_refresh():
+                return True
+            if force_fetch:
+                self.sync()
+            else:
+                content = csv_of(instruments)
+                self.store(parse_instruments(content, datetime.fromtimestamp(self._now(), IST).date()))
+        except (PkbError, redis.RedisError) as error:
+            log.error("instruments_sync_failed", why=str(error))
+            return False
+        return True
+
+    def get_instrument_count(self) -> int:
+        """Names in the master."""
+        count: Any = self.client.hlen(self.settings.keys.symbols())
+        return int(count)
+
+    def get_nse_stock_count(self) -> int:
+        """Shares on NSE."""
+        return sum(is_nse_equity(name, token) for name, token in self._names().items())
+
+    def get_equities(
+        self,
+        column_names: str = "instrument_token,tradingsymbol,name",
+        segment: str = "NSE",
+        only_nse_stocks: bool = False,
+    ) -> list[dict[str, Any]]:
+        """The shares of NSE, and its indices unless `only_nse_stocks`, with those columns.
+
+        Another `segment` (BSE, NFO-FUT, INDICES) gives that segment's rows. Raises ValueError for a column
+        that is none.
+        """
+        columns = [name.strip() for name in column_names.split(",")]
+        known = set(Instrument.__dataclass_fields__)
+        if unknown := sorted(set(columns) - known):
+            raise ValueError(f"no such columns: {', '.join(unknown)}")
+        found = []
+        for instrument in self._read(self._wanted(segment, only_nse_stocks)):
+            if segment != "NSE" and instrument.segment != segment:
+                continue
+            row = asdict(instrument)
+            found.append({name: row[name] for name in columns})
+        return found
+
+    def get_or_fetch_instrument_tokens(
+        self, all_columns: bool = True, only_nse_stocks: bool = False
+    ) -> list[int]:
+        """The tokens of `get_equities`; an empty master is fetched first."""
+        if not self.get_instrument_count():
+            self.sync_instruments(force_fetch=True)
+        return self.get_instrument_tokens(self.get_equities("instrument_token", "NSE", only_nse_stocks))
+
+    def get_instrument_tokens(self, equities: Iterable[dict[str, Any]]) -> list[int]:
+        """`instrument_token` of each row that has one."""
+        tokens = []
+        for row in equities:
+            try:
+                tokens.append(int(row["instrument_token"]))
+            except (KeyError, ValueError, TypeError):
+                continue
+        return tokens
+
+    def get_instrument(self, instrument_token: int) -> dict[str, Any] | None:
+        """One row with all columns, or None."""
+        found = self._read([int(instrument_token)])
+        return asdict(found[0]) if found else None
+
+    def get_nse_stocks(self) -> list[dict[str, Any]]:
+        """The shares of NSE."""
+        columns = "instrument_token,tradingsymbol,name,last_price,nse_stock"
+        return self.get_equities(columns, only_nse_stocks=True)
+
+    def update_nse_stock_status(self, tradingsymbol: str, is_nse_stock: bool) -> bool:
+        """Overrule whether an NSE instrument counts as a share. False for an unknown one."""
+        keys = self.settings.keys
+        token: Any = self.client.hget(keys.symbols(), f"NSE:{tradingsymbol}")
+        if token is None:
+            return False
+        self.client.hset(keys.instrument(int(token)), "nse_stock", int(is_nse_stock))
+        return True
+
+    def migrate_to_nse_stock_column(self) -> bool:
+        """Nothing to migrate: shares are told by their series."""
+        return True
+
+    # --- reading -------------------------------------------------------------------------------------
+
+    def _needs_refresh(self) -> bool:
+        manifest = master.read_manifest(self.client, self.settings.keys)
+        age = None if manifest is None else manifest.age_seconds(self._now())
+        return age is None or not 0 <= age <= REFRESH_SECONDS
+
+    def _names(self) -> dict[str, int]:
+        return read_names(self.client, self.settings.keys)
+
+    def _wanted(self, segment: str, only_nse_stocks: bool) -> list[int]:
+        names = self._names().items()
+        if segment != "NSE":
+            prefix = "" if segment == "INDICES" else segment.partition("-")[0] + ":"
+            return [token for name, token in names if name.startswith(prefix)]
+        return [
+            token
+            for name, token in names
+            if is_nse_equity(name, token)
+            or (not only_nse_stocks and name.startswith("NSE:") and token & 0xFF == SEGMENT_INDICES)
+        ]
+
+    def _read(self, tokens: Sequence[int]) -> list[Instrument]:
+        at = self._iso_now()
+        manifest = master.read_manifest(self.client, self.settings.keys)
+        at = manifest.synced_at if manifest is not None else at
+        rows = master.read_rows(self.client, self.settings.keys, tokens)
+        return [instrument_of(row, at) for row in rows]
+
+    def _iso_now(self) -> str:
+        return datetime.fromtimestamp(self._now(), IST).isoformat(timespec="seconds")
+
+
+def _session_of(api_key: str | None, access_token: str | None) -> Session | None:
+    if not (api_key and access_token):
+        return None
+    return Session(api_key, access_token=SecretStr(access_token))
+
+
+def _some(counts: Iterable[tuple[str, int]]) -> str:
+    return ",".join(f"{why}={count}" for why, count in counts)

@@ -1,0 +1,219 @@
+"""The instrument master in Redis, swapped in at once: a reader finds the old names or the new ones.
+
+    1  P:instrument:<token>   the rows of all instruments that stay or come (each one HSET)
+    2  P:symbols              one transaction on this one key: gone names out, new and moved ones in
+    3  P:derivatives          one transaction: stocks that have futures or options
+    4  P:instrument:<token>   the rows of gone instruments (expired contracts) removed
+    5  P:master               the manifest, last: a sync that died before is simply done again
+
+So a name never leads to a row that is not there. RENAME of a whole new hash would do for step 2 too, but not
+on a cluster: `P:symbols` has no hash tag, so no second key shares its slot. Who scans `P:symbols` (`all`,
+`nse-equity`) across the swap sees names of both, never a torn one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+import redis
+
+from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.core.model import SEGMENT_INDICES
+from pkbrokers_redis.store.pipe import Pipe
+from pkbrokers_redis.store.symbols import read_names, read_tokens
+
+T = TypeVar("T")
+
+ROWS_AT_ONCE = 2_000  # a round trip of ~0.5 MB
+NAMES_AT_ONCE = 5_000  # fields of one HSET
+UNDERLYING_OF = {"NFO": "NSE", "BFO": "BSE"}  # where the stocks of an exchange's contracts trade
+SHRUNK_FROM = 1_000  # a master of this many rows does not lose half of them overnight
+
+Row = Mapping[str, str]  # Kite's CSV, columns by name
+
+
+class Manifest(NamedTuple):
+    """What `P:master` says of the master in Redis. Times are ISO 8601, +05:30."""
+
+    synced_at: str
+    changed_at: str
+    rows: int
+    refused: int
+    sha256: str
+    scope: str
+
+    def age_seconds(self, now_s: float) -> float | None:
+        """How long ago the last sync was; None where its time cannot be read."""
+        try:
+            return now_s - datetime.fromisoformat(self.synced_at).timestamp()
+        except ValueError:
+            return None
+
+
+class Swapped(NamedTuple):
+    """What a swap did: names in the master now, how many came (or got another token), how many went."""
+
+    names: int
+    added: int
+    removed: int
+
+
+class MasterShrunk(PkbError):
+    """Raised when a new master lacks half of the old one's rows: a download cut short, as a rule."""
+
+
+def read_manifest(client: redis.Redis, keys: Keys) -> Manifest | None:
+    """The manifest; None where there was no sync yet."""
+    found: Any = client.hgetall(keys.master())
+    cells = {name.decode(errors="replace"): text.decode(errors="replace") for name, text in found.items()}
+    if not cells.get("synced_at"):
+        return None
+    rows, refused = cells.get("rows", ""), cells.get("refused", "")
+    return Manifest(
+        cells["synced_at"],
+        cells.get("changed_at", ""),
+        int(rows) if rows.isdecimal() else 0,
+        int(refused) if refused.isdecimal() else 0,
+        cells.get("sha256", ""),
+        cells.get("scope", ""),
+    )
+
+
+def write_manifest(client: redis.Redis, keys: Keys, manifest: Manifest) -> None:
+    """Step 5."""
+    fields: dict[Any, Any] = manifest._asdict()
+    client.hset(keys.master(), mapping=fields)
+
+
+def is_current(client: redis.Redis, keys: Keys, sha256: str, scope: str) -> bool:
+    """Whether the same download has been swapped in before, and its names still stand there."""
+    manifest = read_manifest(client, keys)
+    if manifest is None or (manifest.sha256, manifest.scope) != (sha256, scope):
+        return False
+    count: Any = client.hlen(keys.symbols())
+    return manifest.rows > 0 and int(count) >= manifest.rows
+
+
+def swap_master(
+    client: redis.Redis, keys: Keys, rows: Sequence[Row], exchanges: Iterable[str], *, force: bool = False
+) -> Swapped:
+    """Make `rows` the master of these exchanges; other exchanges' instruments stay as they are.
+
+    Each row has a valid token, an exchange of `exchanges` and a tradingsymbol: `kite.instruments` has made
+    sure of it. Raises MasterShrunk unless `force`.
+    """
+    scope = set(exchanges)
+    old = {name: token for name, token in read_names(client, keys).items() if _exchange(name) in scope}
+    new = {f"{row['exchange']}:{row['tradingsymbol']}": int(row["instrument_token"]) for row in rows}
+    if len(old) >= SHRUNK_FROM and len(new) < len(old) / 2 and not force:
+        raise MasterShrunk(
+            f"the new instrument master has {len(new):,} rows where {len(old):,} were",
+            "try again; `pkb instruments sync --force` takes it all the same",
+        )
+    _write_rows(client, keys, rows)
+    gone = [name for name in old if name not in new]
+    come = {name: token for name, token in new.items() if old.get(name) != token}
+    _swap_names(client, keys, gone, come)
+    _swap_derivatives(client, keys, rows, scope, new)
+    kept = set(new.values())
+    _remove_rows(client, keys, [token for token in dict.fromkeys(old.values()) if token not in kept])
+    return Swapped(len(new), len(come), len(gone))
+
+
+def load_derivatives(client: redis.Redis, keys: Keys) -> set[str]:
+    """`NSE:RELIANCE`, …: stocks that have futures or options on their exchange's derivatives market."""
+    found: Any = client.smembers(keys.derivatives())
+    return {name.decode(errors="replace") for name in found}
+
+
+def load_derivative_tokens(client: redis.Redis, keys: Keys) -> set[int]:
+    """Their tokens: for `Sessions.schedule_of(token, has_derivatives)`. Two round trips."""
+    return set(read_tokens(client, keys, sorted(load_derivatives(client, keys))).values())
+
+
+def read_rows(client: redis.Redis, keys: Keys, tokens: Iterable[int]) -> list[dict[str, str]]:
+    """The rows of those tokens that have one, in their order, columns by name."""
+    pipe = Pipe(client)
+    rows: list[dict[str, str]] = []
+    for chunk in _chunks(tokens, ROWS_AT_ONCE):
+        for token in chunk:
+            pipe.add("HGETALL", keys.instrument(token))
+        for token, reply in zip(chunk, pipe.execute(), strict=True):
+            # RESP3 has maps, RESP2 flat lists; an error is a row that is none.
+            flat = [each for pair in reply.items() for each in pair] if isinstance(reply, dict) else reply
+            if isinstance(flat, list) and flat:
+                cells = [cell.decode(errors="replace") for cell in flat]
+                row = dict(zip(cells[::2], cells[1::2], strict=False))
+                rows.append({**row, "instrument_token": str(token)})
+    return rows
+
+
+def _write_rows(client: redis.Redis, keys: Keys, rows: Iterable[Row]) -> None:
+    pipe = Pipe(client)
+    for chunk in _chunks(rows, ROWS_AT_ONCE):
+        for row in chunk:
+            cells = [cell for pair in row.items() for cell in pair]
+            pipe.add("HSET", keys.instrument(int(row["instrument_token"])), *cells)
+        _raise_first(pipe.execute())
+
+
+def _swap_names(client: redis.Redis, keys: Keys, gone: Sequence[str], come: Mapping[str, int]) -> None:
+    if not gone and not come:
+        return
+    transaction = client.pipeline(transaction=True)
+    for names in _chunks(gone, NAMES_AT_ONCE):
+        transaction.hdel(keys.symbols(), *names)
+    for pairs in _chunks(come.items(), NAMES_AT_ONCE):
+        transaction.hset(keys.symbols(), items=[cell for pair in pairs for cell in pair])
+    transaction.execute()
+
+
+def _swap_derivatives(
+    client: redis.Redis, keys: Keys, rows: Iterable[Row], scope: set[str], new: Mapping[str, int]
+) -> None:
+    """`name` of a contract is its underlying's tradingsymbol; an index may be one, but it is no stock."""
+    wanted = {
+        f"{UNDERLYING_OF[row['exchange']]}:{row.get('name', '')}"
+        for row in rows
+        if row["exchange"] in UNDERLYING_OF
+    }
+    unknown = sorted(name for name in wanted if name not in new)
+    tokens = {**new, **read_tokens(client, keys, unknown)}  # the stocks may have come with another sync
+    stocks = {name for name in wanted if name in tokens and tokens[name] & 0xFF != SEGMENT_INDICES}
+    replaced = {UNDERLYING_OF[exchange] for exchange in scope if exchange in UNDERLYING_OF}
+    before = {name for name in load_derivatives(client, keys) if _exchange(name) in replaced}
+    transaction = client.pipeline(transaction=True)
+    for names in _chunks(before - stocks, NAMES_AT_ONCE):
+        transaction.srem(keys.derivatives(), *names)
+    for names in _chunks(stocks - before, NAMES_AT_ONCE):
+        transaction.sadd(keys.derivatives(), *names)
+    if len(transaction):
+        transaction.execute()
+
+
+def _remove_rows(client: redis.Redis, keys: Keys, tokens: Iterable[int]) -> None:
+    pipe = Pipe(client)
+    for chunk in _chunks(tokens, ROWS_AT_ONCE):
+        for token in chunk:
+            pipe.add("UNLINK", keys.instrument(token))
+        _raise_first(pipe.execute())
+
+
+def _raise_first(replies: list[Any]) -> None:
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterable[list[T]]:
+    source = iter(items)
+    while chunk := list(islice(source, size)):
+        yield chunk
+
+
+def _exchange(name: str) -> str:
+    return name.partition(":")[0]

@@ -1,0 +1,351 @@
+"""The instrument master: what Kite sends is checked, swapped in at once, and cheap to refresh."""
+
+from __future__ import annotations
+
+import csv
+import io
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import date, datetime
+from typing import Any
+
+import pytest
+import redis
+
+from pkbrokers_redis.core.errors import KiteUnavailable, PkbError, SettingsError
+from pkbrokers_redis.kite.instruments import KiteInstruments
+from pkbrokers_redis.kite.instruments_csv import Parsed, parse_instruments
+from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.simulator.kite import SimulatedKite
+from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.store.auth import IST
+from pkbrokers_redis.store.master import (
+    MasterShrunk,
+    load_derivative_tokens,
+    load_derivatives,
+    read_manifest,
+)
+from pkbrokers_redis.store.symbols import load_symbols, read_names, resolve_many
+from tests.kite.logins import fields_of
+from tests.support import SHARED_DATA
+
+HEADER = (
+    "instrument_token,exchange_token,tradingsymbol,name,last_price,expiry,strike,tick_size,lot_size,"
+    "instrument_type,segment,exchange"
+)
+TODAY = date(2026, 11, 23)
+NOON = datetime(2026, 11, 23, 12, tzinfo=IST).timestamp()
+GOOD = "408065,1594,INFY,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE"
+
+
+@pytest.fixture
+def server_kind() -> str:
+    return "valkey"  # which of them does not matter here
+
+
+@pytest.fixture
+def kite() -> Iterator[SimulatedKite]:
+    with SimulatedKite(universe(60)) as kite:
+        yield kite
+
+
+@pytest.fixture
+def master(
+    kite: SimulatedKite, make_settings: Callable[..., Settings], client: redis.Redis
+) -> KiteInstruments:
+    return KiteInstruments(settings=make_settings(**fields_of(kite)), client=client)
+
+
+@pytest.fixture
+def alone(settings: Settings, client: redis.Redis) -> KiteInstruments:
+    """Without a Kite: tests hand the CSV in."""
+    return KiteInstruments(settings=settings, client=client, now=lambda: NOON)
+
+
+def equity(number: int, symbol: str = "", exchange: str = "NSE") -> dict[str, Any]:
+    symbol = symbol or f"EQ{number}"
+    low = 1 if exchange == "NSE" else 4
+    return {"instrument_token": number << 8 | low, "tradingsymbol": symbol, "name": f"{symbol} LIMITED",
+            "exchange": exchange, "segment": exchange, "instrument_type": "EQ", "lot_size": 1}  # fmt: skip
+
+
+def contract(number: int, underlying: str, expiry: str, exchange: str = "NFO") -> dict[str, Any]:
+    low = 2 if exchange == "NFO" else 5
+    symbol = f"{underlying}{expiry[2:4]}X{number}FUT"
+    return {"instrument_token": number << 8 | low, "tradingsymbol": symbol, "name": underlying,
+            "exchange": exchange, "segment": f"{exchange}-FUT", "instrument_type": "FUT",
+            "expiry": expiry, "lot_size": 75}  # fmt: skip
+
+
+def parsed(*rows: dict[str, Any], today: date = TODAY) -> Parsed:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, HEADER.split(","))
+    writer.writeheader()
+    writer.writerows(rows)
+    return parse_instruments(text.getvalue().encode(), today)
+
+
+# --- the CSV -------------------------------------------------------------------------------------------
+
+
+def test_kites_own_sample_is_read_whole() -> None:
+    path = SHARED_DATA / "rest" / "instruments_all.csv"
+    if not path.exists():
+        pytest.skip("the recorded answers are not here")
+    content = path.read_bytes()
+    found = parse_instruments(content, date(2017, 12, 1))
+    lines = content.decode().strip().splitlines()[1:]
+    assert len(found.rows) == len(lines) - found.refused["repeated"] - found.expired
+    assert set(found.refused) <= {"repeated"}
+    assert found.rows[0]["tradingsymbol"] == "CENTRALBK-BE"
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("x,1594,INFY2,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE", "token"),
+        ("0,1594,INFY2,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE", "token"),
+        ("4294967296,1594,INFY2,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE", "token"),
+        ("\u0663\u0664,1594,INFY2,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE", "token"),
+        ("999,1594,,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE", "symbol"),
+        ("999,1594,\x1b[31mINFY,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE", "symbol"),
+        (f"999,1594,{'X' * 65},INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE", "symbol"),
+        ("999,1594,INFY2,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,", "exchange"),
+        ("999,1594,INFY2,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,pkb:meta", "exchange"),
+        ("999,1594,INFY2,INFOSYS,nan,,0.0,0.05,1,EQ,NSE,NSE", "last_price"),
+        ("999,1594,INFY2,INFOSYS,0.0,,inf,0.05,1,EQ,NSE,NSE", "strike"),
+        ("999,1594,INFY2,INFOSYS,0.0,,0.0,0.05,many,EQ,NSE,NSE", "lot_size"),
+        ("999,1594,INFY2,INFOSYS,0.0,31-12-2026,0.0,0.05,1,EQ,NSE,NSE", "expiry"),
+        (f"999,1594,INFY2,{'N' * 300},0.0,,0.0,0.05,1,EQ,NSE,NSE", "text"),
+        ("999,1594,INFY2", "columns"),
+        ("999,1594,INFY2,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE,more", "columns"),
+        ("408065,1594,INFY2,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE", "repeated"),
+        ("999,1594,INFY,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE", "repeated"),
+        (f'999,1594,"{"Q" * 200_000}",INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE', "unreadable"),
+    ],
+)
+def test_a_row_that_is_no_instrument_is_counted_and_costs_the_others_nothing(line: str, why: str) -> None:
+    last = "738561,2885,RELIANCE,RELIANCE INDUSTRIES,0.0,,0.0,0.05,1,EQ,NSE,NSE"
+    found = parse_instruments("\n".join([HEADER, GOOD, line, "", last]).encode(), TODAY)
+    assert [row["tradingsymbol"] for row in found.rows] == ["INFY", "RELIANCE"]
+    assert found.refused == Counter({why: 1}) and found.expired == 0
+
+
+def test_columns_are_found_by_name_and_a_new_one_is_kept() -> None:
+    text = "exchange,moon_phase,tradingsymbol,instrument_token\r\nNSE,full,INFY,0408065\r\n"
+    assert parse_instruments(b"\xef\xbb\xbf" + text.encode(), TODAY).rows == [
+        {"exchange": "NSE", "moon_phase": "full", "tradingsymbol": "INFY", "instrument_token": "408065"}
+    ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"<html>maintenance</html>", b"\x00\xff\x1f\x8b", b"a,b\n1,2\n", HEADER.encode() + b",name\n",
+     HEADER.encode() + b",Robert'); DROP\n"],
+)  # fmt: skip
+def test_what_is_no_instruments_csv_is_one_line(content: bytes) -> None:
+    with pytest.raises(KiteUnavailable):
+        parse_instruments(content, TODAY)
+
+
+def test_a_contract_trades_on_its_last_day_and_is_gone_the_day_after() -> None:
+    row = contract(1, "NIFTY", "2026-11-23")
+    assert len(parsed(row).rows) == 1
+    after = parsed(row, today=date(2026, 11, 24))
+    assert (after.rows, after.expired) == ([], 1)
+
+
+# --- in Redis ------------------------------------------------------------------------------------------
+
+
+def test_what_kite_lists_is_in_redis_as_the_key_table_says(
+    master: KiteInstruments, kite: SimulatedKite, client: redis.Redis
+) -> None:
+    synced = master.sync()
+    keys = master.settings.keys
+    listed = [row for row in kite.listing.rows if not row["expiry"] or row["expiry"] > "2026-01-01"]
+    assert synced.rows == synced.added == len(listed) and synced.expired > 0 and synced.refused == 0
+    assert load_symbols(client, keys) == {
+        row["instrument_token"]: f"{row['exchange']}:{row['tradingsymbol']}" for row in listed
+    }
+    for row in listed[:5]:
+        stored: Any = client.hgetall(keys.instrument(row["instrument_token"]))
+        assert {name.decode(): value.decode() for name, value in stored.items()} == {
+            name: str(value) for name, value in row.items()
+        }
+
+
+def test_the_same_list_again_is_a_download_and_one_small_write(
+    master: KiteInstruments, client: redis.Redis
+) -> None:
+    master.sync()
+    before = read_manifest(client, master.settings.keys)
+    client.hset(master.settings.keys.instrument(408065), "name", "TOUCHED")
+    assert not master.sync().changed
+    assert client.hget(master.settings.keys.instrument(408065), "name") == b"TOUCHED"
+    assert master.sync(force=True).changed
+    assert client.hget(master.settings.keys.instrument(408065), "name") == b"INFOSYS"
+    after = read_manifest(client, master.settings.keys)
+    assert before is not None and after is not None and before.sha256 == after.sha256
+    client.delete(master.settings.keys.symbols())
+    assert master.sync().changed  # the manifest says it is there: it is looked at
+
+
+def test_a_master_can_be_had_without_a_session_and_with_a_dead_one(
+    kite: SimulatedKite, make_settings: Callable[..., Settings], client: redis.Redis
+) -> None:
+    settings = make_settings(**fields_of(kite))
+    dead = KiteInstruments("key", "dead-token", settings=settings, client=client)
+    assert dead.sync(["NSE"]).rows > 0
+    assert KiteInstruments(settings=settings, client=client).sync(["bse", "NFO"]).rows > 0
+
+
+def test_an_exchange_that_kite_has_not_is_the_users_mistake(master: KiteInstruments) -> None:
+    with pytest.raises(SettingsError, match=r"no exchange 'NYSE'.*NSE, BSE"):
+        master.sync(["nyse"])
+
+
+def test_gone_contracts_are_removed_with_their_rows_and_others_stay(
+    alone: KiteInstruments, client: redis.Redis
+) -> None:
+    keys = alone.settings.keys
+    rows = [
+        equity(1),
+        equity(2, exchange="BSE"),
+        contract(3, "EQ1", "2026-11-20"),
+        contract(4, "EQ1", "2026-12-31"),
+    ]
+    alone.store(parsed(*rows, today=date(2026, 11, 1)))
+    assert len(read_names(client, keys)) == 4
+    synced = alone.store(parsed(*rows))
+    assert (synced.rows, synced.added, synced.removed, synced.expired) == (3, 0, 1, 1)
+    assert not client.exists(keys.instrument(3 << 8 | 2)) and client.exists(keys.instrument(4 << 8 | 2))
+
+
+def test_a_symbol_that_moves_to_another_token_leaves_no_old_row(
+    alone: KiteInstruments, client: redis.Redis
+) -> None:
+    keys = alone.settings.keys
+    alone.store(parsed(equity(1, "INFY")))
+    assert alone.store(parsed(equity(2, "INFY"))).added == 1
+    assert read_names(client, keys) == {"NSE:INFY": 2 << 8 | 1}
+    assert not client.exists(keys.instrument(1 << 8 | 1))
+    assert alone.store(parsed(equity(2, "INFY26"))).removed == 1  # renamed: the token stays, and its row
+    assert client.hget(keys.instrument(2 << 8 | 1), "tradingsymbol") == b"INFY26"
+
+
+def test_one_exchange_is_synced_and_the_others_are_left_alone(
+    alone: KiteInstruments, client: redis.Redis
+) -> None:
+    alone.store(parsed(equity(1), equity(2, exchange="BSE")))
+    alone.store(parsed(equity(3), equity(9, exchange="BSE")), ["NSE"])
+    assert set(read_names(client, alone.settings.keys)) == {"NSE:EQ3", "BSE:EQ2"}
+
+
+def test_a_list_cut_short_is_refused_and_an_empty_one_too(
+    alone: KiteInstruments, client: redis.Redis
+) -> None:
+    alone.store(parsed(*(equity(number) for number in range(1, 2001))))
+    few = parsed(*(equity(number) for number in range(1, 900)))
+    with pytest.raises(MasterShrunk, match=r"899 rows where 2,000 were.*--force"):
+        alone.store(few)
+    with pytest.raises(PkbError, match="empty"):
+        alone.store(parsed())
+    assert len(read_names(client, alone.settings.keys)) == 2000
+    assert alone.store(few, force=True).removed == 1101
+
+
+def test_stocks_with_derivatives_are_known_by_their_own_exchanges_contracts(
+    alone: KiteInstruments, client: redis.Redis
+) -> None:
+    keys = alone.settings.keys
+    index = {**equity(5, "SENSEX", "BSE"), "instrument_token": 265, "segment": "INDICES"}
+    rows = [
+        equity(1, "INFY"), equity(2, "TCS"), equity(3, "INFY", "BSE"), equity(4, "M&M"), index,
+        contract(6, "INFY", "2026-12-31"), contract(7, "NIFTY", "2026-12-31"),
+        contract(8, "M&M", "2026-11-01"), contract(9, "SENSEX", "2026-12-31", "BFO"),
+    ]  # fmt: skip
+    alone.store(parsed(*rows, today=date(2026, 11, 1)))
+    assert load_derivatives(client, keys) == {"NSE:INFY", "NSE:M&M"}
+    assert load_derivative_tokens(client, keys) == {1 << 8 | 1, 4 << 8 | 1}
+    alone.store(parsed(*rows))  # M&M's only contract has expired
+    assert load_derivatives(client, keys) == {"NSE:INFY"}
+    alone.store(parsed(contract(10, "TCS", "2026-12-31")), ["NFO"])  # by exchange: the stocks are in Redis
+    assert load_derivatives(client, keys) == {"NSE:TCS"}
+    alone.store(parsed(equity(2, "TCS")), ["NSE"])
+    assert load_derivatives(client, keys) == {"NSE:TCS"}
+
+
+def test_a_reader_sees_the_old_master_or_the_new_one(alone: KiteInstruments, client: redis.Redis) -> None:
+    keys = alone.settings.keys
+    generations = [
+        parsed(*(equity(number, f"{letter}{number}") for number in range(first, first + 3000)))
+        for letter, first in (("A", 1), ("B", 10_001))
+    ]
+    alone.store(generations[0])
+    done = threading.Event()
+    seen: list[set[str]] = []
+    pool = client.connection_pool
+
+    def read() -> None:
+        with redis.Redis(connection_pool=pool) as own:
+            while not done.is_set():
+                names: Any = own.hkeys(keys.symbols())  # one command: what stands there at one moment
+                seen.append({name[4:5].decode() + str(len(names)) for name in names})
+                first: Any = own.hget(keys.symbols(), "NSE:A1")
+                if first is not None and not own.exists(keys.instrument(int(first))):
+                    assert own.hget(keys.symbols(), "NSE:A1") is None  # it went between our two looks
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for turn in range(6):
+        alone.store(generations[(turn + 1) % 2], force=True)
+    done.set()
+    reader.join()
+    assert len(seen) > 3 and {frozenset(each) for each in seen} <= {
+        frozenset({"A3000"}),
+        frozenset({"B3000"}),
+    }
+
+
+# --- upstream's names ----------------------------------------------------------------------------------
+
+
+def test_upstreams_calls_answer_from_redis(master: KiteInstruments, client: redis.Redis) -> None:
+    tokens = master.get_or_fetch_instrument_tokens()  # an empty master is fetched first
+    shares = {token for token, _ in resolve_many(client, master.settings.keys, "nse-equity")}
+    indices = {token for token, _ in resolve_many(client, master.settings.keys, "nse-indices")}
+    assert set(tokens) == shares | indices and 408065 in shares and 256265 in indices
+    assert set(master.get_or_fetch_instrument_tokens(only_nse_stocks=True)) == shares
+    assert master.get_instrument_count() == len(load_symbols(client, master.settings.keys))
+    assert master.get_nse_stock_count() == len(master.get_nse_stocks()) == len(shares)
+    infy = master.get_instrument(408065)
+    assert infy is not None and infy["nse_stock"] is True and infy["lot_size"] == 1 and infy["expiry"] is None
+    assert master.get_instrument(1) is None
+    futures = master.get_equities("instrument_token,expiry,lot_size", segment="NFO-FUT")
+    assert futures and all(row["expiry"] and row["lot_size"] > 1 for row in futures)
+    with pytest.raises(ValueError, match="no such columns: password"):
+        master.get_equities("instrument_token, password")
+
+
+def test_upstreams_fetch_and_store(master: KiteInstruments, client: redis.Redis) -> None:
+    fetched = master.fetch_instruments()
+    assert {each.exchange for each in fetched} == {"NSE"}
+    assert master.sync_instruments(fetched[:7], force_fetch=False)
+    assert master.get_instrument_count() == 7
+    assert master.sync_instruments()  # fresh enough: nothing is done
+    assert master.get_instrument_count() == 7
+    assert master.update_nse_stock_status("INFY", is_nse_stock=False)
+    assert 408065 not in {row["instrument_token"] for row in master.get_nse_stocks() if row["nse_stock"]}
+    assert not master.update_nse_stock_status("NOBODY", is_nse_stock=True)
+    assert master.get_instrument_tokens([{"instrument_token": "5"}, {}, {"instrument_token": None}]) == [5]
+    assert master.migrate_to_nse_stock_column()
+
+
+def test_a_sync_that_fails_is_false_as_upstreams_and_leaves_the_master(
+    master: KiteInstruments, kite: SimulatedKite
+) -> None:
+    kite.faults.add("html")
+    assert master.sync_instruments() is False
+    assert master.get_instrument_count() == 0

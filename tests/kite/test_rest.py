@@ -1,0 +1,195 @@
+"""The official KiteConnect with our errors: each failure is of a kind one can act on; none tells a secret."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from pkbrokers_redis.core.errors import (
+    KiteError,
+    KiteThrottled,
+    KiteUnavailable,
+    PkbError,
+    SessionExpired,
+)
+from pkbrokers_redis.kite.rest import open_kite
+from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.simulator.kite import SimulatedKite
+from pkbrokers_redis.store.auth import Session
+from tests.kite.logins import APP, everything_said, fields_of, simulated_kite
+
+SECRET = "geheimes-token"
+
+
+@pytest.fixture
+def kite() -> Iterator[SimulatedKite]:
+    with simulated_kite() as kite:
+        yield kite
+
+
+@pytest.fixture
+def settings(kite: SimulatedKite) -> Settings:
+    return load_settings(**fields_of(kite, *APP))
+
+
+@pytest.fixture
+def session(kite: SimulatedKite) -> Session:
+    account = kite.accounts.first
+    return Session(account.api_key, access_token=SecretStr(kite.accounts.open_session()))
+
+
+Answer = tuple[int, str, bytes]  # status, content type ("" for none), body
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[[Answer], Settings]]:
+    """A server that always gives the same answer, and the settings that point at it."""
+    servers: list[HTTPServer] = []
+
+    def start(answer: Answer) -> Settings:
+        status, kind, body = answer
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                if kind:
+                    self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_DELETE(self) -> None:
+                self.do_GET()
+
+            def log_message(self, *_: object) -> None: ...
+
+        server = HTTPServer(("127.0.0.1", 0), Handler)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        return load_settings(kite_api_url=f"http://127.0.0.1:{server.server_port}")
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def test_both_kinds_of_session_are_let_in(kite: SimulatedKite, settings: Settings, session: Session) -> None:
+    web = kite.accounts.open_web_session()
+    for each in (session, Session("", web.user_id, enctoken=SecretStr(web.enctoken))):
+        assert open_kite(settings, each).profile()["user_id"] == "SIM001"
+
+
+def test_the_settings_session_is_the_default_and_anonymous_sends_none(
+    kite: SimulatedKite, settings: Settings, session: Session
+) -> None:
+    fixed = settings.model_copy(update={"kite_access_token": SecretStr(session.token)})
+    assert open_kite(fixed).profile()["user_id"] == "SIM001"
+    anonymous = open_kite(fixed, anonymous=True)
+    with pytest.raises(SessionExpired):
+        anonymous.profile()
+    assert anonymous.instruments_csv("NSE").startswith(b"instrument_token,")
+
+
+def test_a_password_in_netrc_does_not_take_the_sessions_place(
+    settings: Settings, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    assert open_kite(settings, session).profile()["user_id"] == "SIM001"
+
+
+def test_a_token_set_later_is_used_and_a_session_is_generated_as_kiteconnect_does(
+    kite: SimulatedKite, settings: Settings
+) -> None:
+    accounts = kite.accounts
+    token = accounts.finish_connect(accounts.begin_connect(accounts.first.api_key), accounts.first.api_key)
+    client = open_kite(settings, anonymous=True)
+    client.generate_session(token, accounts.first.api_secret)
+    assert client.profile()["user_id"] == "SIM001"
+    assert client.invalidate_access_token() is True
+    with pytest.raises(SessionExpired):
+        client.profile()
+
+
+def test_an_api_url_with_a_path_keeps_it(settings: Settings, session: Session) -> None:
+    deeper = settings.model_copy(update={"kite_api_url": settings.kite_login_url + "/oms/"})
+    with pytest.raises(SessionExpired):  # /oms is there, and wants an enctoken
+        open_kite(deeper, session).profile()
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        ("403", SessionExpired, "refuses the session.*pkb login"),
+        ("429", KiteThrottled, "too often"),
+        ("500", KiteUnavailable, "has a problem"),
+        ("502", KiteUnavailable, "has a problem"),
+        ("503", KiteUnavailable, "has a problem"),
+        ("html", KiteUnavailable, "page instead of data"),
+        ("garbage_json", KiteUnavailable, "page instead of data"),
+        ("drop", KiteUnavailable, "cannot be reached"),
+    ],
+)
+def test_each_failure_is_one_line_of_its_kind(
+    kite: SimulatedKite, settings: Settings, session: Session, fault: str, error: type[PkbError], words: str
+) -> None:
+    kite.faults.add(fault)
+    with pytest.raises(error, match=words) as caught:
+        open_kite(settings, session).invalidate_access_token()  # its URL carries the token
+    assert session.token not in everything_said(caught.value)
+
+
+def test_what_kite_refuses_for_another_reason_is_told_in_its_words(
+    settings: Settings, session: Session
+) -> None:
+    with pytest.raises(KiteError, match=r"refuses the request .invalid token") as caught:
+        open_kite(settings, session).historical_data(1, "2026-01-05", "2026-01-06", "minute")
+    assert caught.value.status == 400
+
+
+def test_a_slow_kite_is_given_up_in_time(kite: SimulatedKite, settings: Settings, session: Session) -> None:
+    kite.faults.add("slow", delay_seconds=30)
+    with pytest.raises(KiteUnavailable, match="timed out"):
+        open_kite(settings, session, timeout_seconds=0.2).profile()
+
+
+JSON = "application/json"
+ECHO = b'{"status":"error","error_type":"InputException","message":"no \\u001b[31m ' + SECRET.encode() + b'"}'
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        ((200, "", b"hello"), KiteUnavailable),
+        ((200, JSON, b"[1, 2]"), KiteUnavailable),
+        ((200, JSON, b'{"status": "success"}'), KiteUnavailable),
+        ((200, JSON, b'{"status": "error"}'), KiteUnavailable),
+        ((403, JSON, b'{"status": "error", "error_type": 7, "message": "x"}'), KiteUnavailable),
+        ((418, "text/html", b"<html>" + SECRET.encode()), KiteUnavailable),
+        ((400, JSON, ECHO), KiteError),
+        ((302, "text/html", b""), KiteUnavailable),
+    ],
+)
+def test_hostile_answers_are_one_line_and_echo_no_secret(
+    serve: Callable[[Answer], Settings], answer: Answer, error: type[KiteError]
+) -> None:
+    session = Session("key", access_token=SecretStr(SECRET))
+    with pytest.raises(error) as caught:
+        open_kite(serve(answer), session).profile()
+    said = everything_said(caught.value)
+    assert SECRET not in said and "\x1b" not in said
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://no-such-host.invalid", "nonsense", "http://"])
+def test_a_server_that_is_not_there_is_one_line(url: str) -> None:
+    with pytest.raises(KiteUnavailable, match="cannot be reached") as caught:
+        session = Session("key", access_token=SecretStr(SECRET))
+        open_kite(load_settings(kite_api_url=url), session).invalidate_access_token()
+    assert SECRET not in everything_said(caught.value)
