@@ -1,8 +1,6 @@
-"""Which ingest worker reads which instruments.
+"""Which ingest worker reads which feed (what a feed is: `cut.py`; how all agree on it: `roster.py`).
 
-    PKB_INSTRUMENTS → tokens, ascending, each once → feeds of up to 3,000, one connection each
-    feed n          → api key n // 3 (Kite allows 3 connections a key)
-    P:feed:<n>      → string with TTL, the worker that reads feed n; renewed while it lives
+    P:feed:<n>      string with TTL, the worker that reads feed n; renewed while it lives
 
 Every live worker takes its even share of the feeds. What a dead one held becomes free when its leases run
 out; what one holds beyond its share it stops reading, then releases. Only Redis' answer "another has it"
@@ -12,10 +10,8 @@ a feed for a moment are harmless (a tick is a statement, candles are a merge), a
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 
 import redis
 from pydantic import SecretStr
@@ -24,7 +20,7 @@ from redis.exceptions import ResponseError
 from pkbrokers_redis import logs
 from pkbrokers_redis.core.errors import PkbError, RedisUnavailable, SettingsError
 from pkbrokers_redis.core.keys import Keys
-from pkbrokers_redis.kite.socket import CONNECTIONS_PER_KEY_MAX, TOKENS_PER_CONNECTION_MAX
+from pkbrokers_redis.pipeline.cut import Feed
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import lease
 from pkbrokers_redis.store.commit import load_functions
@@ -37,43 +33,6 @@ ROLE = "ingest"  # in the registry of workers
 # `LOOK`: its feeds move within TTL + LOOK < 1.
 TTL, LOOK = 2 / 3, 1 / 6
 TTL_MS_MIN = 1_000  # while we wait for a connection to close (up to 0.5 s) nothing is renewed
-
-
-@dataclass(frozen=True, slots=True)
-class Feed:
-    """What one connection reads: `tokens` ascending, `session` the api key to use (0 is the first)."""
-
-    number: int
-    session: int
-    tokens: tuple[int, ...]
-
-
-def cut_feeds(tokens: Collection[int], sessions: int) -> list[Feed]:
-    """The same instruments give the same feeds on every worker: as few as possible, of even size (±1).
-
-    Raises SettingsError when there are more than `sessions` api keys may stream.
-    """
-    ordered = sorted(set(tokens))
-    count = -(-len(ordered) // TOKENS_PER_CONNECTION_MAX)
-    keys = -(-count // CONNECTIONS_PER_KEY_MAX)
-    if keys > sessions:
-        most = TOKENS_PER_CONNECTION_MAX * CONNECTIONS_PER_KEY_MAX * sessions
-        have = "one Kite api key" if sessions == 1 else f"{sessions} Kite api keys"
-        raise SettingsError(
-            f"{len(ordered):,} instruments are more than {have} may stream ({most:,})",
-            f"name fewer in PKB_INSTRUMENTS, or {keys} api keys: PKB_KITE_API_KEY and PKB_KITE_ACCESS_TOKEN "
-            "take comma lists of equal length",
-        )
-    cuts = [n * len(ordered) // count for n in range(count)] + [len(ordered)] if count else []
-    return [
-        Feed(n, n // CONNECTIONS_PER_KEY_MAX, tuple(ordered[cuts[n] : cuts[n + 1]])) for n in range(count)
-    ]
-
-
-def list_id(tokens: Collection[int]) -> str:
-    """A short name for an instrument list: workers with different ones must not share feeds."""
-    text = ",".join(map(str, sorted(set(tokens))))
-    return hashlib.blake2b(text.encode(), digest_size=4).hexdigest()
 
 
 def sessions_of(settings: Settings) -> list[Settings]:
@@ -115,8 +74,10 @@ def share_of(worker_id: str, members: Collection[str], feeds: int) -> int:
 class FeedLeases:
     """This worker's feeds: `look` renews, gives up and takes; `run` does so until told to stop.
 
-    `on_take(n)` and `on_drop([n, …])` start and stop reading. A feed beyond the share is dropped before its
-    lease is released: Kite counts connections.
+    `on_take(client, n)` and `on_drop(client, [n, …])` start and stop reading, with a client of the store, or
+    None where the feed is another's already. A feed beyond the share is dropped before its lease is released:
+    Kite counts connections. `count(client, others)` is asked at each look how many feeds there are; `others`
+    are the other living workers.
     """
 
     def __init__(
@@ -124,18 +85,18 @@ class FeedLeases:
         connect: Callable[[], redis.Redis],
         keys: Keys,
         worker_id: str,
-        feeds: int,
         lease_seconds: float,
         *,
+        count: Callable[[redis.Redis, Collection[str]], int],
         now_ms: Callable[[], float],
-        on_take: Callable[[int], None],
-        on_drop: Callable[[Collection[int]], None],
+        on_take: Callable[[redis.Redis, int], None],
+        on_drop: Callable[[redis.Redis | None, Collection[int]], None],
     ) -> None:
         self._connect = connect
         self._client: redis.Redis | None = None
         self._keys = keys
         self._worker_id = worker_id
-        self._feeds = feeds
+        self._count = count
         self._ttl_ms = max(int(lease_seconds * 1000 * TTL), TTL_MS_MIN)
         self.look_seconds = lease_seconds * LOOK
         self._now_ms = now_ms
@@ -184,30 +145,34 @@ class FeedLeases:
             lease.announce(client, self._keys, ROLE, self._worker_id)
         gone = [feed for feed in sorted(self.held) if not self._try(client, feed)]
         self.lost += len(gone)
-        self._drop(gone, "another worker reads it")
+        self._drop(None, gone, "another worker reads it")
         members = lease.members(client, self._keys, ROLE, self._ttl_ms)
-        share = share_of(self._worker_id, members, self._feeds)
-        beyond = sorted(self.held)[share:]
-        self._drop(beyond, "shared with a new worker")
-        self._release(client, beyond)
+        feeds = self._count(client, [each for each in members if each != self._worker_id])
+        share = share_of(self._worker_id, members, feeds)
+        held = sorted(self.held)
+        vanished = [feed for feed in held if feed >= feeds]
+        beyond = [feed for feed in held if feed < feeds][share:]
+        for some, why in ((vanished, "there are fewer feeds now"), (beyond, "shared with a new worker")):
+            self._drop(client, some, why)
+            self._release(client, some)
         if self._away or self._now_ms() < self._take_from_ms:
             return
-        for feed in range(self._feeds):
+        for feed in range(feeds):
             if len(self.held) >= share:
                 break
             if feed not in self.held and self._try(client, feed):
-                log.info("feed_taken", feed=feed, of=self._feeds)
+                log.info("feed_taken", feed=feed, of=feeds)
+                self._on_take(client, feed)
                 self.held.add(feed)
-                self._on_take(feed)
 
     def _try(self, client: redis.Redis, feed: int) -> bool:
         return lease.try_lease(client, self._keys.feed(feed), self._worker_id, self._ttl_ms)
 
-    def _drop(self, feeds: Collection[int], why: str) -> None:
+    def _drop(self, client: redis.Redis | None, feeds: Collection[int], why: str) -> None:
         if feeds:
             log.info("feeds_dropped", feeds=_names(feeds), why=why)
             self.held.difference_update(feeds)
-            self._on_drop(feeds)
+            self._on_drop(client, feeds)
 
     def _release(self, client: redis.Redis, feeds: Collection[int]) -> None:
         for feed in feeds:
@@ -216,13 +181,19 @@ class FeedLeases:
     def end(self) -> None:
         """Stop reading, then let the others have it at once. Silent where Redis is away: leases run out."""
         held = sorted(self.held)
-        self._drop(held, "stopping")
+        client: redis.Redis | None = None
         try:
             client = self._client or self._connect()
+        except (redis.RedisError, PkbError):
+            pass
+        self._drop(client, held, "stopping")
+        if client is None:
+            return
+        try:
             self._release(client, held)
             lease.leave(client, self._keys, ROLE, self._worker_id)
             client.close()
-        except (redis.RedisError, PkbError):
+        except redis.RedisError:
             pass
 
 
@@ -235,6 +206,6 @@ def feed_figures(feeds: Sequence[Feed], held: Collection[int]) -> dict[str, obje
     return {
         "feeds": _names(held),
         "feeds_total": len(feeds),
-        "instruments": sum(len(feeds[n].tokens) for n in held),
+        "instruments": sum(len(feeds[n].tokens) for n in held if n < len(feeds)),
         "instruments_total": sum(len(feed.tokens) for feed in feeds),
     }

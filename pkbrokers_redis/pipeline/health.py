@@ -107,6 +107,25 @@ def feeds_owned(facts: Facts) -> Iterator[Finding]:
         yield Finding("feeds", "ok", f"all {len(facts.feeds)} are read")
 
 
+FEED_TROUBLES = {  # the feed doctor's states (`feed_doctor.py`) that an operator should know of
+    "mute": ("gets heartbeats but no ticks in market hours; it reconnects", "if it lasts, ask Kite's status"),
+    "partly_mute": (
+        "gets no ticks of some lively instruments; it subscribes them anew", "if it lasts, ask Kite's status"
+    ),
+    "expired": ("is refused by Kite (403): the session is dead", "run `pkb login` if no worker can log in"),
+    "rate_limited": ("is told to wait by Kite (429)", "look who else uses this api key: 3 connections each"),
+}  # fmt: skip
+
+
+def feeds_well(facts: Facts) -> Iterator[Finding]:
+    """No feed is mute, refused or told to wait, as its reader's feed doctor sees it."""
+    for worker in facts.alive("ingest"):
+        pairs = [pair.partition(":")[::2] for pair in worker.fields.get("feed_state", "").split(",")]
+        for state, (what, mend) in FEED_TROUBLES.items():
+            if numbers := [number for number, each in pairs if each == state]:
+                yield Finding("feeds", "warn", f"feed {_some(numbers)} {what}", mend)
+
+
 def keeps_up(facts: Facts) -> Iterator[Finding]:
     """No entry waits long for its aggregator."""
     late = [shard for shard in facts.shards if shard.lag_ms > LAG_MS_MAX]
@@ -131,6 +150,8 @@ def nothing_lost(facts: Facts) -> Iterator[Finding]:
          "keep aggregators running, or raise PKB_STREAM_MAX_ENTRIES"),
         ("frames_lost", "frames were lost while Redis was away and the spool was full",
          "give PKB_DATA_DIR more room"),
+        ("jobs_refused", "repairs were not asked for, because too many wait for RQ",
+         "bring PKB_RQ_REDIS_URL back"),
     ):  # fmt: skip
         count = sum(worker.number(name) for worker in facts.workers)
         if count:
@@ -193,7 +214,7 @@ def moves(earlier: Facts) -> Rule:
 
 
 STATUS: tuple[Rule, ...] = (
-    workers_live, shards_owned, feeds_owned, keeps_up, nothing_lost, redis_takes_writes
+    workers_live, shards_owned, feeds_owned, feeds_well, keeps_up, nothing_lost, redis_takes_writes
 )  # fmt: skip
 
 

@@ -79,6 +79,12 @@ class Inbox:
         return self._bytes
 
     @property
+    def oldest_ms(self) -> int | None:
+        """When the oldest frame came that would die with us; None when there is none."""
+        with self._changed:
+            return self._frames[0].at_ms if self._frames else None
+
+    @property
     def spool_bytes(self) -> int:
         """Of everything on disk that we have to send."""
         inherited = sum(spool.size_bytes for spool in tuple(self._inherited))
@@ -101,31 +107,27 @@ class Inbox:
 
     # -- the readers' side -----------------------------------------------------------------------
 
-    def put(self, data: bytes, at_ms: int) -> None:
-        """Number a frame and keep it; wait for room while the writer is merely slow."""
+    def put(self, data: bytes, at_ms: int) -> bool:
+        """Number a frame and keep it; wait for room while the writer is merely slow. False: it is lost."""
         with self._changed:
             while True:
                 frame = Frame(self.source, self.seq + 1, at_ms, data)
                 if self._spooling:
                     if self._append(frame):
-                        return
+                        return True
                     if self._closed or self._is_stalled():
-                        self._lose(1)
-                        return
+                        return self._lose(1)
                 elif self._spool is not None and self._must_spool(len(data)) and self._spill():
                     continue
                 elif self._closed or not self._is_full(len(data)):
-                    self._remember(frame)
-                    return
+                    return self._remember(frame)
                 elif self._spool is not None and self._is_stalled():
-                    self._lose(1)
-                    return
+                    return self._lose(1)
                 self._changed.wait(self._stalled_seconds if self._spool is not None else None)
 
-    def _remember(self, frame: Frame) -> None:
+    def _remember(self, frame: Frame) -> bool:
         if self._finished:
-            self._lose(1)
-            return
+            return self._lose(1)
         if not self._frames:
             self._moved_at = max(self._moved_at, self._clock())
         self.seq = frame.seq
@@ -133,6 +135,7 @@ class Inbox:
         self._bytes += len(frame.data)
         if len(self._frames) == 1:
             self._changed.notify_all()
+        return True
 
     def _is_full(self, size: int) -> bool:
         """Whether a frame of that size must wait; an empty inbox takes any."""
@@ -182,7 +185,7 @@ class Inbox:
         self._bytes = 0
         self._changed.notify_all()
 
-    def _lose(self, frames: int) -> None:
+    def _lose(self, frames: int) -> bool:
         self.frames_lost += frames
         now = self._clock()
         if now - self._told_at >= TELL_EVERY_SECONDS:
@@ -191,6 +194,7 @@ class Inbox:
                 "frames_lost", so_far=self.frames_lost, why=self._spool.refusal if self._spool else "stopped",
                 mend="bring Redis back, or raise PKB_SPOOL_MAX_BYTES",
             )  # fmt: skip
+        return False
 
     # -- the writer's side -----------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """Ingest: Kite's websockets → tick streams and quote hashes.
 
-    reader threads   one a connection: frames into the inbox, nothing else
+    reader threads   one a connection: frames into the inbox, and when its feed was heard
     writer (caller)  inbox → parse → XADD a frame and shard in one write; then a slice of quotes
 
 A frame stays in the inbox, in memory or on disk, until Redis has it. What a process that died could not
@@ -11,19 +11,28 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import redis
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.pipeline.assign import FeedLeases, cut_feeds, feed_figures, list_id, sessions_of
+from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.pipeline.assign import FeedLeases, feed_figures, sessions_of
+from pkbrokers_redis.pipeline.clinic import Clinic
+from pkbrokers_redis.pipeline.cut import Feed
+from pkbrokers_redis.pipeline.feed_session import FeedSession
 from pkbrokers_redis.pipeline.inbox import Inbox
+from pkbrokers_redis.pipeline.outages import Outages
+from pkbrokers_redis.pipeline.pulse import Pulse
 from pkbrokers_redis.pipeline.quotes import EVERY_MS
 from pkbrokers_redis.pipeline.readers import STOP_SECONDS_MAX, Readers
+from pkbrokers_redis.pipeline.roster import Instruments, InstrumentSource, Roster
 from pkbrokers_redis.pipeline.spool import Spool
+from pkbrokers_redis.pipeline.wanted_jobs import WantedJobs
 from pkbrokers_redis.pipeline.writer import TickWriter
 from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.store.master import load_derivative_tokens
 
 __all__ = ["Inbox", "Ingest", "TickWriter", "figures_of", "forward", "open_inbox", "pump"]
 
@@ -34,6 +43,11 @@ IDLE_SECONDS = 0.2
 QUOTES_PENDING_SECONDS = 0.005  # pause between slices while quotes wait and no frame comes
 SAVE_SECONDS = 3.0  # of trying, once told to stop; then what is left is on disk, whatever Redis does
 DRAIN_SECONDS_MAX = 5.0  # of sending what is left, once told to stop; the rest waits on disk
+
+
+def wall_ms() -> float:
+    """The machine's clock, epoch ms: for writing, whatever the market's time is."""
+    return time.time() * 1000
 
 
 def open_inbox(settings: Settings, source: str) -> Inbox:
@@ -80,61 +94,145 @@ def pump(
 
 
 class Ingest:
-    """One worker: it reads its share of the feeds (`assign.py`), and writes what they bring."""
+    """One worker: it reads its share of the feeds (`assign.py`), and writes what they bring.
+
+    Beside the readers and the writer: the leases' thread, which also follows the instrument list
+    (`roster.py`); the feed doctor (`clinic.py`); outages (`outages.py`) and the jobs they ask for.
+    """
 
     def __init__(
         self,
         connect: Callable[[], redis.Redis],
         settings: Settings,
-        instruments: Sequence[tuple[int, str]],
+        instruments: Instruments,
         *,
         now_ms: Callable[[], float],
         source: str | None = None,
         worker_id: str | None = None,
         connect_leases: Callable[[], redis.Redis] | None = None,
+        list_source: InstrumentSource | None = None,
+        sessions: Sequence[FeedSession] | None = None,
+        jobs: WantedJobs | None = None,
     ) -> None:
-        """`connect_leases`: a client that gives up sooner than the writer's, for the leases' thread."""
+        """`now_ms` is market time: it stamps frames. `connect_leases`: a client that gives up sooner than the
+        writer's. `list_source`: where the list comes from while we run; none: it stays. `sessions`: one an
+        api key. `jobs`: who has gaps repaired; none: they are only marked."""
+        connect_leases = connect_leases or connect
         self._now_ms = now_ms
+        self._keys = settings.keys
         self._failures: list[BaseException] = []
         self._stop = threading.Event()
-        self.writer = TickWriter(connect, settings, dict(instruments), source=source, only_known=True)
+        self.sessions = sessions or [FeedSession(each, connect_leases) for each in sessions_of(settings)]
+        self.roster = Roster(settings.keys, instruments, len(self.sessions), list_source)
+        self._calendar = load_sessions(settings.sessions, settings.timezone, settings.calendar)
+        self._with_derivatives: frozenset[int] = frozenset()
+        self._applied: list[Feed] = []  # the feeds that everything here knows of
+        self.pulse = Pulse(self._schedule_of)
+        self.pulse.follow(self.roster.feeds)
+        self.writer = TickWriter(
+            connect, settings, self.roster.symbols, source=source, only_known=True, on_ticks=self.pulse.note
+        )
         self.inbox = open_inbox(settings, self.writer.source)
-        sessions = sessions_of(settings)
-        tokens = [token for token, _ in instruments]
-        self.feeds = cut_feeds(tokens, len(sessions))
-        self.list_id = list_id(tokens)
-        self.readers = Readers(self.feeds, sessions, on_frame=self.inbox.put, on_failure=self._fail)
+        self.readers = Readers(
+            self.sessions, settings.kite_mode, now_ms=now_ms, on_frame=self.inbox.put, on_failure=self._fail
+        )
+        self.jobs = jobs
+        self.outages = Outages(
+            connect_leases,
+            settings.keys,
+            self._calendar,
+            self._schedule_of,
+            now_ms=now_ms,
+            readings=self.readers.all,
+            unsent_ms=lambda: self.inbox.oldest_ms,
+            jobs=jobs,
+        )
+        self.clinic = Clinic(
+            self._calendar,
+            self.pulse,
+            now_ms=now_ms,
+            speed=float(getattr(now_ms, "speed", 1.0)),
+            readings=self.readers.all,
+            on_silence_over=lambda tokens, outage: self.outages.add("silent", tokens, outage),
+        )
         self.leases = FeedLeases(
-            connect_leases or connect,
+            connect_leases,
             settings.keys,
             worker_id or self.writer.source,
-            len(self.feeds),
             settings.lease_seconds,
-            now_ms=now_ms,
-            on_take=self.readers.read,
-            on_drop=self.readers.drop,
+            count=self._count_feeds,
+            now_ms=wall_ms,
+            on_take=self._take,
+            on_drop=self._drop,
         )
+
+    @property
+    def feeds(self) -> list[Feed]:
+        """All feeds, whoever reads them."""
+        return self.roster.feeds
+
+    def _schedule_of(self, token: int) -> int:
+        return self._calendar.schedule_of(token, token in self._with_derivatives)
+
+    # -- in the leases' thread -------------------------------------------------------------------
+
+    def _count_feeds(self, client: redis.Redis, others: Collection[str]) -> int:
+        """Bring list and feeds up to date, and what hangs on them; how many feeds there are."""
+        self.roster.look(client, others)
+        feeds = self.roster.feeds
+        if feeds is not self._applied:
+            self._with_derivatives = frozenset(load_derivative_tokens(client, self._keys))
+            self.pulse.follow(feeds)
+            streamed = {token: str(token) for feed in feeds for token in feed.tokens}
+            self.writer.learn(streamed | self.roster.symbols)
+            ours = [feed for feed in feeds if feed.number in self.leases.held]
+            known = {token for feed in self._applied for token in feed.tokens}
+            self.outages.join(client, {token for feed in ours for token in feed.tokens} - known)
+            for feed in ours:
+                self.readers.change(feed)
+            self._applied = feeds
+        return len(feeds)
+
+    def _take(self, client: redis.Redis, number: int) -> None:
+        feed = self.roster.feeds[number]
+        self.readers.read(feed, self.outages.open_feed(client, feed))
+
+    def _drop(self, client: redis.Redis | None, numbers: Collection[int]) -> None:
+        readings = self.readers.drop(numbers)
+        if client is None:
+            return
+        try:
+            for reading in readings:
+                self.outages.close_feed(client, reading)
+        except redis.RedisError:
+            pass  # P:heard is older then, and the outage that the next reader tells longer
 
     def run(self, stop: threading.Event, on_round: Callable[[], None] = lambda: None) -> None:
         """Receive and write until told to stop; then write what was received, or leave it on disk."""
         self._stop = stop
         finished = threading.Event()
+        beside: list[tuple[str, Callable[[threading.Event], None]]] = [
+            ("feeds", self.leases.run), ("doctor", self.clinic.run), ("outages", self.outages.run)
+        ]  # fmt: skip
+        if self.jobs is not None:
+            beside.append(("jobs", self.jobs.run))
         threads = [
-            threading.Thread(target=self._assign, name="feeds", daemon=True),
-            threading.Thread(target=self._save, args=(finished,), name="save", daemon=True),
+            threading.Thread(target=self._guarded, args=(each,), name=name, daemon=True)
+            for name, each in beside
         ]
+        threads.append(threading.Thread(target=self._save, args=(finished,), name="save", daemon=True))
         for thread in threads:
             thread.start()
         try:
             try:
-                healthy = pump(self.inbox, self.writer, self._now_ms, stop, on_round)
+                healthy = pump(self.inbox, self.writer, wall_ms, stop, on_round)
             finally:
                 stop.set()
                 self.inbox.close()
                 threads[0].join(STOP_SECONDS_MAX)
             deadline = time.monotonic() + DRAIN_SECONDS_MAX
             while healthy and time.monotonic() < deadline:
-                healthy = bool(forward(self.inbox, self.writer, self._now_ms, stop, 0.0))
+                healthy = bool(forward(self.inbox, self.writer, wall_ms, stop, 0.0))
             self._write_last_quotes(deadline)
         finally:
             if waiting := self.inbox.finish():
@@ -149,7 +247,7 @@ class Ingest:
     def _write_last_quotes(self, deadline: float) -> None:
         """The newest packet of each instrument may still wait for its half second."""
         while len(self.writer.quotes) and time.monotonic() < deadline:
-            if not self.writer.write([], int(self._now_ms()) + EVERY_MS, self._stop):
+            if not self.writer.write([], int(wall_ms()) + EVERY_MS, self._stop):
                 return
 
     def _save(self, finished: threading.Event) -> None:
@@ -158,9 +256,9 @@ class Ingest:
         if not finished.wait(SAVE_SECONDS):
             self.inbox.save()
 
-    def _assign(self) -> None:
+    def _guarded(self, run: Callable[[threading.Event], None]) -> None:
         try:
-            self.leases.run(self._stop)
+            run(self._stop)
         except BaseException as error:
             self._fail(error)
 
@@ -176,6 +274,9 @@ def figures_of(ingest: Ingest) -> dict[str, Any]:
         **ingest.writer.counts,
         **ingest.readers.figures(),
         **feed_figures(ingest.feeds, ingest.leases.held),
-        "list": ingest.list_id,
+        "list": ingest.roster.own_id,
         **ingest.inbox.figures(),
+        **ingest.clinic.figures(),
+        **ingest.outages.counts,
+        **(ingest.jobs.counts if ingest.jobs is not None else {}),
     }

@@ -198,7 +198,7 @@ class Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             process_group=0,  # Ctrl-C in the terminal is for the supervisor, which stops things in order
-            preexec_fn=_die_with_parent(),
+            preexec_fn=die_with_parent(),
         )
 
     def _await_exit(self, child: subprocess.Popen[bytes]) -> int:
@@ -239,7 +239,7 @@ class Process:
             self._last_line = last[:LAST_LINE_BYTES_MAX]
 
 
-def _die_with_parent() -> Callable[[], None] | None:
+def die_with_parent() -> Callable[[], None] | None:
     """For the child between fork and exec: SIGKILL when the thread that started it dies. Linux only."""
     if not ON_LINUX:
         return None

@@ -25,7 +25,7 @@ class QuoteBoard:
 
     def __init__(self, keys: Keys, symbols: Mapping[int, str]) -> None:
         self._keys = keys
-        self._symbols = symbols
+        self._symbols = dict(symbols)
         self._fresh: dict[int, _Waiting] = {}  # arrived since the slice in hand was cut
         self._slice: list[int] = []  # tokens being written, round by round
         self._sent: dict[int, _Waiting] = {}  # queued, and not yet known to be in Redis
@@ -33,6 +33,10 @@ class QuoteBoard:
 
     def __len__(self) -> int:
         return len(self._fresh) + len(self._slice)
+
+    def learn(self, symbols: Mapping[int, str]) -> None:
+        """The names of more instruments."""
+        self._symbols = {**self._symbols, **symbols}
 
     def note(self, frame: bytes, parsed: ParsedFrame, at_ms: int) -> None:
         """Remember a frame's packets as their instruments' newest."""

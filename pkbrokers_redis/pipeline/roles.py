@@ -29,19 +29,18 @@ from pkbrokers_redis.core.errors import (
     UnknownInterval,
     UnknownSymbol,
 )
+from pkbrokers_redis.pipeline import restart
 from pkbrokers_redis.pipeline.heartbeat import Heartbeat
 from pkbrokers_redis.pipeline.process import EXIT_TRY_AGAIN, EXIT_USER_ERROR, SUPERVISED
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect, describe, explain
 from pkbrokers_redis.store.meta import ensure_meta
-from pkbrokers_redis.store.symbols import resolve_many
 
 # What no restart will mend.
 USERS_MISTAKES = (
     SettingsError, UnknownSymbol, UnknownInterval, InputFileError, MetaMismatch, RedisUnsuitable
 )  # fmt: skip
 
-WRITER_SECONDS_MAX = 5.0  # what ingest waits for an answer of Redis before it keeps frames itself
 SWITCH_SECONDS = 0.001  # a reader thread waits at most this long for the writer's bytecode
 
 
@@ -61,14 +60,16 @@ def main(role: Callable[[Settings, threading.Event], None]) -> int:
     An error is 2. Under our supervisor 2 is a user's mistake only, and what may heal is 1: Redis away, a
     shard lost to another worker.
     """
-    stop = threading.Event()
+    stop = restart.RoleStop()
     for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, lambda *_: stop.set())
+        signal.signal(each, lambda *_: stop.end())
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
         settings = load_settings()
         logs.configure(settings)
         role(settings, stop)
+        while stop.begins_again():
+            role(settings, stop)
     except (PkbError, redis.RedisError) as error:
         told = error if isinstance(error, PkbError) else explain(error, describe(settings))
         print(f"pkb: {' '.join(str(told).split())}", file=sys.stderr)  # noqa: T201  what a person reads
@@ -115,41 +116,27 @@ def aggregate(settings: Settings, stop: threading.Event) -> None:
 
 def ingest(settings: Settings, stop: threading.Event) -> None:
     """Stream PKB_INSTRUMENTS from Kite into Redis until `stop` is set."""
-    from pkbrokers_redis.kite.urls import address_of, url_for
-    from pkbrokers_redis.pipeline.assign import sessions_of
-    from pkbrokers_redis.pipeline.ingest import Ingest, figures_of
+    from pkbrokers_redis.pipeline.assembly import make_ingest
+    from pkbrokers_redis.pipeline.ingest import figures_of
     from pkbrokers_redis.pipeline.warm import warm_up_writer
 
     log = logs.get("ingest")
-    sessions = sessions_of(settings)
-    address = address_of(url_for(sessions[0]))  # a missing session is a user's error, said at once
     client = open_store(settings)
-    instruments = resolve_many(client, settings.keys, settings.instruments)
-    if not instruments:
-        raise SettingsError(
-            "there is nothing to stream", "set PKB_INSTRUMENTS, e.g. NSE:INFY,NSE:TCS, or a file of tokens"
-        )
-    warm_up_writer()
     name = worker_id("ingest")
-    worker = Ingest(
-        lambda: connect(
-            settings, socket_timeout_seconds=WRITER_SECONDS_MAX
-        ),  # a hung Redis is one that is away
-        settings,
-        instruments,
-        now_ms=now_ms,
-        worker_id=name,
-        connect_leases=lambda: connect(settings, socket_timeout_seconds=max(settings.lease_seconds, 1.0)),
-    )
+    began_ms = restart.redis_ms(client)
+    worker = make_ingest(settings, client, name, stop)
+    warm_up_writer()
     heart = Heartbeat(settings.keys, "ingest", name, now_ms())
 
     def beat() -> None:
         if heart.due(at := now_ms()):
             heart.beat(client, at, worker.writer.counts["ticks"], figures_of(worker))
+            restart.heed(client, settings.keys, "ingest", began_ms, stop)
 
     log.info(
-        "started", store=describe(settings), kite=address, instruments=len(instruments),
-        feeds=len(worker.feeds), api_keys=len(sessions),
+        "started", store=describe(settings), kite=worker.sessions[0].address, feeds=len(worker.feeds),
+        instruments=len(worker.roster.symbols), api_keys=len(worker.sessions),
+        repairs=worker.jobs is not None,
     )  # fmt: skip
     try:
         worker.run(stop, beat)

@@ -59,8 +59,12 @@ class TickWriter:
         *,
         source: str | None = None,
         only_known: bool = False,
+        on_ticks: Callable[[TickArray, int], None] | None = None,
     ) -> None:
-        """`symbols`: token → name. `only_known`: a token that is not among them is a stranger, not a tick."""
+        """`symbols`: token → name. `only_known`: a token that is not among them is a stranger, not a tick.
+
+        `on_ticks(ticks, at_ms)` sees what is parsed of our own frames.
+        """
         self._connect = connect
         self._client: redis.Redis | None = None
         self._keys = settings.keys
@@ -70,12 +74,22 @@ class TickWriter:
         self.quotes = QuoteBoard(self._keys, symbols)
         self.kept = Kept(settings.buffer_max_bytes // 4)
         self._known = frozenset(symbols) if only_known else None
+        self._on_ticks = on_ticks
         self.counts = dict.fromkeys(
             ("frames", "ticks", "entries", "quotes", "unknown_packets", "truncated_frames", "trailing_bytes",
              "unknown_tokens", "resent_batches", "restored_entries", "refused_writes", "dropped_at_cap"), 0
         )  # fmt: skip
         self._once = logs.Once()
         self._cap_at_ms = 0
+
+    def learn(self, symbols: Mapping[int, str]) -> None:
+        """More instruments are streamed now. Those that left stay known: frames of theirs may be on the way.
+
+        Any thread may call it.
+        """
+        if self._known is not None:
+            self._known = self._known.union(symbols)
+        self.quotes.learn(symbols)
 
     # -- frames → batches ------------------------------------------------------------------------
 
@@ -105,6 +119,8 @@ class TickWriter:
                 if self._known is not None and not self._known.issuperset(parsed.ticks[:, TOKEN].tolist()):
                     parsed, raw = self._without_strangers(parsed), b""
                 self.quotes.note(frame, parsed, at_ms)
+                if self._on_ticks is not None:
+                    self._on_ticks(parsed.ticks, at_ms)
             if len(parsed.ticks):
                 self.counts["ticks"] += len(parsed.ticks)
                 batches.append(Batch(source, seq, at_ms, parsed.ticks, raw))

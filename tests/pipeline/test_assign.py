@@ -1,4 +1,4 @@
-"""Feeds and who reads them: cut alike everywhere, shared evenly, moved when a worker dies."""
+"""Who reads which feed: shared evenly, moved when a worker dies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import SecretStr
 
 from pkbrokers_redis.core.errors import RedisUnavailable, SettingsError
 from pkbrokers_redis.kite.urls import url_for
-from pkbrokers_redis.pipeline.assign import FeedLeases, cut_feeds, list_id, sessions_of, share_of
+from pkbrokers_redis.pipeline.assign import FeedLeases, sessions_of, share_of
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import lease
 from tests.support import wait_until
@@ -23,48 +23,6 @@ from tests.support import wait_until
 def server_kind() -> str:
     """The leases' Functions are tested on both servers where they are; what is tested here is above them."""
     return "valkey"
-
-
-# --- cutting the list
-
-
-@given(tokens=st.lists(st.integers(1, 2**31), max_size=400), sessions=st.integers(1, 4))
-def test_every_token_is_in_exactly_one_feed(tokens: list[int], sessions: int) -> None:
-    feeds = cut_feeds(tokens, sessions)
-    assert [token for feed in feeds for token in feed.tokens] == sorted(set(tokens))
-    assert [feed.number for feed in feeds] == list(range(len(feeds)))
-
-
-@pytest.mark.parametrize(
-    ("count", "sizes"),
-    [
-        (0, []),
-        (1, [1]),
-        (3_000, [3_000]),
-        (3_001, [1_500, 1_501]),
-        (7_500, [2_500] * 3),
-        (9_000, [3_000] * 3),
-    ],
-)
-def test_there_are_as_few_feeds_as_possible_and_they_are_even(count: int, sizes: list[int]) -> None:
-    assert [len(feed.tokens) for feed in cut_feeds(range(count), 1)] == sizes
-
-
-def test_the_order_and_repeats_of_a_list_do_not_matter() -> None:
-    assert cut_feeds([3, 1, 2, 3], 1) == cut_feeds([1, 2, 3], 1)
-    assert list_id([3, 1, 2, 3]) == list_id([1, 2, 3]) != list_id([1, 2])
-
-
-def test_three_feeds_an_api_key() -> None:
-    feeds = cut_feeds(range(20_000), 3)
-    assert [feed.session for feed in feeds] == [0, 0, 0, 1, 1, 1, 2]
-
-
-@pytest.mark.parametrize(("count", "sessions", "needed"), [(9_001, 1, 2), (27_001, 3, 4), (100_000, 2, 12)])
-def test_too_many_instruments_say_how_many_keys_are_needed(count: int, sessions: int, needed: int) -> None:
-    with pytest.raises(SettingsError, match=rf"{count:,}.* {needed} api keys"):
-        cut_feeds(range(count), sessions)
-    assert cut_feeds(range(count), needed)
 
 
 # --- several api keys
@@ -116,21 +74,29 @@ class Worker:
     def __init__(self, name: str, connect: Callable[[], redis.Redis], settings: Settings, feeds: int) -> None:
         self.reading: set[int] = set()
         self.ms = 0.0
+        self.feeds = feeds
+        self.handed_over: set[int] = set()  # dropped while the lease was still ours
         self.leases = FeedLeases(
             connect,
             settings.keys,
             name,
-            feeds,
             settings.lease_seconds,
+            count=lambda client, others: self._count(others),
             now_ms=lambda: self.ms,
-            on_take=self.reading.add,
+            on_take=lambda client, feed: self.reading.add(feed),
             on_drop=self._drop,
         )
         self.ms = 60_000.0
 
-    def _drop(self, feeds: Collection[int]) -> None:
+    def _count(self, others: Collection[str]) -> int:
+        self.others = list(others)
+        return self.feeds
+
+    def _drop(self, client: redis.Redis | None, feeds: Collection[int]) -> None:
         assert self.reading.issuperset(feeds)
         self.reading.difference_update(feeds)
+        if client is not None:
+            self.handed_over.update(feeds)
 
     def look(self) -> set[int]:
         self.leases.look()
@@ -195,7 +161,7 @@ def test_a_worker_that_leaves_hands_over_at_once(make_worker: MakeWorker) -> Non
     a, b = make_worker("a"), make_worker("b")
     a.look(), b.look(), a.look(), b.look()
     a.leases.end()
-    assert a.reading == set()
+    assert a.reading == set() and a.handed_over == {0, 1, 2, 3}
     assert b.look() == {0, 1, 2, 3}
 
 
@@ -207,10 +173,38 @@ def test_the_feeds_of_a_worker_that_falls_silent_are_taken_over(
     wait_until(lambda: len(b.look()) == 4, what="b to read all")
     # Awake again, a finds its feeds gone and reads what its share then is.
     assert a.look() == set()
-    assert a.leases.lost == 2
+    assert a.leases.lost == 2 and a.handed_over == {2, 3}  # those it shared with b, before
     b.look()
     assert a.look() == {2, 3}
     assert b.reading == {0, 1}
+
+
+def test_feeds_come_and_go_with_the_list(make_worker: MakeWorker) -> None:
+    worker = make_worker("a", feeds=2)
+    assert worker.look() == {0, 1} and worker.others == []
+    worker.feeds = 3
+    assert worker.look() == {0, 1, 2}
+    worker.feeds = 1
+    assert worker.look() == {0} and worker.handed_over == {1, 2}
+    make_worker("b").look()
+    worker.look()
+    assert worker.others == ["b"]
+
+
+def test_a_feed_that_cannot_be_begun_is_tried_again(make_worker: MakeWorker) -> None:
+    worker = make_worker("a", feeds=1)
+    begin = worker.leases._on_take
+
+    def fail(client: redis.Redis, feed: int) -> None:
+        worker.leases._on_take = begin
+        raise redis.ConnectionError("away")
+
+    worker.leases._on_take = fail
+    assert worker.look() == set()
+    worker.ms += 60_000
+    worker.look()
+    worker.ms += 60_000
+    assert worker.look() == {0}
 
 
 def test_without_redis_everybody_reads_on(make_worker: MakeWorker, client: redis.Redis) -> None:

@@ -82,6 +82,20 @@ TROUBLES: list[tuple[str, Rule, dict[str, Any], str, str]] = [
     ("a free shard", health.shards_owned, {"shards": [shard(0), shard(1, None)]}, "warn", "shard 1"),
     ("a free feed", health.feeds_owned, {"feeds": ["ingest-1", None]}, "warn", "feed 1"),
     (
+        "a mute feed",
+        health.feeds_well,
+        {"workers": [AGGREGATE, worker("ingest", feed_state="0:ok,1:mute,2:mute")]},
+        "warn",
+        "feed 1, 2 gets heartbeats but no ticks",
+    ),
+    (
+        "a dead session",
+        health.feeds_well,
+        {"workers": [AGGREGATE, worker("ingest", feed_state="0:expired")]},
+        "warn",
+        "403",
+    ),
+    (
         "a feed offline",
         health.feeds_owned,
         {"workers": [AGGREGATE, worker("ingest", feeds="0,1", connected=1)], "feeds": ["ingest-1"] * 2},

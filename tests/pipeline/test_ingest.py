@@ -23,10 +23,17 @@ from hypothesis import strategies as st
 from pkbrokers_redis.core.errors import PkbError, SettingsError
 from pkbrokers_redis.kite.wire import encode_frame, encode_packet
 from pkbrokers_redis.pipeline import writer as writer_module
-from pkbrokers_redis.pipeline.ingest import Ingest
+from pkbrokers_redis.pipeline.cut import Feed
+from pkbrokers_redis.pipeline.feed_session import FeedSession
+from pkbrokers_redis.pipeline.gaps import FeedLife
+from pkbrokers_redis.pipeline.inbox import Inbox
+from pkbrokers_redis.pipeline.ingest import Ingest, figures_of
+from pkbrokers_redis.pipeline.readers import Readers
 from pkbrokers_redis.pipeline.writer import TickWriter
 from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer
+from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.store.connect import connect
 from tests.support import running_server, wait_until
 
@@ -183,6 +190,16 @@ def test_prices_of_0_and_unset_times_go_through_as_kite_sent_them(desk: Desk) ->
     """The rules refuse them, and count them; the stream holds what came."""
     desk.write(encode_frame([encode_packet("full", INFY, last_price=0)]))
     assert desk.rows() == [[INFY, 0, 0, 0, 0, None, None, None, AT_MS]]
+
+
+def test_an_instrument_that_comes_later_is_no_stranger_then(desk: Desk) -> None:
+    late = 12345 << 8 | 1
+    desk.write(encode_frame([ltp(late)]))
+    assert desk.rows() == []
+    desk.writer.learn({late: "NSE:LATE"})
+    desk.write(encode_frame([ltp(late), ltp(INFY)]))
+    assert [row[0] for row in desk.rows()] in ([late, INFY], [INFY, late])
+    assert desk.client.hget(desk.keys.quote(late), "symbol") == b"NSE:LATE"
 
 
 def test_a_replays_writer_takes_every_token(settings: Settings, client: redis.Redis) -> None:
@@ -414,3 +431,120 @@ def test_frames_of_a_socket_are_in_the_streams_when_it_stops(
     desk = Desk(settings, client)
     assert volumes(desk, INFY) == list(range(201))
     assert client.hget(settings.keys.quote(INFY), "volume") is not None
+
+
+class Listed:
+    """An instrument list that can change."""
+
+    def __init__(self, *tokens: int) -> None:
+        self.tokens = tokens
+
+    def version(self, client: redis.Redis) -> str:
+        return str(self.tokens)
+
+    def read(self, client: redis.Redis) -> list[tuple[int, str]]:
+        return [(token, SYMBOLS[token]) for token in self.tokens]
+
+
+@contextlib.contextmanager
+def ingesting(settings: Settings, listed: Listed, client: redis.Redis) -> Iterator[Ingest]:
+    ingest = Ingest(
+        lambda: connect(settings),
+        settings,
+        listed.read(client),
+        now_ms=lambda: time.time() * 1000,
+        list_source=listed,
+    )
+    stop = threading.Event()
+    thread = threading.Thread(target=ingest.run, args=(stop,), daemon=True)
+    thread.start()
+    try:
+        yield ingest
+    finally:
+        stop.set()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@ValkeyOnly
+def test_instruments_come_and_go_on_a_running_connection_and_candles_stay(
+    make_settings: Callable[..., Settings], client: redis.Redis
+) -> None:
+    market = Market([row for row in universe(20) if row["instrument_token"] in SYMBOLS], 0, rate=50)
+    kite = SimulatorServer(market)
+    kite.start()
+    settings = make_settings(kite_ws_url=kite.url, lease_seconds=0.5)
+    listed = Listed(INFY, NIFTY)
+    try:
+        with ingesting(settings, listed, client) as ingest:
+            wait_until(lambda: kite.subscriptions == 2 and client.exists(settings.keys.quote(INFY)))
+            listed.tokens = (INFY, RELIANCE)
+            wait_until(lambda: client.exists(settings.keys.quote(RELIANCE)), what="the one that came")
+            wait_until(lambda: kite.subscriptions == 2, what="the other to go")
+            assert kite.stats.connections == 1
+            assert [feed.tokens for feed in ingest.feeds] == [(INFY, RELIANCE)]
+            figures = figures_of(ingest)
+            assert figures["list"] == ingest.roster.own_id and figures["instruments"] == 2
+            assert figures["unknown_tokens"] == 0
+            assert client.hget(settings.keys.quote(RELIANCE), "symbol") == b"NSE:RELIANCE"
+        assert client.exists(settings.keys.quote(NIFTY))
+        assert client.hexists(settings.keys.heard(), "0")
+    finally:
+        kite.stop()
+
+
+def test_an_inbox_says_what_it_kept_and_how_old_its_oldest_frame_is() -> None:
+    inbox = Inbox("a", frames_max=2)
+    assert inbox.oldest_ms is None
+    assert inbox.put(b"x", 1_000) and inbox.put(b"y", 2_000)
+    assert inbox.oldest_ms == 1_000
+    inbox.acknowledge(inbox.peek(1, 0))
+    assert inbox.oldest_ms == 2_000
+    inbox.finish()
+    assert inbox.oldest_ms is None
+    assert not inbox.put(b"z", 3_000)
+
+
+@ValkeyOnly
+def test_frames_that_found_no_room_are_an_outage_of_their_feed(settings: Settings) -> None:
+    has_room = threading.Event()
+    kept: list[bytes] = []
+
+    def take(frame: bytes, at_ms: int) -> bool:
+        if has_room.is_set():
+            kept.append(frame)
+        return has_room.is_set()
+
+    clock = iter(range(0, 10_000_000, 1_000))
+    kite = SimulatorServer(None, heartbeat_seconds=100)
+    kite.start()
+    local = settings.model_copy(update={"kite_ws_url": kite.url})
+    failures: list[BaseException] = []
+    readers = Readers(
+        [FeedSession(local, lambda: connect(settings))],
+        "full",
+        now_ms=lambda: float(next(clock)),
+        on_frame=take,
+        on_failure=failures.append,
+    )
+    life = FeedLife()
+    try:
+        readers.read(Feed(0, 0, (INFY,)), life)
+        wait_until(lambda: readers.figures()["connected"] == 1 and kite.clients == 1)
+        has_room.set()
+        kite.publish(frames(1)[0])
+        wait_until(lambda: len(kept) == 1)
+        heard_ms = life.heard_ms
+        has_room.clear()
+        for frame in frames(5):
+            kite.publish(frame)
+        wait_until(lambda: readers.figures()["socket_frames"] == 6)
+        has_room.set()
+        kite.publish(frames(1)[0])
+        wait_until(lambda: life.first_outage is not None)
+        assert life.first_outage is not None and life.first_outage.from_ms == heard_ms
+        assert life.first_outage.to_ms == life.ticked_ms
+    finally:
+        readers.drop([0])
+        kite.stop()
+    assert not failures

@@ -1,0 +1,166 @@
+"""The feed doctor's shell: every half second it looks at each feed being read, and acts on the verdict.
+
+A line is logged when a verdict changes, not while it lasts; `feed_state` in the heartbeat has the last ones.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable
+
+from pkbrokers_redis import logs
+from pkbrokers_redis.core.sessions import Sessions
+from pkbrokers_redis.pipeline.feed_doctor import ILLIQUID_MS, FeedDoctor, Signs, Verdict
+from pkbrokers_redis.pipeline.gaps import Outage
+from pkbrokers_redis.pipeline.pulse import Pulse, Silence
+from pkbrokers_redis.pipeline.readers import Reading
+
+log = logs.get("doctor")
+
+LOOK_SECONDS = 0.5
+NAMES_MAX = 5  # instruments named in a line
+DAY_MS, IST_OFFSET_MS = 86_400_000, 19_800_000
+ALARMING = {"mute", "partly_mute", "expired", "rate_limited"}
+
+
+class _Patient:
+    """One feed's doctor, and what was said and seen last."""
+
+    def __init__(self, reading: Reading, speed: float) -> None:
+        self.reading = reading
+        self.doctor = FeedDoctor(speed)
+        self.verdict = Verdict("away", "none", "")
+        self.silenced: dict[int, float] = {}  # silent canary → its last tick before
+        self.illiquid_day = 0  # of the last line about illiquid ones
+
+
+class Clinic:
+    """`look` at all `readings()`; `on_silence_over(tokens, outage)` hears of canaries that tick again."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        pulse: Pulse,
+        *,
+        now_ms: Callable[[], float],
+        speed: float,
+        readings: Callable[[], list[Reading]],
+        on_silence_over: Callable[[tuple[int, ...], Outage], None],
+    ) -> None:
+        self._sessions = sessions
+        self._pulse = pulse
+        self._now_ms = now_ms
+        self._speed = speed
+        self._readings = readings
+        self._on_silence_over = on_silence_over
+        self._patients: dict[int, _Patient] = {}
+        self._counts: Counter[str] = Counter()
+
+    def run(self, stop: threading.Event) -> None:
+        """`look` twice a second."""
+        while not stop.wait(LOOK_SECONDS):
+            self.look()
+
+    def look(self) -> None:
+        """One round: a verdict for each feed, and what follows from it."""
+        now_ms = self._now_ms()
+        readings = {reading.feed.number: reading for reading in self._readings()}
+        patients: dict[int, _Patient] = {}
+        for number, reading in readings.items():
+            known = self._patients.get(number)
+            patients[number] = known if known and known.reading is reading else _Patient(reading, self._speed)
+        self._patients = patients
+        opened_ms = [self._opened_ms(schedule, now_ms) for schedule in range(len(self._sessions.schedules))]
+        for patient in patients.values():
+            self._look_at(patient, opened_ms, now_ms)
+
+    def figures(self) -> dict[str, object]:
+        """`feed_state`, `0:ok,1:mute`, and how often each trouble began and was treated."""
+        states = sorted((number, patient.verdict.state) for number, patient in self._patients.items())
+        counts = {f"doctor_{name}": count for name, count in sorted(self._counts.items())}
+        return {"feed_state": ",".join(f"{number}:{state}" for number, state in states), **counts}
+
+    def _look_at(self, patient: _Patient, opened_ms: list[float | None], now_ms: float) -> None:
+        reading, life = patient.reading, patient.reading.life
+        silence = Silence()
+        if reading.socket.state == "connected":
+            silent_ms_min = patient.doctor.silent_ms_min
+            silence = self._pulse.silence(
+                reading.feed.number, opened_ms, reading.connected_ms, silent_ms_min, ILLIQUID_MS
+            )
+        opened = [opened_ms[schedule] for schedule in self._pulse.schedules(reading.feed.number)]
+        signs = Signs(
+            reading.socket.state,
+            reading.connected_ms,
+            life.ticked_ms,
+            life.mute_ms,
+            min((at_ms for at_ms in opened if at_ms is not None), default=None),
+            len(reading.feed.tokens),
+            silence.canaries,
+            tuple(token for token, _ in silence.silent),
+        )
+        verdict = patient.doctor.look(signs, now_ms)
+        self._tell(patient, verdict)
+        self._act(reading, verdict)
+        self._follow_silence(patient, verdict, dict(silence.silent))
+        self._mention_illiquid(patient, silence, now_ms)
+
+    def _opened_ms(self, schedule: int, now_ms: float) -> float | None:
+        windows = self._sessions.day(schedule, int(now_ms)).windows
+        return next((float(opened) for opened, closed in windows if opened <= now_ms < closed), None)
+
+    def _tell(self, patient: _Patient, verdict: Verdict) -> None:
+        before, patient.verdict = patient.verdict, verdict
+        is_new = verdict.state != before.state
+        if not is_new and (verdict.action == "none" or verdict.action == before.action):
+            return
+        if is_new:
+            self._counts[verdict.state] += verdict.state in ALARMING
+        tell = log.warning if verdict.state in ALARMING else log.info
+        tell(
+            f"feed_{verdict.state}", feed=patient.reading.feed.number, action=verdict.action, why=verdict.why,
+            **({"tokens": _some(verdict.tokens)} if verdict.tokens else {}),
+        )  # fmt: skip
+
+    def _act(self, reading: Reading, verdict: Verdict) -> None:
+        if verdict.action not in ("reconnect", "resubscribe"):
+            return  # the socket renews and waits by itself
+        self._counts[verdict.action] += 1
+        if verdict.action == "resubscribe":
+            reading.socket.resubscribe(verdict.tokens)
+        elif verdict.state == "mute":
+            reading.is_mute = True  # the socket asks
+        else:
+            reading.socket.reconnect("some instruments are silent")
+
+    def _follow_silence(self, patient: _Patient, verdict: Verdict, silent: dict[int, float]) -> None:
+        """Canaries that tick again had an outage of their own."""
+        if verdict.state == "partly_mute":
+            for token, last_ms in silent.items():
+                if last_ms:
+                    patient.silenced.setdefault(token, last_ms)
+        back = {
+            token: self._pulse.last_ms(token)
+            for token, last_ms in patient.silenced.items()
+            if self._pulse.last_ms(token) > last_ms
+        }
+        if back:
+            since_ms = min(patient.silenced.pop(token) for token in back)
+            self._on_silence_over(tuple(sorted(back)), Outage(int(since_ms), int(max(back.values()))))
+
+    def _mention_illiquid(self, patient: _Patient, silence: Silence, now_ms: float) -> None:
+        """Once a day: instruments that nobody trades are no fault."""
+        today = int(now_ms + IST_OFFSET_MS) // DAY_MS
+        if silence.illiquid and patient.illiquid_day != today:
+            patient.illiquid_day = today
+            log.info(
+                "instruments_illiquid", feed=patient.reading.feed.number, action="none",
+                instruments=len(silence.illiquid), tokens=_some(silence.illiquid),
+                why=f"no tick for {ILLIQUID_MS / 60_000:.0f} min in an open market, others tick",
+            )  # fmt: skip
+
+
+def _some(tokens: tuple[int, ...]) -> str:
+    more = f" and {len(tokens) - NAMES_MAX} more" if len(tokens) > NAMES_MAX else ""
+    return ",".join(map(str, tokens[:NAMES_MAX])) + more
