@@ -81,7 +81,8 @@ class History:
             if inside.any():
                 self._merge(rows[inside], time_s[inside], price[inside], volume[inside])
             self._time_s[rows], self._price[rows], self._volume[rows] = time_s, price, volume
-            self._high[rows], self._low[rows] = self.market.high[rows], self.market.low[rows]
+            said = rows[news]  # a repeat says nothing: what it shows for the first time, the next one tells
+            self._high[said], self._low[said] = self.market.high[said], self.market.low[said]
 
     def _stated(self, rows: Ints) -> tuple[Ints, Ints, Ints]:
         """What the packets of these rows say: time (epoch s), last price, volume of the day."""

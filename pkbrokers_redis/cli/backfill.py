@@ -1,0 +1,130 @@
+"""`pkb backfill`: our candles of a day against Kite's history, and Kite's in place of those that differ."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from datetime import date
+from typing import Annotated, Any
+
+import typer
+
+from pkbrokers_redis import logs
+from pkbrokers_redis.cli.output import AsJson, dump, note
+from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.core.jobs import job_id
+from pkbrokers_redis.jobs.backfill import kept_interval, repair_day
+from pkbrokers_redis.jobs.desk import Desk, open_desk
+from pkbrokers_redis.jobs.progress import Listener, read_progress
+from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.store.queue import enqueue, open_queue
+from pkbrokers_redis.store.symbols import resolve_all
+from pkbrokers_redis.store.watch import instrument_list
+
+WORDS = {
+    "matched": "equal",
+    "changed": "differed",
+    "missing": "were missing here",
+    "extra": "Kite does not have",
+    "marked": "were marked as partial or gap",
+}
+
+
+def backfill(
+    symbols: Annotated[
+        list[str] | None, typer.Argument(metavar="[SYMBOL…]", help="default: all that is streamed")
+    ] = None,
+    day: Annotated[str, typer.Option(metavar="DATE", help="2026-11-20; default: the last session")] = "",
+    interval: Annotated[
+        str, typer.Option(help="1m mends the longer ones too; or one that Kite has, or day")
+    ] = "1m",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="compare only")] = False,
+    in_queue: Annotated[bool, typer.Option("--enqueue", help="leave it to a `pkb jobs` worker")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a day's candles with Kite's history and replace what differs.
+
+    Kite allows three requests a second, one an instrument. Interrupted, the same command goes on.
+    """
+    settings = load_settings()
+    logs.configure(settings)
+    with open_desk(settings) as desk:
+        interval = kept_interval(desk, interval).name
+        tokens = _tokens(desk, symbols or [])
+        arguments: dict[str, Any] = {
+            "day": str(_date(desk, tokens[0], day)),
+            "tokens": tokens,
+            "interval": interval,
+            "dry_run": dry_run,
+        }
+        if in_queue:
+            job = enqueue(open_queue(settings), "repair_day", arguments, again=True)
+            _say_enqueued(job or job_id("repair_day", arguments), job is not None, as_json)
+            return
+        before = read_progress(desk.client, desk.keys, job_id("repair_day", arguments))
+        if before is not None:
+            note(f"going on where an earlier run ended: {before[0]:,} of {before[1]:,} instruments are done")
+        with _bar(len(tokens), hidden=as_json) as listener:
+            found = repair_day(**arguments, desk=desk, listener=listener, seconds_max=None)
+    if as_json:
+        print(dump({"day": arguments["day"], "interval": interval, "dry_run": dry_run, **found}))
+        return
+    print(_summary(found, arguments["day"], interval, dry_run))
+    if not found["applied"]:
+        note("the aggregators have not applied it yet: is one running (`pkb status`)? The rows wait for it")
+
+
+def _tokens(desk: Desk, symbols: list[str]) -> list[int]:
+    if symbols:
+        chosen = resolve_all(desk.client, desk.keys, symbols)
+    else:
+        chosen = instrument_list(desk.client, desk.settings)
+    if not chosen:
+        raise SettingsError("there is nothing to backfill", "name symbols, or set PKB_INSTRUMENTS")
+    return list(dict.fromkeys(token for token, _ in chosen))
+
+
+def _date(desk: Desk, token: int, text: str) -> date:
+    if not text:
+        return desk.last_session(token)
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise SettingsError(f"--day {text!r} is no date", "write it as 2026-11-20") from None
+
+
+@contextlib.contextmanager
+def _bar(total: int, *, hidden: bool) -> Iterator[Listener | None]:
+    """A progress bar on a terminal; nothing elsewhere."""
+    if hidden or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("instruments"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done, all_, _part: bar.update(task, completed=done, total=all_)
+
+
+def _summary(found: dict[str, Any], day: str, interval: str, dry_run: bool) -> str:
+    parts = [f"{found[name]:,} {words}" for name, words in WORDS.items() if found.get(name)]
+    line = f"{day}: {found.get('rows', 0):,} {interval} rows of {found['instruments']:,} instruments at Kite"
+    line += ": " + ", ".join(parts) if parts else ""
+    if found.get("too_old"):
+        line += f"; {found['too_old']:,} instruments keep none of that day any more"
+    if found.get("refused"):
+        line += f"; Kite refused {found['refused']:,} instruments, see the log"
+    differing = found.get("changed", 0) + found.get("missing", 0) + found.get("marked", 0)
+    if dry_run:
+        return line + (f"\n{differing:,} would be replaced" if differing else "")
+    return line + (f"\n{differing:,} replaced" if found.get("sent") else "")
+
+
+def _say_enqueued(job: str, is_new: bool, as_json: bool) -> None:
+    if as_json:
+        print(dump({"job": job, "new": is_new}))
+    else:
+        print(f"{job} {'is in the queue' if is_new else 'was there already'}; look: pkb jobs --list")

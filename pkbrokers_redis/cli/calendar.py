@@ -1,0 +1,135 @@
+"""`pkb calendar`: when each kind of instrument trades, as the candles' own calendar has it."""
+
+from __future__ import annotations
+
+from datetime import date
+from typing import Annotated, Any
+
+import typer
+
+from pkbrokers_redis.cli.output import AsCsv, AsJson, Form, choose, dump, emit, iso
+from pkbrokers_redis.clock import market_clock
+from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.core.model import SEGMENTS
+from pkbrokers_redis.core.sessions import Sessions, load_sessions
+from pkbrokers_redis.settings import load_settings
+
+COLUMNS = ("schedule", "segments", "session", "windows", "why", "previous", "next")
+YEAR_COLUMNS = ("date", "weekday", "schedules", "session", "why")
+
+
+def calendar(
+    day: Annotated[str, typer.Argument(metavar="[DATE]", help="2026-11-08, or 2026 for its holidays")] = "",
+    segment: Annotated[str, typer.Option(help="NSE, MCX, … or a schedule's name: only that")] = "",
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Show when the markets trade: hours of a day by schedule, holidays, special sessions.
+
+    Without a date it is today. A year lists all its holidays and special sessions. PKB_CALENDAR names a file
+    that is laid over the shipped calendar.
+    """
+    form = choose(as_json, as_csv)
+    settings = load_settings()
+    sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
+    chosen = _schedules(sessions, segment)
+    if len(day) == 4 and day.isdecimal():
+        emit(_year_rows(sessions, chosen, int(day)), YEAR_COLUMNS, form, title=day)
+        return
+    local = _date(day) if day else sessions.date_of(int(market_clock(settings)()))
+    found = [_about(sessions, schedule, local) for schedule in chosen]
+    if form == "json":
+        print(dump({"date": local, "weekday": f"{local:%A}", "schedules": found}))
+    else:
+        emit([_flat(each, form) for each in found], COLUMNS, form, title=f"{local:%A} {local}")
+
+
+def _date(text: str) -> date:
+    try:
+        found = date.fromisoformat(text)
+    except ValueError:
+        raise SettingsError(f"{text!r} is no date", "write it as 2026-11-08, or 2026 for a year") from None
+    if not 1971 <= found.year < 2199:  # the calendar's own limits, a month of neighbours left on each side
+        raise SettingsError(f"{text} is too far away", "the calendar knows 1971 to 2198")
+    return found
+
+
+def _schedules(sessions: Sessions, segment: str) -> list[int]:
+    """The schedules a segment or schedule name means; all for none."""
+    wanted = segment.strip().upper()
+    everything = range(len(sessions.schedules))
+    if not wanted:
+        return list(everything)
+    names = {each: {sessions.schedules[each].upper(), *_segments(sessions, each)} for each in everything}
+    found = [each for each in everything if wanted in names[each]]
+    if not found:
+        known = sorted(set().union(*names.values()))
+        raise SettingsError(f"unknown segment {segment!r}", "use one of " + " ".join(known))
+    return found
+
+
+def _segments(sessions: Sessions, schedule: int) -> list[str]:
+    return [SEGMENTS.get(number, str(number)) for number in sessions.segments_of(schedule)]
+
+
+def _about(sessions: Sessions, schedule: int, local: date) -> dict[str, Any]:
+    """One schedule's day, as `--json` shows it."""
+    windows = sessions.named_windows(schedule, local)
+    return {
+        "schedule": sessions.schedules[schedule],
+        "segments": _segments(sessions, schedule),
+        "session": bool(windows),
+        "why": _why(sessions, schedule, local, bool(windows)),
+        "windows": [
+            {"name": each.name, "open": iso(each.open_ms / 1000), "close": iso(each.close_ms / 1000)}
+            for each in windows
+        ],
+        "previous": sessions.session_near(schedule, local, -1),
+        "next": sessions.session_near(schedule, local, 1),
+    }
+
+
+def _why(sessions: Sessions, schedule: int, local: date, is_open: bool) -> str:
+    return sessions.reason(schedule, local) or ("" if is_open else "weekend")
+
+
+def _flat(about: dict[str, Any], form: Form) -> dict[str, Any]:
+    """The same as cells of a table."""
+    windows = ", ".join(
+        f"{each['open'][11:16]}–{each['close'][11:16]}"
+        + (f" {each['name']}" if len(about["windows"]) > 1 else "")
+        for each in about["windows"]
+    )
+    return {
+        **about,
+        "segments": " ".join(about["segments"]),
+        "session": "open" if about["session"] else "closed",
+        "windows": windows if form == "table" else windows.replace("–", "-"),
+        "previous": str(about["previous"] or ""),
+        "next": str(about["next"] or ""),
+    }
+
+
+def _year_rows(sessions: Sessions, chosen: list[int], year: int) -> list[dict[str, Any]]:
+    """A row a day and reason; schedules that share both share the row."""
+    if not 1971 <= year < 2199:
+        raise SettingsError(f"{year} is too far away", "the calendar knows 1971 to 2198")
+    groups: dict[tuple[date, str, str], list[str]] = {}
+    for schedule in chosen:
+        for local, why in sessions.reasons(schedule, year).items():
+            windows = sessions.named_windows(schedule, local)
+            hours = ", ".join(
+                f"{iso(w.open_ms / 1000)[11:16]}-{iso(w.close_ms / 1000)[11:16]}" for w in windows
+            )
+            groups.setdefault((local, hours or "closed", why), []).append(sessions.schedules[schedule])
+    everybody = len(chosen)
+    return [
+        {
+            "date": str(local),
+            "weekday": f"{local:%A}",
+            "schedules": "all" if len(names) == everybody else " ".join(names),
+            "session": hours,
+            "why": why,
+        }
+        for (local, hours, why), names in sorted(groups.items())
+    ]

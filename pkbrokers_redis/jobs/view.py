@@ -1,0 +1,98 @@
+"""What is in the queue, for people: `pkb jobs --list`, `--failed`, `--retry`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import redis
+from rq import Queue
+from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.core.jobs import PATHS
+from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.jobs.progress import read_progress
+from pkbrokers_redis.store.queue import KnownJob
+
+JOBS_MAX = 1_000  # of each state; a longer list is of no use to anybody
+REASON_LENGTH_MAX = 200
+
+
+def list_jobs(queue: Queue, store: redis.Redis, keys: Keys) -> list[dict[str, Any]]:
+    """Running, waiting and scheduled jobs: `id job state since done total retries_left`, times in epoch s."""
+    rows: list[dict[str, Any]] = []
+    for state, ids in (
+        ("running", queue.started_job_registry.get_job_ids(0, JOBS_MAX)),
+        ("waiting", queue.get_job_ids(0, JOBS_MAX)),
+        ("scheduled", queue.scheduled_job_registry.get_job_ids(0, JOBS_MAX)),
+    ):
+        for job in _fetch(queue, ids):
+            progress = read_progress(store, keys, job.id)
+            since = job.started_at if state == "running" else job.enqueued_at or job.created_at
+            rows.append(
+                {
+                    "id": job.id,
+                    "job": name_of(job),
+                    "state": state,
+                    "since": since.timestamp() if since else None,
+                    "done": progress[0] if progress else None,
+                    "total": progress[1] if progress else None,
+                    "retries_left": job.retries_left or 0,
+                }
+            )
+    return rows
+
+
+def failed_jobs(queue: Queue) -> list[dict[str, Any]]:
+    """Jobs that were given up: `id job at why`, newest first."""
+    ids = queue.failed_job_registry.get_job_ids(0, JOBS_MAX)
+    rows = [
+        {
+            "id": job.id,
+            "job": name_of(job),
+            "at": job.ended_at.timestamp() if job.ended_at else None,
+            "why": reason(job),
+        }
+        for job in _fetch(queue, ids)
+    ]
+    return sorted(rows, key=lambda row: row["at"] or 0, reverse=True)
+
+
+def retry(queue: Queue, wanted: str) -> list[str]:
+    """Put a failed job, or `all` of them, into the queue again. Raises PkbError for an unknown one."""
+    failed = queue.failed_job_registry.get_job_ids(0, JOBS_MAX)
+    if wanted != "all" and wanted not in failed:
+        raise PkbError(f"no failed job {wanted!r}", "see `pkb jobs --failed`")
+    retried: list[str] = []
+    for id_ in failed if wanted == "all" else [wanted]:
+        try:
+            queue.failed_job_registry.requeue(id_)
+            retried.append(id_)
+        except (NoSuchJobError, InvalidJobOperation):
+            pass  # another was faster, or its time was over
+    return retried
+
+
+def name_of(job: Job) -> str:
+    """The name of the table; of a foreign job the function it names."""
+    spec = PATHS.get(job.func_name or "")
+    return spec.name if spec is not None else str(job.func_name)
+
+
+def reason(job: Job) -> str:
+    """Why it failed, in one line: the last of a traceback, without the exception's package."""
+    result = job.latest_result()
+    lines = ((result.exc_string if result is not None else None) or "").strip().splitlines()
+    if not lines:
+        return "it came again too often"
+    kind, colon, text = lines[-1].partition(": ")
+    line = f"{kind.rpartition('.')[2]}{colon}{text}" if " " not in kind else lines[-1]
+    return " ".join(line.split())[:REASON_LENGTH_MAX]
+
+
+def _fetch(queue: Queue, ids: Iterable[str]) -> list[Job]:
+    found = KnownJob.fetch_many(list(ids), connection=queue.connection, serializer=JSONSerializer)
+    return [job for job in found if job is not None]

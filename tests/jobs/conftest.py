@@ -1,0 +1,101 @@
+"""What the tests of jobs share: a Kite whose time stands still, a desk on it, an aggregator in a thread."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import datetime
+
+import pytest
+import redis
+
+from pkbrokers_redis.clock import Clock
+from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.jobs.desk import Desk
+from pkbrokers_redis.kite.history import KiteTickerHistory
+from pkbrokers_redis.kite.history_rows import IST
+from pkbrokers_redis.pipeline.aggregate import Aggregator
+from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.simulator.kite import SimulatedKite
+from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.limiter import Limiter
+from pkbrokers_redis.store.meta import ensure_meta
+from pkbrokers_redis.store.symbols import save_instruments
+from tests.support import wait_until
+
+NOW = datetime(2026, 8, 5, 11, 0, 30, tzinfo=IST)  # a Wednesday, 105 minutes into the session
+NOW_S = int(NOW.timestamp())
+OPENED_S = int(NOW.replace(hour=9, minute=15, second=0).timestamp())
+KNOWN_S = NOW_S // 60 * 60  # minutes before it are over
+ROWS = universe(12)
+
+
+class MovableClock(Clock):
+    """Market time that stands still until a test moves it."""
+
+    __slots__ = ()
+    now_s: list[float] = [float(NOW_S)]  # noqa: RUF012  shared by all copies, as time is
+
+    def __call__(self) -> float:
+        return self.now_s[0] * 1000
+
+    def move(self, seconds: float) -> None:
+        self.now_s[0] += seconds
+
+
+@pytest.fixture
+def clock() -> MovableClock:
+    MovableClock.now_s[0] = float(NOW_S)
+    return MovableClock()
+
+
+@pytest.fixture
+def kite(clock: MovableClock) -> Iterator[SimulatedKite]:
+    with SimulatedKite(ROWS, clock=clock, sessions=load_sessions("market")) as kite:
+        yield kite
+
+
+@pytest.fixture
+def kite_settings(settings: Settings, kite: SimulatedKite, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    """Settings that point at both servers, in the environment too, for jobs that open everything anew."""
+    tokens = ",".join(str(row["instrument_token"]) for row in ROWS)
+    assert settings.redis_url is not None
+    env = {
+        **kite.environment(),
+        "PKB_REDIS_URL": settings.redis_url.get_secret_value(),
+        "PKB_DATA_DIR": str(settings.data_dir),
+        "PKB_INSTRUMENTS": tokens,
+        "PKB_TIME_SHIFT": f"{NOW_S},{time.time()},0.01",
+    }
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    return load_settings()
+
+
+@pytest.fixture
+def desk(kite_settings: Settings, client: redis.Redis, clock: MovableClock) -> Desk:
+    """A desk that asks Kite without waiting for its turn."""
+    ensure_meta(client, kite_settings, "2026-08-05T05:00:00+00:00")
+    save_instruments(client, kite_settings.keys, ROWS)
+    limiter = Limiter(client, kite_settings.keys, per_second=10_000)
+    history = KiteTickerHistory(settings=kite_settings, client=client, limiter=limiter, now_ms=clock)
+    return Desk(kite_settings, client, history, load_sessions("market"), clock)
+
+
+@pytest.fixture
+def aggregator(desk: Desk, clock: MovableClock) -> Iterator[Callable[[], None]]:
+    """Call it to start one; it ends with the test."""
+    stop = threading.Event()
+    worker = Aggregator(lambda: connect(desk.settings), desk.settings, now_ms=clock)
+    thread = threading.Thread(target=worker.run, args=(stop,))
+
+    def start() -> None:
+        thread.start()
+        wait_until(lambda: len(worker.workers) == desk.settings.shards, timeout_seconds=60, what="the shards")
+
+    yield start
+    stop.set()
+    if thread.ident is not None:
+        thread.join()

@@ -1,0 +1,270 @@
+"""Backfill: what is asked of Kite, what reaches the aggregator, and what becomes of the rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import msgspec
+import pytest
+import redis
+from rq import Retry
+
+from pkbrokers_redis.core.errors import KiteUnavailable, PkbError, UnknownInterval
+from pkbrokers_redis.jobs.backfill import repair_day, repair_gap, warm_start
+from pkbrokers_redis.jobs.desk import HISTORY_LAG_SECONDS, Desk
+from pkbrokers_redis.jobs.progress import Progress, read_progress
+from pkbrokers_redis.jobs.slices import run_parts
+from pkbrokers_redis.simulator.kite import SimulatedKite
+from pkbrokers_redis.store.read import read_candles
+from tests.jobs.conftest import KNOWN_S, NOW, NOW_S, OPENED_S, ROWS, MovableClock
+
+pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
+
+TOKENS = [int(row["instrument_token"]) for row in ROWS]
+STOCK = next(token for token in TOKENS if token & 0xFF == 1)
+INDEX = next(token for token in TOKENS if token & 0xFF == 9)
+
+
+def entries(desk: Desk, token: int) -> list[dict[str, Any]]:
+    """The repair entries of one instrument, decoded."""
+    found: Any = desk.client.xrange(desk.keys.repairs(desk.keys.shard_of(token)))
+    rows = [{name.decode(): value.decode() for name, value in fields.items()} for _, fields in found]
+    return [row for row in rows if row.get("token") == str(token)]
+
+
+def theirs(kite: SimulatedKite, token: int, interval: str, from_s: int, to_s: int) -> list[tuple[Any, ...]]:
+    """Kite's own candles that begin in [from_s, to_s)."""
+    return [row[:6] for row in kite.history.rows(token, interval, from_s, to_s - 1, kite.now_ms())]
+
+
+def ours(desk: Desk, token: int, interval: str) -> list[tuple[Any, ...]]:
+    return [tuple(row[:6]) for row in read_candles(desk.client, desk.keys, token, interval, 1000)]
+
+
+# --- an outage
+
+
+def test_an_outage_sends_the_minutes_it_touched(desk: Desk, kite: SimulatedKite) -> None:
+    from_s = OPENED_S + 600
+    repair_gap([STOCK], (from_s + 20) * 1000, (from_s + 61) * 1000, desk=desk)
+    [entry] = entries(desk, STOCK)
+    assert (entry["kind"], entry["interval"], entry["why"]) == ("rows", "1m", "gap")
+    assert (int(entry["from"]), int(entry["to"])) == (from_s, from_s + 120)
+    sent = [tuple(row[:6]) for row in json.loads(entry["rows"])]
+    assert sent == theirs(kite, STOCK, "minute", from_s, from_s + 120)
+    assert len(sent) == 2
+
+
+def test_it_comes_again_when_the_last_minute_is_over(desk: Desk, clock: MovableClock) -> None:
+    again = repair_gap([STOCK], (NOW_S - 90) * 1000, (NOW_S + 1) * 1000, desk=desk)
+    assert isinstance(again, Retry)
+    assert again.intervals == [30 + HISTORY_LAG_SECONDS]
+    assert entries(desk, STOCK) == []
+    clock.move(30 + HISTORY_LAG_SECONDS)
+    assert repair_gap([STOCK], (NOW_S - 90) * 1000, (NOW_S + 1) * 1000, desk=desk)["rows"] >= 1
+    assert int(entries(desk, STOCK)[0]["to"]) == KNOWN_S + 60
+
+
+def test_an_outage_of_the_future_is_refused(desk: Desk) -> None:
+    with pytest.raises(PkbError, match="ends in the future"):
+        repair_gap([STOCK], 0, (NOW_S + 10 * 86_400) * 1000, desk=desk)
+
+
+def test_minutes_that_the_lists_have_forgotten_are_not_asked_for(desk: Desk, kite: SimulatedKite) -> None:
+    week_ago = (NOW_S - 7 * 86_400) * 1000
+    assert repair_gap([STOCK], week_ago, week_ago + 60_000, desk=desk)["too_old"] == 1
+    assert len(kite.limits.seen) == 0
+
+
+def test_an_outage_over_the_weekend_goes_back_as_far_as_the_lists(desk: Desk, clock: MovableClock) -> None:
+    repair_gap([STOCK], (NOW_S - 7 * 86_400) * 1000, (KNOWN_S - 60) * 1000, desk=desk)
+    [entry] = entries(desk, STOCK)
+    yesterday = NOW - timedelta(days=1)  # 105 minutes of today and the whole day before are 390 rows or more
+    assert int(entry["from"]) == int(yesterday.replace(hour=9, minute=15, second=0).timestamp())
+
+
+def test_an_instrument_that_kite_refuses_costs_only_itself(desk: Desk) -> None:
+    unknown = 4242 << 8 | 1
+    found = repair_gap([unknown, STOCK], OPENED_S * 1000, (OPENED_S + 60) * 1000, desk=desk)
+    assert (found["refused"], found["rows"], found["instruments"]) == (1, 1, 2)
+
+
+def test_a_kite_that_is_away_fails_the_run_and_the_next_does_what_is_left(
+    desk: Desk, kite: SimulatedKite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pkbrokers_redis.kite.history_requests.HistoryRequests._sleep", lambda *_: None)
+    span = (OPENED_S * 1000, (OPENED_S + 60) * 1000)
+    real = desk.history.rows
+    calls: list[int] = []
+
+    def rows(token: int, *arguments: Any) -> Any:
+        calls.append(token)
+        if len(calls) == 3:
+            kite.faults.add("503", count=4, on="rest", path="/instruments/historical")
+        return real(token, *arguments)
+
+    monkeypatch.setattr(desk.history, "rows", rows)
+    with pytest.raises(KiteUnavailable):
+        repair_gap(TOKENS[:5], *span, desk=desk)
+    found = repair_gap(TOKENS[:5], *span, desk=desk)
+    assert len(calls) == 3 + 3  # two were done, the third is asked for again
+    assert found["instruments"] == 5
+
+
+def test_the_rows_reach_the_lists_and_all_longer_intervals(
+    desk: Desk, kite: SimulatedKite, aggregator: Callable[[], None]
+) -> None:
+    aggregator()
+    found = repair_gap([STOCK], OPENED_S * 1000, KNOWN_S * 1000, desk=desk)
+    assert found["applied"] is True
+    assert ours(desk, STOCK, "1m") == theirs(kite, STOCK, "minute", OPENED_S, KNOWN_S)
+    assert ours(desk, STOCK, "15m") == theirs(kite, STOCK, "15minute", OPENED_S, KNOWN_S - 899)
+    flags = {row.flag for row in read_candles(desk.client, desk.keys, STOCK, "1m", 1000)}
+    assert flags == {"backfilled"}
+
+
+# --- a warm start
+
+
+def test_a_warm_start_brings_the_session_so_far_and_the_days(
+    desk: Desk, kite: SimulatedKite, aggregator: Callable[[], None]
+) -> None:
+    aggregator()
+    found = warm_start(TOKENS, desk=desk)
+    assert found["instruments"] == len(TOKENS)
+    assert found["applied"] is True
+    for token in (STOCK, INDEX):
+        assert ours(desk, token, "1m") == theirs(kite, token, "minute", OPENED_S, KNOWN_S)
+        days = ours(desk, token, "day")
+        expected = theirs(kite, token, "day", NOW_S - 900 * 86_400, OPENED_S - 12 * 3600)
+        assert [row[1:] for row in days] == [row[1:] for row in expected[-365:]]
+        assert len(days) == 365
+
+
+def test_before_the_open_it_brings_the_session_before(desk: Desk, clock: MovableClock) -> None:
+    clock.move(OPENED_S - 3600 - NOW_S)
+    warm_start([STOCK], desk=desk)
+    minutes, _days = entries(desk, STOCK)
+    assert (int(minutes["from"]), int(minutes["to"])) == (OPENED_S - 86_400, OPENED_S - 86_400 + 375 * 60)
+
+
+def test_a_warm_start_twice_changes_nothing(
+    desk: Desk, aggregator: Callable[[], None], client: redis.Redis
+) -> None:
+    aggregator()
+    warm_start([STOCK], desk=desk)
+    before = ours(desk, STOCK, "1m"), ours(desk, STOCK, "day")
+    announced = client.xlen(desk.keys.closed(desk.keys.shard_of(STOCK)))
+    warm_start([STOCK], desk=desk)
+    assert (ours(desk, STOCK, "1m"), ours(desk, STOCK, "day")) == before
+    assert client.xlen(desk.keys.closed(desk.keys.shard_of(STOCK))) == announced
+
+
+def test_what_people_look_at_comes_first(desk: Desk, client: redis.Redis) -> None:
+    busy, quiet = [token for token in TOKENS if token & 0xFF == 1][:2]
+    client.hset(desk.keys.quote(busy), mapping={"volume": 5_000_000, "average_price": 10})
+    client.hset(desk.keys.quote(quiet), mapping={"volume": 10, "average_price": "odd"})
+    assert desk.by_activity([quiet, busy, INDEX, quiet]) == [INDEX, busy, quiet]
+
+
+# --- a day
+
+
+def spoil(desk: Desk, token: int, number: int, change: Callable[[list[Any]], Any]) -> None:
+    """Change one row of the 1m list, as no aggregator would."""
+    key = desk.keys.candles(token, "1m")
+    row = msgspec.json.decode(bytes(desk.client.lindex(key, number)))  # type: ignore[arg-type]
+    change(row)
+    desk.client.lset(key, number, msgspec.json.encode(row).decode())
+
+
+@pytest.fixture
+def watched(desk: Desk, aggregator: Callable[[], None]) -> Desk:
+    """A store with the morning of one stock."""
+    aggregator()
+    assert repair_gap([STOCK], OPENED_S * 1000, KNOWN_S * 1000, desk=desk)["applied"]
+    return desk
+
+
+def test_a_day_that_agrees_is_left_alone(watched: Desk) -> None:
+    before = len(entries(watched, STOCK))
+    found = repair_day("2026-08-05", [STOCK], desk=watched)
+    assert (found["rows"], found["matched"]) == (105, 105)
+    assert "sent" not in found and "changed" not in found
+    assert len(entries(watched, STOCK)) == before
+
+
+def test_rows_that_differ_are_counted_and_replaced(watched: Desk, kite: SimulatedKite) -> None:
+    spoil(watched, STOCK, 5, lambda row: row.__setitem__(5, row[5] + 1))
+    spoil(watched, STOCK, 6, lambda row: row.__setitem__(4, row[2]))
+    spoil(watched, STOCK, 7, lambda row: row.__setitem__(8, "gap"))
+    key = watched.keys.candles(STOCK, "1m")
+    watched.client.lrem(key, 1, watched.client.lindex(key, 9))  # type: ignore[arg-type]
+    dry = repair_day("2026-08-05", [STOCK], dry_run=True, desk=watched)
+    counts = {"rows": 105, "changed": 2, "missing": 1, "marked": 1, "matched": 102}
+    assert {name: dry[name] for name in counts} == counts
+    found = repair_day("2026-08-05", [STOCK], desk=watched)
+    assert {name: found[name] for name in counts} == counts
+    assert found["sent"] == 1 and found["applied"] is True
+    assert ours(watched, STOCK, "1m") == theirs(kite, STOCK, "minute", OPENED_S, KNOWN_S)
+    assert repair_day("2026-08-05", [STOCK], desk=watched)["matched"] == 105
+
+
+def test_a_day_without_rows_of_ours_is_all_missing(desk: Desk) -> None:
+    found = repair_day("2026-08-05", [STOCK], dry_run=True, desk=desk)
+    assert (found["rows"], found["missing"]) == (105, 105)
+
+
+def test_a_closed_day_has_nothing_to_compare(desk: Desk, kite: SimulatedKite) -> None:
+    assert "rows" not in repair_day("2026-08-02", [STOCK], dry_run=True, desk=desk)
+    assert "rows" not in repair_day("2026-08-06", [STOCK], dry_run=True, desk=desk)  # tomorrow
+    assert len(kite.limits.seen) == 0
+
+
+def test_the_day_candles_are_compared_with_kites_midnights(
+    desk: Desk, aggregator: Callable[[], None]
+) -> None:
+    aggregator()
+    warm_start([STOCK], desk=desk)
+    assert repair_day("2026-08-04", [STOCK], "day", desk=desk)["matched"] == 1
+    assert "rows" not in repair_day("2026-08-05", [STOCK], "1d", desk=desk)  # not over
+
+
+@pytest.mark.parametrize("interval", ["2m", "7m", "soon"])
+def test_an_interval_that_kite_or_the_store_lacks_is_one_line(desk: Desk, interval: str) -> None:
+    with pytest.raises(UnknownInterval):
+        repair_day("2026-08-05", [STOCK], interval, desk=desk)
+
+
+# --- slices
+
+
+def test_a_slice_ends_after_its_time_and_the_next_goes_on(desk: Desk) -> None:
+    progress = Progress(desk.client, desk.keys, "test")
+    seconds = iter([0.0, 10.0, 40.0, 0.0, 1.0, 2.0])
+    done: list[str] = []
+
+    def work(part: str) -> dict[str, int]:
+        done.append(part)
+        return {"rows": len(part)}
+
+    parts = ["a", "bb", "ccc", "dddd"]
+    assert run_parts(progress, parts, work, clock=lambda: next(seconds)) is None
+    assert done == ["a", "bb"]
+    assert read_progress(desk.client, desk.keys, "test") == (2, 4)
+    assert run_parts(progress, parts, work, clock=lambda: next(seconds)) == {"rows": 10}
+    assert done == parts
+    progress.forget()
+    assert read_progress(desk.client, desk.keys, "test") is None
+
+
+def test_progress_is_told_and_a_foreign_field_is_passed_over(desk: Desk) -> None:
+    heard: list[tuple[int, int, str]] = []
+    desk.client.hset(desk.keys.job("test"), mapping={"a": "no figures", "b": '{"rows":1}'})
+    progress = Progress(desk.client, desk.keys, "test", lambda *told: heard.append(told))
+    assert run_parts(progress, ["a", "b"], lambda _: {"rows": 2}) == {"rows": 3}
+    assert heard == [(1, 2, ""), (2, 2, "a")]
+    assert 0 < desk.client.ttl(desk.keys.job("test")) <= 86_400  # type: ignore[operator]

@@ -1,0 +1,11 @@
+"""The jobs worker: `python -m workers.jobs`, the same as `pkb jobs`."""
+
+from __future__ import annotations
+
+import sys
+
+from pkbrokers_redis.jobs.role import jobs
+from pkbrokers_redis.pipeline import roles
+
+if __name__ == "__main__":
+    sys.exit(roles.main(jobs))
