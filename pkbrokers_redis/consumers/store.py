@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import redis
 
+from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.consumers.fill import fill_gaps
 from pkbrokers_redis.consumers.follow import ClosedCandle, Follower, follow_ticks, last_closed
 from pkbrokers_redis.core.intervals import Interval, find_interval
@@ -18,6 +18,7 @@ from pkbrokers_redis.core.sessions import Sessions, load_sessions
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import read
 from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.master import load_derivative_tokens
 from pkbrokers_redis.store.meta import adopt_meta
 from pkbrokers_redis.store.symbols import load_symbols, resolve, resolve_all
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pkbrokers_redis.consumers.bulk import Bulk
+    from pkbrokers_redis.consumers.explain import Explanation
+    from pkbrokers_redis.consumers.follow_async import AsyncFollower
 
 SYMBOLS_READ_MAX = 10_000  # above it `bulk(None)` asks only for what the aggregators have seen
 
@@ -85,6 +88,32 @@ class CandleStore:
     def resolve(self, symbol: str | int) -> tuple[int, str]:
         """`(token, "NSE:INFY")`. Raises UnknownSymbol, which holds the nearest names."""
         return resolve(self.client, self.keys, str(symbol))
+
+    def resolve_all(self, symbols: Sequence[str | int]) -> list[tuple[int, str]]:
+        """`resolve` for many, in two round trips. Keeps the order."""
+        return resolve_all(self.client, self.keys, symbols)
+
+    def instruments(self) -> list[tuple[int, str]]:
+        """`(token, symbol)` of all that may have candles: the master's and those the aggregators have seen.
+
+        Of a master beyond SYMBOLS_READ_MAX only the latter. Sorted by symbol.
+        """
+        seen = self.tokens_seen()
+        size: Any = self.client.hlen(self.keys.symbols())
+        if size > SYMBOLS_READ_MAX and seen:
+            named = resolve_all(self.client, self.keys, sorted(seen))
+        else:
+            names = load_symbols(self.client, self.keys)
+            named = [(token, names.get(token, str(token))) for token in {**names, **dict.fromkeys(seen, "")}]
+        return sorted(named, key=lambda pair: pair[1])
+
+    def tokens_seen(self) -> set[int]:
+        """The instruments that the aggregators have had a tick of."""
+        seen: set[int] = set()
+        for shard in range(self.keys.shards):
+            fields: Any = self.client.hkeys(self.keys.state(shard))
+            seen.update(int(field) for field in fields if field.isdigit())
+        return seen
 
     def get_candles(
         self,
@@ -159,7 +188,7 @@ class CandleStore:
 
         wanted = find_interval(self.settings.intervals, interval)
         if symbols is None:
-            instruments = self._known()
+            instruments = self.instruments()
         else:
             instruments = list(dict(resolve_all(self.client, self.keys, symbols)).items())
         bulk = read_bulk(self.client, self.keys, instruments, wanted.name, count, include_current)
@@ -191,6 +220,34 @@ class CandleStore:
             block_seconds=block_seconds,
         )
 
+    def follow_async(
+        self,
+        symbols: Sequence[str | int] | None = None,
+        intervals: Sequence[str] | None = None,
+        position: str | None = None,
+        block_seconds: float | None = None,
+    ) -> AsyncFollower:
+        """`follow` for asyncio: `async for candle in store.follow_async(…)`. Names are resolved here."""
+        from pkbrokers_redis.consumers.follow_async import AsyncFollower
+        from pkbrokers_redis.store.async_client import async_client_of
+
+        tokens = None if symbols is None else [token for token, _ in self.resolve_all(symbols)]
+        return AsyncFollower(
+            async_client_of(self.client),
+            self.keys,
+            tokens=tokens,
+            intervals=self._names(intervals),
+            position=position,
+            block_seconds=block_seconds,
+        )
+
+    def explain(self, symbol: str | int, interval: str, start: int) -> Explanation:
+        """Why the candle at the moment `start` (epoch seconds) looks as it does; see `Explanation`."""
+        from pkbrokers_redis.consumers.explain import explain_candle
+
+        token, name = self.resolve(symbol)
+        return explain_candle(self, token, name, find_interval(self.settings.intervals, interval), start)
+
     def last_closed(self, count: int = 50, intervals: Sequence[str] | None = None) -> list[ClosedCandle]:
         """The last `count` announcements of all instruments, newest last."""
         return last_closed(self.client, self.keys, count, intervals=self._names(intervals), tally=self.tally)
@@ -210,38 +267,35 @@ class CandleStore:
             return None
         return [find_interval(self.settings.intervals, name).name for name in intervals]
 
-    def _known(self) -> list[tuple[int, str]]:
-        """Every instrument that may have candles: the master's and those the aggregators have seen."""
-        seen: set[int] = set()
-        for shard in range(self.keys.shards):
-            fields: Any = self.client.hkeys(self.keys.state(shard))
-            seen.update(int(field) for field in fields if field.isdigit())
-        size: Any = self.client.hlen(self.keys.symbols())
-        if size > SYMBOLS_READ_MAX and seen:
-            named = resolve_all(self.client, self.keys, sorted(seen))
-        else:
-            names = load_symbols(self.client, self.keys)
-            named = [(token, names.get(token, str(token))) for token in {**names, **dict.fromkeys(seen, "")}]
-        return sorted(named, key=lambda pair: pair[1])
-
     @cached_property
     def _sessions(self) -> dict[str, Sessions]:
         calendar = self.settings.calendar
-        return {
-            "market": load_sessions("market", path=calendar),
-            "always": load_sessions("always", self.settings.timezone, calendar),
-        }
+        market = load_sessions("market", path=calendar)
+        market.derivatives = frozenset(load_derivative_tokens(self.client, self.keys))
+        return {"market": market, "always": load_sessions("always", self.settings.timezone, calendar)}
+
+    def sessions_of(self, token: int, starts: Sequence[int]) -> Sessions:
+        """The sessions in which candles with these starts can have been made.
+
+        With candles out of hours the writers run with PKB_SESSIONS=always, whatever this reader's is.
+        """
+        sessions = self._sessions[self.settings.sessions]
+        schedule = sessions.schedule_of(token)
+        if all(sessions.is_open(schedule, start * 1000) for start in starts):
+            return sessions
+        return self._sessions["always"]
+
+    def possible_sessions(self) -> list[Sessions]:
+        """The sessions the writers may have been run with: this reader's first, then the other."""
+        first = self.settings.sessions
+        return [self._sessions[first], self._sessions["always" if first == "market" else "market"]]
 
     def _fill(
         self, candles: list[Candle], token: int, interval: Interval, count: int, has_current: bool
     ) -> list[Candle]:
-        sessions = self._sessions[self.settings.sessions]
+        sessions = self.sessions_of(token, [candle.start for candle in candles])
         schedule = sessions.schedule_of(token)
-        if not all(sessions.is_open(schedule, candle.start * 1000) for candle in candles):
-            # Candles out of hours: the writers run with PKB_SESSIONS=always, whatever this reader's is.
-            sessions = self._sessions["always"]
-            schedule = sessions.schedule_of(token)
         now_s = None
         if self.settings.clock == "wall" and not has_current:
-            now_s = int(time.time() - self.settings.close_grace_seconds)
+            now_s = int(market_clock(self.settings)() / 1000 - self.settings.close_grace_seconds)
         return fill_gaps(candles, sessions, schedule, interval.seconds, count, now_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 
 import pytest
@@ -220,3 +221,78 @@ def test_followed_ticks_are_the_instruments_own(store: CandleStore) -> None:
     stop.set()
     thread.join()
     assert found == list(range(found[0], found[0] + 5))
+
+
+def test_the_async_follower_gives_the_same_and_takes_the_same_positions(
+    store: CandleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pkbrokers_redis.consumers.follow_async.ENTRIES_A_READ", 5)
+    for i in range(20):
+        say(store, i, [INFY, RELIANCE, NIFTY][i % 3])
+    sync = list(store.follow(position="0", block_seconds=0))
+
+    async def follow(position: str, most: int) -> list[follow_module.ClosedCandle]:
+        async with store.follow_async(position=position, block_seconds=0) as follower:
+            return [closed async for closed, _ in _numbered(follower, most)]
+
+    first = asyncio.run(follow("0", 7))
+    rest = asyncio.run(follow(first[-1].position, 99))
+    assert sorted(numbers(first + rest)) == sorted(numbers(sync)) == list(range(20))
+    assert list(store.follow(position=rest[-1].position, block_seconds=0)) == []
+
+
+async def _numbered(follower, most):  # type: ignore[no-untyped-def]
+    count = 0
+    async for closed in follower:
+        count += 1
+        yield closed, count
+        if count == most:
+            return
+
+
+def test_a_waiting_async_follower_gets_what_comes_and_filters_the_rest(store: CandleStore) -> None:
+    async def follow() -> follow_module.ClosedCandle:
+        async with store.follow_async(["INFY"], ["1m"], block_seconds=20) as follower:
+            waiting = asyncio.create_task(anext(follower))
+            await asyncio.to_thread(say, store, 1, RELIANCE)
+            await asyncio.to_thread(say, store, 2, INFY, "5m")
+            await asyncio.to_thread(say, store, 3)
+            return await waiting
+
+    assert numbers([asyncio.run(follow())]) == [3]
+
+
+def test_an_async_follower_counts_what_was_trimmed_unread(store: CandleStore) -> None:
+    for i in range(10):
+        say(store, i)
+    reader = store.follow(position="0", block_seconds=0)
+    position = [next(reader) for _ in range(4)][-1].position
+    store.client.xtrim(store.keys.closed(store.keys.shard_of(INFY)), maxlen=3, approximate=False)
+
+    async def follow() -> tuple[int, list[int]]:
+        async with store.follow_async(position=position, block_seconds=0) as follower:
+            return follower.missed, numbers([closed async for closed in follower])
+
+    assert asyncio.run(follow()) == (3, [7, 8, 9])
+
+
+def test_an_async_follower_names_a_stream_of_another_type(store: CandleStore) -> None:
+    store.client.set(store.keys.closed(0), "mine")
+
+    async def follow() -> None:
+        async with store.follow_async():
+            pass
+
+    with pytest.raises(WrongKeyType, match=r"pkb:\{0\}:closed holds a string"):
+        asyncio.run(follow())
+
+
+def test_a_reader_that_keeps_up_looks_for_losses_now_and_then(
+    store: CandleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(follow_module, "CHECK_SECONDS", -1)
+    follower = store.follow(block_seconds=0)
+    for i in range(9):
+        say(store, i)
+    store.client.xtrim(store.keys.closed(store.keys.shard_of(INFY)), maxlen=2, approximate=False)
+    assert numbers(list(follower)) == [7, 8] and follower.missed == 7

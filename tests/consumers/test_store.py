@@ -29,7 +29,7 @@ def starts(candles: list[store_module.Candle]) -> list[int]:
 
 def at(monkeypatch: pytest.MonkeyPatch, minutes: float) -> None:
     """It is that many minutes after the open."""
-    monkeypatch.setattr(store_module.time, "time", lambda: OPEN_S + minutes * 60)
+    monkeypatch.setattr(store_module, "market_clock", lambda _: lambda: (OPEN_S + minutes * 60) * 1000)
 
 
 def test_candles_come_newest_last_and_the_current_one_only_if_asked(

@@ -1,0 +1,71 @@
+"""Upstream's modules and what their names are here. A name more is a row, a module more a key.
+
+Values are `module:attribute` of ours, imported when somebody asks for the name. What is not in this table
+comes from an installed PKBrokers, where there is one.
+"""
+
+from __future__ import annotations
+
+_STORE = "pkbrokers_redis.consumers.memory_store"
+_VIEWS = "pkbrokers_redis.consumers.instrument_views"
+_PROCESSOR = "pkbrokers_redis.consumers.tick_processor"
+_CONSTANTS = "pkbrokers_redis.compat.constants"
+
+_TICKS = {
+    "Tick": "pkbrokers_redis.kite.parser:Tick",
+    "DepthEntry": "pkbrokers_redis.kite.parser:DepthEntry",
+}
+
+MODULES: dict[str, dict[str, str]] = {
+    "pkbrokers": {"Imports": f"{_CONSTANTS}:Imports"},
+    "pkbrokers.kite": {"VERSION": f"{_CONSTANTS}:VERSION"},
+    "pkbrokers.bot": {},
+    "pkbrokers.kite.inMemoryCandleStore": {
+        "InMemoryCandleStore": f"{_STORE}:InMemoryCandleStore",
+        "get_candle_store": f"{_STORE}:get_candle_store",
+        "Candle": f"{_VIEWS}:Candle",
+        "InstrumentCandles": f"{_VIEWS}:InstrumentCandles",
+        "KOLKATA_TZ": f"{_CONSTANTS}:KOLKATA_TZ",
+        "SUPPORTED_INTERVALS": f"{_CONSTANTS}:SUPPORTED_INTERVALS",
+        "MAX_CANDLES": f"{_CONSTANTS}:MAX_CANDLES",
+        "MAX_DAILY_ROWS": f"{_STORE}:MAX_DAILY_ROWS",
+    },
+    "pkbrokers.kite.tickProcessor": {
+        "TickProcessor": f"{_PROCESSOR}:TickProcessor",
+        "get_tick_processor": f"{_PROCESSOR}:get_tick_processor",
+        "HighPerformanceDataProvider": "pkbrokers_redis.consumers.provider:HighPerformanceDataProvider",
+    },
+    "pkbrokers.kite.candleAggregator": {
+        "CandleAggregator": "pkbrokers_redis:CandleAggregator",
+    },
+    "pkbrokers.kite.localCandleDatabase": {
+        "LocalCandleDatabase": "pkbrokers_redis:LocalCandleDatabase",
+    },
+    "pkbrokers.kite.datamanager": {
+        "InstrumentDataManager": "pkbrokers_redis:InstrumentDataManager",
+    },
+    "pkbrokers.kite.kiteTokenWatcher": {
+        "KiteTokenWatcher": "pkbrokers_redis:KiteTokenWatcher",
+        "JSONFileWriter": "pkbrokers_redis:JSONWriter",
+    },
+    "pkbrokers.kite.instruments": {
+        "KiteInstruments": "pkbrokers_redis:KiteInstruments",
+        "Instrument": "pkbrokers_redis.kite.instrument:Instrument",
+    },
+    "pkbrokers.kite.instrumentHistory": {
+        "KiteTickerHistory": "pkbrokers_redis.kite.history:KiteTickerHistory",
+    },
+    "pkbrokers.kite.authenticator": {
+        "KiteAuthenticator": "pkbrokers_redis:KiteAuthenticator",
+    },
+    "pkbrokers.kite.ticks": _TICKS,
+    "pkbrokers.kite.zerodhaWebSocketClient": {
+        "ZerodhaWebSocketClient": "pkbrokers_redis.compat.websocket_client:ZerodhaWebSocketClient",
+        **_TICKS,
+    },
+    "pkbrokers.kite.zerodhaWebSocketParser": {
+        "ZerodhaWebSocketParser": "pkbrokers_redis.kite.parser:ZerodhaWebSocketParser",
+        **_TICKS,
+    },
+    "pkbrokers.bot.tickbot": {"PKTickBot": "pkbrokers_redis:PKTickBot"},
+}

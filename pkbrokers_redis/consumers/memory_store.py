@@ -1,0 +1,349 @@
+"""`InMemoryCandleStore`: upstream's class by name, arguments and answers, on Redis, not in one process.
+
+A writer's `process_tick` feeds the tick streams, the aggregators make the candles, and every process that
+asks sees the same. What differs, and why: docs/migrating.md.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import redis
+
+from pkbrokers_redis import logs
+from pkbrokers_redis.consumers.clearing import clear_store
+from pkbrokers_redis.consumers.instrument_views import InstrumentsView
+from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.consumers.store_stats import StoreStats
+from pkbrokers_redis.consumers.tick_input import TickInput
+from pkbrokers_redis.core.errors import PkbError, UnknownInterval, UnknownSymbol
+from pkbrokers_redis.core.intervals import DAY, find_interval
+from pkbrokers_redis.core.model import SEGMENT_INDICES, SEGMENTS, Candle
+from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.store.symbols import save_instruments
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+log = logs.get("store")
+
+MAX_DAILY_ROWS = 251  # of an export, as upstream
+NAMES_SECONDS = 30.0  # how long the list of symbols is believed
+INDEX_EXCHANGE = "NSE"  # of an index that nobody named an exchange for
+
+
+class InMemoryCandleStore:
+    """Candles of all instruments, by `instrument_token` or `trading_symbol` (`RELIANCE`, `BSE:INFY`).
+
+    What is not known is None or empty, as upstream has it, not an error. `auto_persist`, `persist_interval`
+    and `load_existing` are accepted and have nothing to do: Redis keeps the data. Any thread may use it.
+
+    Raises RedisUnavailable and redis-py's own errors.
+    """
+
+    def __init__(
+        self,
+        auto_persist: bool = True,
+        persist_interval: int = 300,
+        load_existing: bool = True,
+        shared_stats: dict[str, Any] | None = None,
+        *,
+        settings: Settings | None = None,
+        client: redis.Redis | None = None,
+    ) -> None:
+        self.auto_persist = auto_persist
+        self.persist_interval = persist_interval
+        self.load_existing = load_existing
+        self.shared_stats = shared_stats
+        self.store = CandleStore(settings, client)
+        self.lock = threading.RLock()
+        self._stats = StoreStats(self.store)
+        self._names: tuple[float, dict[int, str], dict[str, int]] | None = None
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def process_tick(self, tick_data: dict[str, Any]) -> bool:
+        """Send a tick (a dict as KiteTicker's or PKBrokers' client gives it) into the streams.
+
+        False for what is no tick, or when Redis has been away so long that no more is kept.
+        """
+        return self.process_ticks_batch([tick_data]) == 1
+
+    def process_ticks_batch(self, ticks: Sequence[dict[str, Any]]) -> int:
+        """Send many at once, which is far cheaper than one by one; returns how many were taken."""
+        taken, _ = self._input.put(ticks)
+        for tick in ticks:
+            symbol = tick.get("trading_symbol") if isinstance(tick, Mapping) else None
+            token = tick.get("instrument_token") if symbol else None
+            if isinstance(symbol, str) and isinstance(token, int) and token not in self._registered:
+                self.register_instrument(token, symbol)
+        self._stats.sent += taken
+        return taken
+
+    def register_instrument(self, instrument_token: int, trading_symbol: str) -> None:
+        """Give a token its name; one that the instrument master knows under it already stays as it is."""
+        exchange, _, symbol = trading_symbol.rpartition(":")
+        if not exchange:
+            segment = instrument_token & 0xFF
+            exchange = INDEX_EXCHANGE if segment == SEGMENT_INDICES else SEGMENTS.get(segment, "NSE")
+        full = f"{exchange.upper()}:{symbol}"
+        known: Any = self.store.client.hget(self.store.keys.symbols(), full)
+        if known != str(instrument_token).encode():
+            row = {
+                "instrument_token": instrument_token,
+                "tradingsymbol": symbol,
+                "exchange": exchange.upper(),
+                "segment": SEGMENTS.get(instrument_token & 0xFF, exchange.upper()),
+            }
+            save_instruments(self.store.client, self.store.keys, [row])
+            self._names = None
+        self._registered.add(instrument_token)
+
+    def clear(self) -> None:
+        """Delete the candles, quotes, ticks and announcements of this store's prefix; names and session stay.
+
+        Never FLUSH, and never under a running pipeline: raises PkbError while an aggregator owns a shard.
+        """
+        clear_store(self.store.client, self.store.keys)
+        self._names = None
+        self._stats = StoreStats(self.store)
+        log.info("store_cleared", prefix=self.store.keys.prefix)
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def get_candles(
+        self,
+        instrument_token: int | None = None,
+        trading_symbol: str | None = None,
+        interval: str = "5m",
+        count: int = 50,
+        include_current: bool = True,
+    ) -> list[dict[str, Any]]:
+        """The last `count` candles as upstream's dicts, oldest first, the one that forms among them."""
+        from pkbrokers_redis.consumers.frames import candle_dict
+
+        found = self._window(instrument_token, trading_symbol, interval, count, include_current)
+        token, candles, is_forming = found
+        last_s = self._last_trade_s(token, candles[-1]) if candles and is_forming else 0
+        ends = len(candles) - is_forming
+        return [candle_dict(each, n < ends, 0 if n < ends else last_s) for n, each in enumerate(candles)]
+
+    def get_current_candle(
+        self, instrument_token: int | None = None, trading_symbol: str | None = None, interval: str = "5m"
+    ) -> dict[str, Any] | None:
+        """The candle that forms, None without one."""
+        candles = self.get_candles(instrument_token, trading_symbol, interval, 1)
+        return candles[-1] if candles and not candles[-1]["is_complete"] else None
+
+    def get_ohlcv_dataframe(
+        self,
+        instrument_token: int | None = None,
+        trading_symbol: str | None = None,
+        interval: str = "5m",
+        count: int = 50,
+    ) -> pd.DataFrame:
+        """The last `count` candles, the one that forms among them, under `datetime` (Asia/Kolkata)."""
+        import numpy as np
+
+        from pkbrokers_redis.consumers.frames import ohlcv_frame
+
+        _, candles, _ = self._window(instrument_token, trading_symbol, interval, count, True)
+        return ohlcv_frame(np.array([candle[:8] for candle in candles], np.float64).reshape(-1, 8))
+
+    def get_latest_price(
+        self, instrument_token: int | None = None, trading_symbol: str | None = None
+    ) -> float | None:
+        """The last price: of the shortest interval's newest candle, else of the quote, else of the day."""
+        token = self._resolve(instrument_token, trading_symbol)
+        if token is None:
+            return None
+        _, candles, _ = self._window(token, None, self.store.intervals[0], 1, True)
+        if candles:
+            return candles[-1].close
+        price = self.store.get_quote(token).get("last_price")
+        if isinstance(price, float):
+            return price
+        _, days, _ = self._window(token, None, DAY, 1, True)
+        return days[-1].close if days else None
+
+    def get_day_ohlcv(
+        self, instrument_token: int | None = None, trading_symbol: str | None = None
+    ) -> dict[str, Any] | None:
+        """The newest day candle: today's, after the close too, until the next day's first trade."""
+        candles = self.get_candles(instrument_token, trading_symbol, DAY, 1)
+        return candles[-1] if candles else None
+
+    def get_all_instruments_ohlcv(self, interval: str = DAY) -> dict[int, dict[str, Any]]:
+        """Token → the newest candle of each instrument that has one, with `trading_symbol`."""
+        from pkbrokers_redis.consumers.exports import newest_candles
+
+        return newest_candles(self.store, interval)
+
+    def get_all_symbols(self) -> list[str]:
+        """The trading symbols of all instruments known, without `NSE:`."""
+        return list(self.symbol_to_token)
+
+    def get_all_instrument_tokens(self) -> list[int]:
+        """Their tokens."""
+        return list(self.instrument_symbols)
+
+    def has_recent_data(self, max_age_seconds: int = 300) -> bool:
+        """Whether a tick came within that time."""
+        last = self._stats.last_tick_time()
+        return last > 0 and time.time() - last <= max_age_seconds
+
+    def get_stats(self) -> dict[str, Any]:
+        """Upstream's keys, over the whole store: what all processes have done, at most a second old."""
+        stats = self._stats.read()
+        if self.shared_stats is not None:
+            self.shared_stats.update(stats)
+        return stats
+
+    def update_shared_stats(self, shared_stats: dict[str, Any]) -> None:
+        """Where `get_stats` also writes what it answers."""
+        self.shared_stats = shared_stats
+        self.get_stats()
+
+    def get_diagnostic_info(self) -> str:
+        """`get_stats` as lines for people; `pkb doctor` tells more."""
+        lines = [f"{name}: {value}" for name, value in self.get_stats().items()]
+        return "\n".join(["InMemoryCandleStore on Redis", *lines])
+
+    # -- exports ---------------------------------------------------------------------------------
+
+    def export_to_pickle_format(self) -> dict[str, Any]:
+        """`{symbol: {"data": [[o, h, l, c, v], …], "columns": […], "index": [ISO …]}}` of day candles."""
+        from pkbrokers_redis.consumers.exports import pickle_format
+
+        return pickle_format(self.store, MAX_DAILY_ROWS)
+
+    def export_to_ticks_json(self) -> dict[str, Any]:
+        """`{"256265": {"instrument_token": …, "trading_symbol": …, "ohlcv": {…}, …}}` of the newest day."""
+        from pkbrokers_redis.consumers.exports import ticks_json
+
+        return ticks_json(self.store)
+
+    def save_ticks_json(self, file_path: str | os.PathLike[str] | None = None) -> None:
+        """The same as a file, written beside its name and renamed; in PKB_DATA_DIR unless told."""
+        from pkbrokers_redis.consumers.exports import write_json
+
+        data = self.export_to_ticks_json()
+        path = Path(file_path) if file_path is not None else self.store.settings.data_dir / "ticks.json"
+        write_json(path, data)
+        if not data:
+            log.warning("ticks_json_empty", path=str(path), mend="see `pkb status`: no ticks have come yet")
+
+    # -- what upstream's users reach into --------------------------------------------------------
+
+    @property
+    def stats(self) -> dict[str, Any]:
+        """Upstream's attribute: the same as `get_stats()`."""
+        return self.get_stats()
+
+    @property
+    def symbol_to_token(self) -> dict[str, int]:
+        """Trading symbol (`RELIANCE`, others with their exchange) → token."""
+        return self._known()[2]
+
+    @property
+    def instrument_symbols(self) -> dict[int, str]:
+        """Token → trading symbol."""
+        return self._known()[1]
+
+    @property
+    def instruments(self) -> InstrumentsView:
+        """Token → its candles, of all instruments known; read from Redis as one reaches into them."""
+        return InstrumentsView(self.store, self._known()[1])
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    @cached_property
+    def _input(self) -> TickInput:
+        return TickInput(self.store.settings)
+
+    @cached_property
+    def _registered(self) -> set[int]:
+        return set(self.instrument_symbols)
+
+    def _known(self) -> tuple[float, dict[int, str], dict[str, int]]:
+        names = self._names
+        if names is None or time.monotonic() - names[0] > NAMES_SECONDS:
+            pairs = [(token, symbol.removeprefix("NSE:")) for token, symbol in self.store.instruments()]
+            names = time.monotonic(), dict(pairs), {symbol: token for token, symbol in pairs}
+            self._names = names
+        return names
+
+    def _resolve(self, instrument_token: int | None, trading_symbol: str | None) -> int | None:
+        if instrument_token is not None:
+            return instrument_token
+        if not trading_symbol:
+            return None
+        known = self._names and self._names[2].get(trading_symbol)
+        if known is not None:
+            return known
+        try:
+            return self.store.resolve(trading_symbol)[0]
+        except UnknownSymbol:
+            return None
+
+    def _window(
+        self,
+        instrument_token: int | None,
+        trading_symbol: str | None,
+        interval: str,
+        count: int,
+        include_current: bool,
+    ) -> tuple[int, list[Candle], bool]:
+        """`(token, candles, whether the last one still forms)`."""
+        token = self._resolve(instrument_token, trading_symbol)
+        try:
+            name = find_interval(self.store.settings.intervals, interval).name
+        except UnknownInterval:
+            name = ""
+        if token is None or not name or count < 1:
+            return 0, [], False
+        from pkbrokers_redis.store.read import read_window
+
+        try:
+            done, current = read_window(
+                self.store.client, self.store.keys, token, name, count, self.store.tally
+            )
+        except PkbError as error:  # a foreign hand's key: told, and nothing here to read
+            log.warning("unreadable", why=str(error))
+            return token, [], False
+        if current is None or not include_current:
+            return token, done, False
+        return token, [*done, current][-count:], True
+
+    def _last_trade_s(self, token: int, candle: Candle) -> int:
+        """When the instrument last traded, as far as it lies in this candle; else the candle's start."""
+        from pkbrokers_redis.consumers.exports import last_trade_s
+
+        fields: Any = self.store.client.hmget(
+            self.store.keys.quote(token), ["last_trade_time", "exchange_time", "received_at"]
+        )
+        return last_trade_s(fields, candle)
+
+    def __repr__(self) -> str:
+        return f"<InMemoryCandleStore on Redis, prefix {self.store.keys.prefix!r}>"
+
+
+_instance: InMemoryCandleStore | None = None
+_instance_lock = threading.Lock()
+
+
+def get_candle_store(shared_stats: dict[str, Any] | None = None) -> InMemoryCandleStore:
+    """The process' candle store, made when first asked for. Raises RedisUnavailable while Redis is away."""
+    global _instance
+    with _instance_lock:
+        if _instance is None:
+            _instance = InMemoryCandleStore(shared_stats=shared_stats)
+        elif shared_stats is not None:
+            _instance.update_shared_stats(shared_stats)
+        return _instance

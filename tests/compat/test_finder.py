@@ -1,0 +1,121 @@
+"""Upstream's import paths: they find ours, and leave an installed PKBrokers what we do not have."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+COMPAT = [sys.executable, "-m", "pkbrokers_redis.compat"]
+
+
+def run(code: str, *path: Path | str) -> str:
+    """What that program prints, with these folders in PYTHONPATH."""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path))}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def shim() -> str:
+    return subprocess.run(COMPAT, capture_output=True, text=True, timeout=60, check=True).stdout.strip()
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """A folder with a package `pkbrokers` as upstream has it, each module saying that it is theirs."""
+    kite = tmp_path / "site" / "pkbrokers" / "kite"
+    kite.mkdir(parents=True)
+    for file in (kite.parent / "__init__.py", kite / "__init__.py"):
+        file.write_text("OURS = False\n")
+    (kite / "inMemoryCandleStore.py").write_text("get_candle_store = 'theirs'\n")
+    (kite / "trader.py").write_text(
+        "from pkbrokers.kite.inMemoryCandleStore import get_candle_store\nname = 'theirs'\n"
+    )
+    return tmp_path / "site"
+
+
+def test_each_module_has_upstream_s_names_and_nothing_is_imported_before_it_is_asked_for() -> None:
+    run(
+        "import importlib, sys, pkbrokers_redis.compat\n"
+        "from pkbrokers_redis.compat.table import MODULES\n"
+        "modules = {name: importlib.import_module(name) for name in MODULES}\n"
+        "assert not {'numba', 'pandas', 'redis', 'kiteconnect'} & set(sys.modules), 'imported too early'\n"
+        "for name, module in modules.items():\n"
+        "    assert module.__all__ == sorted(MODULES[name]) and set(module.__all__) <= set(dir(module))\n"
+        "    for each in module.__all__: getattr(module, each)\n"
+    )
+
+
+def test_from_import_star_and_unknown_names_work_as_in_any_module() -> None:
+    print_it = (
+        "import pkbrokers_redis.compat\n"
+        "from pkbrokers.kite.inMemoryCandleStore import *\n"
+        "import pkbrokers.kite.inMemoryCandleStore as module\n"
+        "print(InMemoryCandleStore.__module__, MAX_CANDLES['1h'], hasattr(module, 'nothing'))\n"
+        "from pkbrokers_redis import InMemoryCandleStore as ours; print(ours is InMemoryCandleStore)\n"
+    )
+    out = run(print_it).split()
+    assert out == ["pkbrokers_redis.consumers.memory_store", "7", "False", "True"]
+
+
+def test_one_environment_variable_is_enough() -> None:
+    code = "from pkbrokers.kite.tickProcessor import HighPerformanceDataProvider as P; print(P.__module__)"
+    assert run(code, shim()).strip() == "pkbrokers_redis.consumers.provider"
+
+
+def test_what_python_path_had_stays_in_it() -> None:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(["/one", "/two"])}
+    out = subprocess.run(COMPAT, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert out.strip().split(os.pathsep)[1:] == ["/one", "/two"]
+
+
+def test_children_have_it_too() -> None:
+    code = (
+        "import subprocess, sys\n"
+        "code = 'import pkbrokers.kite.inMemoryCandleStore as m; print(m.get_candle_store.__module__)'\n"
+        "print(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout)\n"
+    )
+    assert run(code, shim()).strip() == "pkbrokers_redis.consumers.memory_store"
+
+
+@pytest.mark.parametrize("by_variable", [True, False])
+def test_ours_wins_over_an_installed_pkbrokers_which_keeps_its_other_modules(
+    installed: Path, by_variable: bool
+) -> None:
+    code = (
+        "import pkbrokers.kite.trader as trader, pkbrokers.kite.inMemoryCandleStore as store\n"
+        "ours = store.get_candle_store\n"
+        "print(trader.name, trader.get_candle_store is ours, ours.__module__)"
+    )
+    if by_variable:
+        out = run(code, shim(), installed)
+    else:
+        out = run("import pkbrokers_redis.compat\n" + code, installed)
+    assert out.split() == ["theirs", "True", "pkbrokers_redis.consumers.memory_store"]
+
+
+def test_a_module_that_is_nowhere_is_the_usual_error() -> None:
+    code = (
+        "import pkbrokers_redis.compat\n"
+        "try:\n import pkbrokers.kite.trader\n"
+        "except ModuleNotFoundError as error:\n print(error.name)"
+    )
+    assert run(code).strip() == "pkbrokers.kite.trader"
+
+
+def test_modules_imported_before_are_warned_of_and_replaced_for_the_others(installed: Path) -> None:
+    code = (
+        "from pkbrokers.kite.inMemoryCandleStore import get_candle_store as early\n"
+        "import pkbrokers_redis.compat\n"
+        "from pkbrokers.kite.inMemoryCandleStore import get_candle_store as late\n"
+        "print(early, late.__module__)"
+    )
+    out = run(code, installed)
+    assert "theirs pkbrokers_redis.consumers.memory_store" in out
+    assert "pkbrokers.kite.inMemoryCandleStore had been imported before pkbrokers_redis.compat" in out

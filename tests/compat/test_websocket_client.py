@@ -1,0 +1,128 @@
+"""Upstream's websocket client by constructor and methods, against the simulator."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import redis
+
+from pkbrokers_redis import ZerodhaWebSocketClient
+from pkbrokers_redis.compat.websocket_client import database_row
+from pkbrokers_redis.core.errors import LoginNeeded
+from pkbrokers_redis.kite.parser import DepthEntry, Tick
+from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.simulator.market import Market
+from pkbrokers_redis.simulator.server import SimulatorServer
+from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.store.symbols import save_instruments
+from tests.support import wait_until
+
+
+class Database:
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.is_closed = False
+
+    def insert_ticks(self, rows: list[dict[str, Any]]) -> None:
+        self.rows += rows
+
+    def close_all(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def kite() -> Any:
+    market = Market(universe(20), int(time.time() * 1000), rate=200)
+    server = SimulatorServer(market)
+    server.start()
+    yield server
+    server.stop()
+
+
+def started(client: ZerodhaWebSocketClient) -> threading.Thread:
+    thread = threading.Thread(target=client.start, daemon=True)
+    thread.start()
+    return thread
+
+
+def test_ticks_come_into_the_queue_and_the_database_with_their_batch(kite: Any) -> None:
+    tokens = kite.market.tokens.tolist()
+    ticks: queue.Queue[Tick] = queue.Queue()
+    database, stop = Database(), threading.Event()
+    client = ZerodhaWebSocketClient(
+        enctoken="secret",
+        user_id="AB1234",
+        api_key="kitefront",
+        token_batches=[tokens[:10], tokens[10:]],
+        watcher_queue=ticks,
+        db_conn=database,
+        ws_stop_event=stop,
+        settings=load_settings(kite_ws_url=kite.url),
+    )
+    thread = started(client)
+    seen: dict[int, Tick] = {}
+
+    def are_all_there() -> bool:
+        while not ticks.empty():
+            tick = ticks.get()
+            seen[tick.instrument_token] = tick
+        return len(seen) == 20
+
+    wait_until(are_all_there, what="a tick of each instrument")
+    assert all(seen[token].batch_index == (n >= 10) for n, token in enumerate(tokens))
+    assert set(client.get_batch_last_tick_times()) == {0, 1}
+    assert client.get_unhealthy_batches(time.time(), 60) == []
+    assert client.get_unhealthy_batches(time.time() + 100, 60) == [0, 1]
+    stop.set()
+    thread.join(timeout=20)
+    assert not thread.is_alive() and database.is_closed and client.dropped == 0
+    assert {row["instrument_token"] for row in database.rows} == set(tokens)
+    assert {"timestamp", "day_volume", "prev_day_close", "batch_index"} <= set(database.rows[0])
+
+
+@pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
+def test_without_batches_it_takes_the_configured_instruments(
+    kite: Any, client: redis.Redis, make_settings: Callable[..., Settings]
+) -> None:
+    rows = universe(20)
+    settings = make_settings(kite_ws_url=kite.url, instruments="all")
+    save_instruments(client, settings.keys, rows)
+    ticks: queue.Queue[Tick] = queue.Queue()
+    ours = ZerodhaWebSocketClient("e", "u", watcher_queue=ticks, settings=settings)
+    thread = started(ours)
+    assert ticks.get(timeout=20).instrument_token in kite.market.tokens.tolist()
+    ours.stop()
+    thread.join(timeout=20)
+    assert sum(map(len, ours.token_batches)) == len({row["instrument_token"] for row in rows})
+
+
+def test_a_full_queue_drops_ticks_and_counts_them(kite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pkbrokers_redis.compat.websocket_client.PUT_SECONDS", 0.001)
+    ours = ZerodhaWebSocketClient(
+        "e",
+        "u",
+        token_batches=[kite.market.tokens.tolist()],
+        watcher_queue=queue.Queue(maxsize=1),
+        settings=load_settings(kite_ws_url=kite.url),
+    )
+    thread = started(ours)
+    wait_until(lambda: ours.dropped > 3, what="ticks to be dropped")
+    ours.stop()
+    thread.join(timeout=20)
+
+
+def test_no_session_is_one_line() -> None:
+    with pytest.raises(LoginNeeded, match="there is no Kite session"):
+        ZerodhaWebSocketClient(token_batches=[[408065]]).start()
+
+
+def test_a_row_for_the_database_has_upstream_s_shape() -> None:
+    level = DepthEntry(10, 99.5, 2)
+    row = database_row(Tick(408065, 100.0, exchange_timestamp=1, depth={"bid": [level], "ask": []}))
+    assert row["depth"] == {"bid": [{"price": 99.5, "quantity": 10, "orders": 2}], "ask": []}
+    assert row["day_volume"] == row["oi"] == 0 and row["timestamp"].isoformat() == "1970-01-01T05:30:01+05:30"
