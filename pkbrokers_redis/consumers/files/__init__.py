@@ -1,0 +1,1 @@
+"""Files that other programs read and write: pickles, ticks.json, Parquet, and their manifest."""

@@ -1,0 +1,1 @@
+"""Where `InstrumentDataManager` gets candles from: one file a source, one row each in `table.py`."""

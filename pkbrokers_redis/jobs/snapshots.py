@@ -1,0 +1,293 @@
+"""Snapshots of the store as files: ticks.json, pickles, SQLite, Parquet; each in its manifest entry.
+
+    files/ticks.json                                  snapshot("ticks")
+    files/stock_data_DDMMYYYY.pkl, daily_candles.pkl  snapshot("pickle")
+    files/intraday_stock_data_DDMMYYYY.pkl, intraday_1m_candles.pkl
+    files/candles.db → stock_data.db                  snapshot("sqlite")
+    files/parquet/interval=…/date=…/candles.parquet   snapshot("parquet")
+    files/manifest.json
+
+One of a kind at a time, also among processes. A run that is killed leaves the old files. Instruments are
+read in slices, so memory does not grow with their number.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pkbrokers_redis import logs
+from pkbrokers_redis.clock import Clock, market_clock
+from pkbrokers_redis.consumers.bulk import Bulk, read_bulk
+from pkbrokers_redis.consumers.candle_file import NAME as CANDLE_DB
+from pkbrokers_redis.consumers.database import LocalCandleDatabase
+from pkbrokers_redis.consumers.files import parquet, pickles, ticks_json
+from pkbrokers_redis.consumers.files.atomic import exclusively, linked, replacing, replacing_path, sha256_of
+from pkbrokers_redis.consumers.files.frames import KOLKATA_SECONDS, Floats, file_symbol
+from pkbrokers_redis.consumers.files.manifest import Entry, read_manifest, update_manifest
+from pkbrokers_redis.consumers.files.pickles import DAILY_ROWS_MAX, PickledDict, Shape
+from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.core.errors import InputFileError, PkbError
+from pkbrokers_redis.core.intervals import DAY, find_interval
+from pkbrokers_redis.settings import Settings, load_settings
+
+KINDS = ("ticks", "pickle", "sqlite", "parquet")
+SQLITE_COPY = "stock_data.db"
+ROWS_A_SLICE = 200_000  # at most: 13 MB as arrays, some 60 MB as what is made of them
+MINUTE = "1m"
+
+log = logs.get("snapshots")
+
+
+@dataclass
+class Run:
+    """What a snapshot works with; `made` is what it has written."""
+
+    settings: Settings
+    store: CandleStore
+    clock: Clock
+    folder: Path
+    made: dict[str, Entry] = field(default_factory=dict)
+
+    @property
+    def today(self) -> date:
+        """Kolkata's date, market time."""
+        return datetime.fromtimestamp(self.clock() / 1000 + KOLKATA_SECONDS, UTC).date()
+
+    def made_at(self) -> str:
+        """Now, ISO with +05:30, market time."""
+        return _iso(int(self.clock() / 1000))
+
+    def position(self) -> dict[str, str]:
+        """How far each shard's aggregator is: the cursor's stream id."""
+        keys, client = self.store.keys, self.store.client
+        pipeline = client.pipeline(transaction=False)
+        for shard in range(keys.shards):
+            pipeline.hget(keys.cursor(shard), "id")
+        replies = enumerate(pipeline.execute(raise_on_error=False))
+        return {str(shard): reply.decode() for shard, reply in replies if isinstance(reply, bytes)}
+
+    def slices(
+        self, interval: str, count: int, include_current: bool = False, rows_a_slice: int = ROWS_A_SLICE
+    ) -> Iterator[Bulk]:
+        """The store's candles of an interval, instruments in slices with ascending tokens."""
+        instruments = sorted(self.store.instruments())
+        step = max(1, rows_a_slice // max(count, 1))
+        parts = [instruments[first : first + step] for first in range(0, len(instruments), step)]
+
+        def read(part: list[tuple[int, str]]) -> Bulk:
+            return read_bulk(self.store.client, self.store.keys, part, interval, count, include_current)
+
+        with ThreadPoolExecutor(1) as ahead:  # Redis answers for the next slice while this one is written
+            coming = ahead.submit(read, parts[0]) if parts else None
+            for part in [*parts[1:], None]:
+                if coming is None:
+                    return
+                bulk = coming.result()
+                coming = ahead.submit(read, part) if part is not None else None
+                yield bulk.with_rows_only()
+
+
+@contextmanager
+def open_run(
+    settings: Settings | None = None, store: CandleStore | None = None, folder: Path | None = None
+) -> Iterator[Run]:
+    """On the configured store and folder, or on those handed in."""
+    settings = settings or load_settings()
+    with ExitStack() as stack:
+        opened = store or stack.enter_context(CandleStore(settings))
+        yield Run(opened.settings, opened, market_clock(settings), folder or settings.files_folder)
+
+
+def snapshot(
+    kind: str,
+    shape: Shape = "published",
+    intervals: list[str] | None = None,
+    full: bool = False,
+    run: Run | None = None,
+) -> dict[str, Any]:
+    """Write one kind of snapshot. Returns `{"kind", "files": {name: rows}, "instruments", "seconds"}`.
+
+    `shape` is the pickles', `intervals` the Parquet's (default: 1m and day), `full` writes again what an
+    incremental run would leave. Raises PkbError when another run of the kind is at work, InputFileError for a
+    damaged file in the way, OSError for the disk.
+    """
+    if kind not in KINDS:
+        raise PkbError(f"unknown snapshot {kind!r}", "use one of " + " ".join(KINDS))
+    with ExitStack() as stack:
+        at = run or stack.enter_context(open_run())
+        began = time.monotonic()
+        stack.enter_context(exclusively(at.folder / f".snapshot-{kind}.lock"))
+        at.made.clear()
+        if kind == "ticks":
+            _ticks(at)
+        elif kind == "pickle":
+            _pickles(at, shape)
+        elif kind == "sqlite":
+            _sqlite(at, full)
+        else:
+            _parquet(at, intervals or [MINUTE, DAY], full)
+        update_manifest(at.folder, at.made)
+        told = {
+            "kind": kind,
+            "files": {name: entry.rows for name, entry in at.made.items()},
+            "instruments": max((entry.instruments for entry in at.made.values()), default=0),
+            "seconds": round(time.monotonic() - began, 2),
+        }
+        log.info(
+            "snapshot",
+            kind=kind,
+            files=len(at.made),
+            instruments=told["instruments"],
+            seconds=told["seconds"],
+        )
+        return told
+
+
+def _ticks(run: Run) -> None:
+    position, instruments = run.position(), sorted(run.store.instruments())
+    first, last = "", ""
+    with replacing(run.folder / ticks_json.NAME) as file:
+        ticks = ticks_json.TicksFile(file)
+        for token, entry in ticks_json.read_entries(
+            run.store.client, run.store.keys, instruments, run.store.tally
+        ):
+            stamp = entry["ohlcv"]["timestamp"]
+            first, last = min(first or stamp, stamp), max(last, stamp)
+            ticks.add(token, entry)
+        ticks.finish()
+    run.made[ticks_json.NAME] = Entry(
+        file.sha256,
+        file.bytes_written,
+        ticks.entries,
+        ticks.entries,
+        first,
+        last,
+        run.made_at(),
+        "ticks",
+        position,
+    )
+
+
+def _pickles(run: Run, shape: Shape) -> None:
+    names = run.store.intervals
+    if DAY in names:
+        dated, latest = pickles.daily_name(run.today), pickles.DAILY_LATEST
+        _pickle(run, DAY, DAILY_ROWS_MAX, shape, (dated, latest))
+    if MINUTE in names:
+        keep = find_interval(run.settings.intervals, MINUTE).keep
+        _pickle(run, MINUTE, keep, shape, (pickles.intraday_name(run.today), pickles.INTRADAY_LATEST))
+
+
+def _pickle(run: Run, interval: str, count: int, shape: Shape, names: tuple[str, str]) -> None:
+    """One pickle under its dated and its undated name."""
+    daily, position = interval == DAY, run.position()
+    older = _OlderDays(run) if daily else None
+    total, first_s, last_s = 0, 0, 0
+    with replacing(run.folder / names[0]) as file:
+        pickled = PickledDict(file)
+        for bulk in run.slices(interval, count, include_current=daily):  # the day so far, whole minutes
+            for i, token in enumerate(bulk.tokens.tolist()):
+                symbol = file_symbol(token, bulk.symbols[i])
+                rows = bulk.rows[bulk.offsets[i] : bulk.offsets[i + 1]]
+                if older is not None and len(rows) < count:
+                    rows = older.before(symbol, rows, count)
+                pickled.add(symbol, pickles.shaped(rows, daily, shape))
+                total += len(rows)
+                first_s = min(first_s or int(rows[0, 0]), int(rows[0, 0]))
+                last_s = max(last_s, int(rows[-1, 0]))
+        pickled.finish()
+    if older is not None:
+        older.close()
+    linked(run.folder / names[0], run.folder / names[1])
+    span = (_iso(first_s), _iso(last_s))
+    entry = Entry(
+        file.sha256, file.bytes_written, total, pickled.items, *span, run.made_at(), "pickle", position
+    )
+    run.made.update(dict.fromkeys(names, entry))
+
+
+class _OlderDays:
+    """Days that the store does not have (yet), from the candle file: a new store has a year at once."""
+
+    def __init__(self, run: Run) -> None:
+        self._database: LocalCandleDatabase | None = None
+        if (run.folder / CANDLE_DB).exists():
+            self._database = LocalCandleDatabase(run.folder, run.settings)
+
+    def before(self, symbol: str, rows: Floats, count: int) -> Floats:
+        """`rows` with older ones before them, `count` at most."""
+        if self._database is None or not len(rows):
+            return rows
+        until = datetime.fromtimestamp(int(rows[0, 0]) + KOLKATA_SECONDS, UTC).date() - timedelta(days=1)
+        for _, frame in self._database.iter_daily(symbol, None, until.isoformat()):
+            old = np.zeros((len(frame), rows.shape[1]))
+            old[:, 0] = frame.index.asi8 // 1_000_000_000  # type: ignore[attr-defined]
+            old[:, 1:6] = frame.to_numpy(np.float64)
+            return np.concatenate([old, rows])[-count:]
+        return rows
+
+    def close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+
+
+def _sqlite(run: Run, full: bool) -> None:
+    """The live candle file brought up to date, and a whole copy of it for other machines."""
+    position = run.position()
+    with LocalCandleDatabase(run.folder, run.settings) as database:
+        database.update_from_ticks(run.store, full=full)
+        stats = database.get_stats()
+        first, last = database.span()
+        with replacing_path(run.folder / SQLITE_COPY) as temporary:
+            database.copy_to(temporary)
+            told = sha256_of(temporary), temporary.stat().st_size
+    rows = stats["daily"]["records"] + stats["intraday"]["records"]
+    symbols = max(stats["daily"]["symbols"], stats["intraday"]["symbols"])
+    run.made[SQLITE_COPY] = Entry(*told, rows, symbols, first, last, run.made_at(), "sqlite", position)
+
+
+def _parquet(run: Run, intervals: list[str], full: bool) -> None:
+    for name in intervals:
+        interval = find_interval(run.settings.intervals, name)
+        position = run.position()
+        since = None if full else _since(run, interval.name)
+        count = interval.keep
+        if since is not None and interval.name == DAY:
+            count = min(count, (run.today - since).days + 1)
+        # A year of days is as many files: each must get more than a handful of rows at a time.
+        rows_a_slice = ROWS_A_SLICE * (5 if interval.name == DAY else 1)
+        slices = run.slices(interval.name, count, rows_a_slice=rows_a_slice)
+        for written in parquet.write_partitions(run.folder, interval.name, slices, since):
+            path, span = written.path, (_iso(written.first_s), _iso(written.last_s))
+            counts = (path.stat().st_size, written.rows, written.instruments)
+            entry = Entry(sha256_of(path), *counts, *span, run.made_at(), "parquet", position)
+            run.made[path.relative_to(run.folder).as_posix()] = entry
+
+
+def _since(run: Run, interval: str) -> date | None:
+    """From which day an incremental run writes: the newest partition that is there, and the one before it,
+    whose candles may have been repaired since."""
+    try:
+        listed = read_manifest(run.folder)
+    except InputFileError:
+        return None
+    there = parquet.partitions(run.folder, interval)
+    known = [day for day, path in there.items() if path.relative_to(run.folder).as_posix() in listed]
+    return known[-2:][0] if known else None
+
+
+def _iso(moment_s: int) -> str:
+    """`2026-11-20T09:15:00+05:30`; "" for 0."""
+    if not moment_s:
+        return ""
+    local = datetime.fromtimestamp(moment_s + KOLKATA_SECONDS, UTC)
+    return local.strftime("%Y-%m-%dT%H:%M:%S+05:30")
