@@ -1,0 +1,121 @@
+"""What the alerts' reader writes, in one step: how far it read, what the alerts remember, what is to be told.
+
+All of it or nothing, and only if nobody else has committed since we looked (`rev`): a process that lost its
+lease without noticing is refused. So after any crash the reader goes on from a picture in which position,
+memory and messages belong together, and ticks that it reads again lead to the same crossings, untold ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import msgspec
+import redis
+
+from pkbrokers_redis.core.keys import Keys
+
+OUTBOX_MAX = 10_000  # messages that wait for Telegram; the oldest go first beyond it
+
+# KEYS  position armed alerts outbox
+# ARGV  rev, then counted lists: shard, position; id, state ('' removes the alert);
+#       and, behind the outbox's cap, chat, text, tick_ms
+_COMMIT = """
+if (redis.call('HGET', KEYS[1], 'rev') or '0') ~= ARGV[1] then return 0 end
+redis.call('HINCRBY', KEYS[1], 'rev', 1)
+local at = 2
+local n = tonumber(ARGV[at])
+for i = at + 1, at + n, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
+at = at + n + 1
+n = tonumber(ARGV[at])
+for i = at + 1, at + n, 2 do
+  if ARGV[i + 1] == '' then
+    redis.call('HDEL', KEYS[2], ARGV[i])
+    redis.call('HDEL', KEYS[3], ARGV[i])
+  else
+    redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1])
+  end
+end
+at = at + n + 2
+n = tonumber(ARGV[at - 1])
+for i = at + 1, at + n, 3 do
+  redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[at],
+    '*', 'chat', ARGV[i], 'text', ARGV[i + 1], 'tick_ms', ARGV[i + 2])
+end
+return 1
+"""
+
+
+class Told(NamedTuple):
+    """A message for a chat; `tick_ms` is when the frame that caused it was received."""
+
+    chat_id: int
+    html: str
+    tick_ms: float
+
+
+@dataclass
+class Picture:
+    """Where the reader stands, as Redis has it."""
+
+    rev: int = 0
+    positions: dict[int, str] = field(default_factory=dict)  # shard → stream id
+    armed: dict[int, list[Any]] = field(default_factory=dict)  # alert id → state
+
+
+def load_picture(client: redis.Redis, keys: Keys) -> Picture:
+    """What the last commit left."""
+    pipeline = client.pipeline(transaction=True)
+    pipeline.hgetall(keys.bot_position())
+    pipeline.hgetall(keys.bot_armed())
+    position, armed = pipeline.execute()
+    picture = Picture(int(position.pop(b"rev", b"0")))
+    picture.positions = {int(shard): at.decode() for shard, at in position.items() if shard.isdigit()}
+    picture.armed = {int(name): _cells(text) for name, text in armed.items() if name.isdigit()}
+    return picture
+
+
+def load_armed(client: redis.Redis, keys: Keys, ids: Sequence[int]) -> dict[int, list[Any]]:
+    """What some alerts remember: those that were set since the picture."""
+    if not ids:
+        return {}
+    found: Any = client.hmget(keys.bot_armed(), [str(number) for number in ids])
+    return {number: _cells(text) for number, text in zip(ids, found, strict=True)}
+
+
+def _cells(text: bytes | None) -> list[Any]:
+    """A state; empty, so that the alert begins anew, for none and for a foreign hand's."""
+    try:
+        return msgspec.json.decode(text or b"[]", type=list[Any])
+    except msgspec.DecodeError:
+        return []
+
+
+def commit(
+    client: redis.Redis,
+    keys: Keys,
+    rev: int,
+    positions: Mapping[int, str],
+    states: Mapping[int, Sequence[Any] | None],
+    told: Sequence[Told],
+) -> bool:
+    """Write it all; `states` None removes the alert. False: refused, somebody else has committed."""
+    places = [cell for shard, at in positions.items() for cell in (shard, at)]
+    cells: list[Any] = []
+    for number, state in states.items():
+        cells += [number, b"" if state is None else msgspec.json.encode(state)]
+    messages = [cell for each in told for cell in (each.chat_id, each.html, int(each.tick_ms))]
+    arguments = [rev, len(places), *places, len(cells), *cells, len(messages), OUTBOX_MAX, *messages]
+    script: Any = client.eval
+    return bool(
+        script(
+            _COMMIT,
+            4,
+            keys.bot_position(),
+            keys.bot_armed(),
+            keys.bot_alerts(),
+            keys.bot_outbox(),
+            *arguments,
+        )
+    )

@@ -1,0 +1,19 @@
+"""/losers: what lost most since yesterday's close."""
+
+from __future__ import annotations
+
+from pkbrokers_redis.bot.ask import Ask
+from pkbrokers_redis.bot.rankings import movers_of, reply_table, rows_asked
+from pkbrokers_redis.bot.registry import Command
+from pkbrokers_redis.bot.text import money, percent
+
+
+async def losers(ask: Ask) -> None:
+    rows = rows_asked(ask)
+    known = [each for each in await movers_of(ask) if each.change is not None and each.volume]
+    known.sort(key=lambda each: each.change or 0.0, reverse=False)
+    columns = {"price": lambda m: money(m.price), "change": lambda m: percent(m.change)}
+    await reply_table(ask, "Losers", known[:rows], columns)
+
+
+COMMAND = Command("losers", "what lost most since the previous close", losers, "[N]", words_max=1)

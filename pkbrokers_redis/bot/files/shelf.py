@@ -1,0 +1,77 @@
+"""The snapshots in the files folder: which file a command sends, and when it is too old.
+
+Only looks, and believes the manifest only: `pkb snapshot` writes it last, so that what it names is whole.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from pkbrokers_redis.consumers.files.manifest import read_manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a command sends. `snapshot` is the word behind `pkb snapshot`, `patterns` which of its files are
+    meant. In market hours a file older than `age_seconds_max` is made anew first."""
+
+    title: str
+    snapshot: str
+    patterns: tuple[str, ...]
+    age_seconds_max: float
+    is_folder: bool = False  # all files together, as one zip
+
+
+KINDS: dict[str, Kind] = {
+    "ticks": Kind("ticks.json", "ticks", ("ticks.json",), 60),
+    "db": Kind("stock_data.db", "sqlite", ("stock_data.db",), 900),
+    "daily_pkl": Kind("daily_candles.pkl", "pickle", ("stock_data_*.pkl",), 3600),
+    "intraday_pkl": Kind("intraday_1m_candles.pkl", "pickle", ("intraday_stock_data_*.pkl",), 900),
+    "candles": Kind("candles", "parquet", ("parquet/*.parquet",), 900, is_folder=True),
+    "instrument_history": Kind("instrument_history.db", "sqlite", ("stock_data.db",), 3600),
+}
+AGE_SECONDS_MAX_CLOSED = 12 * 3600.0  # outside market hours nothing changes
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The newest file or files of a kind; `made_at` is market time, epoch seconds."""
+
+    paths: tuple[Path, ...]
+    made_at: float
+    size_bytes: int
+    rows: int
+
+
+def newest(folder: Path, kind: Kind) -> Found | None:
+    """The newest file of a kind, or all files of a folder kind. None where there is none.
+
+    Raises InputFileError for a damaged manifest.
+    """
+    dated: list[tuple[float, Path, int, int]] = []
+    for name, entry in read_manifest(folder).items():
+        if entry.kind != kind.snapshot or not any(fnmatch(name, pattern) for pattern in kind.patterns):
+            continue
+        path = folder / name
+        if entry.bytes and path.is_file() and path.stat().st_size == entry.bytes:
+            dated.append(((entry.made_at_ms or 0.0) / 1000, path, entry.bytes, entry.rows))
+    if not dated:
+        return None
+    dated.sort()
+    chosen = dated if kind.is_folder else dated[-1:]
+    return Found(
+        tuple(sorted(path for _, path, _, _ in chosen)),
+        dated[-1][0],
+        sum(size for _, _, size, _ in chosen),
+        sum(rows for *_, rows in chosen),
+    )
+
+
+def is_fresh(found: Found | None, kind: Kind, now_s: float, market_is_open: bool) -> bool:
+    """Whether it can be sent as it is."""
+    if found is None:
+        return False
+    limit = kind.age_seconds_max if market_is_open else AGE_SECONDS_MAX_CLOSED
+    return now_s - found.made_at <= limit

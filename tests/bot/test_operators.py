@@ -1,0 +1,164 @@
+"""What the operators are told: once when it begins, once when it is over."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import redis
+
+from pkbrokers_redis.bot import operators
+from pkbrokers_redis.pipeline.heartbeat import Heartbeat
+from pkbrokers_redis.pipeline.restart import RoleStop, ask_restart, heed, redis_ms
+from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.simulator.market import Market
+from pkbrokers_redis.simulator.server import SimulatorServer
+from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.store.lease import announce
+from tests.bot.conftest import running_bot
+from tests.bot.telegram import ALICE, BOB, Telegram
+from tests.support import running_python, settings_env, wait_until
+
+pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operators, "LOOK_EVERY_SECONDS", 0.05)
+
+
+def beat(client: redis.Redis, settings: Settings, role: str) -> None:
+    announce(client, settings.keys, role, f"{role}-1")
+    Heartbeat(settings.keys, role, f"{role}-1", time.time() * 1000).beat(client, time.time() * 1000, 0, {})
+
+
+def test_a_dead_worker_is_told_once_and_that_another_lives(
+    bot_settings: Settings, telegram: Telegram, client: redis.Redis
+) -> None:
+    with running_bot(bot_settings):
+        told = telegram.wait(lambda m: "no worker reads Kite" in m.text)
+        assert told.chat_id == ALICE and told.text.startswith("❌")
+        wait_until(lambda: client.hexists(bot_settings.keys.bot_troubles(), "ingest"))
+    with running_bot(bot_settings):  # a restart of the bot is no news
+        beat(client, bot_settings, "ingest")
+        telegram.wait(lambda m: "<b>ingest</b>: well again, after" in m.text)
+    texts = [m.text for m in telegram.messages()]
+    assert sum("no worker reads Kite" in text for text in texts) == 1
+    assert sum("<b>session</b>: there is no Kite session" in text for text in texts) == 1
+    assert {m.chat_id for m in telegram.messages()} == {ALICE}, "nobody else is told"
+
+
+def test_one_of_several_workers_that_died_is_told_and_that_it_is_replaced(
+    bot_settings: Settings, telegram: Telegram, client: redis.Redis
+) -> None:
+    for role in ("ingest", "aggregate", "jobs"):
+        beat(client, bot_settings, role)
+    with running_bot(bot_settings):
+        for number, role in enumerate(("aggregate", "jobs"), 2):
+            announce(client, bot_settings.keys, role, f"{role}-{number}")
+            key = bot_settings.keys.worker(f"{role}-{number}")
+            client.hset(key, "role", role)
+            client.pexpire(key, 3_500)  # its last beat was 6.5 s ago
+            telegram.wait(lambda m, role=role: f"{role}-" in m.text and "beat" in m.text)  # type: ignore[misc]
+            client.delete(key)
+            telegram.wait(lambda m, role=role: f"<b>{role}</b>: well again" in m.text)  # type: ignore[misc]
+
+
+def test_a_failed_job_and_a_full_disk_are_told(
+    bot_settings: Settings, telegram: Telegram, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.zadd("rq:failed:pkb", {"repair_gap-1": 1})
+    monkeypatch.setattr(operators, "DISK_PART_MAX", 0.0)
+    monkeypatch.setattr(operators, "DISK_FREE_BYTES_MIN", 2**60)
+    with running_bot(bot_settings):
+        telegram.wait(lambda m: "<b>jobs</b>: 1 jobs have failed" in m.text)
+        telegram.wait(lambda m: "<b>disk</b>" in m.text and m.text.startswith("❌"))
+        client.delete("rq:failed:pkb")
+        telegram.wait(lambda m: "<b>jobs</b>: well again" in m.text)
+
+
+def test_a_refused_session_is_told_as_expired(
+    bot_settings: Settings, telegram: Telegram, client: redis.Redis
+) -> None:
+    client.hset(
+        bot_settings.keys.auth(), mapping={"id": "a", "refused": "a", "access_token": "secret-of-kite"}
+    )
+    with running_bot(bot_settings):
+        telegram.wait(lambda m: "the Kite session has expired" in m.text)
+    assert not any("secret-of-kite" in m.text for m in telegram.sent)
+
+
+def test_a_mute_feed_is_told_while_the_market_is_open(
+    bot_settings: Settings, telegram: Telegram, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operators, "SILENT_SECONDS_MAX", 0.2)
+    with running_bot(bot_settings):
+        telegram.wait(lambda m: "<b>feed</b>: no tick came" in m.text)
+
+
+def test_what_telegram_did_not_take_is_told_later(
+    bot_settings: Settings, telegram: Telegram, client: redis.Redis
+) -> None:
+    telegram.misbehave("sendMessage", status=403, times=6)
+    with running_bot(bot_settings):
+        telegram.wait(lambda m: "no worker reads Kite" in m.text)
+
+
+def test_without_admins_nobody_is_told(bot_settings: Settings, telegram: Telegram) -> None:
+    with running_bot(bot_settings.model_copy(update={"telegram_admins": ""})):
+        telegram.ask(BOB, "/status")
+        telegram.ask(BOB, "/status")
+    assert {m.chat_id for m in telegram.messages()} == {BOB}
+
+
+# --- /restart, on the other side
+
+
+def test_a_worker_that_began_before_the_request_begins_anew_once(
+    client: redis.Redis, bot_settings: Settings
+) -> None:
+    stop, keys = RoleStop(), bot_settings.keys
+    began_ms = redis_ms(client)
+    heed(client, keys, "ingest", began_ms, stop)
+    assert not stop.is_set()
+    wait_until(lambda: redis_ms(client) > began_ms + 1)
+    ask_restart(client, keys, "ingest")
+    heed(client, keys, "aggregate", began_ms, stop)
+    assert not stop.is_set(), "another role"
+    heed(client, keys, "ingest", began_ms, stop)
+    assert stop.is_set() and stop.begins_again() and not stop.is_set()
+    wait_until(lambda: redis_ms(client) > began_ms + 10)
+    heed(client, keys, "ingest", redis_ms(client), stop)
+    assert not stop.is_set(), "it began after the request"
+
+
+def test_a_signal_wins_over_a_restart(server_kind: str) -> None:
+    stop = RoleStop()
+    stop.ask_again()
+    stop.end()
+    assert not stop.begins_again() and stop.is_set()
+
+
+def test_an_ingest_worker_begins_anew_in_its_process(client: redis.Redis, bot_settings: Settings) -> None:
+    market = SimulatorServer(Market(universe(3), int(time.time() * 1000)))
+    market.start()
+    tokens = ",".join(str(row["instrument_token"]) for row in universe(3))
+    env = {**settings_env(bot_settings), "PKB_KITE_WS_URL": market.url, "PKB_INSTRUMENTS": tokens}
+
+    def worker() -> tuple[bytes, bytes] | None:
+        """Id and pid of the worker whose heartbeat is there."""
+        keys = client.keys(bot_settings.keys.worker("ingest-*"))
+        return (keys[0], client.hget(keys[0], "pid")) if len(keys) == 1 else None
+
+    try:
+        with running_python("-m", "workers.ingest", env=env) as process:
+            before = wait_until(worker, timeout_seconds=60)
+            ask_restart(client, bot_settings.keys, "ingest")
+            wait_until(lambda: worker() not in (None, before), timeout_seconds=60, what="another worker")
+            after = worker()
+            assert after is not None and after[1] == before[1], "the same process"
+            assert process.poll() is None
+            process.terminate()
+            assert process.wait(30) == 0
+    finally:
+        market.stop()

@@ -1,0 +1,201 @@
+"""Telegram as it is on a bad day, Redis away, several bots, restarts."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+
+from pkbrokers_redis.bot.runner import bot
+from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.settings import Settings
+from tests.bot.conftest import running_bot
+from tests.bot.telegram import ALICE, BOB, TOKEN, Telegram
+from tests.support import running_python, running_server, settings_env, wait_until
+
+pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
+
+
+def polls(telegram: Telegram) -> int:
+    return sum(method == "getUpdates" for method, _ in list(telegram.calls))
+
+
+FROM_ALICE = {"id": ALICE, "is_bot": False, "first_name": "x"}
+PRIVATE = {"id": BOB, "type": "private"}
+MALFORMED: list[dict[str, Any]] = [
+    {"message": {"text": "/start"}},
+    {"message": "no message"},
+    {"message": None, "callback_query": {"id": "1"}},
+    {"callback_query": {"id": "1", "from": FROM_ALICE, "data": "yes:"}},
+    {"message": {"message_id": 1, "date": "yesterday", "chat": PRIVATE, "text": "/start"}},
+    {"unheard_of": {"a": 1}},
+    {},
+]
+
+
+def test_malformed_updates_cost_only_themselves(running: None, telegram: Telegram) -> None:
+    for update in MALFORMED:
+        telegram.push(update)
+        assert "market" in telegram.ask(BOB, "/start").text, update
+
+
+def test_text_that_is_hostile_is_answered_or_ignored(running: None, telegram: Telegram) -> None:
+    for text in (
+        "/",
+        "/ ",
+        "/\n",
+        "/quote\nINFY",
+        "/quote '",
+        "/alert \x00 above 5",
+        "/chart 5m 5m 5m",
+        "/quote " + "A" * 4000,
+    ):
+        telegram.say(BOB, text)
+    assert "market" in telegram.ask(ALICE, "/start").text
+    assert not [m for m in telegram.sent if "Sorry" in m.text]
+
+
+def test_polling_survives_what_telegram_does(running: None, telegram: Telegram) -> None:
+    telegram.misbehave("getUpdates", status=502, times=1)
+    telegram.misbehave("getUpdates", body="<html>maintenance</html>")
+    telegram.misbehave("getUpdates", status=429, retry_after=1)
+    telegram.push({"unheard_of": 1})  # ends the poll that is under way
+    assert "market" in telegram.ask(BOB, "/start").text
+
+
+def test_an_answer_survives_5xx_and_429(running: None, telegram: Telegram) -> None:
+    telegram.misbehave("sendMessage", status=500)
+    telegram.misbehave("sendMessage", status=429, retry_after=1)
+    assert "market" in telegram.ask(BOB, "/start").text
+    assert len(telegram.messages(BOB)) == 1
+
+
+def test_a_slow_answer_of_telegrams_does_not_hold_up_other_chats(running: None, telegram: Telegram) -> None:
+    telegram.misbehave("sendMessage", seconds=1.0)
+    began = time.monotonic()
+    telegram.say(BOB, "/start")
+    wait_until(lambda: not telegram.faults.get("sendMessage"), what="the slow request to be under way")
+    telegram.ask(ALICE, "/start")
+    assert not telegram.messages(BOB), f"{time.monotonic() - began:.1f} s"
+
+
+def test_a_refused_token_is_one_line_without_it(
+    bot_settings: Settings, telegram: Telegram, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = "999999:another-token-nobody-shall-see-in-a-log"
+    settings = bot_settings.model_copy(update={"telegram_token": type(bot_settings.telegram_token)(wrong)})
+    with caplog.at_level(logging.DEBUG), pytest.raises(SettingsError) as caught:
+        bot(settings, threading.Event())
+    assert "PKB_TELEGRAM_TOKEN" in str(caught.value)
+    chain: BaseException | None = caught.value
+    while chain is not None:
+        assert "nobody-shall-see" not in str(chain)
+        chain = chain.__cause__
+
+
+def test_the_process_says_no_token_in_one_line(bot_settings: Settings) -> None:
+    env = settings_env(bot_settings)
+    del env["PKB_TELEGRAM_TOKEN"]
+    with running_python("-m", "workers.bot", env=env) as process:
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert out.startswith("pkb: there is no bot token") and out.count("\n") == 1
+
+
+def test_telegram_that_is_away_at_the_start_is_waited_for(bot_settings: Settings, telegram: Telegram) -> None:
+    telegram.misbehave("getMe", status=502, times=2)
+    with running_bot(bot_settings):
+        assert "market" in telegram.ask(BOB, "/start").text
+
+
+def test_an_update_that_comes_again_is_answered_once(running: None, telegram: Telegram) -> None:
+    telegram.ask(BOB, "/start")
+    [number] = [700]
+    message = {
+        "message_id": 5,
+        "date": int(time.time()),
+        "chat": {"id": BOB, "type": "private"},
+        "text": "/start",
+    }
+    telegram.push(
+        {"message": {**message, "from": {"id": BOB, "is_bot": False, "first_name": "x"}}}, update_id=number
+    )
+    telegram.ask(ALICE, "/start")
+    assert len(telegram.messages(BOB)) == 1
+
+
+def test_what_was_said_while_no_bot_ran_is_answered_once_by_the_next(
+    bot_settings: Settings, telegram: Telegram, client: redis.Redis
+) -> None:
+    with running_bot(bot_settings):
+        telegram.ask(BOB, "/start")
+    telegram.say(BOB, "/help")
+    for _ in range(2):
+        with running_bot(bot_settings):
+            telegram.ask(ALICE, "/start")
+    texts = [each.text for each in telegram.messages(BOB)]
+    assert [text.startswith("📊") for text in texts] == [True, False], "one /start, one /help"
+
+
+def test_two_bots_answer_once_and_one_takes_over(
+    bot_settings: Settings, telegram: Telegram, client: redis.Redis
+) -> None:
+    key = bot_settings.keys.bot_lease()
+    first, second = running_bot(bot_settings), running_bot(bot_settings)
+    with second:
+        with first:
+            wait_until(
+                lambda: len(client.zrange(bot_settings.keys.workers(), 0, -1)) == 2, what="both to live"
+            )
+            wait_until(lambda: polls(telegram))
+            for _ in range(5):
+                telegram.ask(BOB, "/start")
+            assert len(telegram.messages(BOB)) == 5
+            assert telegram.conflicts == 0, "only the holder polls"
+            holder = client.get(key)
+            client.set(
+                key, b"somebody-else", px=2500
+            )  # the holder loses it, and later one of the two gets it
+            wait_until(lambda: client.get(key) not in (holder, b"somebody-else"), timeout_seconds=30)
+            telegram.ask(BOB, "/start")
+        telegram.ask(BOB, "/start")
+    assert len(telegram.messages(BOB)) == 7
+    assert not client.exists(key), "let go in good order"
+
+
+def test_a_redis_that_goes_away_pauses_the_bot_and_loses_no_question(
+    make_settings: Callable[..., Settings], telegram: Telegram, bot_settings: Settings, tmp_path: Path
+) -> None:
+    with running_server(tmp_path / "own", "--appendonly", "yes") as port:
+        settings = bot_settings.model_copy(
+            update={"redis_url": type(bot_settings.telegram_token)(f"redis://127.0.0.1:{port}/0")}
+        )
+        with running_bot(settings):
+            assert "market" in telegram.ask(BOB, "/start").text
+            with redis.Redis(port=port) as own:
+                own.execute_command("CLIENT", "PAUSE", 1500, "WRITE")
+            assert "market" in telegram.ask(BOB, "/start").text
+
+
+def test_a_bot_writes_its_heartbeat(running: None, client: redis.Redis, bot_settings: Settings) -> None:
+    keys = client.keys(bot_settings.keys.worker("bot-*"))
+    assert client.hget(keys[0], "role") == b"bot"
+    assert TOKEN not in str(client.hgetall(keys[0]))
+
+
+def test_a_process_stops_in_good_order(
+    bot_settings: Settings, telegram: Telegram, client: redis.Redis
+) -> None:
+    with running_python("-m", "workers.bot", env=settings_env(bot_settings)) as process:
+        assert "market" in telegram.ask(BOB, "/start").text
+        process.terminate()
+        out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, out
+    assert "Traceback" not in out and TOKEN not in out
+    assert not client.exists(bot_settings.keys.bot_lease())

@@ -1,0 +1,11 @@
+"""The bot worker: `python -m workers.bot`, the same as `pkb bot`."""
+
+from __future__ import annotations
+
+import sys
+
+from pkbrokers_redis.bot.runner import bot
+from pkbrokers_redis.pipeline import roles
+
+if __name__ == "__main__":
+    sys.exit(roles.main(bot))
