@@ -53,6 +53,7 @@ MODULES: dict[str, dict[str, str]] = {
         "Instrument": "pkbrokers_redis.kite.instrument:Instrument",
     },
     "pkbrokers.kite.instrumentHistory": {
+        "Historical_Interval": "pkbrokers_redis.kite.history:Historical_Interval",
         "KiteTickerHistory": "pkbrokers_redis.kite.history:KiteTickerHistory",
     },
     "pkbrokers.kite.authenticator": {
