@@ -8,6 +8,9 @@ COPY workers workers
 RUN /opt/pkb/bin/pip install --no-cache-dir .
 
 FROM python:3.12-slim
+# The sync's git; everything else comes with Python.
+RUN apt-get update && apt-get install --yes --no-install-recommends git ca-certificates \
+    && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home pkb && install -d -o pkb /data
 COPY --from=build /opt/pkb /opt/pkb
 ENV PATH=/opt/pkb/bin:$PATH PYTHONUNBUFFERED=1 PKB_DATA_DIR=/data

@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 SECONDS ?= 60
 SEED ?= 1
 
-.PHONY: help demo test check bench chaos clean
+.PHONY: help demo test check bench chaos rehearsal clean
 help:  ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
@@ -40,6 +40,9 @@ bench: $(READY)  ## the benchmark table of README, measured here
 
 chaos: $(READY)  ## the pipeline under faults: make chaos SECONDS=600 SEED=7
 	@$(BIN)/python -m tests.chaos.driver --seconds $(SECONDS) --seed $(SEED) $(ARGS)
+
+rehearsal: $(READY)  ## a virtual trading day with outages, compared row by row with the simulator's history
+	@$(BIN)/python -m tests.e2e.rehearsal $(ARGS)
 
 clean:  ## remove the venv and caches
 	@rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

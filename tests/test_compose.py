@@ -25,6 +25,7 @@ from pkbrokers_redis.settings import Settings, env_name
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from tests.bot.telegram import TOKEN, Telegram
 from tests.support import PKB, redis_server_binary, running_process, wait_until
 from tests.topologies import free_ports
 
@@ -58,7 +59,7 @@ EVERY_SERVICE = [(file, name) for file in FILES for name in services(file)]
 @pytest.mark.parametrize("file", FILES)
 def test_the_parts_of_a_pipeline_are_there(file: str) -> None:
     found = services(file)
-    assert {"ingest", "aggregator"} <= found.keys()
+    assert {"ingest", "aggregator", "jobs", "cron"} <= found.keys()
     assert any(name.startswith("redis") for name in found)
 
 
@@ -114,8 +115,9 @@ def test_no_secret_is_written_in_the_files() -> None:
     }
     for file in FILES:
         for service in services(file).values():
-            assert (service.get("environment", {}).keys() & secret) <= {"PKB_REDIS_URL"}
-            assert "@" not in service.get("environment", {}).get("PKB_REDIS_URL", "")
+            assert (service.get("environment", {}).keys() & secret) <= {"PKB_REDIS_URL", "PKB_RQ_REDIS_URL"}
+            for name in ("PKB_REDIS_URL", "PKB_RQ_REDIS_URL"):
+                assert "@" not in service.get("environment", {}).get(name, "")
     ignored = (ROOT / ".gitignore").read_text().split()
     assert {"secrets/", ".env"} <= set(ignored)
 
@@ -250,12 +252,21 @@ def kite() -> Iterator[SimulatorServer]:
     server.stop()
 
 
+@pytest.fixture
+def telegram() -> Iterator[Telegram]:
+    with Telegram() as server:
+        yield server
+
+
 @needs_redis
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("file", FILES)
-def test_every_service_becomes_healthy(file: str, tmp_path: Path, kite: SimulatorServer) -> None:
+def test_every_service_becomes_healthy(
+    file: str, tmp_path: Path, kite: SimulatorServer, telegram: Telegram
+) -> None:
     tokens = ",".join(str(row["instrument_token"]) for row in universe(5))
     dotenv = {"PKB_KITE_WS_URL": kite.url, "PKB_INSTRUMENTS": tokens, "PKB_SESSIONS": "always"}
+    dotenv |= {"PKB_TELEGRAM_TOKEN": TOKEN, "PKB_TELEGRAM_API_URL": telegram.url}
     with ExitStack() as stack:
         whole = Stack(file, tmp_path, dotenv, stack)
         for name in services(file):

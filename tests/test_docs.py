@@ -88,9 +88,30 @@ def test_every_key_the_code_can_build_is_in_the_table() -> None:
         keys.worker("W"),
         keys.workers(),
         keys.feed(0),
+        keys.feeds(),
+        keys.heard(),
+        keys.wanted_jobs(),
         keys.auth(),
+        keys.login(),
+        keys.login_lock(),
+        keys.master(),
+        keys.derivatives(),
+        keys.watch(),
+        keys.limit("history"),
+        keys.job("J"),
+        keys.job_lock("history"),
+        keys.restart("ROLE"),
+        keys.bot_lease(),
+        keys.bot_update("W"),
+        keys.bot_confirm("W"),
+        keys.bot_alerts(),
+        keys.bot_armed(),
+        keys.bot_position(),
+        keys.bot_outbox(),
+        keys.bot_troubles(),
         keys.ticks(1),
         keys.closed(1),
+        keys.repairs(1),
         keys.cursor(1),
         keys.state(1),
         keys.lease(1),
@@ -100,8 +121,18 @@ def test_every_key_the_code_can_build_is_in_the_table() -> None:
     }
     names = {name for name in vars(Keys) if not name.startswith("_")} - {"prefix", "shards", "shard_of"}
     assert len(built) == len(names), "a key of Keys is not tried here"
-    examples = {"<token>": "256265", "<interval>": "5m", "<id>": "W", "<n>": "0", "{S}": "{1}"}
-    documented = {re.sub(r"<\w+>|\{S\}", lambda part: examples[part[0]], name) for name, *_ in KEY_TABLE}
+    examples = {
+        "<token>": "256265",
+        "<interval>": "5m",
+        "<id>": "W",
+        "<n>": "0",
+        "<name>": "history",
+        "<job>": "J",
+        "<role>": "ROLE",
+        "{S}": "{1}",
+    }
+    placeholder = re.compile(r"<\w+>|\{S\}")
+    documented = {placeholder.sub(lambda part: examples[part[0]], name) for name, *_ in KEY_TABLE}
     assert built == documented
 
 

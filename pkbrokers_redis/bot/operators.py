@@ -23,12 +23,12 @@ from pkbrokers_redis.bot.alerts.feed import FeedWatch
 from pkbrokers_redis.bot.alerts.worker import AlertWorker
 from pkbrokers_redis.bot.sending import insist
 from pkbrokers_redis.bot.services import Services
-from pkbrokers_redis.bot.text import count, duration, escape, size
+from pkbrokers_redis.bot.text import duration, escape, size
 from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.core.jobs import QUEUE
 from pkbrokers_redis.kite.urls import session_in
 from pkbrokers_redis.pipeline.facts import Facts, gather
 from pkbrokers_redis.pipeline.health import BEAT_AGE_MS_MAX, STATUS, Finding, judge
+from pkbrokers_redis.pipeline.health_around import FAILED_JOBS, jobs_well
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.auth import load_session
 from pkbrokers_redis.store.connect import describe
@@ -40,7 +40,6 @@ LOOKS_BEFORE_TOLD = 2  # a worker that is replaced, a shard on its way, is no tr
 SILENT_SECONDS_MAX = 60.0
 DISK_PART_MAX = 0.9
 DISK_FREE_BYTES_MIN = 2**30
-FAILED_JOBS = f"rq:failed:{QUEUE}"  # RQ's own registry
 ROLES_JUDGED = {"ingest", "aggregate"}  # by health.py
 PROBLEM, WORSE = {"warn": "⚠️", "fail": "❌"}, "fail"
 
@@ -120,10 +119,7 @@ def _jobs(services: Services) -> Iterator[Finding]:
             "jobs", "warn", "the jobs' Redis does not answer", "start it, or correct PKB_RQ_REDIS_URL"
         )
         return
-    if failed:
-        yield Finding("jobs", "warn", f"{count(failed)} jobs have failed", "`pkb jobs --failed` lists them")
-    else:
-        yield Finding("jobs", "ok", "none has failed")
+    yield jobs_well(int(failed))
 
 
 class Monitor:

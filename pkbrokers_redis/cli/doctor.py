@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import redis
 import typer
@@ -12,6 +13,7 @@ from redis.exceptions import ResponseError
 from pkbrokers_redis.cli.health_view import as_dict, console, line
 from pkbrokers_redis.cli.output import AsJson, dump
 from pkbrokers_redis.cli.reader import require_store
+from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.core.errors import PkbError, RedisUnavailable
 from pkbrokers_redis.pipeline.check import check_volumes
 from pkbrokers_redis.pipeline.facts import each_server, gather
@@ -27,9 +29,11 @@ from pkbrokers_redis.pipeline.health import (
     moves,
     streams_small,
 )
+from pkbrokers_redis.pipeline.health_around import FAILED_JOBS, jobs_well, master_well
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import commit, lease
 from pkbrokers_redis.store.connect import connect, describe
+from pkbrokers_redis.store.master import read_manifest
 from pkbrokers_redis.store.meta import adopt_meta, check_meta
 from pkbrokers_redis.store.watch import instrument_list
 
@@ -65,6 +69,7 @@ def doctor(as_json: AsJson = False) -> None:
             findings += judge(facts, rules)
             findings += _volumes(client, settings)
             findings += _quotes(client, settings)
+            findings += _around(client, settings)
     except RedisUnavailable as error:
         findings.append(Finding("redis", "fail", error.message, error.mend))
     if as_json:
@@ -73,6 +78,24 @@ def doctor(as_json: AsJson = False) -> None:
         for finding in findings:
             console().print(line(finding))
     raise typer.Exit(EXIT_CODES[health_of(findings)])
+
+
+def _around(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
+    """The instrument master and the jobs."""
+    from pkbrokers_redis.store.queue import connect_queue, has_queue  # RQ takes its time
+
+    yield master_well(read_manifest(client, settings.keys), market_clock(settings)() / 1000)
+    if not has_queue(settings):
+        return
+    try:
+        jobs = client if settings.rq_redis_url is None else connect_queue(settings)
+        failed: Any = jobs.zcard(FAILED_JOBS)
+        yield jobs_well(int(failed))
+    except ResponseError:
+        return  # our user may not ask
+    except (PkbError, redis.ConnectionError) as error:
+        mend = getattr(error, "mend", "") or "start it, or correct PKB_RQ_REDIS_URL"
+        yield Finding("jobs", "warn", str(getattr(error, "message", "their Redis does not answer")), mend)
 
 
 def _meta(client: redis.Redis, settings: Settings) -> Iterator[Finding]:

@@ -26,15 +26,25 @@ COMMANDS = {
     "up": "up:up",
     "ingest": "ingest:ingest",
     "aggregate": "aggregate:aggregate",
+    "jobs": "jobs:jobs",
+    "cron": "cron:cron_",
+    "bot": "bot:bot",
     "quote": "quote:quote",
     "candles": "candles:candles",
     "closed": "closed:closed",
+    "explain": "explain:explain",
     "ticks": "ticks:ticks",
     "top": "top:top",
     "status": "status:status",
     "doctor": "doctor:doctor",
     "key": "key:key",
     "redis-cli": "redis_cli:redis_cli",
+    "backfill": "backfill:backfill",
+    "sync": "sync:sync",
+    "calendar": "calendar:calendar",
+    "login": "login:login",
+    "instruments": "instruments:instruments",
+    "snapshot": "snapshot:snapshot",
     "sim": "sim:sim",
     "replay": "replay:replay",
     "record": "record:record",
@@ -81,7 +91,10 @@ def summary(name: str) -> str:
 def load_command(name: str) -> Any:
     """The click command of a row of the table."""
     module, _, function = COMMANDS[name].partition(":")
-    callback = getattr(importlib.import_module(f"pkbrokers_redis.cli.{module}"), function)
+    source = importlib.import_module(f"pkbrokers_redis.cli.{module}")
+    if isinstance(getattr(source, "app", None), typer.Typer):  # a command with commands of its own
+        return make_command(source.app)
+    callback = getattr(source, function)
     single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     passed_on = {"ignore_unknown_options": True, "allow_interspersed_args": False}
     single.command(name, context_settings=passed_on if name in PASS_THROUGH else None)(callback)

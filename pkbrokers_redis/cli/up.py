@@ -10,6 +10,7 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.pipeline.supervise import RoleSpec, Supervisor, worker_argv
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect, describe
+from pkbrokers_redis.store.queue import has_queue
 
 
 def up(
@@ -19,10 +20,19 @@ def up(
     ingests: Annotated[
         int, typer.Option(min=1, max=64, help="ingest processes to share the connections to Kite")
     ] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=0, max=16, help="job workers: repairs, warm starts, backfills; 0 for none")
+    ] = 1,
+    with_cron: Annotated[
+        bool, typer.Option("--cron/--no-cron", help="the trading day's jobs at their times")
+    ] = True,
+    with_bot: Annotated[
+        bool, typer.Option("--bot/--no-bot", help="the Telegram bot, where PKB_TELEGRAM_TOKEN is set")
+    ] = True,
 ) -> None:
     """Run the pipeline against Kite: one process a role, restarted when it dies.
 
-    SIGTERM or Ctrl-C stops in order: ingest, then the aggregators once they have committed what was read.
+    SIGTERM or Ctrl-C stops in order: ingest, cron, jobs, then the aggregators, which commit what was read.
     """
     settings = load_settings()
     logs.configure(settings)
@@ -30,17 +40,30 @@ def up(
     # until the end, so that the embedded server lives as long as we do, whichever worker restarts.
     with connect(settings):
         log = logs.get("up")
-        log.info("starting", store=describe(settings), ingests=ingests, aggregators=aggregators)
-        code = Supervisor(roles(aggregators, ingests)).run()
+        if jobs and not has_queue(settings):
+            log.warning("no_jobs", why="RQ does not run on a Redis Cluster", mend="set PKB_RQ_REDIS_URL")
+            jobs = 0
+        with_cron = with_cron and jobs > 0
+        with_bot = with_bot and settings.telegram_token is not None
+        log.info(
+            "starting", store=describe(settings), ingests=ingests, aggregators=aggregators, jobs=jobs,
+            cron=with_cron,
+        )  # fmt: skip
+        code = Supervisor(roles(aggregators, ingests, jobs, with_bot, with_cron)).run()
     raise typer.Exit(code)
 
 
-def roles(aggregators: int, ingests: int = 1) -> list[RoleSpec]:
+def roles(
+    aggregators: int, ingests: int = 1, jobs: int = 1, with_bot: bool = False, with_cron: bool = False
+) -> list[RoleSpec]:
     """The table of roles, in the order of the data flow, which is the order in which they stop.
 
     The processes load the same environment and `.env` as we did. A new role is a row here.
     """
-    return [
+    specs = [
         RoleSpec("ingest", worker_argv("ingest"), ingests),
+        *([RoleSpec("cron", worker_argv("cron"))] if with_cron else []),
+        RoleSpec("jobs", worker_argv("jobs"), jobs),
         RoleSpec("aggregate", worker_argv("aggregate"), aggregators),
     ]
+    return [*specs, RoleSpec("bot", worker_argv("bot"))] if with_bot else specs

@@ -150,6 +150,8 @@ def nothing_lost(facts: Facts) -> Iterator[Finding]:
          "keep aggregators running, or raise PKB_STREAM_MAX_ENTRIES"),
         ("frames_lost", "frames were lost while Redis was away and the spool was full",
          "give PKB_DATA_DIR more room"),
+        ("odd_repairs", "entries of the repair streams could not be applied",
+         "look for `odd_repair` in the aggregators' logs"),
         ("jobs_refused", "repairs were not asked for, because too many wait for RQ",
          "bring PKB_RQ_REDIS_URL back"),
     ):  # fmt: skip

@@ -71,7 +71,7 @@ def test_a_failed_job_and_a_full_disk_are_told(
     monkeypatch.setattr(operators, "DISK_PART_MAX", 0.0)
     monkeypatch.setattr(operators, "DISK_FREE_BYTES_MIN", 2**60)
     with running_bot(bot_settings):
-        telegram.wait(lambda m: "<b>jobs</b>: 1 jobs have failed" in m.text)
+        telegram.wait(lambda m: "<b>jobs</b>: 1 have failed" in m.text)
         telegram.wait(lambda m: "<b>disk</b>" in m.text and m.text.startswith("❌"))
         client.delete("rq:failed:pkb")
         telegram.wait(lambda m: "<b>jobs</b>: well again" in m.text)

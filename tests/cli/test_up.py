@@ -11,8 +11,10 @@ from tests.support import run_pkb
 
 def test_the_roles_come_in_the_order_of_the_flow() -> None:
     specs = roles(aggregators=3, ingests=2)
-    assert [(spec.name, spec.count) for spec in specs] == [("ingest", 2), ("aggregate", 3)]
-    assert specs[1].argv == (sys.executable, "-m", "workers.aggregate")
+    assert [(spec.name, spec.count) for spec in specs] == [("ingest", 2), ("jobs", 1), ("aggregate", 3)]
+    assert specs[2].argv == (sys.executable, "-m", "workers.aggregate")
+    assert [spec.name for spec in roles(1, with_bot=True)][-1] == "bot"
+    assert [spec.name for spec in roles(1, with_cron=True)] == ["ingest", "cron", "jobs", "aggregate"]
 
 
 def test_a_store_that_is_away_is_one_line_before_anything_starts() -> None:

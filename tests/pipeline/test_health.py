@@ -14,11 +14,13 @@ from pkbrokers_redis.core.keys import AGGREGATOR_GROUP
 from pkbrokers_redis.pipeline import health
 from pkbrokers_redis.pipeline.facts import Facts, Server, Worker, gather
 from pkbrokers_redis.pipeline.health import Finding, Rule, health_of, judge
+from pkbrokers_redis.pipeline.health_around import jobs_well, master_well
 from pkbrokers_redis.pipeline.heartbeat import Heartbeat
 from pkbrokers_redis.pipeline.lag import Shard
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import lease
 from pkbrokers_redis.store.commit import load_functions
+from pkbrokers_redis.store.master import Manifest
 
 SERVER = Server("", "redis 7.0.15", 10, 0, "noeviction", aof=True, saves=True)
 
@@ -345,3 +347,20 @@ def test_a_user_who_may_only_read_still_gets_a_picture(client: redis.Redis, sett
     finally:
         client.acl_deluser("looker")
     assert found.servers == [] and len(found.shards) == settings.shards
+
+
+@pytest.mark.parametrize(("failed", "level"), [(0, "ok"), (3, "warn")])
+def test_failed_jobs_are_told(failed: int, level: str) -> None:
+    assert jobs_well(failed).level == level
+
+
+@pytest.mark.parametrize(("days", "level"), [(1, "ok"), (3, "ok"), (5, "warn")])
+def test_a_master_of_last_week_is_told(days: int, level: str) -> None:
+    manifest = Manifest("2026-11-16T08:30:00+05:30", "", 119_000, 0, "", "")
+    synced_s = 1_794_798_000.0  # that moment
+    assert master_well(manifest, synced_s + days * 86_400).level == level
+
+
+def test_a_master_without_a_readable_time_is_told_and_none_at_all_is_not() -> None:
+    assert master_well(Manifest("soon", "", 1, 0, "", ""), 0.0).level == "warn"
+    assert master_well(None, 0.0).level == "ok"

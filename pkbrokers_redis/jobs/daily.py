@@ -1,0 +1,293 @@
+"""What the rows of the trading day do (`schedule.DAY`). Each is a job that may run twice.
+
+Every one is called with `at` (when it was planned, ISO), `day` (the session's date) and, where its row needs
+others, `after`: their job ids. It waits for those and for its own kind's lock by coming again, not by
+sitting in a worker, and returns what it found.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import date, datetime
+from typing import Any
+
+import redis
+from rq import Retry, get_current_job
+from rq.exceptions import NoSuchJobError
+from rq.job import Job
+from rq.serializers import JSONSerializer
+
+from pkbrokers_redis import logs
+from pkbrokers_redis.clock import market_clock
+from pkbrokers_redis.consumers.files.manifest import read_manifest, update_manifest
+from pkbrokers_redis.core.errors import PkbError, SessionExpired
+from pkbrokers_redis.core.intervals import DAY as DAY_INTERVAL
+from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.jobs import backfill, pull, snapshots, sync
+from pkbrokers_redis.jobs.locks import Busy, alone
+from pkbrokers_redis.jobs.slices import come_again
+from pkbrokers_redis.jobs.target import target_of
+from pkbrokers_redis.kite.instruments import KiteInstruments
+from pkbrokers_redis.kite.rest import open_kite
+from pkbrokers_redis.kite.session import SessionKeeper
+from pkbrokers_redis.pipeline.assign import sessions_of
+from pkbrokers_redis.pipeline.cut import feeds_needed
+from pkbrokers_redis.pipeline.facts import gather, read_servers
+from pkbrokers_redis.pipeline.health import STATUS, health_of, judge
+from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.store.connect import connect, describe
+from pkbrokers_redis.store.meta import adopt_meta
+from pkbrokers_redis.store.queue import OVER, KnownJob
+from pkbrokers_redis.store.watch import instrument_list
+
+LOOK_AGAIN_SECONDS = 1.0, 60.0  # for a job we wait for, for a lock: a fifth of the time it has taken so far
+SUPERSEDED_SECONDS = 60  # a ticks.json this much younger than what was planned does its work
+DISK_BYTES_MIN = 1 << 30
+FILES_FACTOR = 2  # a snapshot is written beside the one it replaces
+MEMORY_SHARE_MAX = 0.8  # of Redis' maxmemory, before the day begins
+SESSIONS_KNOWN_MIN = 5  # the calendar must know so many coming sessions
+
+log = logs.get("day")
+
+
+class NotReady(PkbError):
+    """Raised when a check of the day finds something that a person should mend."""
+
+
+# --- before the open
+
+
+def login(at: str, day: str) -> Any:
+    """A session that Kite accepts; a dead one is renewed."""
+    with _work("login") as work:
+        if work.must_wait:
+            return work.must_wait
+        settings = sessions_of(work.settings)[0]
+        keeper = SessionKeeper(settings, lambda: work.client)
+        session = keeper.current()
+        try:
+            open_kite(settings, session).profile()
+        except SessionExpired:
+            session = keeper.renew(session, threading.Event())
+        return {"user_id": session.user_id}
+
+
+def instruments(at: str, day: str) -> Any:
+    """The master of the day, swapped in whole."""
+    with _work("instruments") as work:
+        if work.must_wait:
+            return work.must_wait
+        clock = market_clock(work.settings)
+        master = KiteInstruments(settings=work.settings, client=work.client, now=lambda: clock() / 1000)
+        return master.sync()._asdict()
+
+
+def calendar(at: str, day: str) -> Any:
+    """Raises NotReady where the calendar ends soon: a year without a holiday is one that nobody entered."""
+    settings = load_settings()
+    sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
+    if settings.sessions == "always":
+        return {"sessions": "always"}
+    coming: list[date] = []
+    local = date.fromisoformat(day)
+    while len(coming) < SESSIONS_KNOWN_MIN and (following := sessions.session_near(0, local, 1)) is not None:
+        coming.append(following)
+        local = following
+    unknown = sorted({each.year for each in coming if not sessions.reasons(0, each.year)})
+    if unknown or len(coming) < SESSIONS_KNOWN_MIN:
+        raise NotReady(
+            f"the calendar has no holidays for {unknown[0] if unknown else local.year}",
+            "put the exchange's list into a file and set PKB_CALENDAR (docs/calendar.md)",
+        )
+    return {"today": sessions.reason(0, date.fromisoformat(day)), "next": [str(each) for each in coming]}
+
+
+def capacity(at: str, day: str) -> Any:
+    """Connections to Kite, Redis' memory, the disk. Raises SettingsError, NotReady."""
+    with _work("capacity") as work:
+        if work.must_wait:
+            return work.must_wait
+        settings = work.settings
+        tokens = len(instrument_list(work.client, settings))
+        feeds = feeds_needed(tokens, len(sessions_of(settings)))
+        folder = settings.files_folder
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+        wanted = max(
+            DISK_BYTES_MIN, FILES_FACTOR * sum(each.bytes for each in read_manifest(folder).values())
+        )
+        if free < wanted:
+            raise NotReady(
+                f"{free >> 20:,} MB are free for the day's files, {wanted >> 20:,} MB are wanted",
+                "make room, or move PKB_FILES_DIR",
+            )
+        for server in read_servers(work.client):
+            if server.limit_bytes and server.used_bytes > MEMORY_SHARE_MAX * server.limit_bytes:
+                raise NotReady(
+                    f"Redis {server.name} uses {server.used_bytes:,} of {server.limit_bytes:,} bytes",
+                    "raise its maxmemory before the open",
+                )
+        return {"instruments": tokens, "connections": feeds, "disk_free_mb": free >> 20}
+
+
+# --- in the session
+
+
+def feed(at: str, day: str) -> Any:
+    """A minute after the open: does everything run, and do ticks come? Raises NotReady."""
+    with _work("feed") as work:
+        if work.must_wait:
+            return work.must_wait
+        facts = gather(work.client, work.settings.keys, describe(work.settings))
+        findings = [each for each in judge(facts, STATUS) if each.level != "ok"]
+        health = health_of(findings)
+        if health == "down":
+            first = next(each for each in findings if each.level == "fail")
+            raise NotReady(first.what, first.mend or "`pkb doctor` says more")
+        return {"health": health, "findings": [each.what for each in findings]}
+
+
+def day_snapshot(at: str, day: str, kind: str, after: Sequence[str] = ()) -> Any:
+    """One kind of snapshot. A ticks.json that is newer than the one asked for will do.
+
+    A store that is new has nothing to say: empty files must not replace yesterday's, here and on the branch.
+    """
+    with _work(f"snapshot-{kind}", after) as work:
+        if work.must_wait:
+            return work.must_wait
+        if not _has_candles(work):
+            return {"skipped": "nobody has made candles in this store"}
+        if kind == "ticks" and _is_superseded(work.settings, at):
+            return {"superseded": True}
+        return snapshots.snapshot(kind)
+
+
+# --- after the close
+
+
+def settle(at: str, day: str) -> Any:
+    """The day's candles as Kite settled them: the close of an auction is no last price of ours."""
+    with _work("settle") as work:
+        if work.must_wait:
+            return work.must_wait
+        tokens = [token for token, _ in instrument_list(work.client, work.settings)]
+        if not tokens or not any(each.name == DAY_INTERVAL for each in work.settings.intervals):
+            return {"instruments": 0}
+        return backfill.repair_day(day, tokens, DAY_INTERVAL)
+
+
+def sync_push(
+    at: str = "", day: str = "", after: Sequence[str] = (), files: Sequence[str] = sync.PATTERNS
+) -> Any:
+    """The files to the data branch; nothing where no target is set."""
+    with _work("sync", after) as work:
+        if work.must_wait:
+            return work.must_wait
+        settings = work.settings
+        if day and not settings.github_url and not settings.github_repo:
+            return {"skipped": "no PKB_GITHUB_REPO"}
+        at_s = market_clock(settings)() / 1000
+        return sync.push(target_of(settings), settings.files_folder, files, at_s=at_s, listener=work.listener)
+
+
+def sync_pull(
+    at: str = "", files: Sequence[str] = sync.PATTERNS, via: pull.Via = "auto", force: bool = False
+) -> Any:
+    """The branch's files to us, where they are newer."""
+    with _work("sync") as work:
+        if work.must_wait:
+            return work.must_wait
+        folder = work.settings.files_folder
+        return pull.pull(work.settings, folder, files, via=via, force=force, listener=work.listener)
+
+
+def trim(at: str, day: str, after: Sequence[str] = ()) -> Any:
+    """Dated pickles older than a month go; the undated ones and the database have what is in them."""
+    with _work("trim", after) as work:
+        if work.must_wait:
+            return work.must_wait
+        folder = work.settings.files_folder
+        old = sync.outdated(read_manifest(folder), date.fromisoformat(day))
+        update_manifest(folder, {}, gone=old)
+        for name in old:
+            (folder / name).unlink(missing_ok=True)
+        return {"removed": len(old)}
+
+
+# --- around
+
+
+class _Work:
+    """What a job works with, or why it has to come again."""
+
+    def __init__(self, settings: Settings, client: redis.Redis) -> None:
+        self.settings, self.client = settings, client
+        self.must_wait: Retry | None = None
+
+    def listener(self, done: int, total: int, part: str) -> None:
+        """Progress for `pkb jobs --list`."""
+        job = get_current_job()
+        if job is not None:
+            key = self.settings.keys.job(job.id)
+            fields: dict[Any, Any] = {"done": done, "total": total, "at": int(time.time())}
+            self.client.hset(key, mapping=fields)
+            self.client.expire(key, 3600 if done < total else 60)
+
+
+@contextmanager
+def _work(name: str, after: Sequence[str] = ()) -> Iterator[_Work]:
+    """The store, and the lock of this kind. Outside of a worker a lock that is taken raises Busy."""
+    settings = load_settings()
+    with ExitStack() as stack:
+        client = stack.enter_context(connect(settings))
+        work = _Work(adopt_meta(client, settings), client)
+        if (job := get_current_job()) is not None and _is_under_way(job.connection, after):
+            work.must_wait = come_again(patience_seconds(job))
+        else:
+            try:
+                stack.enter_context(alone(client, settings.keys, name))
+            except Busy as busy:
+                if job is None:
+                    raise
+                log.info("waits", job=job.id, why=busy.message)
+                work.must_wait = come_again(patience_seconds(job))
+        yield work
+
+
+def patience_seconds(job: Job) -> float:
+    """How long to step back: a settling of 9,000 instruments takes most of an hour, a snapshot seconds."""
+    least, most = LOOK_AGAIN_SECONDS
+    age = time.time() - job.created_at.timestamp() if job.created_at else 0.0
+    return min(most, max(least, age / 5))
+
+
+def _is_under_way(connection: redis.Redis, ids: Sequence[str]) -> bool:
+    """Whether one of these jobs is still to end; one that failed has ended, one that is not there too."""
+    for id_ in ids:
+        try:
+            job = KnownJob.fetch(id_, connection=connection, serializer=JSONSerializer)
+        except NoSuchJobError:
+            continue
+        if job.get_status() not in OVER:
+            return True
+    return False
+
+
+def _has_candles(work: _Work) -> bool:
+    keys = work.settings.keys
+    pipeline = work.client.pipeline(transaction=False)
+    for shard in range(keys.shards):
+        pipeline.hexists(keys.cursor(shard), "id")
+    return any(pipeline.execute())
+
+
+def _is_superseded(settings: Settings, at: str) -> bool:
+    entry = read_manifest(settings.files_folder).get("ticks.json")
+    if entry is None or entry.made_at_ms is None:
+        return False
+    planned_ms = datetime.fromisoformat(at).timestamp() * 1000
+    return entry.made_at_ms >= planned_ms + SUPERSEDED_SECONDS * 1000

@@ -1,0 +1,237 @@
+"""Git for the sync, run so that it tells nobody the token.
+
+    with Git(target) as git:
+        git("fetch", …)         in a scratch repository
+
+The token is neither in arguments, nor in the environment, nor in a URL, nor in a file with a name: git asks
+`askpass`, which reads it from an open file that has none, and answers only for the target's own host.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO
+from urllib.parse import urlsplit
+
+from pydantic import SecretStr
+
+from pkbrokers_redis import logs
+from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.jobs.target import Target
+from pkbrokers_redis.pipeline.process import die_with_parent
+
+SECONDS_MAX = 240.0  # one git command
+STALL_BYTES_A_SECOND, STALL_SECONDS = 1_000, 30  # a transfer slower than this for so long has stalled
+REASON_LENGTH_MAX = 200
+SCRATCH = "pkb-sync-"
+STALE_SECONDS = 3600  # no sync takes an hour: a scratch folder that old was left by one that was killed
+USER = "x-access-token"  # GitHub's name for whoever comes with a token
+PASSED_ON = frozenset({
+    "PATH", "TMPDIR", "SSH_AUTH_SOCK", "SSL_CERT_FILE", "SSL_CERT_DIR", "GIT_SSL_CAINFO", "https_proxy",
+    "HTTPS_PROXY", "http_proxy", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY",
+})  # fmt: skip
+
+# Answers the target's own prompt only: a redirect to another host asks in vain.
+ASKPASS = """#!/bin/sh
+case "$1" in *"'$PKB_ASKED_FOR'"*) exec cat "/dev/fd/$PKB_TOKEN_FD" ;; esac
+exit 1
+"""
+
+log = logs.get("sync")
+
+
+class GitFailed(PkbError):
+    """Raised when git did not succeed; the message has its last line, without secrets."""
+
+
+class RemoteAway(GitFailed):
+    """Raised when the remote cannot be reached or does not answer in time: try again later."""
+
+
+class Git:
+    """Git in a scratch repository that is gone at the end of the block. Raises GitFailed, RemoteAway.
+
+    `git("rev-parse", "HEAD")` gives what it printed. Each command ends within `seconds_max`, and with us.
+    """
+
+    def __init__(self, target: Target, seconds_max: float = SECONDS_MAX) -> None:
+        self.target = target
+        self._seconds_max = seconds_max
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._token: IO[bytes] | None = None
+        self._env: dict[str, str] = {}
+
+    def __enter__(self) -> Git:
+        _sweep()
+        self._folder = tempfile.TemporaryDirectory(prefix=SCRATCH)  # mode 0700
+        scratch = Path(self._folder.name)
+        self._env = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        self._env |= {
+            "HOME": str(scratch),
+            "LC_ALL": "C",
+            "GIT_DIR": str(scratch / "repository"),
+            "GIT_INDEX_FILE": str(scratch / "index"),
+            "GIT_CONFIG_NOSYSTEM": "1",
+            "GIT_CONFIG_GLOBAL": os.devnull,  # no helper of the user's that would keep the token
+            "GIT_TERMINAL_PROMPT": "0",
+            "GIT_ALLOW_PROTOCOL": "file:http:https:ssh",
+            "GIT_SSH_COMMAND": "ssh -oBatchMode=yes -oConnectTimeout=20",
+        }
+        config = self._config()
+        self._env["GIT_CONFIG_COUNT"] = str(len(config))
+        for number, (name, value) in enumerate(config.items()):
+            self._env[f"GIT_CONFIG_KEY_{number}"], self._env[f"GIT_CONFIG_VALUE_{number}"] = name, value
+        try:
+            if self.target.token is not None and self.target.url.startswith("http"):
+                self._lend_token(scratch, self.target.token)
+            self("init", "--quiet", "--bare", str(scratch / "repository"))
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._token is not None:
+            self._token.close()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def __call__(self, *arguments: str, given: bytes | IO[bytes] | None = None) -> str:
+        """Run one command; `given` is its input."""
+        return self.run(arguments, given=given).decode(errors="surrogateescape").strip()
+
+    def run(
+        self,
+        arguments: Sequence[str],
+        *,
+        given: bytes | IO[bytes] | None = None,
+        into: IO[bytes] | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> bytes:
+        """The same, bytes; with `into` what it prints goes there."""
+        text, stdin = (
+            (given, subprocess.PIPE) if isinstance(given, bytes) else (None, given or subprocess.DEVNULL)
+        )
+        try:
+            child = subprocess.Popen(
+                ["git", *arguments],
+                env={**self._env, **(env or {})},
+                stdin=stdin,
+                stdout=subprocess.PIPE if into is None else into,
+                stderr=subprocess.PIPE,
+                pass_fds=() if self._token is None else (self._token.fileno(),),
+                start_new_session=True,
+                preexec_fn=die_with_parent(),
+            )
+        except FileNotFoundError:
+            raise GitFailed("there is no git", "install git") from None
+        try:
+            out, said = child.communicate(text, timeout=self._seconds_max)
+        except subprocess.TimeoutExpired:
+            raise RemoteAway(
+                f"git {arguments[0]} took longer than {self._seconds_max:.0f} s", "is the remote reachable?"
+            ) from None
+        finally:
+            if child.poll() is None:  # a time limit, ours or RQ's: with all its helpers
+                os.killpg(child.pid, signal.SIGKILL)
+                child.communicate()
+        if child.returncode:
+            raise self._failure(arguments[0], said)
+        return out or b""
+
+    def _lend_token(self, scratch: Path, token: SecretStr) -> None:
+        script = scratch / "askpass"
+        script.write_text(ASKPASS)
+        script.chmod(0o700)
+        self._token = tempfile.TemporaryFile()  # noqa: SIM115  open as long as we are
+        self._token.write(token.get_secret_value().encode())
+        self._token.flush()
+        self._token.seek(0)
+        parts = urlsplit(self.target.url)
+        self._env |= {
+            "GIT_ASKPASS": str(script),
+            "PKB_TOKEN_FD": str(self._token.fileno()),
+            "PKB_ASKED_FOR": f"{parts.scheme}://{USER}@{parts.netloc}",
+        }
+
+    def _config(self) -> dict[str, str]:
+        return {
+            "remote.origin.url": self.target.url,
+            "credential.username": USER,
+            "http.lowSpeedLimit": str(STALL_BYTES_A_SECOND),
+            "http.lowSpeedTime": str(STALL_SECONDS),
+            "http.postBuffer": str(1 << 20),
+            # Pickles of two days have little in common: no search for deltas, no whole file in memory.
+            "core.bigFileThreshold": "1m",
+            "core.compression": "1",
+            "gc.auto": "0",
+            "user.name": "pkb",
+            "user.email": "pkb@localhost",
+        }
+
+    def _failure(self, command: str, said: bytes) -> GitFailed:
+        lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
+        telling = [
+            line for line in lines if re.match(r"(fatal|error|remote: (error|fatal)|! \[)", line)
+        ] or lines[-1:]
+        text = self._clean(" ".join(dict.fromkeys(telling)))
+        log.debug("git_failed", command=command, why=text)
+        shown = f"git {command} failed ({text[:REASON_LENGTH_MAX]})"
+        if re.search(r"Authentication failed|could not read (Username|Password)|\b40[13]\b|denied", text):
+            return GitFailed(shown, "check PKB_GITHUB_TOKEN: it needs contents:write on that repository")
+        if re.search(r"not found|does not (appear|exist)|\b404\b", text):
+            return GitFailed(shown, "check PKB_GITHUB_REPO or PKB_GITHUB_URL, and that the token may see it")
+        if re.search(
+            r"resolve host|timed out|Failed to connect|Connection|\b5\d\d\b|early EOF|hung up", text
+        ):
+            return RemoteAway(shown, "try again later")
+        return GitFailed(shown, f"try it by hand: git ls-remote {self.target.url}")
+
+    def _clean(self, text: str) -> str:
+        token = self.target.token
+        if token is not None and token.get_secret_value():
+            text = text.replace(token.get_secret_value(), "***")
+        return re.sub(r"://[^/@\s']*@", "://", text)
+
+
+def _sweep() -> None:
+    """Remove what killed syncs of ours left."""
+    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
+        try:
+            facts = left.lstat()
+            if facts.st_uid == os.getuid() and time.time() - facts.st_mtime > STALE_SECONDS:
+                shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            pass  # another was faster
+
+
+def backoff_seconds(attempt: int, jitter: float) -> float:
+    """Before attempt 2, 3, …: up to 0.5, 1, 2 … 8 s; `jitter` is between 0 and 1."""
+    return float(min(8.0, 0.25 * 2**attempt)) * jitter
+
+
+def head_of(git: Git) -> str | None:
+    """The branch's newest commit at the remote; None where there is no such branch."""
+    listed = git("ls-remote", "origin", git.target.ref)
+    return listed.split()[0] if listed else None
+
+
+def fetch(git: Git, depth: int) -> str | None:
+    """Fetch the branch's last `depth` commits, without the files' contents where the remote can do that."""
+    head = head_of(git)
+    if head is None:
+        return None
+    # The remote may have moved on between the two: what was fetched counts.
+    git(
+        "fetch", "--quiet", "--no-tags", f"--depth={depth}", "--filter=blob:none", "--force",
+        "origin", f"+{git.target.ref}:refs/pkb/head",
+    )  # fmt: skip
+    return git("rev-parse", "refs/pkb/head")

@@ -1,0 +1,321 @@
+"""The trading day's jobs with real workers: a whole day in a rehearsal, and kill -9 inside each of them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from pydantic import SecretStr
+from rq import Queue
+from rq.job import Job
+
+from pkbrokers_redis.consumers.files.manifest import problems, read_manifest
+from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.jobs import daily, view
+from pkbrokers_redis.jobs.cron import schedules_of
+from pkbrokers_redis.jobs.desk import Desk
+from pkbrokers_redis.jobs.schedule import Plan
+from pkbrokers_redis.kite.history_rows import IST
+from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.simulator.kite import SimulatedKite
+from pkbrokers_redis.store.auth import Session, load_session, save_session
+from pkbrokers_redis.store.meta import ensure_meta
+from pkbrokers_redis.store.queue import enqueue, open_queue
+from pkbrokers_redis.store.symbols import save_instruments
+from tests.cli.conftest import Pkb, pkb
+from tests.jobs.conftest import OPENED_S, ROWS
+from tests.jobs.remotes import BRANCH, FOLDER, Repository, snapshot
+from tests.support import running_process, running_python, wait_until
+
+pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
+
+__all__ = ["pkb"]  # a fixture
+
+TOKENS = [int(row["instrument_token"]) for row in ROWS]
+WHEN = {"at": "2026-08-05T15:41:00+05:30", "day": "2026-08-05"}
+
+# A jobs worker that dies in the middle of a job: the n-th call of a function kills it, and its child with it.
+DEADLY = """
+import importlib, os, signal, sys
+module, name, calls = sys.argv[1:]
+holder = importlib.import_module(module)
+*owners, attribute = name.split(".")
+for owner in owners:
+    holder = getattr(holder, owner)
+real, left = getattr(holder, attribute), int(calls)
+def deadly(*given, **named):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getppid(), signal.SIGKILL)
+        signal.pause()
+    return real(*given, **named)
+setattr(holder, attribute, deadly)
+from pkbrokers_redis.jobs.role import jobs
+from pkbrokers_redis.pipeline import roles
+sys.exit(roles.main(jobs))
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
+    """The sync target of these settings."""
+    repository = Repository(tmp_path / "remote" / "kite.git")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a sync that is killed leaves its scratch folder
+    monkeypatch.setenv("PKB_GITHUB_URL", f"file://{repository.path}")
+    monkeypatch.setenv("PKB_GITHUB_BRANCH", BRANCH)
+    monkeypatch.setenv("PKB_GITHUB_PATH", FOLDER)
+    return repository
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def fill(client: redis.Redis, settings: Settings, opened_s: int) -> None:
+    """A morning's candles and a few days."""
+    keys = settings.keys
+    client.hset(keys.cursor(0), "id", "1-0")
+    for number, token in enumerate(TOKENS):
+        for i in range(5):
+            price = 100 + number + i / 4
+            row = [opened_s + 60 * i, price, price + 1, price - 1, price, 10 + i, None, 3]
+            client.rpush(keys.candles(token, "1m"), json.dumps(row, separators=(",", ":")))
+            row[0] = opened_s - (5 - i) * 86_400
+            client.rpush(keys.candles(token, "day"), json.dumps(row, separators=(",", ":")))
+        client.hset(
+            keys.quote(token), mapping={"symbol": f"X{number}", "last_price": str(price), "volume": "60"}
+        )
+
+
+def fetch(queue: Queue, id_: str) -> Job:
+    job = queue.fetch_job(id_)
+    assert job is not None
+    return job
+
+
+# --- killed
+
+
+MOMENTS = [
+    # job, its arguments, what kills it: module, function, calls that go well before
+    ("instruments", {}, ("pkbrokers_redis.kite.instruments", "KiteInstruments.store", "0")),
+    ("settle", {}, ("pkbrokers_redis.jobs.progress", "Progress.note", "3")),
+    ("day_snapshot", {"kind": "ticks"}, ("os", "fsync", "0")),
+    ("day_snapshot", {"kind": "pickle"}, ("os", "fsync", "1")),
+    ("day_snapshot", {"kind": "sqlite"}, ("os", "fsync", "0")),
+    ("day_snapshot", {"kind": "parquet"}, ("os", "fsync", "1")),
+    ("sync_push", {}, ("pkbrokers_redis.jobs.sync", "_commit", "0")),
+    ("trim", {}, ("pkbrokers_redis.jobs.daily", "update_manifest", "0")),
+]
+
+
+@pytest.mark.timeout(300)
+def test_killed_in_the_middle_each_job_leaves_whole_files_and_comes_to_the_same_result(
+    desk: Desk, repository: Repository, stack: ExitStack, client: redis.Redis, tmp_path: Path
+) -> None:
+    fill(client, desk.settings, OPENED_S)
+    folder, queue = desk.settings.files_folder, open_queue(desk.settings, client)
+    expected = undisturbed(folder, tmp_path / "undisturbed")
+    snapshot(folder, "stock_data_01012026.pkl", b"")  # for the trim
+    jobs: list[str] = []
+    for name, more, moment in MOMENTS:
+        id_ = enqueue(queue, name, {**WHEN, **more}) or ""
+        jobs.append(id_)
+        worker = stack.enter_context(running_process(sys.executable, "-c", DEADLY, *moment))
+        wait_until(
+            lambda worker=worker: worker.poll() is not None, timeout_seconds=90, what=f"the end in {name}"
+        )
+        assert worker.returncode == -signal.SIGKILL, worker.stdout and worker.stdout.read()
+        assert fetch(queue, id_).get_status() == "started", name
+        assert [line for line in problems(folder) if "missing" not in line] == [], name
+        # Its silence and its lock run out by themselves: say that this time is over, and let the next one
+        # meet what the killed one left.
+        for lock in client.scan_iter(desk.keys.job_lock("*")):
+            client.delete(lock)
+        queue.started_job_registry.cleanup(time.time() + 3600)
+        assert fetch(queue, id_).get_status() == "scheduled", name
+    assert repository.tip() == ""
+    client.delete("rq:scheduler-lock:pkb")  # of the killed ones: it lasts a minute
+    for id_ in jobs:
+        queue.scheduled_job_registry.schedule(fetch(queue, id_), datetime.now(UTC))
+    stack.enter_context(running_python("-m", "workers.jobs"))
+    for id_ in jobs:
+        wait_until(
+            lambda id_=id_: fetch(queue, id_).get_status() in ("finished", "failed"),
+            timeout_seconds=90,
+            what=id_,
+        )
+    assert view.failed_jobs(queue) == []
+    assert problems(folder) == []
+    assert contents(folder) == expected
+    assert f"{FOLDER}/ticks.json" in repository.names() and len(repository.log()) == 1
+    assert not (folder / "stock_data_01012026.pkl").exists()
+
+
+def undisturbed(folder: Path, elsewhere: Path) -> dict[str, Any]:
+    """What the files hold when nobody is killed; made here, then put away."""
+    for kind in ("ticks", "pickle", "sqlite", "parquet"):
+        daily.day_snapshot(**WHEN, kind=kind)
+    found = contents(folder)
+    shutil.move(folder, elsewhere)
+    assert len(found) >= 6
+    return found
+
+
+def contents(folder: Path) -> dict[str, Any]:
+    """File → its sha256; of a database, whose pages may differ, how many rows there are."""
+    listed = read_manifest(folder)
+    return {
+        name: entry.rows
+        if entry.kind == "sqlite"
+        else hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        for name, entry in listed.items()
+    }
+
+
+# --- a day
+
+
+@pytest.mark.timeout(300)
+def test_a_special_sunday_is_served_from_the_morning_to_the_push(
+    settings: Settings, client: redis.Redis, repository: Repository, stack: ExitStack, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Six minutes of Muhurat at 200 times the speed, on the jobs worker and two crons; nobody streams."""
+    day, speed = date(2026, 8, 9), 200.0
+    calendar = tmp_path / "calendar.json"
+    special = {"windows": {"muhurat": ["11:00", "11:06"]}, "why": "Muhurat"}
+    calendar.write_text(json.dumps({"calendars": {"equity": {"special": {str(day): special}}}}))
+    sessions = load_sessions("market", path=calendar)
+    opened_s = int(datetime(2026, 8, 9, 11, tzinfo=IST).timestamp())
+    nse = [row for row in ROWS if int(row["instrument_token"]) & 0xFF in (1, 9)]
+    begin_s = opened_s - 300
+    kite = stack.enter_context(SimulatedKite(ROWS, sessions=sessions, start_ms=begin_s * 1000, speed=speed))
+    assert settings.redis_url is not None
+    env = {
+        **kite.environment(),
+        "PKB_REDIS_URL": settings.redis_url.get_secret_value(),
+        "PKB_DATA_DIR": str(settings.data_dir),
+        "PKB_INSTRUMENTS": ",".join(str(row["instrument_token"]) for row in nse),
+        "PKB_CALENDAR": str(calendar),
+    }
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    ensure_meta(client, settings, "2026-08-09T05:00:00+00:00")
+    save_instruments(client, settings.keys, ROWS)
+    fill(client, settings, opened_s)
+    # The worker is there before the day begins to pass.
+    lead_s = 4.0
+    monkeypatch.setenv("PKB_TIME_SHIFT", f"{begin_s - lead_s * speed},{time.time()},{speed}")
+    told = load_settings()
+    queue = open_queue(told, client)
+    for role in ("jobs", "cron", "cron"):
+        stack.enter_context(running_python("-m", f"workers.{role}"))
+    plan = Plan(sessions, schedules_of(client, told, sessions))
+    runs = list(plan.day_of(day))
+    last = {run.row.name: run for run in runs}
+    assert len([run for run in runs if run.row.name == "ticks"]) == 6
+
+    def status(name: str) -> str:
+        job = queue.fetch_job(last[name].job_id)
+        return str(job.get_status().value) if job is not None else "unknown"
+
+    wait_until(lambda: status("trim") == "finished", timeout_seconds=40, what="the last job")
+    done = {name: status(name) for name in last if name not in ("open", "ticks")}
+    assert done == dict.fromkeys(done, "finished")
+    # Nobody streams here: the check after the open says so, and comes again.
+    assert status("open") in ("scheduled", "failed")
+    reason = view.reason(fetch(queue, last["open"].job_id))
+    assert "\n" not in reason and reason
+
+    folder = told.files_folder
+    assert problems(folder) == []
+    files = read_manifest(folder)
+    assert {"ticks.json", "stock_data_09082026.pkl", "daily_candles.pkl", "stock_data.db"} <= set(files)
+    made = datetime.fromisoformat(files["ticks.json"].made_at).timestamp()
+    assert made >= last["close"].at_ms / 1000
+    written = datetime.fromisoformat(files["daily_candles.pkl"].made_at).timestamp()
+    assert written >= last["pickle"].at_ms / 1000
+    pushed = {name.rpartition("/")[2] for name in repository.names()}
+    assert {"ticks.json", "daily_candles.pkl", "manifest.json"} <= pushed
+    ids = {run.job_id for run in runs}
+    day_jobs = [job for job in all_ids(queue) if job.partition("-")[0] not in ("repair_gap", "warm_start")]
+    assert set(day_jobs) <= ids  # nothing else, and none twice
+
+
+def all_ids(queue: Queue) -> list[str]:
+    registries = (queue.finished_job_registry, queue.failed_job_registry, queue.scheduled_job_registry)
+    return [*queue.get_job_ids(), *(id_ for registry in registries for id_ in registry.get_job_ids())]
+
+
+# --- one by one
+
+
+def test_a_check_that_finds_trouble_says_what_to_do(
+    desk: Desk, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(daily.NotReady, match="no holidays for 2027"):
+        daily.calendar("2026-12-30T08:45:00+05:30", "2026-12-30")
+    assert daily.calendar(WHEN["at"], "2026-11-07")["next"][0] == "2026-11-08"
+    with pytest.raises(daily.NotReady):
+        daily.feed(**WHEN)
+    found = daily.capacity(**WHEN)
+    assert (found["instruments"], found["connections"]) == (len(TOKENS), 1)
+    monkeypatch.setattr(daily, "DISK_BYTES_MIN", 1 << 62)
+    with pytest.raises(daily.NotReady, match="make room"):
+        daily.capacity(**WHEN)
+
+
+def test_a_session_that_kite_no_longer_accepts_is_renewed(
+    desk: Desk, kite: SimulatedKite, client: redis.Redis
+) -> None:
+    account = kite.accounts.first
+    dead = save_session(client, desk.keys, Session(account.api_key, "X1", access_token=SecretStr("dead")))
+    assert daily.login(**WHEN) == {"user_id": account.user_id}
+    alive = load_session(client, desk.keys)
+    assert alive is not None and not alive.is_same(dead)
+
+
+def test_without_a_target_the_days_push_is_no_failure(desk: Desk) -> None:
+    assert "skipped" in daily.sync_push(**WHEN)
+
+
+def test_the_command_leaves_a_push_to_a_worker(
+    desk: Desk, repository: Repository, client: redis.Redis, pkb: Pkb
+) -> None:
+    told = json.loads(pkb("sync", "push", "--enqueue", "--json").out)
+    again = json.loads(pkb("sync", "push", "--enqueue", "--json").out)
+    assert told["new"] and again == {"job": told["job"], "new": False}
+    job = fetch(open_queue(desk.settings, client), told["job"])
+    assert job.func_name == "pkbrokers_redis.jobs.daily.sync_push"
+    assert daily.patience_seconds(job) == 1.0
+    job.created_at -= timedelta(hours=1)
+    assert daily.patience_seconds(job) == 60.0
+
+
+def test_a_store_in_which_nobody_made_candles_replaces_no_files(desk: Desk) -> None:
+    snapshot(desk.settings.files_folder, "ticks.json", b'{"yesterday": 1}')
+    assert "skipped" in daily.day_snapshot(**WHEN, kind="ticks")
+    assert (desk.settings.files_folder / "ticks.json").read_bytes() == b'{"yesterday": 1}'
+
+
+def test_a_ticks_json_that_is_newer_than_what_was_planned_will_do(desk: Desk, client: redis.Redis) -> None:
+    fill(client, desk.settings, OPENED_S)
+    old = "2026-08-05T09:16:05+05:30"
+    assert "superseded" not in daily.day_snapshot(old, "2026-08-05", "ticks")
+    assert daily.day_snapshot(old, "2026-08-05", "ticks") == {"superseded": True}
+    assert "superseded" not in daily.day_snapshot("2026-08-05T11:00:05+05:30", "2026-08-05", "ticks")

@@ -1,0 +1,189 @@
+"""Where a sync goes, and that git tells nobody the token."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from pkbrokers_redis.core.errors import PkbError, SettingsError
+from pkbrokers_redis.jobs import github
+from pkbrokers_redis.jobs.github import Git, GitFailed, RemoteAway
+from pkbrokers_redis.jobs.sync import push
+from pkbrokers_redis.jobs.target import Target, target_of
+from pkbrokers_redis.settings import load_settings
+from tests.jobs.remotes import BRANCH, FOLDER, GitHost, Repository, snapshot, words
+
+TOKEN = "ghp16C7e42F292c6912E7710c838347Ae178B4a"
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({}, "no sync target"),
+        ({"github_repo": "owner"}, "PKB_GITHUB_REPO"),
+        ({"github_repo": "-owner/name"}, "PKB_GITHUB_REPO"),
+        ({"github_repo": "a/.."}, "PKB_GITHUB_REPO"),
+        ({"github_url": "ext::sh -c touch% /tmp/x"}, "PKB_GITHUB_URL"),
+        ({"github_url": "--upload-pack=touch /tmp/x"}, "PKB_GITHUB_URL"),
+        ({"github_url": "ssh://-oProxyCommand=x/y"}, "PKB_GITHUB_URL"),
+        ({"github_url": "git://host/x"}, "PKB_GITHUB_URL"),
+        ({"github_url": "http://example.org/x.git", "github_token": TOKEN}, "in the clear"),
+        ({"github_url": f"https://me:{TOKEN}@github.com/a/b.git"}, "holds credentials"),
+        ({"github_url": f"https://{TOKEN}@github.com/a/b.git"}, "holds credentials"),
+        ({"github_url": "/x", "github_branch": "-x"}, "PKB_GITHUB_BRANCH"),
+        ({"github_url": "/x", "github_branch": "a..b"}, "PKB_GITHUB_BRANCH"),
+        ({"github_url": "/x", "github_branch": "a/.b"}, "PKB_GITHUB_BRANCH"),
+        ({"github_url": "/x", "github_branch": "a.lock"}, "PKB_GITHUB_BRANCH"),
+        ({"github_url": "/x", "github_branch": "a b;rm"}, "PKB_GITHUB_BRANCH"),
+        ({"github_url": "/x", "github_path": "../up"}, "PKB_GITHUB_PATH"),
+        ({"github_url": "/x", "github_path": "a/.GIT/hooks"}, "PKB_GITHUB_PATH"),
+        ({"github_url": "/x", "github_path": "git~1"}, "PKB_GITHUB_PATH"),
+        ({"github_url": "/x", "github_path": ".g\u200cit"}, "PKB_GITHUB_PATH"),
+        ({"github_url": "/x", "github_path": "a\nb"}, "PKB_GITHUB_PATH"),
+    ],
+)  # fmt: skip
+def test_a_hostile_or_mistaken_target_is_one_line_that_names_its_setting(
+    settings: dict[str, Any], wanted: str
+) -> None:
+    with pytest.raises(SettingsError) as error:
+        target_of(load_settings(**settings))
+    assert wanted in str(error.value) and "\n" not in str(error.value)
+    assert TOKEN not in str(error.value)
+
+
+def test_a_repository_on_github_has_its_url_and_no_token_in_it() -> None:
+    target = target_of(load_settings(github_repo="me/data", github_token=TOKEN, github_path="/git-data/x/"))
+    assert target.shown == "https://github.com/me/data.git actions-data-download:git-data/x"
+    assert TOKEN not in repr(target)
+
+
+# --- the token
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    return Repository(tmp_path / "remote" / "kite.git")
+
+
+def behind(host: GitHost, token: str = TOKEN) -> Target:
+    return target_of(
+        load_settings(
+            github_url=f"{host.url}/kite.git", github_branch=BRANCH, github_path=FOLDER, github_token=token
+        )
+    )
+
+
+def test_a_push_with_a_token_shows_it_nowhere(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Looked at from outside while git runs: command lines, environments, files with a name."""
+    snapshot(tmp_path / "files", "ticks.json", b"{}" + os.urandom(3_000_000))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    monkeypatch.setattr(github.tempfile, "tempdir", str(scratch))
+    over, seen, leaks = threading.Event(), set[str](), list[str]()
+
+    def look() -> None:
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                told = " ".join(child.cmdline()) + " ".join(child.environ().values())
+                seen.add(child.name())
+                if TOKEN in told:
+                    leaks.append(told)
+        for path in scratch.rglob("*"):
+            if path.is_file() and TOKEN.encode() in path.read_bytes():
+                leaks.append(str(path))
+
+    def watch() -> None:
+        while not over.is_set():
+            with contextlib.suppress(OSError, psutil.Error):  # what is looked at comes and goes
+                look()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        with GitHost(repository.path.parent, TOKEN) as host:
+            found = push(behind(host), tmp_path / "files")
+    finally:
+        over.set()
+        watcher.join()
+    assert found["changed"] and repository.read(f"{FOLDER}/ticks.json").startswith(b"{}")
+    assert any("git" in name for name in seen) and leaks == []
+    assert TOKEN not in " ".join(host.seen)
+    assert any(each.startswith("Basic") for each in host.authorizations)
+    assert list(scratch.iterdir()) == []
+    out, err = capfd.readouterr()
+    assert TOKEN not in out + err
+
+
+def test_a_token_that_is_refused_is_one_line_without_it(repository: Repository, tmp_path: Path) -> None:
+    snapshot(tmp_path / "files", "ticks.json", b"{}")
+    wrong = "wrong" + TOKEN
+    with GitHost(repository.path.parent, TOKEN) as host, pytest.raises(GitFailed) as error:
+        push(behind(host, wrong), tmp_path / "files")
+    assert "PKB_GITHUB_TOKEN" in str(error.value)
+    assert wrong not in str(error.value) and wrong not in words(repr(error.value.__cause__))
+
+
+def test_a_redirect_to_another_host_does_not_get_the_token(repository: Repository, tmp_path: Path) -> None:
+    snapshot(tmp_path / "files", "ticks.json", b"{}")
+    with GitHost(repository.path.parent, TOKEN) as honest, GitHost(repository.path.parent, TOKEN) as other:
+        honest.redirect_to = other.url
+        with pytest.raises(GitFailed):
+            push(behind(honest), tmp_path / "files")
+    assert other.seen and not any(other.authorizations)
+
+
+# --- git
+
+
+def test_what_git_says_is_passed_on_without_credentials(tmp_path: Path) -> None:
+    target = Target(str(tmp_path / "nothing.git"), "data", "")
+    with Git(target) as git, pytest.raises(GitFailed, match="PKB_GITHUB_REPO or PKB_GITHUB_URL"):
+        git("ls-remote", "origin")
+    with Git(Target("https://a.invalid/x.git", "data", "")) as git:
+        assert git._clean("fatal: https://me:pw@host/x") == "fatal: https://host/x"
+
+
+def test_a_git_that_hangs_is_ended_with_its_helpers(tmp_path: Path) -> None:
+    with Git(Target(str(tmp_path), "data", ""), seconds_max=0.5) as git:
+        with pytest.raises(RemoteAway, match="took longer"):
+            git("-c", "alias.wait=!sleep 300", "wait")
+        assert not [
+            child for child in psutil.Process().children(recursive=True) if "300" in " ".join(child.cmdline())
+        ]
+
+
+def test_the_users_own_configuration_takes_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tmp_path / "gitconfig"
+    config.write_text("[credential]\n\thelper = store\n[user]\n\tname = someone\n")
+    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(config))
+    monkeypatch.setenv("GIT_DIR", "/elsewhere")
+    with Git(Target(str(tmp_path), "data", "")) as git:
+        assert git("config", "user.name") == "pkb"
+        assert "helper" not in git("config", "--list")
+
+
+def test_what_a_killed_sync_left_is_removed_and_a_running_ones_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(github.tempfile, "tempdir", str(tmp_path))
+    old, running = tmp_path / "pkb-sync-old", tmp_path / "pkb-sync-running"
+    for folder in (old, running):
+        (folder / "repository").mkdir(parents=True)
+    os.utime(old, (0, 0))
+    with Git(Target(str(tmp_path), "data", "")):
+        assert not old.exists() and running.exists()
+
+
+def test_without_git_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(PkbError, match="install git"), Git(Target(str(tmp_path), "data", "")):
+        pass
