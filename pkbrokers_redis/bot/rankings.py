@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from pkbrokers_redis.bot.ask import Ask
 from pkbrokers_redis.bot.movers import Mover, Movers
-from pkbrokers_redis.bot.registry import UsageError
 from pkbrokers_redis.bot.text import table
+from pkbrokers_redis.bot.usage import UsageError
 
 ROWS, ROWS_MAX = 10, 50
 

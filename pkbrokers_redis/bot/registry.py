@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from pkbrokers_redis.bot.ask import Ask
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.bot.usage import UsageError
 
 Handler = Callable[[Ask], Awaitable[None]]
 
@@ -22,10 +22,6 @@ NAMES = (
     "status", "ticks", "db", "daily_pkl", "intraday_pkl", "instrument_history", "request_data",
     "token", "refresh_token", "restart", "test_ticks",
 )  # fmt: skip
-
-
-class UsageError(PkbError):
-    """Raised when a command was given arguments that it does not understand."""
 
 
 @dataclass(frozen=True, slots=True)

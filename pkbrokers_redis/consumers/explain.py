@@ -8,20 +8,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from zoneinfo import ZoneInfo
 
 import msgspec
+import redis
 
 from pkbrokers_redis.consumers.follow import ENTRIES_A_READ, SCAN_MAX, parse_entry, parse_id
 from pkbrokers_redis.core.buckets import bucket_end_s, bucket_start_s
 from pkbrokers_redis.core.intervals import Interval
+from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.model import Candle
 from pkbrokers_redis.core.sessions import Sessions
 from pkbrokers_redis.store import read
-
-if TYPE_CHECKING:
-    from pkbrokers_redis.consumers.store import CandleStore
 
 FLAG_WORDS = {
     "": "a whole candle: we watched all of it",
@@ -30,6 +29,21 @@ FLAG_WORDS = {
     "backfilled": "backfilled: repaired from Kite's history",
 }
 KOLKATA = ZoneInfo("Asia/Kolkata")
+
+
+class Reader(Protocol):
+    """What an explanation asks of a `CandleStore`."""
+
+    client: redis.Redis
+    tally: read.Tally
+
+    @property
+    def keys(self) -> Keys: ...
+    def get_candles(
+        self, symbol: str | int, interval: str, count: int = ..., include_current: bool = ...
+    ) -> list[Candle]: ...
+    def get_current_candle(self, symbol: str | int, interval: str) -> Candle | None: ...
+    def possible_sessions(self) -> list[Sessions]: ...
 
 
 @dataclass(frozen=True)
@@ -161,9 +175,7 @@ class Explanation:
         return lines
 
 
-def explain_candle(
-    store: CandleStore, token: int, symbol: str, interval: Interval, moment_s: int
-) -> Explanation:
+def explain_candle(store: Reader, token: int, symbol: str, interval: Interval, moment_s: int) -> Explanation:
     """The candle of that instrument and interval that holds `moment_s`, which may be its start."""
     rows = store.get_candles(token, interval.name, interval.keep, include_current=True)
     current = store.get_current_candle(token, interval.name)
@@ -199,7 +211,7 @@ def explain_candle(
 
 
 def _bucket(
-    store: CandleStore, token: int, interval: Interval, moment_s: int, starts: set[int]
+    store: Reader, token: int, interval: Interval, moment_s: int, starts: set[int]
 ) -> tuple[Sessions, int]:
     """The sessions whose grid the rows stand on, and the start of the bucket in it."""
     found: list[tuple[Sessions, int]] = []
@@ -210,7 +222,7 @@ def _bucket(
 
 
 def _ticks(
-    store: CandleStore, token: int, start_ms: int, end_ms: int
+    store: Reader, token: int, start_ms: int, end_ms: int
 ) -> tuple[tuple[read.Tick, ...], tuple[str, ...], bool]:
     """The instrument's ticks of that time, who sent them, and whether the stream holds older ones."""
     key = store.keys.ticks(store.keys.shard_of(token))
@@ -234,7 +246,7 @@ def _ticks(
     return tuple(found), tuple(sources), has_older
 
 
-def _announcements(store: CandleStore, token: int, interval: str, start: int) -> tuple[Announcement, ...]:
+def _announcements(store: Reader, token: int, interval: str, start: int) -> tuple[Announcement, ...]:
     """What the closed stream still holds about it, oldest first."""
     key = store.keys.closed(store.keys.shard_of(token))
     found: list[Announcement] = []
@@ -253,7 +265,7 @@ def _announcements(store: CandleStore, token: int, interval: str, start: int) ->
     return tuple(reversed(found))
 
 
-def _baseline(store: CandleStore, token: int) -> tuple[int | None, float | None, float | None]:
+def _baseline(store: Reader, token: int) -> tuple[int | None, float | None, float | None]:
     """`(day, seen, baseline)` of the aggregator's notebook; its layout is its own, so None is an answer."""
     text: Any = store.client.hget(store.keys.state(store.keys.shard_of(token)), str(token))
     try:

@@ -95,11 +95,10 @@ class Aggregator:
         self._machine_ms = machine_ms  # stream ids are the machine's time, whatever the market's is
         self._speed = float(getattr(now_ms, "speed", 1.0))  # of market time, in a rehearsal
         self._sessions = sessions or load_sessions(settings.sessions, settings.timezone, settings.calendar)
-        owner = owner or f"{ROLE}-{secrets.token_hex(8)}"
-        self.leases = ShardLeases(settings.keys, owner, settings.lease_seconds)
+        name = owner or f"{ROLE}-{secrets.token_hex(8)}"
+        self.leases = ShardLeases(settings.keys, name, settings.lease_seconds)
         self.workers: dict[int, ShardWorker] = {}
-        self._scratch = Scratch()
-        self._derivatives = Derivatives(settings.keys)
+        self._scratch, self._derivatives = Scratch(), Derivatives(settings.keys)
         self._skipped: dict[int, float] = {}  # shard → when to look at its stream again, epoch ms
         self._aside: dict[int, float] = {}  # shard with unusable keys → when to try again
         self._names = Names(settings.keys)
@@ -286,9 +285,9 @@ class Aggregator:
 
     def _block_ms(self, most: int) -> int:
         """Wait for ticks at most until the next candle must close or the leases want to be renewed."""
-        most = min(most, int(max(self.leases.due_seconds, 0.0) * 1000) + 1)
+        most = max(1, min(most, int(max(self.leases.due_seconds, 0.0) * 1000) + 1))
         if self._settings.clock == "event":
-            return max(1, most)  # an event clock needs no timer
+            return most  # an event clock needs no timer
         due = min((worker.book.next_due_ms for worker in self.workers.values()), default=np.inf)
         wait_ms = (due - self._now_ms()) / self._speed
         return max(1, min(most, int(min(wait_ms, 1e9)) + 1))

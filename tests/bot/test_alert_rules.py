@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pkbrokers_redis.bot.alerts.model import Alert, Kind, parse
 from pkbrokers_redis.bot.alerts.rules import Watch, first_state, watch_of
-from pkbrokers_redis.bot.registry import UsageError
+from pkbrokers_redis.bot.usage import UsageError
 
 NAN = math.nan
 T0 = 1_767_584_700_000  # 2026-01-05 09:15 in Kolkata

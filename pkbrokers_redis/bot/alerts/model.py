@@ -19,8 +19,8 @@ from typing import Literal
 
 import msgspec
 
-from pkbrokers_redis.bot.registry import UsageError
 from pkbrokers_redis.bot.text import count, money
+from pkbrokers_redis.bot.usage import UsageError
 
 Kind = Literal["above", "below", "cross", "move", "volume", "high", "low", "feed"]
 

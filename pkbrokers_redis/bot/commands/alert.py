@@ -7,9 +7,10 @@ import time
 from pkbrokers_redis.bot.alerts.model import USAGE, Alert, parse
 from pkbrokers_redis.bot.alerts.rules import MINUTES_AVERAGED, first_state
 from pkbrokers_redis.bot.ask import Ask
-from pkbrokers_redis.bot.registry import Command, UsageError
+from pkbrokers_redis.bot.registry import Command
 from pkbrokers_redis.bot.symbols import resolve_word
 from pkbrokers_redis.bot.text import MESSAGE_CHARS_MAX, escape
+from pkbrokers_redis.bot.usage import UsageError
 
 
 async def alert(ask: Ask) -> None:

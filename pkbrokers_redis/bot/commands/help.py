@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pkbrokers_redis.bot.ask import Ask
-from pkbrokers_redis.bot.registry import Command, UsageError, commands
+from pkbrokers_redis.bot.registry import Command, commands
 from pkbrokers_redis.bot.text import escape
+from pkbrokers_redis.bot.usage import UsageError
 
 
 async def help_(ask: Ask) -> None:

@@ -6,9 +6,10 @@ from datetime import datetime
 from typing import Any
 
 from pkbrokers_redis.bot.ask import Ask
-from pkbrokers_redis.bot.registry import Command, UsageError
+from pkbrokers_redis.bot.registry import Command
 from pkbrokers_redis.bot.symbols import resolve_words
 from pkbrokers_redis.bot.text import count, escape, money, percent
+from pkbrokers_redis.bot.usage import UsageError
 
 SYMBOLS_MAX = 20
 

@@ -11,9 +11,10 @@ from telegram.error import TelegramError
 
 from pkbrokers_redis.bot.ask import Ask
 from pkbrokers_redis.bot.commands.quote import quote_text
-from pkbrokers_redis.bot.registry import Command, UsageError
+from pkbrokers_redis.bot.registry import Command
 from pkbrokers_redis.bot.symbols import resolve_words
 from pkbrokers_redis.bot.text import duration
+from pkbrokers_redis.bot.usage import UsageError
 
 SYMBOLS_MAX = 5
 WATCHES_A_CHAT_MAX = 3
