@@ -109,6 +109,11 @@ class Settings(BaseSettings):
         50_000_000, ge=1_000, description="largest file the bot sends; a larger one goes in parts"
     )
 
+    # web
+    web_host: str = Field("127.0.0.1", description="address that `pkb web` listens on")
+    web_port: int = Field(8377, ge=0, le=65535, description="its port; 0 takes any that is free")
+    web_token: SecretStr | None = Field(None, description="every request but /healthz must bring it, if set")
+
     # logs
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level shown")
     log_format: Literal["text", "json"] = Field("text", description="`text` is key=value, `json` a line each")

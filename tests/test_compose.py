@@ -266,6 +266,7 @@ def test_every_service_becomes_healthy(
 ) -> None:
     tokens = ",".join(str(row["instrument_token"]) for row in universe(5))
     dotenv = {"PKB_KITE_WS_URL": kite.url, "PKB_INSTRUMENTS": tokens, "PKB_SESSIONS": "always"}
+    dotenv["PKB_WEB_PORT"] = str(free_ports(1)[0])
     dotenv |= {"PKB_TELEGRAM_TOKEN": TOKEN, "PKB_TELEGRAM_API_URL": telegram.url}
     with ExitStack() as stack:
         whole = Stack(file, tmp_path, dotenv, stack)

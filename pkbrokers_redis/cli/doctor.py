@@ -10,7 +10,7 @@ import redis
 import typer
 from redis.exceptions import ResponseError
 
-from pkbrokers_redis.cli.health_view import as_dict, console, line
+from pkbrokers_redis.cli.health_view import console, line
 from pkbrokers_redis.cli.output import AsJson, dump
 from pkbrokers_redis.cli.reader import require_store
 from pkbrokers_redis.clock import market_clock
@@ -30,6 +30,7 @@ from pkbrokers_redis.pipeline.health import (
     streams_small,
 )
 from pkbrokers_redis.pipeline.health_around import FAILED_JOBS, jobs_well, master_well
+from pkbrokers_redis.pipeline.status import as_dict
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import commit, lease
 from pkbrokers_redis.store.connect import connect, describe

@@ -1,59 +1,22 @@
-"""The pipeline's health for people and for programs: what `pkb status`, `pkb doctor` and `pkb top` print."""
+"""The pipeline's health for people: what `pkb status`, `pkb doctor` and `pkb top` print."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import msgspec
 from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from pkbrokers_redis.cli.output import iso
 from pkbrokers_redis.pipeline.facts import Facts, Server, Worker
 from pkbrokers_redis.pipeline.health import Finding, Health, health_of
+from pkbrokers_redis.pipeline.status import counters
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 STYLE_OF: dict[Health, str] = {"healthy": "green", "degraded": "yellow", "down": "red"}
-COUNTERS = ("dropped_at_cap", "frames_lost", "fenced")  # of the heartbeats, shown where they are not 0
 WIDTH_MIN = 110  # rather wrapped by the terminal than cut short
-
-
-def as_dict(facts: Facts | None, findings: Sequence[Finding]) -> dict[str, Any]:
-    """What `--json` prints."""
-    found: dict[str, Any] = {"health": health_of(findings)}
-    if facts is not None:
-        found |= {
-            "at": iso(facts.at_ms / 1000),
-            "redis": {
-                "place": facts.place,
-                "servers": [
-                    {"name": each.name, "version": each.version, "used_bytes": each.used_bytes,
-                     "limit_bytes": each.limit_bytes, "appendonly": each.aof, "saves": each.saves}
-                    for each in facts.servers
-                ],
-            },
-            "workers": [
-                {"id": each.id, "role": each.role, "age_ms": each.age_ms, "skew_ms": each.skew_ms,
-                 **{name: _value(name, text) for name, text in each.fields.items() if name != "role"}}
-                for each in facts.workers
-            ],
-            "shards": [
-                {"shard": each.number, "owner": each.owner, "entries": each.entries,
-                 "position": each.position, "lag_entries": each.lag_entries, "lag_ms": each.lag_ms}
-                for each in facts.shards
-            ],
-            "feeds": [{"feed": number, "owner": owner} for number, owner in enumerate(facts.feeds)],
-            "counters": counters(facts),
-        }  # fmt: skip
-    return {**found, "findings": [finding._asdict() for finding in findings]}
-
-
-def counters(facts: Facts) -> dict[str, int]:
-    """What the living workers gave up or were refused, added up."""
-    return {name: int(sum(worker.number(name) for worker in facts.workers)) for name in COUNTERS}
 
 
 def view(facts: Facts, findings: Iterable[Finding]) -> Group:
@@ -150,13 +113,3 @@ def _table(*columns: tuple[str, bool]) -> Table:
 
 def _list(numbers: Sequence[int]) -> str:
     return ",".join(map(str, numbers)) or "none"
-
-
-def _value(name: str, text: str) -> Any:
-    """A field of a heartbeat as JSON: numbers as numbers, lists as lists, whatever their length."""
-    if name in ("shards", "feeds"):
-        return [int(part) for part in text.split(",") if part.isdecimal()]
-    try:
-        return msgspec.json.decode(text)
-    except msgspec.DecodeError:
-        return text

@@ -29,6 +29,7 @@ COMMANDS = {
     "jobs": "jobs:jobs",
     "cron": "cron:cron_",
     "bot": "bot:bot",
+    "web": "web:web",
     "quote": "quote:quote",
     "candles": "candles:candles",
     "closed": "closed:closed",

@@ -9,17 +9,16 @@ from typing import Annotated, NoReturn
 import redis
 import typer
 
-from pkbrokers_redis.cli.health_view import as_dict, console, line, view
+from pkbrokers_redis.cli.health_view import console, line, view
 from pkbrokers_redis.cli.output import AsJson, dump
 from pkbrokers_redis.cli.reader import require_store
 from pkbrokers_redis.core.errors import RedisUnavailable
-from pkbrokers_redis.pipeline.facts import Facts, gather, read_workers
-from pkbrokers_redis.pipeline.health import EXIT_CODES, STATUS, Finding, health_of, here, judge, moves
+from pkbrokers_redis.pipeline.facts import read_workers
+from pkbrokers_redis.pipeline.health import EXIT_CODES, Finding, health_of, here
+from pkbrokers_redis.pipeline.status import as_dict, look
 from pkbrokers_redis.settings import Settings, load_settings
-from pkbrokers_redis.store.connect import connect, describe
+from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.meta import adopt_meta
-
-SECOND_LOOK_SECONDS = 1.0  # a shard or feed on its way from one worker to another has no owner for less
 
 
 def status(
@@ -52,18 +51,6 @@ def status(
     else:
         console().print(view(facts, findings))
     raise typer.Exit(EXIT_CODES[health_of(findings)])
-
-
-def look(client: redis.Redis, settings: Settings) -> tuple[Facts, list[Finding]]:
-    """A picture and what the rules say of it; of two pictures where the first shows trouble."""
-    place = describe(settings, for_reading=True)
-    facts = gather(client, settings.keys, place)
-    findings = judge(facts, STATUS)
-    if health_of(findings) != "healthy":
-        time.sleep(SECOND_LOOK_SECONDS)
-        earlier, facts = facts, gather(client, settings.keys, place)
-        findings = judge(facts, (*STATUS, moves(earlier)))
-    return facts, findings
 
 
 def _here(client: redis.Redis, settings: Settings, as_json: bool) -> NoReturn:

@@ -29,6 +29,9 @@ def up(
     with_bot: Annotated[
         bool, typer.Option("--bot/--no-bot", help="the Telegram bot, where PKB_TELEGRAM_TOKEN is set")
     ] = True,
+    with_web: Annotated[
+        bool, typer.Option("--web/--no-web", help="the web server on PKB_WEB_HOST and PKB_WEB_PORT")
+    ] = True,
 ) -> None:
     """Run the pipeline against Kite: one process a role, restarted when it dies.
 
@@ -49,21 +52,27 @@ def up(
             "starting", store=describe(settings), ingests=ingests, aggregators=aggregators, jobs=jobs,
             cron=with_cron,
         )  # fmt: skip
-        code = Supervisor(roles(aggregators, ingests, jobs, with_bot, with_cron)).run()
+        code = Supervisor(roles(aggregators, ingests, jobs, with_bot, with_cron, with_web)).run()
     raise typer.Exit(code)
 
 
 def roles(
-    aggregators: int, ingests: int = 1, jobs: int = 1, with_bot: bool = False, with_cron: bool = False
+    aggregators: int,
+    ingests: int = 1,
+    jobs: int = 1,
+    with_bot: bool = False,
+    with_cron: bool = False,
+    with_web: bool = False,
 ) -> list[RoleSpec]:
     """The table of roles, in the order of the data flow, which is the order in which they stop.
 
     The processes load the same environment and `.env` as we did. A new role is a row here.
     """
-    specs = [
+    return [
         RoleSpec("ingest", worker_argv("ingest"), ingests),
         *([RoleSpec("cron", worker_argv("cron"))] if with_cron else []),
         RoleSpec("jobs", worker_argv("jobs"), jobs),
         RoleSpec("aggregate", worker_argv("aggregate"), aggregators),
+        *([RoleSpec("web", worker_argv("web"))] if with_web else []),
+        *([RoleSpec("bot", worker_argv("bot"))] if with_bot else []),
     ]
-    return [*specs, RoleSpec("bot", worker_argv("bot"))] if with_bot else specs

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from pkbrokers_redis.cli import status as status_module
 from pkbrokers_redis.core.keys import AGGREGATOR_GROUP
+from pkbrokers_redis.pipeline import status as status_module
 from pkbrokers_redis.pipeline.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import lease

@@ -14,6 +14,7 @@ def test_the_roles_come_in_the_order_of_the_flow() -> None:
     assert [(spec.name, spec.count) for spec in specs] == [("ingest", 2), ("jobs", 1), ("aggregate", 3)]
     assert specs[2].argv == (sys.executable, "-m", "workers.aggregate")
     assert [spec.name for spec in roles(1, with_bot=True)][-1] == "bot"
+    assert [spec.name for spec in roles(1, with_web=True, with_bot=True)][-2:] == ["web", "bot"]
     assert [spec.name for spec in roles(1, with_cron=True)] == ["ingest", "cron", "jobs", "aggregate"]
 
 
@@ -33,7 +34,8 @@ def test_a_number_of_aggregators_that_is_none_is_refused() -> None:
 
 def test_a_mistake_that_a_worker_finds_ends_everything_with_its_one_line(tmp_path: Path) -> None:
     # No Kite session: only ingest needs one, and says so.
-    found = run_pkb("up", env={"PKB_DATA_DIR": str(tmp_path / "data"), "PKB_INSTRUMENTS": "256265"})
+    env = {"PKB_DATA_DIR": str(tmp_path / "data"), "PKB_INSTRUMENTS": "256265"}
+    found = run_pkb("up", "--no-web", env=env)
     assert found.returncode == 2
     mistakes = [line for line in found.stderr.splitlines() if line.startswith("pkb: ")]
     assert len(mistakes) == 1

@@ -73,8 +73,8 @@ def test_every_role_does_its_work_with_its_own_user(port: int, tmp_path: Path) -
     with ExitStack() as stack:
         stack.callback(kite.stop)
         workers: list[subprocess.Popen[str]] = []
-        for role, user in (("aggregate", "aggregator"), ("ingest", "ingest")):
-            env = {**settings_env(settings_of(user, port)), **common}
+        for role, user in (("web", "web"), ("aggregate", "aggregator"), ("ingest", "ingest")):
+            env = {**settings_env(settings_of(user, port)), **common, "PKB_WEB_PORT": "0"}
             workers.append(stack.enter_context(running_python("-m", f"workers.{role}", env=env)))
         reader = stack.enter_context(connect(reading, for_reading=True))
         store = CandleStore(reading, client=reader)
@@ -87,6 +87,7 @@ def test_every_role_does_its_work_with_its_own_user(port: int, tmp_path: Path) -
         symbol = f"{rows[0]['exchange']}:{rows[0]['tradingsymbol']}"
         wait_until(lambda: store.get_quote(symbol), what="a quote")
         assert list(followed) == [] and lag_entries(reader, KEYS) >= 0
+        wait_until(lambda: list(reader.scan_iter(KEYS.worker("web-*"))), what="the web worker's heartbeat")
         for worker in reversed(workers):
             worker.send_signal(signal.SIGTERM)
             output, _ = worker.communicate(timeout=60)
@@ -103,6 +104,8 @@ def test_every_role_does_its_work_with_its_own_user(port: int, tmp_path: Path) -
         ("reader", ("HGETALL", KEYS.auth())),
         ("reader", ("FLUSHALL",)),
         ("reader", ("KEYS", "*")),
+        ("web", ("HSET", KEYS.current(256), "1m", "[]")),
+        ("web", ("HGETALL", KEYS.auth())),
         ("ingest", ("HSET", KEYS.current(256), "1m", "[]")),
         ("ingest", ("HSET", KEYS.cursor(1), "epoch", "9")),
         ("ingest", ("CONFIG", "SET", "appendonly", "no")),

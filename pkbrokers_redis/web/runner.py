@@ -1,0 +1,125 @@
+"""The role `web` as a process: serve until told to stop. Any number may run; none is needed by the others.
+
+It reads. All it writes is its heartbeat, and where its user may not even do that it serves all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import os
+import threading
+from contextlib import suppress
+
+import redis
+from aiohttp import web
+
+from pkbrokers_redis import logs
+from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.pipeline.heartbeat import Heartbeat
+from pkbrokers_redis.pipeline.roles import now_ms, worker_id
+from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.store.commit import load_functions
+from pkbrokers_redis.store.connect import connect, describe
+from pkbrokers_redis.store.lease import announce, leave
+from pkbrokers_redis.web.app import make_app
+from pkbrokers_redis.web.services import Services
+
+log = logs.get("web")
+
+REDIS_SECONDS_MAX = 3.0  # a Redis that hangs is one that is away
+BEAT_SECONDS = 2.0
+STOP_LOOK_SECONDS = 0.1
+SHUTDOWN_SECONDS_MAX = 1.0  # for answers that are being made; streams end at once
+KEEPALIVE_SECONDS_MAX = 30.0  # a connection that asks nothing
+
+
+def serve(settings: Settings, stop: threading.Event) -> None:
+    """Serve on PKB_WEB_HOST and PKB_WEB_PORT until `stop` is set. Raises PkbError where it cannot listen."""
+    client = connect(settings, for_reading=True, socket_timeout_seconds=REDIS_SECONDS_MAX)
+    with client:
+        asyncio.run(_serve(settings, client, stop))
+
+
+async def _serve(settings: Settings, client: redis.Redis, stop: threading.Event) -> None:
+    services = Services(settings, CandleStore(settings, client))
+    app = make_app(services)
+
+    async def end_streams(_: web.Application) -> None:
+        await services.end_streams()
+
+    app.on_shutdown.append(end_streams)
+    runner = web.AppRunner(
+        app,
+        access_log=None,  # ours leaves the queries out
+        handler_cancellation=True,
+        keepalive_timeout=KEEPALIVE_SECONDS_MAX,
+        shutdown_timeout=SHUTDOWN_SECONDS_MAX,
+    )
+    await runner.setup()
+    beats: asyncio.Task[None] | None = None
+    try:
+        url = await _listen(runner, settings)
+        log.info("started", store=describe(settings, for_reading=True), url=url)
+        if settings.web_token is None and not _is_local(settings.web_host):
+            log.warning("open_to_all", host=settings.web_host, mend="set PKB_WEB_TOKEN")
+        beats = asyncio.create_task(_beat(services, client, url))
+        while not stop.is_set():  # noqa: ASYNC110  a signal handler sets it, in whichever thread
+            await asyncio.sleep(STOP_LOOK_SECONDS)
+    finally:
+        await runner.cleanup()
+        if beats is not None:
+            beats.cancel()
+            await asyncio.gather(beats, return_exceptions=True)
+        services.close()
+    log.info("stopped", **services.figures())
+
+
+async def _listen(runner: web.AppRunner, settings: Settings) -> str:
+    """The URL."""
+    host, port = settings.web_host, settings.web_port
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        # Not a SettingsError: under `pkb up` the others go on, and this is tried again.
+        reason = os.strerror(error.errno) if error.errno else str(error)  # asyncio wraps the text in more
+        raise PkbError(
+            f"cannot listen on {host}:{port} ({reason})", "set PKB_WEB_PORT or PKB_WEB_HOST, or stop who does"
+        ) from None
+    where = runner.addresses[0]
+    return f"http://[{where[0]}]:{where[1]}" if ":" in where[0] else f"http://{where[0]}:{where[1]}"
+
+
+async def _beat(services: Services, client: redis.Redis, url: str) -> None:
+    """Say every two seconds that we live; at the end, that we went."""
+    keys, name = services.settings.keys, worker_id("web")
+    heart = Heartbeat(keys, "web", name, now_ms())
+
+    def beat() -> None:
+        try:
+            announce(client, keys, "web", name)
+        except redis.ResponseError as error:
+            if "Function not found" in str(error):
+                load_functions(client)
+        heart.beat(client, now_ms(), 0, {**services.figures(), "url": url})
+
+    def end() -> None:
+        leave(client, keys, "web", name)
+        heart.end(client)
+
+    try:
+        while True:
+            with suppress(PkbError, redis.RedisError):
+                await asyncio.to_thread(beat)
+            await asyncio.sleep(BEAT_SECONDS)
+    finally:
+        with suppress(PkbError, redis.RedisError):
+            await asyncio.to_thread(end)
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
