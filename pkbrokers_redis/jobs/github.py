@@ -185,12 +185,16 @@ class Git:
         text = self._clean(" ".join(dict.fromkeys(telling)))
         log.debug("git_failed", command=command, why=text)
         shown = f"git {command} failed ({text[:REASON_LENGTH_MAX]})"
-        if re.search(r"Authentication failed|could not read (Username|Password)|\b40[13]\b|denied", text):
+        status = re.search(r"(?:returned error: |HTTP )(\d{3})\b", text)  # a path may hold any number
+        code = int(status[1]) if status else 0
+        if code in (401, 403) or re.search(
+            r"Authentication failed|could not read (Username|Password)|denied", text
+        ):
             return GitFailed(shown, "check PKB_GITHUB_TOKEN: it needs contents:write on that repository")
-        if re.search(r"not found|does not (appear|exist)|\b404\b", text):
+        if code == 404 or re.search(r"not found|does not (appear|exist)", text):
             return GitFailed(shown, "check PKB_GITHUB_REPO or PKB_GITHUB_URL, and that the token may see it")
-        if re.search(
-            r"resolve host|timed out|Failed to connect|Connection|\b5\d\d\b|early EOF|hung up", text
+        if 500 <= code <= 599 or re.search(
+            r"resolve host|timed out|Failed to connect|Connection|early EOF|hung up", text
         ):
             return RemoteAway(shown, "try again later")
         return GitFailed(shown, f"try it by hand: git ls-remote {self.target.url}")

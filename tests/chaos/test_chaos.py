@@ -1,4 +1,4 @@
-"""Half a minute of chaos in every test run; `make chaos SECONDS=600 SEED=n` is the long one."""
+"""A quarter of a minute of chaos in every test run; `make chaos SECONDS=600 SEED=n` is the long one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from tests.chaos.driver import Chaos
 
 @pytest.mark.timeout(240)
 @pytest.mark.xdist_group("chaos")
-def test_half_a_minute_of_faults_leaves_every_row_as_without(tmp_path: Path) -> None:
+def test_seconds_of_faults_leave_every_row_as_without(tmp_path: Path) -> None:
     seed = int(os.environ.get("PKB_CHAOS_SEED", "2026"))
-    report = Chaos(seed, 25.0, tmp_path, ingests=1, aggregators=2).run()
+    report = Chaos(seed, 16.0, tmp_path, ingests=1, aggregators=2).run()
     assert report.rows_different == 0, f"seed {seed}: {report.examples}"
     assert report.announced_twice == report.announced_differently == 0, f"seed {seed}"
     assert report.rows >= 3_000
-    assert sum(report.faults.values()) >= 8
+    assert sum(report.faults.values()) >= 5

@@ -152,6 +152,17 @@ def test_what_git_says_is_passed_on_without_credentials(tmp_path: Path) -> None:
         assert git._clean("fatal: https://me:pw@host/x") == "fatal: https://host/x"
 
 
+@pytest.mark.parametrize("number", ["401", "403"])
+def test_a_number_in_a_path_is_no_answer_of_the_server(tmp_path: Path, number: str) -> None:
+    folder = tmp_path / f"v-{number}"
+    folder.mkdir()
+    (folder / "HEAD").write_text("no repository\n")
+    with Git(target_of(load_settings(github_url=str(folder)))) as git, pytest.raises(GitFailed) as caught:
+        git("push", "origin", "HEAD:refs/heads/x")
+    assert not isinstance(caught.value, RemoteAway)
+    assert "contents:write" not in str(caught.value)
+
+
 def test_a_git_that_hangs_is_ended_with_its_helpers(tmp_path: Path) -> None:
     with Git(Target(str(tmp_path), "data", ""), seconds_max=0.5) as git:
         with pytest.raises(RemoteAway, match="took longer"):

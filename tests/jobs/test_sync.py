@@ -105,15 +105,15 @@ def test_other_files_of_the_branch_stay_byte_for_byte(
     assert all(repository.read(name) == content for name, content in theirs.items())
 
 
-def test_twenty_pushes_leave_one_commit_and_no_more_objects_than_one(
+def test_eight_pushes_leave_one_commit_and_no_more_objects_than_one(
     repository: Repository, target: Target, folder: Path
 ) -> None:
     repository.commit({"README.md": b"hello"})
     sizes = []
-    for number in range(20):
+    for number in range(8):
         snapshot(folder, "ticks.json", os.urandom(50_000))
         assert push(target, folder, at_s=AT_S + number)["changed"]
-        if number in (0, 19):
+        if number in (0, 7):
             sizes.append(repository.objects_after_gc())
     assert len(repository.log()) == 2 and repository.log()[1] == "by hand"
     assert sizes[0][0] == sizes[1][0]
