@@ -1,6 +1,7 @@
 """Files of 9,000 instruments: how long each kind of snapshot takes, and the memory it needs.
 
 python -m benchmarks.snapshots [INSTRUMENTS]
+python -m benchmarks.snapshots --latency [SECONDS]   what they cost the ticks (snapshots_latency.py)
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import Any
 
 import redis
 
-from benchmarks.harness import machine, private_store
+from benchmarks import snapshots_latency
+from benchmarks.harness import machine, private_store, tokens
 from pkbrokers_redis.jobs.snapshots import open_run, snapshot
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.meta import ensure_meta
@@ -34,10 +36,10 @@ def fill(client: redis.Redis, settings: Settings, count: int) -> None:
     """A trading day's minutes, a year's days and a full quote of each instrument."""
     keys = settings.keys
     ensure_meta(client, settings, "2026-11-20T09:00:00+05:30")
-    tokens = [(n + 1) << 8 | 1 for n in range(count)]
+    wanted = tokens(count).tolist()
     rows = [
         {"instrument_token": t, "tradingsymbol": f"SIM{n:05}", "exchange": "NSE", "segment": "NSE"}
-        for n, t in enumerate(tokens)
+        for n, t in enumerate(wanted)
     ]
     save_instruments(client, keys, rows)
     texts = [
@@ -59,7 +61,7 @@ def fill(client: redis.Redis, settings: Settings, count: int) -> None:
         "buy_quantity": 100, "sell_quantity": 200, "oi": 0, "depth": DEPTH, "last_trade_time": stamp,
         "exchange_time": stamp, "received_at": stamp,
     }  # fmt: skip
-    for n, token in enumerate(tokens):
+    for n, token in enumerate(wanted):
         minutes, days = texts[n % 50]
         pipe = client.pipeline(transaction=False)
         pipe.rpush(keys.candles(token, "1m"), *minutes)
@@ -95,8 +97,19 @@ def peak_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def latency(seconds: float) -> None:
+    """The pipeline beside each kind of snapshot."""
+    with private_store() as (settings, client):
+        print(machine())
+        fill(client, settings, snapshots_latency.INSTRUMENTS)
+        snapshots_latency.run(settings, client, seconds)
+
+
 def main() -> None:
-    """Print the table."""
+    """Print a table."""
+    if "--latency" in sys.argv:
+        latency(float(sys.argv[2]) if len(sys.argv) > 2 else snapshots_latency.PHASE_SECONDS)
+        return
     count = int(sys.argv[1]) if len(sys.argv) > 1 else INSTRUMENTS
     spawn = multiprocessing.get_context("spawn")
     with private_store() as (settings, client), tempfile.TemporaryDirectory() as folder:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float64]
 
 INSTRUMENTS_A_PIPELINE = 250  # 1.5 MB of replies at 100 rows: what is in memory beside the result
+ROWS_A_PIPELINE = 25_000  # at most: Redis answers a pipeline in one go, and the ticks wait those milliseconds
 WIDTH = len(CANDLE_FIELDS)
 PRICE_MAX = 31_536_000  # below every `start` since 1971: a shifted row cannot pass for one
 NANOSECONDS = 1_000_000_000
@@ -159,8 +160,9 @@ def read_bulk(
     counts = np.zeros(len(instruments), np.int64)
     parts: list[tuple[Floats, npt.NDArray[np.int8]]] = []
     tokens = [token for token, _ in instruments]
-    for first in range(0, len(tokens), INSTRUMENTS_A_PIPELINE):
-        some = tokens[first : first + INSTRUMENTS_A_PIPELINE]
+    step = max(1, min(INSTRUMENTS_A_PIPELINE, ROWS_A_PIPELINE // max(count, 1)))
+    for first in range(0, len(tokens), step):
+        some = tokens[first : first + step]
         lists = _fetch(client, keys, some, interval, count, include_current, tally)
         rows, flags, found = _parse(lists, tally)
         if include_current:

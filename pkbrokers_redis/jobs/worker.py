@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import os
 import signal
 import sys
 import threading
@@ -35,6 +36,7 @@ MONITOR_SECONDS = 5  # how often a running job's worker says that it lives
 ABANDONED_SECONDS = 20  # after this silence a run counts as abandoned
 MAINTENANCE_SECONDS = 10  # how often abandoned runs are looked for
 RECONNECT_SECONDS_MAX = 5.0
+NICENESS = 10  # a tenth of the share that a worker of the pipeline gets of a core both want
 LOCK_SECONDS = 10  # of the scheduler; renewed every second
 
 log = logs.get("jobs")
@@ -91,7 +93,11 @@ class JobWorker(Worker):
         return ABANDONED_SECONDS
 
     def main_work_horse(self, job: Job, queue: Queue) -> None:
-        """The child. It ends with its worker, so that a job that is taken over is not still running here."""
+        """The child. It ends with its worker, so that a job that is taken over is not still running here.
+
+        It gives way to what serves the ticks: a snapshot is minutes of computing, on whose cores they wait.
+        """
+        os.nice(NICENESS)
         if sys.platform.startswith("linux"):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         super().main_work_horse(job, queue)
