@@ -24,8 +24,11 @@ from pkbrokers_redis.core.errors import InputFileError, PkbError
 from pkbrokers_redis.jobs import snapshots
 from pkbrokers_redis.jobs.restore import restore, verify
 from pkbrokers_redis.jobs.snapshots import Run, open_run, snapshot
+from pkbrokers_redis.pipeline.aggregate import Aggregator
+from pkbrokers_redis.pipeline.replay import lag_entries
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.commit import load_functions
+from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.lease import lease_shards
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.consumers.contract import INFY, NIFTY, OPEN_S, RELIANCE, push, row, write_master
@@ -226,6 +229,34 @@ def test_a_fresh_store_gets_the_same_rows(client: redis.Redis, run: Run) -> None
     assert verify(run=run) == []
     assert run.store.resolve("RELIANCE") == (RELIANCE, "NSE:RELIANCE")
     assert all(client.get(run.store.keys.lease(shard)) is None for shard in range(run.store.keys.shards))
+
+
+def test_an_aggregator_goes_on_behind_what_was_restored(client: redis.Redis, run: Run) -> None:
+    settings, keys = run.settings, run.settings.keys
+    before = rows_of(client)
+    snapshot("parquet", run=run)
+    client.flushall()
+    ensure_meta(client, settings, "2026-01-06T09:00:00+05:30")
+    write_master(client, keys)
+    restore(run=run)
+    open_s = OPEN_S + DAY_S  # Tuesday
+    aggregator = Aggregator(lambda: connect(settings), settings, now_ms=lambda: (open_s + 600) * 1000)
+    aggregator.start()
+    try:
+        for seq, (second, price, volume) in enumerate([(-5, 1500, 10), (5, 1501, 30), (65, 1502, 45)]):
+            at = (open_s + second) * 1000
+            ticks = [[INFY, price, 1, volume, 5, 1500, 1502, 1500, at]]
+            fields = {"src": "t", "seq": seq, "at": at, "n": 1, "ticks": json.dumps(ticks)}
+            client.xadd(keys.ticks(keys.shard_of(INFY)), fields)
+        while aggregator.step(block_ms_max=1) or lag_entries(client, keys):
+            pass
+    finally:
+        aggregator.close()
+    minutes = keys.candles(INFY, "1m")
+    rows = [json.loads(text) for text in client.lrange(minutes, 0, -1)]  # type: ignore[union-attr]
+    restored = [json.loads(text) for text in before[minutes.encode()]]
+    assert rows[: len(restored)] == restored
+    assert [(each[0], each[5]) for each in rows[len(restored) :]] == [(open_s, 20), (open_s + 60, 15)]
 
 
 def test_longer_intervals_are_made_from_the_minutes(client: redis.Redis, run: Run) -> None:
