@@ -86,6 +86,7 @@ class _Mending:
         self.is_base = history.interval == book.base
         self.mended = Mended()
         self.gained: dict[int, float] = {}  # start of a changed base row → volume more than before
+        self.replaced: dict[int, Row] = {}  # start of a changed base row → what stood there
         self.unseen: dict[int, float] = {}  # … of which traded after all that we have seen
         statement_ms = book.tables.ring[self.i, 0, t.R_TIME] if self.inst[t.RING_SIZE] else -math.inf
         self.statement_ms = statement_ms
@@ -162,6 +163,8 @@ class _Mending:
         if self.is_base:
             volume = round(n_(row[VOLUME]) - (n_(old[VOLUME]) if old else 0.0), 8)
             self.gained[start] = volume
+            if old is not None:
+                self.replaced[start] = old
             self._move_sums(start, volume, day.day_start_ms // 1000)
 
     def _put(self, k: int, s: int, row: Row) -> bool:
@@ -264,9 +267,8 @@ class _Mending:
         new = [start, *_made_up(parts), BACKFILLED]
         if old is not None:
             answered = self.history.from_s <= start and end <= self.history.to_s and not forming
-            if not (covered and answered):  # our own picture may know extremes between two ticks
-                new[HIGH] = max(n_(new[HIGH]), n_(old[HIGH]))
-                new[LOW] = min(n_(new[LOW]), n_(old[LOW]))
+            if not (covered and answered):
+                self._keep_extremes(new, old, parts, covered)
             if not covered:
                 new[OPEN] = old[OPEN]
             if forming or is_day or not covered:
@@ -292,6 +294,15 @@ class _Mending:
                 self.mended.rows += 1
         else:
             self._put(k, -1, new)
+
+    def _keep_extremes(self, new: Row, old: Row, parts: list[Row], covered: bool) -> None:
+        """Our own picture may know extremes between two ticks, which are in no base row. One that a replaced
+        base row explains goes with it: after an outage a copy without a trade time is put where it came."""
+        before = [self.replaced.get(int(n_(part[START])), part) for part in parts]
+        if not covered or n_(old[HIGH]) > max(n_(row[HIGH]) for row in before):
+            new[HIGH] = max(n_(new[HIGH]), n_(old[HIGH]))
+        if not covered or n_(old[LOW]) < min(n_(row[LOW]) for row in before):
+            new[LOW] = min(n_(new[LOW]), n_(old[LOW]))
 
     def _flag(self, parts: list[Row], start: int, end: int, old: str, covered: bool) -> str:
         flags = {flag_name(part) for part in parts}

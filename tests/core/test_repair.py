@@ -199,6 +199,31 @@ def test_the_candle_that_forms_goes_on_as_if_nothing_had_been_missing() -> None:
     assert market.adds_up()
 
 
+def test_a_copy_put_where_it_came_leaves_no_extreme_in_a_longer_candle() -> None:
+    # What Kite resends after a reconnect has no trade time: traded in 09:19, taken for a trade of 09:20.
+    market = Repaired().take(
+        tick(-10, 110, 1_000), tick(5, 110, 1_010), tick(302.5, 98, 1_050, at=302.5),
+        tick(320, 105, 1_060), tick(365, 106, 1_070),
+    )  # fmt: skip
+    market.outage(250, 302)
+    market.mend(240, 360, minute(4, 104, 104, 98, 98, volume=40), minute(5, 105, 105, 105, 105, volume=10))
+    assert market.rows("5m")[1] == row(300, 105, 106, 105, 106, 20, None, 3, "backfilled")
+    assert market.rows("5m")[0][1:6] == [110, 110, 98, 98, 50]
+    assert market.adds_up()
+
+
+def test_an_extreme_between_two_minutes_stays_in_the_longer_candle() -> None:
+    market = Repaired().take(
+        tick(-10, 110, 1_000, day=(110, 110, 110)), tick(5, 110, 1_010, day=(110, 110, 110)),
+        tick(59, 109, 1_020, day=(110, 110, 109)), tick(61, 109, 1_030, day=(110, 112, 109)),
+        tick(185, 111, 1_100, day=(110, 112, 109)), tick(245, 110, 1_110, day=(110, 112, 109)),
+    )  # fmt: skip
+    assert market.rows("5m")[0][2] == 112 and all(each[2] < 112 for each in market.rows("1m"))
+    market.outage(70, 180)
+    market.mend(120, 240, minute(2, 110, 111, 109, 110, volume=30), minute(3, 111, 111, 110, 110, volume=40))
+    assert market.rows("5m")[0][2] == 112
+
+
 def test_what_history_finds_and_we_never_saw_becomes_a_row_and_lowers_the_baseline() -> None:
     market = Repaired().take(tick(-10, 100, 1_000), tick(5, 101, 1_010), tick(130, 105, 1_100))
     market.mend(60, 120, minute(1, 103, 109, 99, 106, volume=60))
