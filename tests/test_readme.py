@@ -24,6 +24,7 @@ from tests.support import settings_env
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 INFY = 408065
+pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
 
 
 def block(after: str, language: str = "") -> str:
