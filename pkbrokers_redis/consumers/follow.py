@@ -18,6 +18,7 @@ from pkbrokers_redis.consumers.position import (
     Id,
     Mark,
     Progress,
+    Reader,
     parse_id,
     parse_position,
     text_of,
@@ -60,7 +61,7 @@ class ClosedCandle(NamedTuple):
     position: str
 
 
-class Follower:
+class Follower(Reader):
     """Iterates over closed candles as they are announced, oldest first within what is there.
 
     `position`      after the last candle given out; also moves over what the filters left out
@@ -93,23 +94,6 @@ class Follower:
         self._progress = Progress(keys, tokens, position)
         self._progress.begin(self._infos())
         self._checked_at = time.monotonic()
-
-    @property
-    def position(self) -> str:
-        """Where to continue, in any process."""
-        return self._progress.position
-
-    @property
-    def missed(self) -> int:
-        return self._progress.missed
-
-    @property
-    def restarts(self) -> int:
-        return self._progress.restarts
-
-    @property
-    def rows_refused(self) -> int:
-        return self._tally.rows_refused
 
     def close(self) -> None:
         """Give up the connections that wait (on a cluster)."""

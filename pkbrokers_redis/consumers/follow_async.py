@@ -14,14 +14,14 @@ from typing import Any
 from redis.exceptions import ResponseError
 
 from pkbrokers_redis.consumers.follow import BLOCK_MS, ENTRIES_A_READ, ClosedCandle, parse_entry
-from pkbrokers_redis.consumers.position import Progress, text_of
+from pkbrokers_redis.consumers.position import Progress, Reader, text_of
 from pkbrokers_redis.core.errors import WrongKeyType
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.store.async_client import AsyncClient
 from pkbrokers_redis.store.read import Tally
 
 
-class AsyncFollower:
+class AsyncFollower(Reader):
     """Iterates over closed candles as they are announced; see `Follower` for `position` and `missed`.
 
     Makes its first contact with Redis when it is first asked: a fresh one begins there. To begin now, enter
@@ -48,23 +48,6 @@ class AsyncFollower:
         self._has_begun = False
         self._is_clustered = not hasattr(client, "connection_pool")
         self._reads: dict[str, asyncio.Task[Any]] = {}  # cluster only: stream key → its pending XREAD
-
-    @property
-    def position(self) -> str:
-        """Where to continue, in any process."""
-        return self._progress.position
-
-    @property
-    def missed(self) -> int:
-        return self._progress.missed
-
-    @property
-    def restarts(self) -> int:
-        return self._progress.restarts
-
-    @property
-    def rows_refused(self) -> int:
-        return self._tally.rows_refused
 
     async def __aenter__(self) -> AsyncFollower:
         await self._begin()

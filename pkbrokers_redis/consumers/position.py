@@ -18,6 +18,7 @@ from typing import Any
 
 from pkbrokers_redis.core.errors import PkbError
 from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.store.read import Tally
 
 NOW = "$"
 BEGINNING = "0"
@@ -174,3 +175,27 @@ def _base36(number: int) -> str:
 def text_of(value: bytes | str) -> str:
     """Redis' bytes as text."""
     return value.decode() if isinstance(value, bytes) else value
+
+
+class Reader:
+    """What every follower tells of itself, whichever way it waits."""
+
+    _progress: Progress
+    _tally: Tally
+
+    @property
+    def position(self) -> str:
+        """Where to continue, in any process."""
+        return self._progress.position
+
+    @property
+    def missed(self) -> int:
+        return self._progress.missed
+
+    @property
+    def restarts(self) -> int:
+        return self._progress.restarts
+
+    @property
+    def rows_refused(self) -> int:
+        return self._tally.rows_refused

@@ -216,4 +216,6 @@ def test_a_state_of_a_foreign_hand_begins_anew() -> None:
     for state in ([1], [1, 2], ["x", "y", 1, 2], [None, None, None], [1, 2, "a"]):
         for kind in ("above", "move", "volume", "high"):
             watch = watch_of(alert(kind, 5), state)  # type: ignore[arg-type]
-            watch.tick(100, 1, NAN, NAN, T0)
+            fresh = watch_of(alert(kind, 5))
+            assert watch.tick(100, 1, NAN, NAN, T0) == fresh.tick(100, 1, NAN, NAN, T0)
+            assert watch.state() == fresh.state()

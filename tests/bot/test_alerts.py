@@ -140,9 +140,9 @@ def test_a_silent_feed_is_told_and_that_it_is_back(
 ) -> None:
     monkeypatch.setattr("pkbrokers_redis.bot.alerts.model.FEED_SECONDS_MIN", 0.5)
     telegram.ask(BOB, "/alert feed 1")
-    telegram.wait(lambda m: "No tick for" in m.text)
+    assert telegram.wait(lambda m: "No tick for" in m.text)
     tick(client, bot_settings, 100.0)
-    telegram.wait(lambda m: "Ticks come again" in m.text)
+    assert telegram.wait(lambda m: "Ticks come again" in m.text)
 
 
 def test_a_closed_market_is_no_silent_feed(client: redis.Redis, bot_settings: Settings) -> None:

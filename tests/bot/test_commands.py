@@ -276,7 +276,7 @@ def test_a_snapshot_that_fails_is_one_line(
     code = "import sys; print('pkb: the disk <is> full', file=sys.stderr); sys.exit(2)"
     monkeypatch.setattr(making, "COMMAND", (sys.executable, "-c", code))
     telegram.say(BOB, "/ticks")
-    telegram.wait(lambda m: "No snapshot could be made (the disk &lt;is&gt; full)" in m.text)
+    assert telegram.wait(lambda m: "No snapshot could be made (the disk &lt;is&gt; full)" in m.text)
 
 
 def test_request_data_sends_what_there_is(

@@ -59,9 +59,9 @@ def test_one_of_several_workers_that_died_is_told_and_that_it_is_replaced(
             key = bot_settings.keys.worker(f"{role}-{number}")
             client.hset(key, "role", role)
             client.pexpire(key, 3_500)  # its last beat was 6.5 s ago
-            telegram.wait(lambda m, role=role: f"{role}-" in m.text and "beat" in m.text)  # type: ignore[misc]
+            assert telegram.wait(lambda m, role=role: f"{role}-" in m.text and "beat" in m.text)  # type: ignore[misc]
             client.delete(key)
-            telegram.wait(lambda m, role=role: f"<b>{role}</b>: well again" in m.text)  # type: ignore[misc]
+            assert telegram.wait(lambda m, role=role: f"<b>{role}</b>: well again" in m.text)  # type: ignore[misc]
 
 
 def test_a_failed_job_and_a_full_disk_are_told(
@@ -71,10 +71,10 @@ def test_a_failed_job_and_a_full_disk_are_told(
     monkeypatch.setattr(operators, "DISK_PART_MAX", 0.0)
     monkeypatch.setattr(operators, "DISK_FREE_BYTES_MIN", 2**60)
     with running_bot(bot_settings):
-        telegram.wait(lambda m: "<b>jobs</b>: 1 have failed" in m.text)
-        telegram.wait(lambda m: "<b>disk</b>" in m.text and m.text.startswith("❌"))
+        assert telegram.wait(lambda m: "<b>jobs</b>: 1 have failed" in m.text)
+        assert telegram.wait(lambda m: "<b>disk</b>" in m.text and m.text.startswith("❌"))
         client.delete("rq:failed:pkb")
-        telegram.wait(lambda m: "<b>jobs</b>: well again" in m.text)
+        assert telegram.wait(lambda m: "<b>jobs</b>: well again" in m.text)
 
 
 def test_a_refused_session_is_told_as_expired(
@@ -93,7 +93,7 @@ def test_a_mute_feed_is_told_while_the_market_is_open(
 ) -> None:
     monkeypatch.setattr(operators, "SILENT_SECONDS_MAX", 0.2)
     with running_bot(bot_settings):
-        telegram.wait(lambda m: "<b>feed</b>: no tick came" in m.text)
+        assert telegram.wait(lambda m: "<b>feed</b>: no tick came" in m.text)
 
 
 def test_what_telegram_did_not_take_is_told_later(
@@ -101,7 +101,8 @@ def test_what_telegram_did_not_take_is_told_later(
 ) -> None:
     telegram.misbehave("sendMessage", status=403, times=6)
     with running_bot(bot_settings):
-        telegram.wait(lambda m: "no worker reads Kite" in m.text)
+        assert telegram.wait(lambda m: "no worker reads Kite" in m.text)
+    assert not telegram.faults.get("sendMessage"), "all six refusals came first"
 
 
 def test_without_admins_nobody_is_told(bot_settings: Settings, telegram: Telegram) -> None:

@@ -13,6 +13,7 @@ repeat, a straggler) is passed over, so that a replay after a restart cannot cro
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
@@ -29,7 +30,7 @@ COME_BACK_PART = 0.0025
 NEARLY = 1e-9  # of a price: 102.00 is 2 % above 100.00 whatever the last bit says
 
 
-class Watch:
+class Watch(ABC):
     """One alert and what it remembers: `state()` is JSON, `Watch(alert, state)` goes on from it."""
 
     def __init__(self, alert: Alert, state: Sequence[Any] = ()) -> None:
@@ -59,14 +60,17 @@ class Watch:
 
     # by kind
 
+    @abstractmethod
     def see(self, price: float, volume: float, day_high: float, day_low: float, time_ms: float) -> str | None:
-        raise NotImplementedError
+        """One tick in order: a sentence where the alert fires."""
 
+    @abstractmethod
     def remembered(self) -> list[Any]:
-        raise NotImplementedError
+        """What `restore` gets back, as JSON."""
 
+    @abstractmethod
     def restore(self, cells: list[Any]) -> None:
-        raise NotImplementedError
+        """Go on from what was remembered. Raises what a foreign hand's cells raise."""
 
 
 class Level(Watch):
@@ -196,7 +200,10 @@ class Extreme(Watch):
 
 def watch_of(alert: Alert, state: Sequence[Any] = ()) -> Watch:
     """The rule of an alert's kind, going on from a remembered state; anew where that is not readable."""
-    made = {"move": Move, "volume": Volume, "high": Extreme, "low": Extreme}.get(alert.kind, Level)
+    kinds: dict[str, type[Move | Volume | Extreme | Level]] = {
+        "move": Move, "volume": Volume, "high": Extreme, "low": Extreme,
+    }  # fmt: skip
+    made = kinds.get(alert.kind, Level)
     try:
         return made(alert, state)
     except (ValueError, TypeError, IndexError):  # a foreign hand's

@@ -9,7 +9,7 @@ from pkbrokers_redis.consumers.files.frames import KOLKATA_SECONDS, Frames, cut
 from pkbrokers_redis.consumers.files.pickles import DAILY_LATEST, ReadFrames, daily_name, read_frames
 from pkbrokers_redis.consumers.files.unpickler import PICKLE_BYTES_MAX
 from pkbrokers_redis.consumers.sources.base import Context, Source
-from pkbrokers_redis.consumers.sources.published import fetch, folder_of
+from pkbrokers_redis.consumers.sources.published import Published, fetch, folder_of
 
 DAYS_BACK = 10  # as far as upstream looks for the last evening's file: the longest row of holidays
 
@@ -54,17 +54,10 @@ class PickleSource(Source):
         return self._as_of_ms
 
 
-class RemotePickleSource(PickleSource):
+class RemotePickleSource(Published, PickleSource):
     """The published ones."""
 
     name = "remote pickle"
-    is_remote = True
-
-    def is_available(self) -> bool:
-        if folder_of(self.context.settings):
-            return True
-        self.reason = "PKB_FILES_URL is not set"
-        return False
 
     def fetch_data(self, symbols: Sequence[str] | None, start_date: date, end_date: date) -> Frames:
         folder = folder_of(self.context.settings) or ""

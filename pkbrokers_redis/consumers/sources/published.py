@@ -14,6 +14,7 @@ import requests
 
 from pkbrokers_redis.consumers.files.manifest import NAME as MANIFEST
 from pkbrokers_redis.consumers.files.manifest import parse_manifest
+from pkbrokers_redis.consumers.sources.base import Source
 from pkbrokers_redis.core.errors import InputFileError
 from pkbrokers_redis.settings import Settings
 
@@ -93,3 +94,15 @@ def _date_ms(text: str | None) -> float | None:
 
 def _too_large(name: str, bytes_max: int) -> InputFileError:
     return InputFileError(f"{name} is larger than {bytes_max >> 20} MB", "publish it in parts")
+
+
+class Published(Source):
+    """A source whose files are fetched, if it is known from where."""
+
+    is_remote = True
+
+    def is_available(self) -> bool:
+        if folder_of(self.context.settings):
+            return True
+        self.reason = "PKB_FILES_URL is not set"
+        return False

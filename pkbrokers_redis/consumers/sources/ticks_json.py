@@ -8,7 +8,7 @@ from datetime import date
 from pkbrokers_redis.consumers.files.frames import Frames, cut
 from pkbrokers_redis.consumers.files.ticks_json import BYTES_MAX, NAME, ReadTicks, read_ticks_json
 from pkbrokers_redis.consumers.sources.base import Context, Source
-from pkbrokers_redis.consumers.sources.published import fetch, folder_of
+from pkbrokers_redis.consumers.sources.published import Published, fetch, folder_of
 
 ZIPPED = NAME + ".zip"  # as upstream publishes it
 
@@ -51,17 +51,10 @@ class TicksFileSource(Source):
         return self._as_of_ms
 
 
-class RemoteTicksSource(TicksFileSource):
+class RemoteTicksSource(Published, TicksFileSource):
     """The published one."""
 
     name = "remote ticks.json"
-    is_remote = True
-
-    def is_available(self) -> bool:
-        if folder_of(self.context.settings):
-            return True
-        self.reason = "PKB_FILES_URL is not set"
-        return False
 
     def fetch_data(self, symbols: Sequence[str] | None, start_date: date, end_date: date) -> Frames:
         folder = folder_of(self.context.settings) or ""
