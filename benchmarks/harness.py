@@ -49,7 +49,10 @@ def private_store(**overrides: Any) -> Iterator[tuple[Settings, redis.Redis]]:
         try:
             yield settings, client
         finally:
+            server = psutil.Process(client.info("server")["process_id"])
+            client.shutdown()
             client.close()
+            psutil.wait_procs([server], timeout=20)  # it writes to its folder until then
 
 
 def worker_env(settings: Settings, **more: str) -> dict[str, str]:

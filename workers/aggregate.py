@@ -7,4 +7,4 @@ import sys
 from pkbrokers_redis.pipeline import roles
 
 if __name__ == "__main__":
-    sys.exit(roles.main(roles.aggregate))
+    sys.exit(roles.main(roles.aggregate, sys.argv[1:]))

@@ -8,4 +8,4 @@ from pkbrokers_redis.bot.runner import bot
 from pkbrokers_redis.pipeline import roles
 
 if __name__ == "__main__":
-    sys.exit(roles.main(bot))
+    sys.exit(roles.main(bot, sys.argv[1:]))

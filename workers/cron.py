@@ -8,4 +8,4 @@ from pkbrokers_redis.jobs.cron import cron
 from pkbrokers_redis.pipeline import roles
 
 if __name__ == "__main__":
-    sys.exit(roles.main(cron))
+    sys.exit(roles.main(cron, sys.argv[1:]))

@@ -8,4 +8,4 @@ from pkbrokers_redis.jobs.role import jobs
 from pkbrokers_redis.pipeline import roles
 
 if __name__ == "__main__":
-    sys.exit(roles.main(jobs))
+    sys.exit(roles.main(jobs, sys.argv[1:]))

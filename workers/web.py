@@ -8,4 +8,4 @@ from pkbrokers_redis.pipeline import roles
 from pkbrokers_redis.web.runner import serve
 
 if __name__ == "__main__":
-    sys.exit(roles.main(serve))
+    sys.exit(roles.main(serve, sys.argv[1:]))

@@ -31,6 +31,8 @@ class Server:
     eviction: str  # maxmemory-policy
     aof: bool
     saves: bool  # False: the last attempt to save failed, Redis refuses writes
+    forks: int = 0  # since its start: rewrites of the AOF and RDB snapshots
+    up_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +140,8 @@ def _server(name: str, info: dict[str, Any]) -> Server:
         str(info.get("maxmemory_policy", "")),
         bool(info.get("aof_enabled")),
         info.get("aof_last_write_status", "ok") == "ok" and info.get("rdb_last_bgsave_status", "ok") == "ok",
+        int(info.get("total_forks", 0)),
+        int(info.get("uptime_in_seconds", 0)),
     )
 
 

@@ -26,6 +26,7 @@ SKEW_MS_MAX = 1_000  # candles close by the aggregator's clock, 2 s after their 
 MEMORY_PART_MAX = 0.9
 STREAM_PART_MAX = 0.5  # of the hard cap
 NAMES_MAX = 5  # in one line
+FORK_SECONDS_MIN, FORKS_MIN = 30.0, 5  # between two forks of Redis, on average, once it has had so many
 
 
 class Finding(NamedTuple):
@@ -245,6 +246,22 @@ def persistent(facts: Facts) -> Iterator[Finding]:
         yield Finding("eviction", "ok", "maxmemory-policy is noeviction")
 
 
+def forks_seldom(facts: Facts) -> Iterator[Finding]:
+    """Redis seldom forks to write its files anew: each time costs the ticks a core for seconds."""
+    often = {
+        server.up_seconds / server.forks
+        for server in facts.servers
+        if server.forks >= FORKS_MIN and server.up_seconds < server.forks * FORK_SECONDS_MIN
+    }
+    if often:
+        yield Finding(
+            "forks", "warn", f"Redis forks every {min(often):.0f} s to write its files anew, and ticks wait",
+            'CONFIG SET save "" and auto-aof-rewrite-min-size 1gb, and set them in redis.conf',
+        )  # fmt: skip
+    elif facts.servers:
+        yield Finding("forks", "ok", f"{sum(server.forks for server in facts.servers):,} since Redis started")
+
+
 def clocks_agree(facts: Facts) -> Iterator[Finding]:
     """The clocks of this host, of the workers' hosts and of Redis's agree."""
     mend = "synchronise the clocks (chrony, systemd-timesyncd): candles close by them"
@@ -317,7 +334,7 @@ def meta_agrees(problem: PkbError | None, exists: bool) -> Iterator[Finding]:
         yield Finding("meta", "ok", "the store was made with these settings")
 
 
-SETUP: tuple[Rule, ...] = (persistent, clocks_agree, one_list)
+SETUP: tuple[Rule, ...] = (persistent, forks_seldom, clocks_agree, one_list)
 
 
 def here(workers: Iterable[Worker], host: str) -> list[Finding]:

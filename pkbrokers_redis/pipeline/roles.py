@@ -12,9 +12,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 import redis
 
@@ -54,12 +53,18 @@ def worker_id(role: str) -> str:
     return f"{role}-{socket.gethostname()}-{secrets.token_hex(3)}-{os.getpid()}"
 
 
-def main(role: Callable[[Settings, threading.Event], None]) -> int:
+def main(role: Callable[[Settings, threading.Event], None], arguments: Sequence[str] = ()) -> int:
     """Run a role in the foreground until SIGTERM or SIGINT. Returns the exit code; errors are one line.
+
+    `arguments` are what a person gave a worker, which takes none.
 
     An error is 2. Under our supervisor 2 is a user's mistake only, and what may heal is 1: Redis away, a
     shard lost to another worker.
     """
+    if arguments:
+        usage = "a worker takes no arguments: it is set up by PKB_… variables, which `pkb config` lists"
+        print(f"pkb: {usage}", file=sys.stderr)  # noqa: T201  what a person reads
+        return 0 if arguments[0] in ("-h", "--help") else EXIT_USER_ERROR
     stop = restart.RoleStop()
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, lambda *_: stop.end())
@@ -88,6 +93,7 @@ def open_store(settings: Settings) -> redis.Redis:
 def aggregate(settings: Settings, stop: threading.Event) -> None:
     """Run an aggregator until `stop` is set; several share the shards."""
     from pkbrokers_redis.pipeline.aggregate import Aggregator
+    from pkbrokers_redis.pipeline.warm import settle_heap
 
     log = logs.get("aggregate")
     client = open_store(settings)
@@ -105,6 +111,8 @@ def aggregate(settings: Settings, stop: threading.Event) -> None:
         if heart.due(at := now_ms()):
             shards = sorted(aggregator.workers)
             heart.beat(client, at, aggregator.ticks_total, aggregator.figures(), shards)
+            if aggregator.ticks_total:  # every kernel has run by now
+                settle_heap()
 
     log.info("started", store=describe(settings), shards=settings.shards, clock=settings.clock)
     try:
@@ -118,7 +126,7 @@ def ingest(settings: Settings, stop: threading.Event) -> None:
     """Stream PKB_INSTRUMENTS from Kite into Redis until `stop` is set."""
     from pkbrokers_redis.pipeline.assembly import make_ingest
     from pkbrokers_redis.pipeline.ingest import figures_of
-    from pkbrokers_redis.pipeline.warm import warm_up_writer
+    from pkbrokers_redis.pipeline.warm import settle_heap, warm_up_writer
 
     log = logs.get("ingest")
     client = open_store(settings)
@@ -131,6 +139,8 @@ def ingest(settings: Settings, stop: threading.Event) -> None:
     def beat() -> None:
         if heart.due(at := now_ms()):
             heart.beat(client, at, worker.writer.counts["ticks"], figures_of(worker))
+            if worker.writer.counts["ticks"]:
+                settle_heap()
             restart.heed(client, settings.keys, "ingest", began_ms, stop)
 
     log.info(
@@ -143,6 +153,3 @@ def ingest(settings: Settings, stop: threading.Event) -> None:
     finally:
         heart.end(client)
     log.info("stopped", **figures_of(worker))
-
-
-ROLES: dict[str, Callable[[Settings, threading.Event], Any]] = {"ingest": ingest, "aggregate": aggregate}

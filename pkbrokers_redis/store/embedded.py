@@ -30,7 +30,7 @@ from urllib.parse import quote
 from pkbrokers_redis.core.errors import RedisUnavailable
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import keeper
-from pkbrokers_redis.store.binary import find_binary, server_options
+from pkbrokers_redis.store.binary import find_binary, server_environment, server_options
 
 LINGER_SECONDS = 1.0  # how long the server outlives its last user
 SILENCE_SECONDS_MAX = 30.0  # a starting server that does not even say LOADING for so long is given up
@@ -207,6 +207,7 @@ def _launch(settings: Settings, folder: Path, linger_seconds: float, deadline: f
             stdout=subprocess.PIPE,
             stderr=log,
             cwd=folder,
+            env={**os.environ, **server_environment()},
             start_new_session=True,  # Ctrl-C in our terminal is not for the server
         )
     with process:

@@ -148,6 +148,13 @@ TROUBLES: list[tuple[str, Rule, dict[str, Any], str, str]] = [
         "fail",
         "maxmemory-policy is allkeys-lru",
     ),
+    (
+        "forks",
+        health.forks_seldom,
+        {"servers": [SERVER, replace(SERVER, forks=10, up_seconds=60)]},
+        "warn",
+        "forks every 6 s",
+    ),
     ("our clock", health.clocks_agree, {"host_skew_ms": -4_000.0}, "warn", "this host is 4.0 s behind"),
     (
         "a worker's clock",

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import redis
 
+from pkbrokers_redis.pipeline import roles
 from pkbrokers_redis.pipeline.process import SUPERVISED
 from pkbrokers_redis.pipeline.supervise import Backoff, RoleSpec, Supervisor, worker_argv
+from pkbrokers_redis.settings import Settings
 from tests.support import running_python, wait_until
 from tests.topologies import free_ports, running_node
 
@@ -31,6 +34,18 @@ def test_exit_codes(role: str, env: dict[str, str], supervised: bool, code: int)
     assert process.returncode == code
     assert out.startswith("pkb: ") and out.count("\n") == 1
     assert "geheim" not in out
+
+
+@pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--shards=4", 2)])
+def test_a_worker_takes_no_arguments_and_says_so(
+    capsys: pytest.CaptureFixture[str], argument: str, code: int
+) -> None:
+    def role(settings: Settings, stop: threading.Event) -> None:
+        raise AssertionError("it runs")
+
+    assert roles.main(role, [argument]) == code
+    told = capsys.readouterr().err
+    assert "takes no arguments" in told and told.count("\n") == 1
 
 
 def test_a_supervised_worker_comes_back_until_redis_does(tmp_path: Path) -> None:

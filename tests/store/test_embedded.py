@@ -29,6 +29,7 @@ from pkbrokers_redis.store.embedded import (
     running,
     store_folder,
 )
+from pkbrokers_redis.store.keeper import REWRITE_NICENESS
 from tests.support import is_alive, redis_server_binary, running_process, wait_until
 
 USER = """
@@ -118,6 +119,22 @@ def test_it_writes_every_command_to_an_append_only_file(use: Attach) -> None:
     with client_of(use()) as client:
         assert client.config_get("appendonly") == {"appendonly": "yes"}
         assert client.config_get("save") == {"save": ""}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's children")
+def test_a_rewrite_of_the_file_gives_way_to_the_server(use: Attach, server_kind: str) -> None:
+    server = use(embedded_server=server_kind)
+    with client_of(server) as client:
+        client.mset({f"key-{n}": n for n in range(100)})
+        client.config_set("rdb-key-save-delay", 1_000_000)  # µs: the rewrite stays for us to look at
+        client.bgrewriteaof()
+        process = psutil.Process(server.pid)
+        wait_until(
+            lambda: any(each.nice() >= REWRITE_NICENESS for each in process.children()), what="a nicer child"
+        )
+        assert process.nice() == psutil.Process().nice()  # and no other
+        for each in process.children():
+            each.kill()
 
 
 def test_compact_lists_are_a_setting(use: Attach) -> None:
