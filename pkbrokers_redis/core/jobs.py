@@ -49,7 +49,7 @@ JOBS: dict[str, JobSpec] = {
         # the trading day (jobs/schedule.py says when)
         JobSpec("login", "daily.login", retry_seconds=(60, 300)),
         JobSpec("instruments", "daily.instruments"),
-        JobSpec("calendar", "daily.calendar", timeout_seconds=60, retry_seconds=()),
+        JobSpec("calendar", "daily.calendar", timeout_seconds=60, retry_seconds=(10,)),
         JobSpec("capacity", "daily.capacity", timeout_seconds=60),
         JobSpec("feed", "daily.feed", timeout_seconds=60, retry_seconds=(30, 60)),
         JobSpec("day_snapshot", "daily.day_snapshot"),

@@ -7,12 +7,15 @@ sitting in a worker, and returns what it found.
 
 from __future__ import annotations
 
+import errno
 import shutil
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import date, datetime
+from pathlib import Path
 from typing import Any
 
 import redis
@@ -23,6 +26,7 @@ from rq.serializers import JSONSerializer
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.clock import market_clock
+from pkbrokers_redis.consumers.files.atomic import sweep
 from pkbrokers_redis.consumers.files.manifest import read_manifest, update_manifest
 from pkbrokers_redis.core.errors import PkbError, SessionExpired
 from pkbrokers_redis.core.intervals import DAY as DAY_INTERVAL
@@ -50,12 +54,24 @@ DISK_BYTES_MIN = 1 << 30
 FILES_FACTOR = 2  # a snapshot is written beside the one it replaces
 MEMORY_SHARE_MAX = 0.8  # of Redis' maxmemory, before the day begins
 SESSIONS_KNOWN_MIN = 5  # the calendar must know so many coming sessions
+# What a disk answers that is full, read-only, broken, or too small for the file. Others name a path.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 log = logs.get("day")
 
 
 class NotReady(PkbError):
     """Raised when a check of the day finds something that a person should mend."""
+
+
+class FilesUnwritable(PkbError):
+    """Raised when a job's files cannot be written: disk full, read-only, no right. The old files stand."""
+
+    def __init__(self, folder: Path, error: OSError) -> None:
+        super().__init__(
+            f"the files in {folder} cannot be written ({error.strerror or error})",
+            "make room or give the right, or move PKB_FILES_DIR",
+        )
 
 
 # --- before the open
@@ -107,7 +123,7 @@ def calendar(at: str, day: str) -> Any:
 
 
 def capacity(at: str, day: str) -> Any:
-    """Connections to Kite, Redis' memory, the disk. Raises SettingsError, NotReady."""
+    """Connections to Kite, Redis' memory, the disk. Raises SettingsError, NotReady, FilesUnwritable."""
     with _work("capacity") as work:
         if work.must_wait:
             return work.must_wait
@@ -116,6 +132,8 @@ def capacity(at: str, day: str) -> Any:
         feeds = feeds_needed(tokens, len(sessions_of(settings)))
         folder = settings.files_folder
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:  # has no name: a kill leaves nothing
+            probe.write(b"\n")
         free = shutil.disk_usage(folder).free
         wanted = max(
             DISK_BYTES_MIN, FILES_FACTOR * sum(each.bytes for each in read_manifest(folder).values())
@@ -206,16 +224,18 @@ def sync_pull(
 
 
 def trim(at: str, day: str, after: Sequence[str] = ()) -> Any:
-    """Dated pickles older than a month go; the undated ones and the database have what is in them."""
+    """Dated pickles older than a month go; the undated ones and the database have what is in them. With them
+    what killed jobs left of files half-written."""
     with _work("trim", after) as work:
         if work.must_wait:
             return work.must_wait
         folder = work.settings.files_folder
         old = sync.outdated(read_manifest(folder), date.fromisoformat(day))
-        update_manifest(folder, {}, gone=old)
+        # The files first: one that the manifest no longer names would be found by no later trim.
         for name in old:
             (folder / name).unlink(missing_ok=True)
-        return {"removed": len(old)}
+        update_manifest(folder, {}, gone=old)
+        return {"removed": len(old), "swept": sweep(folder)}
 
 
 # --- around
@@ -240,7 +260,10 @@ class _Work:
 
 @contextmanager
 def _work(name: str, after: Sequence[str] = ()) -> Iterator[_Work]:
-    """The store, and the lock of this kind. Outside of a worker a lock that is taken raises Busy."""
+    """The store, and the lock of this kind. Outside of a worker a lock that is taken raises Busy.
+
+    A disk's error becomes one line: FilesUnwritable.
+    """
     settings = load_settings()
     with ExitStack() as stack:
         client = stack.enter_context(connect(settings))
@@ -255,7 +278,12 @@ def _work(name: str, after: Sequence[str] = ()) -> Iterator[_Work]:
                     raise
                 log.info("waits", job=job.id, why=busy.message)
                 work.must_wait = come_again(patience_seconds(job))
-        yield work
+        try:
+            yield work
+        except OSError as error:  # not redis-py's; those of requests carry neither number nor path
+            if error.errno in DISK_ERRORS or error.filename is not None:
+                raise FilesUnwritable(settings.files_folder, error) from error
+            raise
 
 
 def patience_seconds(job: Job) -> float:
@@ -290,4 +318,5 @@ def _is_superseded(settings: Settings, at: str) -> bool:
     if entry is None or entry.made_at_ms is None:
         return False
     planned_ms = datetime.fromisoformat(at).timestamp() * 1000
-    return entry.made_at_ms >= planned_ms + SUPERSEDED_SECONDS * 1000
+    # One from the future was made before a clock was set right: it must not hold up all that come after it.
+    return planned_ms + SUPERSEDED_SECONDS * 1000 <= entry.made_at_ms <= market_clock(settings)()

@@ -17,6 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
@@ -26,18 +27,23 @@ from pydantic import SecretStr
 from pkbrokers_redis import logs
 from pkbrokers_redis.core.errors import PkbError
 from pkbrokers_redis.jobs.target import Target
-from pkbrokers_redis.pipeline.process import die_with_parent
 
 SECONDS_MAX = 240.0  # one git command
 STALL_BYTES_A_SECOND, STALL_SECONDS = 1_000, 30  # a transfer slower than this for so long has stalled
 REASON_LENGTH_MAX = 200
 SCRATCH = "pkb-sync-"
-STALE_SECONDS = 3600  # no sync takes an hour: a scratch folder that old was left by one that was killed
+STALE_SECONDS = (
+    3600  # no sync takes an hour: a scratch folder that old has lost its guard too (power, container)
+)
 USER = "x-access-token"  # GitHub's name for whoever comes with a token
 PASSED_ON = frozenset({
     "PATH", "TMPDIR", "SSH_AUTH_SOCK", "SSL_CERT_FILE", "SSL_CERT_DIR", "GIT_SSL_CAINFO", "https_proxy",
     "HTTPS_PROXY", "http_proxy", "all_proxy", "ALL_PROXY", "no_proxy", "NO_PROXY",
 })  # fmt: skip
+
+# Waits for our end, whatever its kind: it reads a pipe that only we hold open. git's helpers are no children
+# of ours and would go on with their transfer; all of them are in its process group, which is "0" to it.
+GUARD = 'trap "" TERM INT HUP; read -r _; kill -TERM 0; rm -rf "$1"; kill -KILL 0'
 
 # Answers the target's own prompt only: a redirect to another host asks in vain.
 ASKPASS = """#!/bin/sh
@@ -59,13 +65,15 @@ class RemoteAway(GitFailed):
 class Git:
     """Git in a scratch repository that is gone at the end of the block. Raises GitFailed, RemoteAway.
 
-    `git("rev-parse", "HEAD")` gives what it printed. Each command ends within `seconds_max`, and with us.
+    `git("rev-parse", "HEAD")` gives what it printed. Each command ends within `seconds_max`, and with us: a
+    kill -9 of ours leaves neither git, nor its helpers, nor the scratch repository.
     """
 
     def __init__(self, target: Target, seconds_max: float = SECONDS_MAX) -> None:
         self.target = target
         self._seconds_max = seconds_max
         self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
         self._token: IO[bytes] | None = None
         self._env: dict[str, str] = {}
 
@@ -83,13 +91,21 @@ class Git:
             "GIT_CONFIG_GLOBAL": os.devnull,  # no helper of the user's that would keep the token
             "GIT_TERMINAL_PROMPT": "0",
             "GIT_ALLOW_PROTOCOL": "file:http:https:ssh",
-            "GIT_SSH_COMMAND": "ssh -oBatchMode=yes -oConnectTimeout=20",
+            "GIT_SSH_COMMAND": "ssh -oBatchMode=yes -oConnectTimeout=20 -oServerAliveInterval=15",
         }
         config = self._config()
         self._env["GIT_CONFIG_COUNT"] = str(len(config))
         for number, (name, value) in enumerate(config.items()):
             self._env[f"GIT_CONFIG_KEY_{number}"], self._env[f"GIT_CONFIG_VALUE_{number}"] = name, value
         try:
+            self._guard = subprocess.Popen(
+                ["/bin/sh", "-c", GUARD, "sh", str(scratch)],
+                env={name: value for name, value in self._env.items() if name == "PATH"},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                process_group=0,
+            )
             if self.target.token is not None and self.target.url.startswith("http"):
                 self._lend_token(scratch, self.target.token)
             self("init", "--quiet", "--bare", str(scratch / "repository"))
@@ -99,6 +115,8 @@ class Git:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._guard is not None:
+            self._end_all()
         if self._token is not None:
             self._token.close()
         if self._folder is not None:
@@ -120,6 +138,7 @@ class Git:
         text, stdin = (
             (given, subprocess.PIPE) if isinstance(given, bytes) else (None, given or subprocess.DEVNULL)
         )
+        assert self._guard is not None  # noqa: S101  inside the block
         try:
             child = subprocess.Popen(
                 ["git", *arguments],
@@ -128,8 +147,7 @@ class Git:
                 stdout=subprocess.PIPE if into is None else into,
                 stderr=subprocess.PIPE,
                 pass_fds=() if self._token is None else (self._token.fileno(),),
-                start_new_session=True,
-                preexec_fn=die_with_parent(),
+                process_group=self._guard.pid,
             )
         except FileNotFoundError:
             raise GitFailed("there is no git", "install git") from None
@@ -140,12 +158,23 @@ class Git:
                 f"git {arguments[0]} took longer than {self._seconds_max:.0f} s", "is the remote reachable?"
             ) from None
         finally:
-            if child.poll() is None:  # a time limit, ours or RQ's: with all its helpers
-                os.killpg(child.pid, signal.SIGKILL)
+            if child.poll() is None:  # a time limit, ours or RQ's: the block is over
+                self._end_all()
                 child.communicate()
+        if child.returncode < 0:
+            shown = f"git {arguments[0]} was ended by signal {-child.returncode}"
+            raise GitFailed(shown, "try again; did the memory suffice?")
         if child.returncode:
             raise self._failure(arguments[0], said)
         return out or b""
+
+    def _end_all(self) -> None:
+        """The guard and all of git that still runs."""
+        assert self._guard is not None  # noqa: S101
+        if self._guard.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self._guard.pid, signal.SIGKILL)
+        self._guard.communicate()
 
     def _lend_token(self, scratch: Path, token: SecretStr) -> None:
         script = scratch / "askpass"
@@ -211,7 +240,8 @@ def _sweep() -> None:
     for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
         try:
             facts = left.lstat()
-            if facts.st_uid == os.getuid() and time.time() - facts.st_mtime > STALE_SECONDS:
+            # A clock that was set back makes what is old look as if it came from the future.
+            if facts.st_uid == os.getuid() and abs(time.time() - facts.st_mtime) > STALE_SECONDS:
                 shutil.rmtree(left, ignore_errors=True)
         except OSError:
             pass  # another was faster

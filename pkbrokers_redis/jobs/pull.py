@@ -139,7 +139,8 @@ def _open(
     if via == "https" and (base is None or "://" not in base):
         raise SettingsError("there is no URL to pull from", "set PKB_FILES_URL or PKB_GITHUB_REPO")
     if via != "git" and base is not None and base.startswith(("http://", "https://")):
-        yield _OverHttps(settings, base, folder, patterns, force)
+        with requests.Session() as session:
+            yield _OverHttps(session, settings, base, folder, patterns, force)
         return
     with Git(target_of(settings)) as git:
         yield _OverGit(git)
@@ -180,11 +181,17 @@ class _OverHttps:
     """Raw URLs. The token goes to GitHub's raw host (or a loopback one) only, as a header."""
 
     def __init__(
-        self, settings: Settings, base: str, folder: Path, patterns: Sequence[str], force: bool
+        self,
+        session: requests.Session,
+        settings: Settings,
+        base: str,
+        folder: Path,
+        patterns: Sequence[str],
+        force: bool,
     ) -> None:
         self.shown = base
         parts = urlsplit(base)
-        self._session = requests.Session()
+        self._session = session
         self._session.trust_env = True
         token, host = settings.github_token, parts.hostname or ""
         is_github = host == "raw.githubusercontent.com" and parts.scheme == "https"
@@ -227,11 +234,12 @@ class _OverHttps:
                 temporary.write_text(f"{self._scope}\n{self._etag}\n")
 
     def _known_etag(self) -> str:
-        """What the last pull of the same files saw, if they are still there."""
+        """What the last pull of the same files saw, if they are still there, in their size."""
         try:
             scope, etag = (self._folder / ETAG_FILE).read_text().splitlines()
             if scope != self._scope or any(
-                not (self._folder / name).exists() for name in read_manifest(self._folder)
+                (self._folder / name).stat().st_size != entry.bytes
+                for name, entry in read_manifest(self._folder).items()
             ):
                 return ""
         except (OSError, ValueError, InputFileError):

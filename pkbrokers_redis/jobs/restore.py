@@ -9,6 +9,7 @@ made from its minutes. Aggregators that start afterwards go on from these lists.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -62,7 +63,7 @@ def restore(folder: Path | None = None, run: Run | None = None) -> Restored:
         listed = _checked(source)
         ensure_meta(at.store.client, at.settings, at.made_at())
         load_functions(at.store.client)
-        owner = f"restore-{os.getpid()}"
+        owner = f"restore-{os.getpid()}-{secrets.token_hex(4)}"  # containers share their pids
         told = Restored()
         with _leases(at, owner) as renew:
             stored = {each.name: each for each in at.settings.intervals}

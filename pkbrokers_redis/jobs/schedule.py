@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Any, Literal
 
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.jobs import job_id
 from pkbrokers_redis.core.sessions import Sessions
-from pkbrokers_redis.kite.history_rows import IST
 
 Anchor = Literal["open", "close", "minute"]
 

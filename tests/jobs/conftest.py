@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,10 +12,10 @@ import pytest
 import redis
 
 from pkbrokers_redis.clock import Clock
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.jobs.desk import Desk
 from pkbrokers_redis.kite.history import KiteTickerHistory
-from pkbrokers_redis.kite.history_rows import IST
 from pkbrokers_redis.pipeline.aggregate import Aggregator
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
@@ -30,6 +31,7 @@ NOW_S = int(NOW.timestamp())
 OPENED_S = int(NOW.replace(hour=9, minute=15, second=0).timestamp())
 KNOWN_S = NOW_S // 60 * 60  # minutes before it are over
 ROWS = universe(12)
+TOKENS = [int(row["instrument_token"]) for row in ROWS]
 
 
 class MovableClock(Clock):
@@ -99,3 +101,19 @@ def aggregator(desk: Desk, clock: MovableClock) -> Iterator[Callable[[], None]]:
     stop.set()
     if thread.ident is not None:
         thread.join()
+
+
+def fill(client: redis.Redis, settings: Settings, opened_s: int) -> None:
+    """A morning's candles and a few days."""
+    keys = settings.keys
+    client.hset(keys.cursor(0), "id", "1-0")
+    for number, token in enumerate(TOKENS):
+        for i in range(5):
+            price = 100 + number + i / 4
+            row = [opened_s + 60 * i, price, price + 1, price - 1, price, 10 + i, None, 3]
+            client.rpush(keys.candles(token, "1m"), json.dumps(row, separators=(",", ":")))
+            row[0] = opened_s - (5 - i) * 86_400
+            client.rpush(keys.candles(token, "day"), json.dumps(row, separators=(",", ":")))
+        client.hset(
+            keys.quote(token), mapping={"symbol": f"X{number}", "last_price": str(price), "volume": "60"}
+        )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import os
 import re
 import subprocess
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from pkbrokers_redis.consumers.files.atomic import replacing
 from pkbrokers_redis.consumers.files.manifest import Entry, update_manifest
 
 MADE_AT = "2026-11-20T15:36:02+05:30"
+SECONDS_MAX = 60  # a test that forgot its gate
 BRANCH, FOLDER = "data", "results/kite"
 HOME = {"PATH": os.environ["PATH"], "GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": os.devnull}
 WHO = {
@@ -100,6 +103,21 @@ def snapshot(folder: Path, name: str, content: bytes, made_at: str = MADE_AT) ->
     update_manifest(folder, {name: entry})
 
 
+class Gate:
+    """Where the host stops: `reached` when it does, until `release()`; `passed` when that request is over."""
+
+    def __init__(self, method: str = "", path_end: str = "", bytes_min: int = -1) -> None:
+        self.method, self.path_end, self.bytes_min = method, path_end, bytes_min
+        self.reached, self.passed, self._open = threading.Event(), threading.Event(), threading.Event()
+
+    def stop(self) -> None:
+        self.reached.set()
+        self._open.wait(SECONDS_MAX)
+
+    def release(self) -> None:
+        self._open.set()
+
+
 class GitHost:
     """`http://127.0.0.1:port/repository.git` for whoever has the token, and `/raw/branch/…` beside it.
 
@@ -111,6 +129,7 @@ class GitHost:
         self.authorizations: list[str] = []
         self.bytes_sent = 0
         self.redirect_to = ""
+        self._gates: list[Gate] = []
         host = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -121,6 +140,16 @@ class GitHost:
                 given = self.headers.get("Authorization", "")
                 host.authorizations.append(given)
                 body = self._body()
+                gate = host._gate(
+                    lambda each: each.method == self.command and self.path.endswith(each.path_end)
+                )
+                if gate is not None:
+                    gate.stop()
+                self._served(given, body)
+                if gate is not None:
+                    gate.passed.set()
+
+            def _served(self, given: str, body: bytes) -> None:
                 if host.redirect_to:
                     self._answer(302, b"", {"Location": host.redirect_to + self.path})
                 elif self.path.startswith("/raw/"):
@@ -178,8 +207,14 @@ class GitHost:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
+                gate = host._gate(lambda each: 0 <= each.bytes_min <= len(content))
+                if gate is not None:
+                    self.wfile.write(content[: len(content) // 2])
+                    content = content[len(content) // 2 :]
+                    gate.stop()
                 if status != 304:
-                    self.wfile.write(content)
+                    with contextlib.suppress(OSError):  # who asked may be dead
+                        self.wfile.write(content)
 
             def log_message(self, format: str, *args: object) -> None: ...
 
@@ -193,6 +228,23 @@ class GitHost:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def hold(self, method: str, path_end: str) -> Gate:
+        """Stop the next such request before it is looked at."""
+        self._gates.append(Gate(method, path_end))
+        return self._gates[-1]
+
+    def hold_answer(self, bytes_min: int) -> Gate:
+        """Stop the next answer of that size in its middle."""
+        self._gates.append(Gate(bytes_min=bytes_min))
+        return self._gates[-1]
+
+    def _gate(self, fits: Callable[[Gate], bool]) -> Gate | None:
+        for gate in self._gates:
+            if fits(gate):
+                self._gates.remove(gate)
+                return gate
+        return None
 
     def __enter__(self) -> GitHost:
         self._thread.start()

@@ -13,11 +13,11 @@ import pytest
 import redis
 from rq import Queue
 
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.jobs.cron import Cron, schedules_of
 from pkbrokers_redis.jobs.locks import Busy, alone
 from pkbrokers_redis.jobs.schedule import Plan
-from pkbrokers_redis.kite.history_rows import IST
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.queue import open_queue
 from pkbrokers_redis.store.symbols import save_instruments

@@ -1,18 +1,13 @@
-"""The trading day's jobs with real workers: a whole day in a rehearsal, and kill -9 inside each of them."""
+"""The trading day's jobs with real workers: a whole day in a rehearsal. test_killed.py kills them."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from datetime import UTC, date, datetime, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
@@ -21,58 +16,34 @@ from rq import Queue
 from rq.job import Job
 
 from pkbrokers_redis.consumers.files.manifest import problems, read_manifest
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.jobs import daily, view
 from pkbrokers_redis.jobs.cron import schedules_of
 from pkbrokers_redis.jobs.desk import Desk
 from pkbrokers_redis.jobs.schedule import Plan
-from pkbrokers_redis.kite.history_rows import IST
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.store.auth import Session, load_session, save_session
 from pkbrokers_redis.store.meta import ensure_meta
-from pkbrokers_redis.store.queue import enqueue, open_queue
+from pkbrokers_redis.store.queue import open_queue
 from pkbrokers_redis.store.symbols import save_instruments
 from tests.cli.conftest import Pkb, pkb
-from tests.jobs.conftest import OPENED_S, ROWS
+from tests.jobs.conftest import OPENED_S, ROWS, TOKENS, fill
 from tests.jobs.remotes import BRANCH, FOLDER, Repository, snapshot
-from tests.support import running_process, running_python, wait_until
+from tests.support import running_python, wait_until
 
 pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
 
 __all__ = ["pkb"]  # a fixture
 
-TOKENS = [int(row["instrument_token"]) for row in ROWS]
 WHEN = {"at": "2026-08-05T15:41:00+05:30", "day": "2026-08-05"}
-
-# A jobs worker that dies in the middle of a job: the n-th call of a function kills it, and its child with it.
-DEADLY = """
-import importlib, os, signal, sys
-module, name, calls = sys.argv[1:]
-holder = importlib.import_module(module)
-*owners, attribute = name.split(".")
-for owner in owners:
-    holder = getattr(holder, owner)
-real, left = getattr(holder, attribute), int(calls)
-def deadly(*given, **named):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getppid(), signal.SIGKILL)
-        signal.pause()
-    return real(*given, **named)
-setattr(holder, attribute, deadly)
-from pkbrokers_redis.jobs.role import jobs
-from pkbrokers_redis.pipeline import roles
-sys.exit(roles.main(jobs))
-"""
 
 
 @pytest.fixture
 def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
     """The sync target of these settings."""
     repository = Repository(tmp_path / "remote" / "kite.git")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # a sync that is killed leaves its scratch folder
     monkeypatch.setenv("PKB_GITHUB_URL", f"file://{repository.path}")
     monkeypatch.setenv("PKB_GITHUB_BRANCH", BRANCH)
     monkeypatch.setenv("PKB_GITHUB_PATH", FOLDER)
@@ -85,106 +56,10 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def fill(client: redis.Redis, settings: Settings, opened_s: int) -> None:
-    """A morning's candles and a few days."""
-    keys = settings.keys
-    client.hset(keys.cursor(0), "id", "1-0")
-    for number, token in enumerate(TOKENS):
-        for i in range(5):
-            price = 100 + number + i / 4
-            row = [opened_s + 60 * i, price, price + 1, price - 1, price, 10 + i, None, 3]
-            client.rpush(keys.candles(token, "1m"), json.dumps(row, separators=(",", ":")))
-            row[0] = opened_s - (5 - i) * 86_400
-            client.rpush(keys.candles(token, "day"), json.dumps(row, separators=(",", ":")))
-        client.hset(
-            keys.quote(token), mapping={"symbol": f"X{number}", "last_price": str(price), "volume": "60"}
-        )
-
-
 def fetch(queue: Queue, id_: str) -> Job:
     job = queue.fetch_job(id_)
     assert job is not None
     return job
-
-
-# --- killed
-
-
-MOMENTS = [
-    # job, its arguments, what kills it: module, function, calls that go well before
-    ("instruments", {}, ("pkbrokers_redis.kite.instruments", "KiteInstruments.store", "0")),
-    ("settle", {}, ("pkbrokers_redis.jobs.progress", "Progress.note", "3")),
-    ("day_snapshot", {"kind": "ticks"}, ("os", "fsync", "0")),
-    ("day_snapshot", {"kind": "pickle"}, ("os", "fsync", "1")),
-    ("day_snapshot", {"kind": "sqlite"}, ("os", "fsync", "0")),
-    ("day_snapshot", {"kind": "parquet"}, ("os", "fsync", "1")),
-    ("sync_push", {}, ("pkbrokers_redis.jobs.sync", "_commit", "0")),
-    ("trim", {}, ("pkbrokers_redis.jobs.daily", "update_manifest", "0")),
-]
-
-
-@pytest.mark.timeout(300)
-def test_killed_in_the_middle_each_job_leaves_whole_files_and_comes_to_the_same_result(
-    desk: Desk, repository: Repository, stack: ExitStack, client: redis.Redis, tmp_path: Path
-) -> None:
-    fill(client, desk.settings, OPENED_S)
-    folder, queue = desk.settings.files_folder, open_queue(desk.settings, client)
-    expected = undisturbed(folder, tmp_path / "undisturbed")
-    snapshot(folder, "stock_data_01012026.pkl", b"")  # for the trim
-    jobs: list[str] = []
-    for name, more, moment in MOMENTS:
-        id_ = enqueue(queue, name, {**WHEN, **more}) or ""
-        jobs.append(id_)
-        worker = stack.enter_context(running_process(sys.executable, "-c", DEADLY, *moment))
-        wait_until(
-            lambda worker=worker: worker.poll() is not None, timeout_seconds=90, what=f"the end in {name}"
-        )
-        assert worker.returncode == -signal.SIGKILL, worker.stdout and worker.stdout.read()
-        assert fetch(queue, id_).get_status() == "started", name
-        assert [line for line in problems(folder) if "missing" not in line] == [], name
-        # Its silence and its lock run out by themselves: say that this time is over, and let the next one
-        # meet what the killed one left.
-        for lock in client.scan_iter(desk.keys.job_lock("*")):
-            client.delete(lock)
-        queue.started_job_registry.cleanup(time.time() + 3600)
-        assert fetch(queue, id_).get_status() == "scheduled", name
-    assert repository.tip() == ""
-    client.delete("rq:scheduler-lock:pkb")  # of the killed ones: it lasts a minute
-    for id_ in jobs:
-        queue.scheduled_job_registry.schedule(fetch(queue, id_), datetime.now(UTC))
-    stack.enter_context(running_python("-m", "workers.jobs"))
-    for id_ in jobs:
-        wait_until(
-            lambda id_=id_: fetch(queue, id_).get_status() in ("finished", "failed"),
-            timeout_seconds=90,
-            what=id_,
-        )
-    assert view.failed_jobs(queue) == []
-    assert problems(folder) == []
-    assert contents(folder) == expected
-    assert f"{FOLDER}/ticks.json" in repository.names() and len(repository.log()) == 1
-    assert not (folder / "stock_data_01012026.pkl").exists()
-
-
-def undisturbed(folder: Path, elsewhere: Path) -> dict[str, Any]:
-    """What the files hold when nobody is killed; made here, then put away."""
-    for kind in ("ticks", "pickle", "sqlite", "parquet"):
-        daily.day_snapshot(**WHEN, kind=kind)
-    found = contents(folder)
-    shutil.move(folder, elsewhere)
-    assert len(found) >= 6
-    return found
-
-
-def contents(folder: Path) -> dict[str, Any]:
-    """File → its sha256; of a database, whose pages may differ, how many rows there are."""
-    listed = read_manifest(folder)
-    return {
-        name: entry.rows
-        if entry.kind == "sqlite"
-        else hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name, entry in listed.items()
-    }
 
 
 # --- a day
@@ -234,7 +109,7 @@ def test_a_special_sunday_is_served_from_the_morning_to_the_push(
         job = queue.fetch_job(last[name].job_id)
         return str(job.get_status().value) if job is not None else "unknown"
 
-    wait_until(lambda: status("trim") == "finished", timeout_seconds=40, what="the last job")
+    wait_until(lambda: status("trim") == "finished", timeout_seconds=90, what="the last job")
     done = {name: status(name) for name in last if name not in ("open", "ticks")}
     assert done == dict.fromkeys(done, "finished")
     # Nobody streams here: the check after the open says so, and comes again.
@@ -280,6 +155,16 @@ def test_a_check_that_finds_trouble_says_what_to_do(
         daily.capacity(**WHEN)
 
 
+def test_a_folder_that_takes_no_files_is_told_before_the_open(
+    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PKB_FILES_DIR", str(tmp_path / "file" / "files"))
+    with pytest.raises(daily.FilesUnwritable, match=r"cannot be written .*PKB_FILES_DIR") as error:
+        daily.capacity(**WHEN)
+    assert "\n" not in str(error.value)
+
+
 def test_a_session_that_kite_no_longer_accepts_is_renewed(
     desk: Desk, kite: SimulatedKite, client: redis.Redis
 ) -> None:
@@ -319,3 +204,10 @@ def test_a_ticks_json_that_is_newer_than_what_was_planned_will_do(desk: Desk, cl
     assert "superseded" not in daily.day_snapshot(old, "2026-08-05", "ticks")
     assert daily.day_snapshot(old, "2026-08-05", "ticks") == {"superseded": True}
     assert "superseded" not in daily.day_snapshot("2026-08-05T11:00:05+05:30", "2026-08-05", "ticks")
+
+
+def test_a_ticks_json_from_the_future_holds_up_none_of_the_present(desk: Desk, client: redis.Redis) -> None:
+    """It was made before the host's clock was set right."""
+    fill(client, desk.settings, OPENED_S)
+    snapshot(desk.settings.files_folder, "ticks.json", b"{}", "2027-01-01T09:15:00+05:30")
+    assert "superseded" not in daily.day_snapshot("2026-08-05T09:16:05+05:30", "2026-08-05", "ticks")

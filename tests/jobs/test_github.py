@@ -172,6 +172,11 @@ def test_a_git_that_hangs_is_ended_with_its_helpers(tmp_path: Path) -> None:
         ]
 
 
+def test_a_git_that_is_killed_is_one_line_that_says_so(tmp_path: Path) -> None:
+    with Git(Target(str(tmp_path), "data", "")) as git, pytest.raises(GitFailed, match="ended by signal 9"):
+        git("-c", "alias.die=!kill -9 $PPID", "die")
+
+
 def test_the_users_own_configuration_takes_no_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tmp_path / "gitconfig"
     config.write_text("[credential]\n\thelper = store\n[user]\n\tname = someone\n")

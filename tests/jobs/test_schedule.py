@@ -8,11 +8,11 @@ from itertools import pairwise
 import pytest
 
 from pkbrokers_redis.clock import Clock
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.jobs import JOBS
 from pkbrokers_redis.core.sessions import Sessions, load_sessions
 from pkbrokers_redis.jobs.cron import step_seconds
 from pkbrokers_redis.jobs.schedule import DAY, Plan, Row, next_runs
-from pkbrokers_redis.kite.history_rows import IST
 
 NSE, MCX = 1, 7  # segments
 WEDNESDAY, SUNDAY, HOLIDAY, MUHURAT = (
@@ -135,3 +135,8 @@ def test_it_looks_often_enough_to_meet_every_minute_of_a_rehearsal() -> None:
     assert step_seconds(Clock()) == 1.0
     assert step_seconds(Clock(0, 0, 60)) == pytest.approx(0.25)
     assert step_seconds(Clock(0, 0, 10_000)) == 0.05
+
+
+def test_every_job_is_given_to_another_worker_when_its_own_dies() -> None:
+    """RQ gives up an abandoned job that has no try left."""
+    assert [name for name, spec in JOBS.items() if not spec.retry_seconds] == []

@@ -1,7 +1,7 @@
 """Files that are whole or not there: written under another name, synced, renamed.
 
-A reader sees the old file or the new one, never a part, and a crash leaves at most a `.….tmp` that the next
-write of that file removes.
+A reader sees the old file or the new one, never a part, and a kill leaves at most a `.….tmp`, which a later
+write in that folder removes, or the day's trim (`sweep`).
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -21,6 +22,7 @@ from pkbrokers_redis.core.errors import PkbError
 
 READ_BYTES = 1 << 20
 STALE_SECONDS = 3600  # no write of ours takes an hour: a temporary file that old has no writer left
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp(-journal|-wal|-shm)?")  # SQLite's, beside its own
 
 
 class HashedFile:
@@ -60,7 +62,7 @@ def replacing(path: Path) -> Iterator[HashedFile]:
 def replacing_path(path: Path) -> Iterator[Path]:
     """The same for writers that want a path of their own (Parquet, SQLite): a name in the same folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path)
+    _remove_stale(path.parent.glob(".*.tmp*"))
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid4().hex[:8]}.tmp")
     try:
         yield temporary
@@ -99,14 +101,25 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sweep(path: Path) -> None:
-    """Remove what killed writers of this file left behind; a writer at work keeps its own."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
+def sweep(folder: Path) -> int:
+    """Remove what killed writers left anywhere in the folder; how many files. Writers at work keep theirs.
+
+    A name with a date in it is written on one day only: no later write would find what is left of that.
+    """
+    return _remove_stale(folder.rglob(".*.tmp*"))
+
+
+def _remove_stale(paths: Iterable[Path]) -> int:
+    removed = 0
+    for left in paths:
         try:
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+            # A clock that was set back makes what is old look as if it came from the future.
+            if _TEMPORARY.fullmatch(left.name) and abs(time.time() - left.lstat().st_mtime) > STALE_SECONDS:
                 left.unlink()
+                removed += 1
         except OSError:
             pass  # somebody else was faster
+    return removed
 
 
 def _sync_folder(folder: Path) -> None:

@@ -13,6 +13,7 @@ import datetime as dt
 import io
 import pickle
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -42,6 +43,7 @@ PUBLISHED_COLUMNS = ("Open", "High", "Low", "Close", "Volume")
 PROTOCOL = 3  # numbers its memo explicitly, so that pieces may follow one another; all Pythons 3 read it
 _PRICES = pd.Index(PUBLISHED_COLUMNS[:4], dtype=object)
 SYMBOLS_A_BATCH = 500  # what the reader's stack holds before it puts them into the dict
+INDEXES_SHARED_MAX = 64  # what trades every day has one index in all; each other set of days has its own
 
 
 def daily_name(day: dt.date) -> str:
@@ -64,13 +66,20 @@ class PickledDict:
     """Writes one pickled dict, item by item: nothing but the item at hand is in memory.
 
     A pickle is a program for a stack; an item's is `key value`, and a dict's `{ ( key value … u`. Each value
-    is pickled by itself and loses its first two bytes (PROTO) and its last (STOP).
+    is pickled by itself and loses its first two bytes (PROTO) and its last (STOP). What it has in common with
+    earlier ones (pandas' names, the index of the days) is written once, then looked up in the pickle's memo:
+    a year of 9,000 instruments takes 88 MiB instead of 114 (docs/decisions/0019).
     """
 
     def __init__(self, file: BinaryFile) -> None:
         self.items = 0
         self._file = file
         self._open = False
+        self._piece = io.BytesIO()
+        self._pickler = _PortablePickler(self._piece, PROTOCOL)
+        self._common: dict[int, tuple[int, Any]] = {}  # id → its number in the memo, and the object itself
+        self._indexes: set[int] = set()
+        self._has_names = False  # pandas' own, which every frame asks for
         file.write(pickle.PROTO + bytes([PROTOCOL]) + pickle.EMPTY_DICT)
 
     def add(self, key: str, value: Any) -> None:
@@ -78,7 +87,7 @@ class PickledDict:
         if not self._open:
             self._file.write(pickle.MARK)
             self._open = True
-        self._file.write(_body(key) + _body(value))
+        self._file.write(self._body(key) + self._body(value))
         self.items += 1
         if self.items % SYMBOLS_A_BATCH == 0:
             self._close_batch()
@@ -87,6 +96,25 @@ class PickledDict:
         """The end of the dict and of the pickle."""
         self._close_batch()
         self._file.write(pickle.STOP)
+
+    def _body(self, value: Any) -> bytes:
+        if not isinstance(value, pd.DataFrame):
+            return self._pickled(value)
+        before, index = b"", value.index
+        if id(index) not in self._indexes and len(self._indexes) < INDEXES_SHARED_MAX:
+            self._indexes.add(id(index))  # no other object gets this id: the memo keeps the index
+            before = self._pickled(index, is_common=True) + pickle.POP
+        return before + self._pickled(value, is_common=not self._has_names)
+
+    def _pickled(self, value: Any, is_common: bool = False) -> bytes:
+        self._piece.seek(0)
+        self._piece.truncate()
+        self._pickler.memo = self._common  # the next number is its length: what is not common is overwritten
+        self._pickler.dump(value)
+        if is_common:
+            self._common = self._pickler.memo.copy()
+            self._has_names = self._has_names or isinstance(value, pd.DataFrame)
+        return self._piece.getvalue()[2:-1]
 
     def _close_batch(self) -> None:
         if self._open:
@@ -105,16 +133,16 @@ class _PortablePickler(pickle.Pickler):
         return NotImplemented
 
 
-def _body(value: Any) -> bytes:
-    piece = io.BytesIO()
-    _PortablePickler(piece, PROTOCOL).dump(value)
-    return piece.getvalue()[2:-1]
+@lru_cache(INDEXES_SHARED_MAX)
+def _index_of(starts: bytes) -> pd.DatetimeIndex:
+    """The index of these epoch seconds (int64), the same object for the same moments."""
+    return kolkata(np.frombuffer(starts, np.int64), name=None)
 
 
 def published(rows: Floats, daily: bool) -> pd.DataFrame:
     """float64[n, 8] → the published form. Column labels are plain objects: pandas 2 reads them too."""
     starts = rows[:, 0].astype(np.int64)
-    index = kolkata(midnights(starts) if daily else starts, name=None)
+    index = _index_of((midnights(starts) if daily else starts).tobytes())
     frame = pd.DataFrame(rows[:, 1:5], index=index, columns=_PRICES)
     volume = rows[:, 5].astype(np.int64) if is_whole(rows[:, 5]) else rows[:, 5]
     frame.insert(4, PUBLISHED_COLUMNS[4], volume)

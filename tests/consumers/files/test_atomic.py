@@ -53,10 +53,29 @@ def test_a_killed_writer_leaves_the_old_file(tmp_path: Path) -> None:
     assert [each.name for each in tmp_path.iterdir()] == ["ticks.json"] and path.read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("at_s", [0, 4e9], ids=["long ago", "by a clock that was set back since"])
+def test_what_a_killed_writer_left_goes_with_the_next_write_beside_it_or_by_a_sweep(
+    tmp_path: Path, at_s: float
+) -> None:
+    """A name with a date in it is never written again: nobody would come for what is left of that."""
+    folders = [tmp_path, tmp_path / "interval=1m" / "date=2026-11-20"]
+    folders[1].mkdir(parents=True)
+    theirs = tmp_path / ".somebody.tmp"
+    left = [folder / ".stock_data_20112026.pkl.77-0123abcd.tmp" for folder in folders]
+    for each in (*left, theirs):
+        each.write_bytes(b"half")
+        os.utime(each, (at_s, at_s))
+    with replacing(tmp_path / "stock_data_21112026.pkl") as file:
+        file.write(b"new")
+    assert not left[0].exists() and left[1].exists()
+    assert atomic.sweep(tmp_path) == 1 and not left[1].exists() and theirs.exists()
+
+
 def test_a_writer_at_work_keeps_its_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "day.parquet"
     with replacing_path(path) as first:
         first.write_bytes(b"first")
+        assert atomic.sweep(tmp_path) == 0
         with replacing_path(path) as second:
             second.write_bytes(b"second")
         assert path.read_bytes() == b"second" and first.exists()

@@ -14,6 +14,7 @@ import pytest
 
 from pkbrokers_redis.consumers.files.pickles import (
     DAILY_ROWS_MAX,
+    INDEXES_SHARED_MAX,
     SYMBOLS_A_BATCH,
     PickledDict,
     daily_name,
@@ -21,6 +22,7 @@ from pkbrokers_redis.consumers.files.pickles import (
     read_frames,
     shaped,
 )
+from pkbrokers_redis.consumers.files.unpickler import load_pickle
 from pkbrokers_redis.core.errors import InputFileError
 from tests.consumers.contract import OPEN_S
 from tests.consumers.files.pandas_2 import PICKLES
@@ -42,6 +44,23 @@ def pickled(items: dict[str, Any]) -> bytes:
         writer.add(key, value)
     writer.finish()
     return file.getvalue()
+
+
+def test_an_index_that_many_share_is_written_once_and_every_frame_is_as_if_written_alone() -> None:
+    """More sets of days than are shared, and one that most have."""
+    tables = {f"S{i}": rows(120 if i % 2 else 20 + i) for i in range(2 * INDEXES_SHARED_MAX + 20)}
+    frames = {name: shaped(table, True, "published") for name, table in tables.items()}
+    data = pickled(frames)
+    alone = {name: pickle.loads(pickle.dumps(frame)) for name, frame in frames.items()}
+    for got in (pickle.loads(data), dict(load_pickle(data))):
+        assert list(got) == list(alone)
+        for name, frame in alone.items():
+            pd.testing.assert_frame_equal(got[name], frame, check_freq=False, check_column_type=False)
+    assert len(data) < sum(len(pickled({name: frames[name]})) for name in frames) - 60 * 120 * 8
+    got = pickle.loads(data)
+    got["S1"].loc[got["S1"].index[0], "Close"] = 0.0
+    got["S1"].index = got["S1"].index + pd.Timedelta(days=1)
+    pd.testing.assert_frame_equal(got["S3"], alone["S3"], check_freq=False)
 
 
 def test_names_are_upstreams() -> None:
