@@ -49,7 +49,9 @@ class Settings(BaseSettings):
         "valkey", description="`valkey` (shipped), `redis` (redis-server 7 on PATH), or a path to a binary"
     )
     compact: bool = Field(False, description="embedded server: smaller lists, 1.7-2 times slower bulk reads")
-    stream_retention_seconds: float = Field(120, gt=0, description="age at which applied ticks are trimmed")
+    stream_retention_seconds: float = Field(
+        120, gt=0, allow_inf_nan=False, description="age at which applied ticks are trimmed"
+    )
     stream_max_entries: int = Field(200_000, ge=100, description="hard cap of a tick stream, in entries")
     closed_max_entries: int = Field(100_000, ge=100, description="cap of a closed-candle stream, in entries")
     buffer_max_bytes: int = Field(
@@ -62,7 +64,7 @@ class Settings(BaseSettings):
     kite_api_key: str | None = Field(None, description="Kite Connect api key; several as a comma list")
     kite_api_secret: SecretStr | None = Field(None, description="Kite Connect api secret")
     kite_access_token: SecretStr | None = Field(
-        None, description="Kite Connect access token of the day, one an api key"
+        None, description="Kite Connect access token of the day, one per api key"
     )
     kite_user_id: str | None = Field(None, description="Kite user id (web login)")
     kite_password: SecretStr | None = Field(None, description="Kite password (web login)")
@@ -116,7 +118,9 @@ class Settings(BaseSettings):
 
     # logs
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level shown")
-    log_format: Literal["text", "json"] = Field("text", description="`text` is key=value, `json` a line each")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="`text` is key=value, `json` one object per line"
+    )
 
     @field_validator("timezone")
     @classmethod

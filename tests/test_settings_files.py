@@ -62,3 +62,12 @@ def test_a_file_we_may_not_read_is_one_line(secrets: Path) -> None:
     path.chmod(0)
     with pytest.raises(SettingsError, match="pkb_kite_access_token cannot be read"):
         load_settings()
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-1", "0"])
+def test_a_retention_that_is_no_length_of_time_is_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("PKB_STREAM_RETENTION_SECONDS", value)
+    with pytest.raises(SettingsError, match="PKB_STREAM_RETENTION_SECONDS"):
+        load_settings()

@@ -46,16 +46,23 @@ from pkbrokers_redis.core.tables import (
     Tables,
     compiled,
 )
-from pkbrokers_redis.core.text import Bytes, write_flag, write_number
+from pkbrokers_redis.core.text import (
+    FLAG_BYTES_MAX,
+    NUMBER_BYTES_MAX,
+    Bytes,
+    write_flag,
+    write_number,
+)
 
 Ints = npt.NDArray[np.int64]
 
 CURRENT, DROP, PUT, CLOSED, HOT, MARKS, REVISION = range(7)
 OP_WIDTH = 6
 
-ROW_BYTES_MAX = 8 * 23 + 16
-MARK_BYTES_MAX = 16 * 23
-HOT_BYTES_MAX = (12 + RING_MAX * 5) * 23 + 32
+CELL_BYTES_MAX = NUMBER_BYTES_MAX + 1  # with its comma
+ROW_BYTES_MAX = 8 * CELL_BYTES_MAX + FLAG_BYTES_MAX + 3
+MARK_BYTES_MAX = 16 * CELL_BYTES_MAX
+HOT_BYTES_MAX = (12 + RING_MAX * 5) * CELL_BYTES_MAX + 32
 
 
 class Scratch:
@@ -204,6 +211,26 @@ def _settle(
 
 
 @compiled
+def _write_marks(out: Bytes, pos: int, slots: Floats) -> int:
+    """`[k,[mark]],[k,[mark]]`: the marks of one instrument's candles, k is the interval; or nothing."""
+    first = pos
+    for k in range(slots.shape[0]):
+        for s in range(slots.shape[1]):
+            if slots[k, s, START] == 0:
+                continue
+            if pos > first:
+                out[pos] = 44  # ,
+                pos += 1
+            out[pos] = 91  # [
+            pos = write_number(out, pos + 1, float(k))
+            out[pos] = 44
+            pos = _write_mark(out, pos + 1, slots[k, s])
+            out[pos] = 93  # ]
+            pos += 1
+    return pos
+
+
+@compiled
 def collect(b: Tables, out: Bytes, ops: Ints) -> tuple[int, int]:
     """Write all changes since the last collect and mark them clean. Returns (operations, bytes)."""
     n = 0
@@ -234,18 +261,7 @@ def collect(b: Tables, out: Bytes, ops: Ints) -> tuple[int, int]:
         n = _op(ops, n, HOT, i, 0, first, pos, 0)
         if b.is_dirty[i] == 2:
             first = pos
-            for k in range(b.seconds.size):
-                for s in range(b.slots.shape[2]):
-                    if b.slots[i, k, s, START] != 0:
-                        if pos > first:
-                            out[pos] = 44
-                            pos += 1
-                        out[pos] = 91  # [k,[mark]]
-                        pos = write_number(out, pos + 1, float(k))
-                        out[pos] = 44
-                        pos = _write_mark(out, pos + 1, b.slots[i, k, s])
-                        out[pos] = 93
-                        pos += 1
+            pos = _write_marks(out, pos, b.slots[i])
             if pos > first:
                 n = _op(ops, n, MARKS, i, 0, first, pos, 0)
         b.is_dirty[i] = 0

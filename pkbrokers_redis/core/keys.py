@@ -129,7 +129,7 @@ class Keys:
         return f"{self.prefix}:{{bot}}:troubles"
 
     def ticks(self, shard: int) -> str:
-        """stream, one entry a websocket frame and shard · ingest · trimmed."""
+        """stream, one entry per websocket frame and shard · ingest · trimmed."""
         return f"{self.prefix}:{{{shard}}}:ticks"
 
     def closed(self, shard: int) -> str:

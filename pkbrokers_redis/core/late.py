@@ -27,21 +27,23 @@ from pkbrokers_redis.core.row_list import (
 
 
 class Amended(NamedTuple):
-    """One row that changed: its start and its new text."""
+    """One row that changed: its start, its new text, and whether the list had none of that start."""
 
     start: int
     text: bytes
+    is_new: bool = False
 
 
-def amend(rows: list[bytes], tick: LateTick, is_day: bool) -> list[Amended]:
+def amend(rows: list[bytes], tick: LateTick, is_day: bool, *, keep: int, flag: str = "") -> list[Amended]:
     """The rows of a candle list (oldest first, as text) that one late tick changes, with their new text.
 
-    Nothing when the tick is older than the list, or changes no row. Rows of a foreign hand are passed
-    over. What a row gains in volume, the next one loses.
+    Nothing when the tick is older than a list of `keep` rows, or changes no row. Rows of a foreign hand are
+    passed over. What a row gains in volume, the next one loses. A row that is new gets `flag` ("" for a
+    whole candle).
     """
     parsed = [row for row in map(parse_row, rows) if row is not None]
     starts = [int(row[START]) for row in parsed]  # type: ignore[arg-type]
-    if not starts or tick.start < starts[0]:
+    if not starts or (tick.start < starts[0] and len(rows) >= keep):
         return []
     place = next((n for n, start in enumerate(starts) if start >= tick.start), len(starts))
     after = [n for n in range(place, len(starts)) if tick.start < starts[n] < tick.oldest_start]
@@ -56,6 +58,7 @@ def amend(rows: list[bytes], tick: LateTick, is_day: bool) -> list[Amended]:
         gained = 0.0  # its successor is in the book and already owns that volume
 
     changed: list[Row] = []
+    is_new = False
     if place < len(starts) and starts[place] == tick.start:
         row = parsed[place]
         if _amend_row(row, tick, gained, volume_end):
@@ -63,11 +66,14 @@ def amend(rows: list[bytes], tick: LateTick, is_day: bool) -> list[Amended]:
     else:
         oi = None if math.isnan(tick.oi) else tick.oi
         p = tick.price
-        changed.append([tick.start, p, p, p, p, gained, oi, 1])
+        is_new = True
+        changed.append([tick.start, p, p, p, p, gained, oi, 1, *([flag] if flag else [])])
     if gained and taken_from is not None:
         taken_from[VOLUME] = round(number(taken_from[VOLUME]) - gained, 8)
         changed.append(taken_from)
-    return [Amended(int(number(row[START])), row_text(row)) for row in changed]
+    return [
+        Amended(int(number(row[START])), row_text(row), is_new and n == 0) for n, row in enumerate(changed)
+    ]
 
 
 def _amend_row(row: Row, tick: LateTick, gained: float, volume_end: float) -> bool:

@@ -1,6 +1,6 @@
 """The shapes everything speaks: a tick batch, a candle, the segments of Kite.
 
-A batch of ticks is one `float64[n, 10]` array, a row a tick, NaN where a packet has no such field.
+A batch of ticks is one `float64[n, 10]` array, one row per tick, NaN where a packet has no such field.
 Every number Kite sends fits a float64 exactly (tokens and volumes are 32 bits, times 41).
 """
 
@@ -46,9 +46,9 @@ SEGMENT_INDICES = 9
 
 CANDLE_FIELDS = ("start", "open", "high", "low", "close", "volume", "oi", "ticks")
 
-# The ninth element of a row that is not a whole candle of ours; 0 means whole.
-FLAG_WHOLE, FLAG_PARTIAL, FLAG_GAP, FLAG_BACKFILLED = range(4)
+# The ninth element of a row that is not a whole candle of ours. Arrays hold its place in FLAG_NAMES.
 FLAG_NAMES = ("", "partial", "gap", "backfilled")
+FLAG_WHOLE, FLAG_PARTIAL, FLAG_GAP, FLAG_BACKFILLED = range(len(FLAG_NAMES))
 
 
 class Candle(NamedTuple):

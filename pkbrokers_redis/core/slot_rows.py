@@ -1,4 +1,4 @@
-"""A book's slots as rows, for the rare hand that changes candles without ticks."""
+"""A book's slots as rows, for repairs, which change candles without ticks."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
-from pkbrokers_redis.core.model import BATCH_WIDTH, FLAG_NAMES, TICK_WIDTH
+from pkbrokers_redis.core.model import BATCH_WIDTH, FLAG_NAMES, FLAG_PARTIAL, TICK_WIDTH
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
@@ -34,8 +34,12 @@ EXACT_MAX = 2.0**53
 WHOLE_MAX = 9e18  # what an int64 holds
 
 _POW10 = np.array([10.0**k for k in range(23)])  # exact in float64 up to 10²²
-_FLAGS = tuple(np.frombuffer(f',"{name}"'.encode(), np.uint8) for name in FLAG_NAMES[1:])
-_PARTIAL, _GAP, _BACKFILLED = _FLAGS
+
+# A candle row's ninth element with its comma, by flag code: `,"partial"`; nothing for a whole candle.
+_FLAG_ELEMENTS = [f',"{name}"'.encode() if name else b"" for name in FLAG_NAMES]
+_FLAG_SIZES = np.array([len(element) for element in _FLAG_ELEMENTS])
+FLAG_BYTES_MAX = int(_FLAG_SIZES.max())
+_FLAG_BYTES = np.array([list(element.ljust(FLAG_BYTES_MAX)) for element in _FLAG_ELEMENTS], np.uint8)
 
 # What became of one entry of a batch.
 ENTRY_OK, ENTRY_ODD = 0, 1
@@ -102,16 +106,12 @@ def write_number(out: Bytes, pos: int, value: float) -> int:
 @_compiled
 def write_flag(out: Bytes, pos: int, flag: int) -> int:
     """Write the ninth element of a candle row, `,"partial"` and its like; nothing for a whole candle."""
-    text = _PARTIAL
-    if flag == 0:
-        return pos
-    if flag == 2:
-        text = _GAP
-    elif flag == 3:
-        text = _BACKFILLED
-    for k in range(text.size):
-        out[pos + k] = text[k]
-    return pos + text.size
+    if not 0 <= flag < _FLAG_SIZES.size:  # no code of ours, so not a whole candle of ours
+        flag = FLAG_PARTIAL
+    size = int(_FLAG_SIZES[flag])
+    for k in range(size):
+        out[pos + k] = _FLAG_BYTES[flag, k]
+    return pos + size
 
 
 @_compiled
@@ -209,13 +209,12 @@ def _read_number(text: Bytes, pos: int, end: int) -> tuple[float, int]:
 @_compiled
 def _read_flag(text: Bytes, pos: int, end: int) -> tuple[float, int]:
     """`"partial"` and its like at `pos` → (flag code, position behind it)."""
-    for code in range(1, 4):
-        name = _PARTIAL if code == 1 else (_GAP if code == 2 else _BACKFILLED)
-        size = name.size - 1  # without the comma
+    for code in range(1, _FLAG_SIZES.size):
+        size = int(_FLAG_SIZES[code]) - 1  # without the comma
         if pos + size <= end:
             same = True
             for k in range(size):
-                if text[pos + k] != name[k + 1]:
+                if text[pos + k] != _FLAG_BYTES[code, k + 1]:
                     same = False
                     break
             if same:

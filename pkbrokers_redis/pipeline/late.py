@@ -13,7 +13,9 @@ from pkbrokers_redis.core import changes as ch
 from pkbrokers_redis.core.book import Book, Changes, LateTick
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.late import amend
+from pkbrokers_redis.core.model import FLAG_NAMES
 from pkbrokers_redis.core.row_list import start_of
+from pkbrokers_redis.core.slots import flag_of
 
 REVS_MAX = 64  # revisions remembered of an instrument's candles that left the book …
 FLOOR = "*"  # … and the highest of those forgotten, which all others count on from
@@ -71,13 +73,18 @@ class Addenda:
         self._size = len(changes.text)
         self._lists = list(changes.lists)
 
-    def add(self, i: int, k: int, start: int, row: bytes, *, put: bool = True) -> None:
-        """One row, announced with a raised revision; `put` False where its list is replaced as a whole."""
+    def add(
+        self, i: int, k: int, start: int, row: bytes, *, put: bool = True, first_told: bool = False
+    ) -> None:
+        """One row, announced with a raised revision, or with 0 where nobody was told of its candle before
+        (`first_told`); `put` False where its list is replaced as a whole."""
         first, self._size = self._size, self._size + len(row)
         self._text.append(row)
         if put:
             self._ops.append([ch.PUT, i, k, first, self._size, 0])
-        rev = self._revs.next(int(self._book.tokens[i]), self._book.intervals[k].name, start)
+        rev = 0
+        if not first_told:
+            rev = self._revs.next(int(self._book.tokens[i]), self._book.intervals[k].name, start)
         self._ops.append([ch.CLOSED, i, k, first, self._size, rev])
 
     def replace(self, i: int, k: int, rows: list[bytes]) -> None:
@@ -109,9 +116,13 @@ def settle_late(client: redis.Redis, keys: Keys, book: Book, revs: Revisions, ch
         if place not in lists:
             lists[place] = _rows(client, keys, book, tick, interval.name, changes)
         rows = lists[place]
-        for start, row in amend([rows[s] for s in sorted(rows)], tick, interval.seconds == 0):
+        i, is_day = book.index(tick.token), interval.seconds == 0
+        end = tick.start + interval.seconds
+        flag = "" if is_day else FLAG_NAMES[flag_of(tick.start, end, book.tables.inst[i])]
+        texts = [rows[start] for start in sorted(rows)]
+        for start, row, is_new in amend(texts, tick, is_day, keep=interval.keep, flag=flag):
             rows[start] = row
-            addenda.add(book.index(tick.token), tick.interval, start, row)
+            addenda.add(i, tick.interval, start, row, first_told=is_new)
     return addenda.changes()
 
 

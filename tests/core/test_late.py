@@ -34,9 +34,11 @@ def late(
     return LateTick(408065, 0, start, price, quantity, volume, math.nan, after, oldest_start)
 
 
-def amended(rows: list[Row], tick: LateTick, is_day: bool = False) -> list[Row]:
-    changed = amend(texts(*rows), tick, is_day)
-    for start, text in changed:
+def amended(
+    rows: list[Row], tick: LateTick, is_day: bool = False, *, keep: int = 3, flag: str = ""
+) -> list[Row]:
+    changed = amend(texts(*rows), tick, is_day, keep=keep, flag=flag)
+    for start, text, _ in changed:
         assert msgspec.json.decode(text)[0] == start
     return [msgspec.json.decode(each.text) for each in changed]
 
@@ -90,9 +92,23 @@ def test_with_its_successor_in_the_slots_it_takes_no_volume() -> None:
     assert amended(THREE, late(2, 103, 1_031)) == [minute(2, 100, 103, 99, 103, ticks=4)]
 
 
-def test_older_than_the_list_is_older_than_what_we_tell() -> None:
+def test_older_than_a_full_list_is_older_than_what_we_tell() -> None:
     assert amended(THREE, late(-1, 200, 1)) == []
     assert amended([], late(1, 200, 1)) == []
+
+
+def test_a_list_with_room_takes_in_a_row_older_than_all_and_its_flag() -> None:
+    changed = amended(THREE, late(-1, 99, 1_004), keep=4, flag="partial")
+    assert changed == [
+        [*minute(-1, 99, 99, 99, 99, volume=4, ticks=1), "partial"],
+        minute(0, 100, 101, 99, 100, volume=6),
+    ]
+
+
+def test_only_the_row_that_was_not_there_is_new() -> None:
+    changed = amend(texts(THREE[0], THREE[2]), late(1, 100, 1_025), False, keep=3)
+    assert [(each.start - MINUTE, each.is_new) for each in changed] == [(60, True), (120, False)]
+    assert not any(each.is_new for each in amend(texts(*THREE), late(1, 105, 1_015), False, keep=3))
 
 
 def test_without_volumes_only_high_and_low_can_tell() -> None:
@@ -135,12 +151,12 @@ def test_decimals_of_crypto_stay_decimals() -> None:
 )
 def test_rows_of_a_foreign_hand_are_passed_over(foreign: bytes) -> None:
     first, _, last = texts(*THREE)
-    changed = amend([first, foreign, last], late(2, 105, 1_025), False)
+    changed = amend([first, foreign, last], late(2, 105, 1_025), False, keep=10)
     assert [msgspec.json.decode(each.text) for each in changed] == [minute(2, 100, 105, 99, 100, ticks=4)]
 
 
 @given(st.lists(st.binary(max_size=60), max_size=5), st.integers(-2, 4), st.floats(0, 2_000))
 @example([b"[1,1,1,1,1,1e308,null,1]"], 0, 1.0)
 def test_no_bytes_break_it(rows: list[bytes], n: int, volume: float) -> None:
-    for start, text in amend([*rows, *texts(*THREE)], late(n, 105, volume), False):
+    for start, text, _ in amend([*rows, *texts(*THREE)], late(n, 105, volume), False, keep=10):
         assert msgspec.json.decode(text)[0] == start

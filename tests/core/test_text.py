@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.core.model import TICK_WIDTH, TickArray
+from pkbrokers_redis.core.model import FLAG_NAMES, TICK_WIDTH, TickArray
 from pkbrokers_redis.core.text import (
     NUMBER_BYTES_MAX,
     read_odd_ticks,
@@ -194,7 +194,7 @@ def test_what_can_be_saved_of_an_odd_entry_is_saved(text: bytes, rows: int, refu
 
 # -- reading candle rows ---------------------------------------------------------------------------
 
-flags = st.sampled_from(["", "partial", "gap", "backfilled"])
+flags = st.sampled_from(FLAG_NAMES)
 candles = st.tuples(st.lists(st.one_of(st.none(), decimals, counts), min_size=8, max_size=8), flags)
 
 
@@ -206,9 +206,8 @@ def test_candle_rows_read_back_equal_with_their_flags(
         json.dumps([*row, flag] if flag else row, separators=(",", ":")).encode() for row, flag in rows
     )
     read = read_rows(text, 9, least=8)
-    names = ["", "partial", "gap", "backfilled"]
     expected = [
-        [math.nan if cell is None else float(cell) for cell in row] + [names.index(flag)]
+        [math.nan if cell is None else float(cell) for cell in row] + [FLAG_NAMES.index(flag)]
         for row, flag in rows
     ]
     np.testing.assert_array_equal(read, np.array(expected, float).reshape(len(rows), 9))

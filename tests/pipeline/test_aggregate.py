@@ -723,6 +723,24 @@ def test_a_minute_that_was_empty_gets_its_row_in_its_place(store: Store) -> None
     starts = [row[0] - START_S for row in store.rows()]
     assert starts == sorted(set(starts)) and 120 in starts
     assert sum(row[5] for row in store.rows()) == 70
+    store.send(tick(60 * 2 + 15, 94, 1_021))
+    store.drain(aggregator)
+    told = [rev for _, _, start, rev in store.closed(interval="1m") if start == START_S + 120]
+    assert told == [0, 1]  # nobody was told of it before its first tick
+
+
+def test_a_tick_older_than_the_first_row_opens_its_candle_while_the_list_has_room(store: Store) -> None:
+    store.send(tick(5, 100, 1_000))
+    for n in range(3, 8):
+        store.send(tick(60 * n + 5, 100, 1_000 + 10 * n))
+    aggregator = store.drain()
+    store.send(tick(60 + 5, 95, 1_010), tick(20, 90, 1_005))
+    store.drain(aggregator)
+    assert store.rows()[:2] == [
+        [*minute(0, 90, 90, 90, 90, volume=5, ticks=1), "partial"],
+        minute(1, 95, 95, 95, 95, volume=5, ticks=1),
+    ]
+    assert sum(row[5] for row in store.rows()) == 70
 
 
 # -- streams -----------------------------------------------------------------------------------------
