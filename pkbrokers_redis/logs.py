@@ -1,4 +1,4 @@
-"""Structured logs: one line an event to stderr, key=value or JSON (`PKB_LOG_FORMAT`).
+"""Structured logs: one line per event to stderr, key=value or JSON (`PKB_LOG_FORMAT`).
 
     log = logs.get("ingest")
     log.info("subscribed", tokens=3000, mode="full")

@@ -13,8 +13,11 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from pkbrokers_redis.cli.main import COMMANDS
+from pkbrokers_redis.consumers.explain import FLAG_WORDS
 from pkbrokers_redis.core.keys import KEY_TABLE, Keys
 from pkbrokers_redis.core.model import CANDLE_FIELDS, FLAG_NAMES, TICK_FIELDS
+from pkbrokers_redis.jobs.schedule import DAY
+from pkbrokers_redis.jobs.snapshots import KINDS
 from pkbrokers_redis.settings import Settings, env_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -149,11 +152,26 @@ def test_row_layouts_are_the_codes_and_have_an_example(fields: tuple[str, ...]) 
 
 
 def test_every_flag_of_a_candle_is_explained() -> None:
-    assert [flag for flag in FLAG_NAMES if flag and f'`"{flag}"`' not in page("keys.md")] == []
+    assert [flag for flag in FLAG_NAMES if flag and f'`"{flag}"`' not in page("keys.md")] == [], (
+        "not in keys.md"
+    )
+    assert set(FLAG_WORDS) == set(FLAG_NAMES), "`pkb explain` has words for each flag"
 
 
 def test_each_command_has_its_section_and_each_section_its_command() -> None:
-    assert sorted(re.findall(r"^### `pkb ([\w-]+)`$", page("commands.md"), re.M)) == sorted(COMMANDS)
+    sections = set(re.findall(r"^### `pkb ([\w-]+)`$", page("commands.md"), re.M))
+    assert set(COMMANDS) - sections == set(), "no section in docs/commands.md"
+    assert sections - set(COMMANDS) == set(), "a section in docs/commands.md without a command"
+
+
+def test_every_kind_of_snapshot_is_in_the_docs() -> None:
+    listed = f"pkb snapshot {'|'.join(KINDS)}`"
+    assert listed in page("commands.md") and listed in page("files.md"), f"docs do not say {listed}"
+
+
+def test_every_row_of_the_day_is_in_the_docs() -> None:
+    rows = {name for row in table_rows(page("jobs.md")) for name in re.findall(r"`(\w+)`", row[0])}
+    assert {row.name for row in DAY} - rows == set(), "no row in docs/jobs.md"
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in DOCS.glob("*.md")))
@@ -165,6 +183,16 @@ def test_the_files_and_settings_a_page_names_exist(name: str) -> None:
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`((?:core|kite|store|pipeline|consumers|cli)/[\w/]+\.\w+)`", text):
         assert (ROOT / "pkbrokers_redis" / path).exists(), path
+
+
+def test_what_adding_md_says_is_in_a_file_is_there() -> None:
+    """`NAME` (`folder/file.py`), `function` of `folder/file.py`: the file speaks of it."""
+    found = re.findall(r"`(\w+)`,?\s+(?:\(|of\s+|in\s+)`([\w/]+\.\w+)`", page("adding.md"))
+    assert len(found) > 30
+    for name, path in found:
+        place = next((each for each in (ROOT / path, ROOT / "pkbrokers_redis" / path) if each.exists()), None)
+        assert place is not None, path
+        assert re.search(rf"\b{name}\b", place.read_text(encoding="utf-8")), f"{path} has no {name}"
 
 
 def test_the_changelog_has_an_unreleased_part() -> None:

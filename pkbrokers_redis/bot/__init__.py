@@ -1,1 +1,1 @@
-"""The Telegram bot: the market in a chat. One file a command in `commands/`, their table in `registry.py`."""
+"""The Telegram bot: the market in a chat. One file per command in `commands/`; the table is `registry.py`."""

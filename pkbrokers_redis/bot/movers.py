@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.core.india import IST_SECONDS
 
 AGE_SECONDS_MAX = 5.0  # a picture serves all who ask meanwhile
 QUOTES_A_PIPELINE = 1_000
-DAY_SECONDS, IST_SECONDS = 86_400, 19_800
+DAY_SECONDS = 86_400
 
 
 class Mover(NamedTuple):

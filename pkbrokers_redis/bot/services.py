@@ -1,4 +1,4 @@
-"""What commands work with, made once a process."""
+"""What commands work with, made once per process."""
 
 from __future__ import annotations
 

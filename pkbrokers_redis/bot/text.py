@@ -4,12 +4,12 @@ name or error can open a tag."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime
 from html import escape as html_escape
 
-IST = timezone(timedelta(hours=5, minutes=30))
+from pkbrokers_redis.core.india import IST
+
 MESSAGE_CHARS_MAX = 4096  # Telegram's limit, after its entities are parsed
-CAPTION_CHARS_MAX = 1024
 TABLE_CHARS_MAX = 3_600  # leaves room for a title and tags
 
 

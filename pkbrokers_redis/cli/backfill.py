@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.cli.output import AsJson, dump, note
+from pkbrokers_redis.cli.output import AsJson, dump, note, say_enqueued
 from pkbrokers_redis.core.errors import SettingsError
 from pkbrokers_redis.core.jobs import job_id
 from pkbrokers_redis.jobs.backfill import kept_interval, repair_day
@@ -45,7 +45,7 @@ def backfill(
 ) -> None:
     """Compare a day's candles with Kite's history and replace what differs.
 
-    Kite allows three requests a second, one an instrument. Interrupted, the same command goes on.
+    Kite allows three requests a second, one per instrument. Interrupted, the same command goes on.
     """
     settings = load_settings()
     logs.configure(settings)
@@ -60,7 +60,7 @@ def backfill(
         }
         if in_queue:
             job = enqueue(open_queue(settings), "repair_day", arguments, again=True)
-            _say_enqueued(job or job_id("repair_day", arguments), job is not None, as_json)
+            say_enqueued(job or job_id("repair_day", arguments), job is not None, as_json)
             return
         before = read_progress(desk.client, desk.keys, job_id("repair_day", arguments))
         if before is not None:
@@ -121,10 +121,3 @@ def _summary(found: dict[str, Any], day: str, interval: str, dry_run: bool) -> s
     if dry_run:
         return line + (f"\n{differing:,} would be replaced" if differing else "")
     return line + (f"\n{differing:,} replaced" if found.get("sent") else "")
-
-
-def _say_enqueued(job: str, is_new: bool, as_json: bool) -> None:
-    if as_json:
-        print(dump({"job": job, "new": is_new}))
-    else:
-        print(f"{job} {'is in the queue' if is_new else 'was there already'}; look: pkb jobs --list")

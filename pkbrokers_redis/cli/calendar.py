@@ -111,7 +111,7 @@ def _flat(about: dict[str, Any], form: Form) -> dict[str, Any]:
 
 
 def _year_rows(sessions: Sessions, chosen: list[int], year: int) -> list[dict[str, Any]]:
-    """A row a day and reason; schedules that share both share the row."""
+    """One row per day and reason; schedules that share both share the row."""
     if not 1971 <= year < 2199:
         raise SettingsError(f"{year} is too far away", "the calendar knows 1971 to 2198")
     groups: dict[tuple[date, str, str], list[str]] = {}

@@ -21,14 +21,14 @@ from pkbrokers_redis.cli.demo_view import DemoSummary, View
 from pkbrokers_redis.cli.output import dump
 from pkbrokers_redis.consumers.store import CandleStore
 from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.pipeline.check import check_volumes
 from pkbrokers_redis.pipeline.supervise import RoleSpec, Supervisor, worker_argv
+from pkbrokers_redis.pipeline.volume_check import check_volumes
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.embedded import attach, running, store_folder
+from pkbrokers_redis.store.embedded import LINGER_SECONDS, attach, running, store_folder
 from pkbrokers_redis.store.meta import ensure_meta
 from pkbrokers_redis.store.symbols import save_instruments
 
@@ -95,7 +95,10 @@ def demo(
 def _own_settings() -> Settings:
     base = load_settings()
     folder = base.data_dir / "demo"
-    if (other := running(folder)) is not None:
+    patience_ends = time.monotonic() + 3 * LINGER_SECONDS  # the last demo's server goes a moment after it
+    while (other := running(folder)) is not None and time.monotonic() < patience_ends:
+        time.sleep(0.1)
+    if other is not None:
         raise PkbError(f"a demo is running already (server pid {other.pid})", "stop it, or set PKB_DATA_DIR")
     shutil.rmtree(store_folder(folder), ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)

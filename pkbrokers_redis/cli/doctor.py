@@ -15,7 +15,6 @@ from pkbrokers_redis.cli.output import AsJson, dump
 from pkbrokers_redis.cli.reader import require_store
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.core.errors import PkbError, RedisUnavailable
-from pkbrokers_redis.pipeline.check import check_volumes
 from pkbrokers_redis.pipeline.facts import each_server, gather
 from pkbrokers_redis.pipeline.health import (
     EXIT_CODES,
@@ -31,6 +30,7 @@ from pkbrokers_redis.pipeline.health import (
 )
 from pkbrokers_redis.pipeline.health_around import FAILED_JOBS, jobs_well, master_well
 from pkbrokers_redis.pipeline.status import as_dict
+from pkbrokers_redis.pipeline.volume_check import check_volumes, widest
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import commit, lease
 from pkbrokers_redis.store.connect import connect, describe
@@ -51,10 +51,10 @@ def doctor(as_json: AsJson = False) -> None:
     Takes a second or more: it looks twice whether shards move, and adds up every instrument's volumes.
     """
     settings = load_settings()
-    require_store(settings)
     findings: list[Finding] = []
     facts = None
     try:
+        require_store(settings)
         with connect(settings, for_reading=True) as client:
             findings.append(Finding("redis", "ok", f"{describe(settings, for_reading=True)} answers"))
             findings += _meta(client, settings)
@@ -120,10 +120,10 @@ def _functions(client: redis.Redis) -> Iterator[Finding]:
 
 def _volumes(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
     """The sum of an instrument's candle volumes is what was traded while we watched."""
-    widest = max(settings.intervals, key=lambda each: each.seconds * each.keep if each.name != "day" else 0)
-    found = check_volumes(client, settings.keys, widest.name, keep=widest.keep)
+    interval = widest(settings.intervals)
+    found = check_volumes(client, settings.keys, interval.name, keep=interval.keep)
     right = found.checked - len(found.wrong)
-    what = f"{widest.name} candles add up for {right:,} of {found.checked:,} instruments"
+    what = f"{interval.name} candles add up for {right:,} of {found.checked:,} instruments"
     if found.cut:
         what += f" ({found.cut:,} lists do not reach back to the day's begin)"
     if found.odd:

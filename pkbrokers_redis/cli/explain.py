@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from datetime import datetime
 from typing import Annotated
-from zoneinfo import ZoneInfo
 
 import typer
 
@@ -12,9 +11,9 @@ from pkbrokers_redis.cli.output import AsJson, candle_row, dump, emit, iso
 from pkbrokers_redis.cli.reader import open_store
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.core.india import KOLKATA
 from pkbrokers_redis.core.model import CANDLE_FIELDS
 
-KOLKATA = ZoneInfo("Asia/Kolkata")
 EPOCH_DIGITS_MIN = 9  # 1973; what is shorter is no time in epoch seconds
 
 

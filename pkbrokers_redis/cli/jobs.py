@@ -7,11 +7,12 @@ from typing import Annotated
 import typer
 
 from pkbrokers_redis.cli.output import AsJson, choose, emit, iso
+from pkbrokers_redis.cli.reader import require_store
 from pkbrokers_redis.jobs import role, view
 from pkbrokers_redis.pipeline import roles
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.queue import open_queue
+from pkbrokers_redis.store.queue import has_queue, open_queue
 
 LISTED = ("id", "job", "state", "since", "progress", "retries_left")
 FAILED = ("id", "job", "at", "why")
@@ -34,16 +35,20 @@ def jobs(
     if not (listed or failed or retry):
         raise typer.Exit(roles.main(role.jobs))
     settings = load_settings()
-    queue, form = open_queue(settings), choose(as_json, False)
-    if retry:
-        again = view.retry(queue, retry)
-        emit([{"id": each} for each in again], ("id",), form, title="in the queue again")
-        return
-    if failed:
-        rows = view.failed_jobs(queue)
-        emit([{**row, "at": iso(row["at"]) if row["at"] else ""} for row in rows], FAILED, form)
-        return
+    form = choose(as_json, False)
+    require_store(settings)
     with connect(settings, for_reading=True) as store:
+        # The store's own client where the queue is there too: another would make an embedded store anew.
+        is_shared = settings.rq_redis_url is None and has_queue(settings)
+        queue = open_queue(settings, store if is_shared else None)
+        if retry:
+            again = view.retry(queue, retry)
+            emit([{"id": each} for each in again], ("id",), form, title="in the queue again")
+            return
+        if failed:
+            rows = view.failed_jobs(queue)
+            emit([{**row, "at": iso(row["at"]) if row["at"] else ""} for row in rows], FAILED, form)
+            return
         rows = view.list_jobs(queue, store, settings.keys)
     shown = [
         {

@@ -10,9 +10,10 @@ from typing import Annotated
 
 import typer
 
-from pkbrokers_redis.cli.output import IST, AsJson, dump, note
+from pkbrokers_redis.cli.output import AsJson, dump, note
 from pkbrokers_redis.cli.reader import require_store
 from pkbrokers_redis.core.errors import LoginNeeded
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.kite.session import KiteAuthenticator, SessionKeeper
 from pkbrokers_redis.kite.urls import session_in
 from pkbrokers_redis.settings import Settings, load_settings

@@ -9,12 +9,13 @@ from __future__ import annotations
 import csv
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime
 from typing import Annotated, Any, Literal
 
 import msgspec
 import typer
 
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.model import Candle
 
 Form = Literal["table", "tsv", "csv", "json"]
@@ -23,7 +24,6 @@ Row = Mapping[str, Any]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable")]
 AsCsv = Annotated[bool, typer.Option("--csv", help="comma-separated, with a header")]
 
-IST = timezone(timedelta(hours=5, minutes=30))
 
 PRICES = {"open", "high", "low", "close", "last_price", "average_price", "change"}
 PRICES |= {"day_open", "day_high", "day_low"}
@@ -57,6 +57,14 @@ def candle_row(candle: Candle) -> dict[str, Any]:
 def note(text: str) -> None:
     """A line for the person, on stderr: data alone goes to stdout."""
     print(f"pkb: {text}", file=sys.stderr)
+
+
+def say_enqueued(job: str, is_new: bool, as_json: bool) -> None:
+    """What every `--enqueue` prints: the job's id, and whether it is in the queue only now."""
+    if as_json:
+        print(dump({"job": job, "new": is_new}))
+    else:
+        print(f"{job} {'is in the queue' if is_new else 'was there already'}; look: pkb jobs --list")
 
 
 def dump(value: Any) -> str:

@@ -12,6 +12,7 @@ import redis
 import typer
 from redis.sentinel import SentinelConnectionPool
 
+from pkbrokers_redis.cli.reader import require_store
 from pkbrokers_redis.cli.redis_shell import run_shell
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.cluster import cluster_of
@@ -27,7 +28,9 @@ def redis_cli(
 ) -> None:
     """Run redis-cli on the store in use. Without it installed, a small shell of our own does."""
     words = arguments or []
-    with connect(load_settings(), for_reading=True) as client:
+    settings = load_settings()
+    require_store(settings)
+    with connect(settings, for_reading=True) as client:
         program = next(filter(None, map(shutil.which, PROGRAMS)), None)
         if program is None:
             raise typer.Exit(run_shell(client, words))

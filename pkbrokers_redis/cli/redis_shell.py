@@ -1,4 +1,4 @@
-"""The shell behind `pkb redis-cli` where no redis-cli is installed: one reply a command, printed like its.
+"""The shell behind `pkb redis-cli` where no redis-cli is installed: one reply per command, printed like its.
 
 On a terminal replies look like `1) "INFY"` and `(integer) 3`; in a pipe they are the bare values.
 """

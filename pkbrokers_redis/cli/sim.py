@@ -11,8 +11,8 @@ import requests
 import typer
 
 from pkbrokers_redis.core.errors import PkbError, SettingsError
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.kite.layout import IST
 from pkbrokers_redis.simulator.fault_text import parse_fault
 from pkbrokers_redis.simulator.faults import Faults
 from pkbrokers_redis.simulator.kite import SimulatedKite

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.cli.output import AsJson, dump, note
+from pkbrokers_redis.cli.output import AsJson, dump, note, say_enqueued
 from pkbrokers_redis.cli.reader import require_store
 from pkbrokers_redis.consumers.files.manifest import problems, read_manifest
 from pkbrokers_redis.core.errors import SettingsError
@@ -23,9 +23,7 @@ EXIT_DIFFERENT = 1
 
 
 def snapshot(
-    kind: Annotated[
-        str, typer.Argument(metavar="KIND", help="ticks, pickle, sqlite, parquet; restore, check")
-    ],
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=", ".join(KINDS) + "; restore, check")],
     shape: Annotated[
         str, typer.Option(help="of pickles: published (DataFrames) or split (lists)")
     ] = "published",
@@ -58,8 +56,7 @@ def snapshot(
             arguments |= {"intervals": interval, "full": full}
         if in_queue and kind in KINDS:
             job = enqueue(open_queue(settings), "snapshot", arguments, again=True)
-            name = job or job_id("snapshot", arguments)
-            print(dump({"job": name, "enqueued": job is not None}) if as_json else f"enqueued {name}")
+            say_enqueued(job or job_id("snapshot", arguments), job is not None, as_json)
             return
         require_store(settings)
         with open_run(settings, folder=folder) as run:

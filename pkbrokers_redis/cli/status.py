@@ -33,8 +33,8 @@ def status(
     Trouble is looked at twice, a second apart: what is there for a moment is a handover.
     """
     settings = load_settings()
-    require_store(settings)
     try:
+        require_store(settings)
         client = connect(settings, for_reading=True)
     except RedisUnavailable as error:
         if not as_json:

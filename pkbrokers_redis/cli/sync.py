@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast
 import typer
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.cli.output import AsJson, dump
+from pkbrokers_redis.cli.output import AsJson, dump, say_enqueued
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.core.errors import SettingsError
 from pkbrokers_redis.core.jobs import job_id
@@ -98,11 +98,7 @@ def pull(
 
 def _enqueue(name: str, arguments: dict[str, Any], as_json: bool) -> None:
     job = enqueue(open_queue(load_settings()), name, arguments, again=True)
-    told = job or job_id(name, arguments)
-    if as_json:
-        print(dump({"job": told, "new": job is not None}))
-    else:
-        print(f"{told} {'is in the queue' if job else 'was there already'}; look: pkb jobs --list")
+    say_enqueued(job or job_id(name, arguments), job is not None, as_json)
 
 
 @contextlib.contextmanager

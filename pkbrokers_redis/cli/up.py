@@ -1,4 +1,4 @@
-"""`pkb up`: the whole pipeline against Kite, one supervised process a role."""
+"""`pkb up`: the whole pipeline against Kite, one supervised process per role."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def up(
         bool, typer.Option("--web/--no-web", help="the web server on PKB_WEB_HOST and PKB_WEB_PORT")
     ] = True,
 ) -> None:
-    """Run the pipeline against Kite: one process a role, restarted when it dies.
+    """Run the pipeline against Kite: one process per role, restarted when it dies.
 
     SIGTERM or Ctrl-C stops in order: ingest, cron, jobs, then the aggregators, which commit what was read.
     """

@@ -69,7 +69,7 @@ class CompatFinder(MetaPathFinder):
 def install() -> None:
     """Answer upstream's imports from now on. Doing it twice is doing it once.
 
-    Warns of modules of an installed PKBrokers that were imported before: who has them, keeps them.
+    Warns of modules of an installed PKBrokers that were imported before: whoever has them keeps them.
     """
     if any(isinstance(finder, CompatFinder) for finder in sys.meta_path):
         return

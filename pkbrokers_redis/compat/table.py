@@ -11,6 +11,13 @@ _VIEWS = "pkbrokers_redis.consumers.instrument_views"
 _PROCESSOR = "pkbrokers_redis.consumers.tick_processor"
 _CONSTANTS = "pkbrokers_redis.compat.constants"
 
+_INDICES = {
+    "NIFTY_50": f"{_CONSTANTS}:NIFTY_50_LIST",
+    "BSE_SENSEX": f"{_CONSTANTS}:BSE_SENSEX_LIST",
+}
+_BATCHES = {"OPTIMAL_TOKEN_BATCH_SIZE": f"{_CONSTANTS}:OPTIMAL_TOKEN_BATCH_SIZE", **_INDICES}
+_HOURS = ("MARKET_OPEN_HOUR", "MARKET_OPEN_MINUTE", "MARKET_CLOSE_HOUR", "MARKET_CLOSE_MINUTE")
+
 _TICKS = {
     "Tick": "pkbrokers_redis.kite.parser:Tick",
     "DepthEntry": "pkbrokers_redis.kite.parser:DepthEntry",
@@ -29,8 +36,10 @@ MODULES: dict[str, dict[str, str]] = {
         "SUPPORTED_INTERVALS": f"{_CONSTANTS}:SUPPORTED_INTERVALS",
         "MAX_CANDLES": f"{_CONSTANTS}:MAX_CANDLES",
         "MAX_DAILY_ROWS": f"{_STORE}:MAX_DAILY_ROWS",
+        **{name: f"{_CONSTANTS}:{name}" for name in _HOURS},
     },
     "pkbrokers.kite.tickProcessor": {
+        "KOLKATA_TZ": f"{_CONSTANTS}:KOLKATA_TZ",
         "TickProcessor": f"{_PROCESSOR}:TickProcessor",
         "get_tick_processor": f"{_PROCESSOR}:get_tick_processor",
         "HighPerformanceDataProvider": "pkbrokers_redis.consumers.provider:HighPerformanceDataProvider",
@@ -40,6 +49,7 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "pkbrokers.kite.localCandleDatabase": {
         "LocalCandleDatabase": "pkbrokers_redis:LocalCandleDatabase",
+        "MAX_DAILY_ROWS": f"{_STORE}:MAX_DAILY_ROWS",
     },
     "pkbrokers.kite.datamanager": {
         "InstrumentDataManager": "pkbrokers_redis:InstrumentDataManager",
@@ -47,10 +57,14 @@ MODULES: dict[str, dict[str, str]] = {
     "pkbrokers.kite.kiteTokenWatcher": {
         "KiteTokenWatcher": "pkbrokers_redis:KiteTokenWatcher",
         "JSONFileWriter": "pkbrokers_redis:JSONWriter",
+        "IST": f"{_CONSTANTS}:KOLKATA_TZ",
+        **_BATCHES,
     },
     "pkbrokers.kite.instruments": {
         "KiteInstruments": "pkbrokers_redis:KiteInstruments",
         "Instrument": "pkbrokers_redis.kite.instrument:Instrument",
+        "NIFTY_50": f"{_CONSTANTS}:NIFTY_50",
+        "BSE_SENSEX": f"{_CONSTANTS}:BSE_SENSEX",
     },
     "pkbrokers.kite.instrumentHistory": {
         "Historical_Interval": "pkbrokers_redis.kite.history:Historical_Interval",
@@ -62,11 +76,16 @@ MODULES: dict[str, dict[str, str]] = {
     "pkbrokers.kite.ticks": _TICKS,
     "pkbrokers.kite.zerodhaWebSocketClient": {
         "ZerodhaWebSocketClient": "pkbrokers_redis.compat.websocket_client:ZerodhaWebSocketClient",
+        **_BATCHES,
         **_TICKS,
     },
     "pkbrokers.kite.zerodhaWebSocketParser": {
         "ZerodhaWebSocketParser": "pkbrokers_redis.kite.parser:ZerodhaWebSocketParser",
+        **_INDICES,
         **_TICKS,
     },
-    "pkbrokers.bot.tickbot": {"PKTickBot": "pkbrokers_redis:PKTickBot"},
+    "pkbrokers.bot.tickbot": {
+        "PKTickBot": "pkbrokers_redis:PKTickBot",
+        "KOLKATA_TZ": f"{_CONSTANTS}:KOLKATA_TZ",
+    },
 }

@@ -1,6 +1,6 @@
 """`ZerodhaWebSocketClient` with upstream's constructor and methods, on our socket and parser.
 
-Kite takes 3,000 instruments a connection and three connections a key; upstream opened one for each batch of
+Kite takes 3,000 instruments per connection and three connections per key; upstream opened one per batch of
 500. Here the batches share connections, and each tick still says which batch its instrument came from.
 """
 
@@ -12,11 +12,11 @@ import time
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
-from zoneinfo import ZoneInfo
 
 from pydantic import SecretStr
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.core.india import KOLKATA
 from pkbrokers_redis.kite.parser import Tick, ZerodhaWebSocketParser
 from pkbrokers_redis.kite.socket import TOKENS_PER_CONNECTION_MAX
 from pkbrokers_redis.kite.socket import ZerodhaWebSocketClient as Socket
@@ -30,14 +30,13 @@ BATCH_TOKENS = 500  # upstream's batches
 PUT_SECONDS = 1.0  # how long a full queue is waited for, before the tick is dropped and counted
 JOIN_SECONDS = 5.0
 POLL_SECONDS = 0.5
-KOLKATA = ZoneInfo("Asia/Kolkata")
 
 
 class ZerodhaWebSocketClient:
     """Ticks from Kite into `watcher_queue` (as `Tick` objects) and `db_conn.insert_ticks` (as dicts).
 
     `start` blocks until `stop`, or until `ws_stop_event` is set. Without `token_batches` it takes what
-    PKB_INSTRUMENTS names. A full queue drops ticks, which `dropped` counts. Ticks that shall become candles
+    PKB_INSTRUMENTS names. A full queue drops ticks, which `dropped` counts. Ticks that are to become candles
     go through `pkb ingest`, or from the queue into `TickProcessor`.
     """
 

@@ -1,0 +1,1 @@
+"""What other programs import: `store.py` reads, `follow.py` follows, `mirror.py` copies."""

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Protocol
-from zoneinfo import ZoneInfo
 
 import msgspec
 import redis
 
 from pkbrokers_redis.consumers.follow import ENTRIES_A_READ, SCAN_MAX, parse_entry, parse_id
 from pkbrokers_redis.core.buckets import bucket_end_s, bucket_start_s
+from pkbrokers_redis.core.india import KOLKATA
 from pkbrokers_redis.core.intervals import Interval
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.model import Candle
@@ -28,7 +28,6 @@ FLAG_WORDS = {
     "gap": "gap: the feed was down inside it, so trades may be missing",
     "backfilled": "backfilled: repaired from Kite's history",
 }
-KOLKATA = ZoneInfo("Asia/Kolkata")
 
 
 class Reader(Protocol):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
 import msgspec
 
@@ -13,10 +12,10 @@ from pkbrokers_redis.consumers.bulk import Bulk
 from pkbrokers_redis.consumers.files.atomic import replacing
 from pkbrokers_redis.consumers.frames import candle_dict
 from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.core.india import KOLKATA
 from pkbrokers_redis.core.intervals import DAY
 from pkbrokers_redis.core.model import CANDLE_FIELDS, Candle
 
-KOLKATA = ZoneInfo("Asia/Kolkata")
 QUOTES_A_PIPELINE = 1_000
 TIME_FIELDS = ["last_trade_time", "exchange_time", "received_at"]
 QUOTE_FIELDS = [*TIME_FIELDS, "close", "buy_quantity", "sell_quantity", "depth"]

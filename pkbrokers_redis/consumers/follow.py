@@ -44,7 +44,7 @@ __all__ = [
 ENTRIES_A_READ = 500  # a stream and read; what waits in memory is this times the shards at most
 CHECK_SECONDS = 10.0  # how often even a reader that keeps up looks whether something was trimmed unread
 BLOCK_MS = 1_000  # a slice of waiting, well below any socket timeout
-SCAN_MAX = 20_000  # entries a shard that `last_closed` looks through for rare intervals
+SCAN_MAX = 20_000  # entries per shard that `last_closed` looks through for rare intervals
 
 
 class ClosedCandle(NamedTuple):

@@ -1,7 +1,7 @@
 """`JSONWriter`: a ticks.json kept current from ticks that a program hands in, with upstream's methods.
 
 Upstream's own is called `JSONFileWriter` and runs a process behind a queue; here a tick is merged into a
-table at once, one entry an instrument, and a thread writes the table every ten seconds. So what waits is
+table at once, one entry per instrument, and a thread writes the table every ten seconds. So what waits is
 bounded by the number of instruments, and no tick is dropped.
 """
 

@@ -1,4 +1,4 @@
-"""What a mirror has of its process: a forked child makes itself another."""
+"""What of a mirror belongs to its process (locks, thread, reader): a forked child makes its own."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ A closed-candle stream is capped, and a consumer may be slow or away. The positi
 each shard, beside the id of the last entry read, that entry's ordinal in the stream's whole life. Redis
 counts what it ever added (`entries-added`), so the entries that were trimmed unread are known exactly.
 
-        position   mc3k2f1a..7d ; ..0 ; mc3k2g00.1.7c ; …      one part a shard, in base 36:
+        position   mc3k2f1a..7d ; ..0 ; mc3k2g00.1.7c ; …      one part per shard, in base 36:
                    └─ms──┘ │ └┴─ ordinal
                            └─ sequence number, nothing for 0
 """

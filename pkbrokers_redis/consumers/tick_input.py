@@ -18,11 +18,11 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
-from zoneinfo import ZoneInfo
 
 import numpy as np
 
 from pkbrokers_redis.clock import market_clock
+from pkbrokers_redis.core.india import KOLKATA
 from pkbrokers_redis.core.model import BATCH_WIDTH, SEGMENT_INDICES, TOKEN_MAX
 from pkbrokers_redis.settings import Settings
 
@@ -34,7 +34,6 @@ BATCHES_MAX = 10_000  # waiting for a Redis that is away; then ticks are refused
 TICKS_A_BATCH = 1_000
 PAUSE_SECONDS = 1.0  # before a Redis that was away is tried again
 
-KOLKATA = ZoneInfo("Asia/Kolkata")
 NUMBER_MAX = 1e12
 
 Row = list[float]

@@ -1,0 +1,1 @@
+"""Speaks Kite: packets (`layout.py`, `wire.py`), websocket (`socket.py`), login, REST, history."""

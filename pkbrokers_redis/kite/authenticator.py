@@ -1,4 +1,4 @@
-"""`KiteAuthenticator`: from credentials to a session. Two ways, and a third out of both:
+"""`KiteAuthenticator`: from credentials to a session. Two ways, and a third that combines them:
 
     official      login URL → a person logs in → request token → access token      api key, api secret
     web           user id, password, TOTP → enctoken                               nobody needed

@@ -36,8 +36,6 @@ from pkbrokers_redis.kite.layout import (
     STRUCTS,
 )
 
-PACKETS_MAX = 0xFFFF  # the count field of a frame has 16 bits
-
 _PRICES = frozenset({"last_price", "average_traded_price", "open", "high", "low", "close", "price_change"})
 
 
@@ -76,7 +74,7 @@ def _wire(name: str, value: Any, divisor: float) -> int:
 
 
 def encode_frame(packets: Iterable[bytes]) -> bytes:
-    """Packets → one binary frame. Raises OverflowError beyond 65,535 packets."""
+    """Packets → one binary frame. Raises OverflowError beyond 65,535 packets: the count field has 16 bits."""
     packets = list(packets)
     parts = [len(packets).to_bytes(2, "big")]
     for packet in packets:

@@ -23,11 +23,11 @@ from pydantic import SecretStr
 
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.core.errors import KiteError, SessionExpired
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.kite.history_cache import HistoryCache
 from pkbrokers_redis.kite.history_requests import ATTEMPTS, FixedSession, HistoryRequests, SessionSource
 from pkbrokers_redis.kite.history_rows import (
     DAY_SECONDS,
-    IST,
     BadRequest,
     Historical_Interval,
     HistoryRow,

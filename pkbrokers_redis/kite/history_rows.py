@@ -10,17 +10,17 @@ their start; the one still forming is among them. Source: https://kite.trade/doc
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import date, datetime, time, timedelta, timezone
+from datetime import date, datetime, time, timedelta
 from enum import Enum
 from math import isfinite
 from typing import Any, NamedTuple
 
 from pkbrokers_redis.core.errors import PkbError, UnknownInterval
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.intervals import normalize
 from pkbrokers_redis.core.model import SEGMENT_INDICES
 from pkbrokers_redis.core.sessions import TIME_MS_MAX
 
-IST = timezone(timedelta(hours=5, minutes=30))
 DAY_SECONDS = 86_400
 CASH_SEGMENTS = {1, 4, SEGMENT_INDICES}  # no open interest: Kite answers 0, our rows say null
 

@@ -21,13 +21,14 @@ from pydantic import SecretStr
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.core.errors import KiteError, PkbError, SettingsError
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.model import SEGMENT_INDICES
 from pkbrokers_redis.kite.instrument import Instrument, csv_of, instrument_of
 from pkbrokers_redis.kite.instruments_csv import Parsed, parse_instruments
 from pkbrokers_redis.kite.rest import open_kite
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import master
-from pkbrokers_redis.store.auth import IST, Session, load_session
+from pkbrokers_redis.store.auth import Session, load_session
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.groups import is_nse_equity
 from pkbrokers_redis.store.symbols import read_names

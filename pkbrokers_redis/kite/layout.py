@@ -24,7 +24,6 @@ index. Source: https://kite.trade/docs/connect/v3/websocket/ and the official SD
 from __future__ import annotations
 
 import struct
-from datetime import timedelta, timezone
 from typing import Final
 
 import numpy as np
@@ -100,5 +99,3 @@ PRICE_DIVISORS: Final = np.full(256, 100.0)
 PRICE_DIVISORS[SEGMENT_CDS] = 1e7
 PRICE_DIVISORS[SEGMENT_BCD] = 1e4
 PRICE_DIVISOR_OF: Final = tuple(PRICE_DIVISORS.tolist())  # the same, faster to index one by one
-
-IST: Final = timezone(timedelta(hours=5, minutes=30), "IST")

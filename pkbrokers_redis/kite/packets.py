@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 
 from pkbrokers_redis.core.errors import FrameError
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.model import SEGMENT_INDICES
 from pkbrokers_redis.kite.layout import (
     FULL,
     INDEX_FULL,
     INDEX_QUOTE,
-    IST,
     LTP,
     MODE_OF_LENGTH,
     PRICE_DIVISOR_OF,

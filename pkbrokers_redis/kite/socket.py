@@ -1,7 +1,7 @@
-"""The websocket client: connect, subscribe, receive; on any loss connect again. One a connection.
+"""The websocket client: connect, subscribe, receive; on any loss connect again. One per connection.
 
 Facts of Kite (https://kite.trade/docs/connect/v3/websocket/): at most 3,000 tokens a connection and 3
-connections a key; tokens must be JSON numbers; a mode is set only after subscribing; a heartbeat of one
+connections per key; tokens must be JSON numbers; a mode is set only after subscribing; a heartbeat of one
 byte comes every couple of seconds even without a subscription; 403 is a dead session, 429 too many
 connections.
 """
@@ -126,7 +126,7 @@ class ZerodhaWebSocketClient:
 
         self._subscriptions = Subscriptions(mode, batch_size)
         self._forbidden_in_a_row = 0
-        self._given_up = ""  # why this connection shall end
+        self._given_up = ""  # why this connection is to end
         self.state = "stopped"  # stopped, connecting, connected, waiting, forbidden, throttled
         self.stats = SocketStats()
         self.subscribe(tokens)

@@ -137,7 +137,7 @@ class WebLogin:
         return urljoin(response.url, response.headers.get("location", ""))
 
     def _is_ours(self, url: str) -> bool:
-        """Whether it is Kite itself: no other host shall see what we send."""
+        """Whether it is Kite itself: no other host may see what we send."""
         return urlsplit(url).netloc == urlsplit(self._root).netloc
 
     def _post(self, path: str, form: dict[str, str], headers: dict[str, str] | None = None) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Runs the roles: `ingest.py` turns sockets into streams, `aggregate.py` streams into candles."""

@@ -101,7 +101,7 @@ class FeedLeases:
         self.look_seconds = lease_seconds * LOOK
         self._now_ms = now_ms
         self._on_take, self._on_drop = on_take, on_drop
-        # Not at the first look: workers that start together shall see each other, and not take what they
+        # Not at the first look: workers that start together must see each other, and not take what they
         # would have to give back.
         self._take_from_ms = now_ms() + self.look_seconds * 1000
         self._away = False

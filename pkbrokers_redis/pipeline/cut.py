@@ -1,6 +1,6 @@
 """Feeds: the instrument list cut into connections. Pure.
 
-    tokens → feeds of up to 3,000, one connection each; feed n uses api key n // 3 (Kite allows 3 a key)
+    tokens → feeds of up to 3,000, one connection each; feed n uses api key n // 3 (Kite allows 3 per key)
 
 Where a list changes while it is streamed, an instrument stays in its feed: `recut` takes out what left, and
 puts what came into the feed with the most room. No other instrument is subscribed anew, so none has a gap.

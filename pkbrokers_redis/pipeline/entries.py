@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from pkbrokers_redis.core.model import AT_MS, TickArray
@@ -32,7 +32,7 @@ class EntryDecoder:
         heads: list[tuple[bytes, bytes, int, float]] = []
         texts: list[bytes] = []
         for entry_id, cells in entries:
-            fields = _fields(cells)
+            fields = fields_of(cells)
             source, seq, at = fields.get(b"src", b""), fields.get(b"seq", b""), fields.get(b"at", b"")
             text = fields.get(b"ticks")
             if text is None or not source or not _is_count(seq):
@@ -68,7 +68,7 @@ class EntryDecoder:
         return rows
 
 
-def _fields(cells: Any) -> Mapping[bytes, bytes]:
+def fields_of(cells: Any) -> dict[bytes, bytes]:
     """The fields of a stream entry as a mapping, whichever way the client gave them."""
     if isinstance(cells, dict):
         return cells

@@ -1,7 +1,7 @@
 """Ingest: Kite's websockets → tick streams and quote hashes.
 
-    reader threads   one a connection: frames into the inbox, and when its feed was heard
-    writer (caller)  inbox → parse → XADD a frame and shard in one write; then a slice of quotes
+    reader threads   one per connection: frames into the inbox, and when its feed was heard
+    writer (caller)  inbox → parse → one XADD per frame and shard, in one write; then a slice of quotes
 
 A frame stays in the inbox, in memory or on disk, until Redis has it. What a process that died could not
 send is sent by the next one, before its own.
@@ -19,16 +19,16 @@ import redis
 from pkbrokers_redis import logs
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.pipeline.assign import FeedLeases, feed_figures, sessions_of
-from pkbrokers_redis.pipeline.clinic import Clinic
 from pkbrokers_redis.pipeline.cut import Feed
+from pkbrokers_redis.pipeline.feed_monitor import FeedMonitor
 from pkbrokers_redis.pipeline.feed_session import FeedSession
 from pkbrokers_redis.pipeline.inbox import Inbox
 from pkbrokers_redis.pipeline.outages import Outages
-from pkbrokers_redis.pipeline.pulse import Pulse
 from pkbrokers_redis.pipeline.quotes import EVERY_MS
 from pkbrokers_redis.pipeline.readers import STOP_SECONDS_MAX, Readers
 from pkbrokers_redis.pipeline.roster import Instruments, InstrumentSource, Roster
 from pkbrokers_redis.pipeline.spool import Spool
+from pkbrokers_redis.pipeline.tick_activity import TickActivity
 from pkbrokers_redis.pipeline.wanted_jobs import WantedJobs
 from pkbrokers_redis.pipeline.writer import TickWriter
 from pkbrokers_redis.settings import Settings
@@ -97,7 +97,8 @@ class Ingest:
     """One worker: it reads its share of the feeds (`assign.py`), and writes what they bring.
 
     Beside the readers and the writer: the leases' thread, which also follows the instrument list
-    (`roster.py`); the feed doctor (`clinic.py`); outages (`outages.py`) and the jobs they ask for.
+    (`roster.py`); the feed monitor, which asks the feed doctor; outages (`outages.py`) and the jobs they ask
+    for.
     """
 
     def __init__(
@@ -126,11 +127,17 @@ class Ingest:
         self.roster = Roster(settings.keys, instruments, len(self.sessions), list_source)
         self._calendar = load_sessions(settings.sessions, settings.timezone, settings.calendar)
         self._with_derivatives: frozenset[int] = frozenset()
+        self._named = self.roster.symbols  # the names that the writer knows
         self._applied: list[Feed] = []  # the feeds that everything here knows of
-        self.pulse = Pulse(self._schedule_of)
-        self.pulse.follow(self.roster.feeds)
+        self.activity = TickActivity(self._schedule_of)
+        self.activity.follow(self.roster.feeds)
         self.writer = TickWriter(
-            connect, settings, self.roster.symbols, source=source, only_known=True, on_ticks=self.pulse.note
+            connect,
+            settings,
+            self.roster.symbols,
+            source=source,
+            only_known=True,
+            on_ticks=self.activity.note,
         )
         self.inbox = open_inbox(settings, self.writer.source)
         self.readers = Readers(
@@ -147,9 +154,9 @@ class Ingest:
             unsent_ms=lambda: self.inbox.oldest_ms,
             jobs=jobs,
         )
-        self.clinic = Clinic(
+        self.monitor = FeedMonitor(
             self._calendar,
-            self.pulse,
+            self.activity,
             now_ms=now_ms,
             speed=float(getattr(now_ms, "speed", 1.0)),
             readings=self.readers.all,
@@ -179,10 +186,13 @@ class Ingest:
     def _count_feeds(self, client: redis.Redis, others: Collection[str]) -> int:
         """Bring list and feeds up to date, and what hangs on them; how many feeds there are."""
         self.roster.look(client, others)
+        if self.roster.symbols is not self._named:  # also the same instruments, by a newer master's names
+            self._named = self.roster.symbols
+            self.writer.learn(self._named)
         feeds = self.roster.feeds
         if feeds is not self._applied:
             self._with_derivatives = frozenset(load_derivative_tokens(client, self._keys))
-            self.pulse.follow(feeds)
+            self.activity.follow(feeds)
             streamed = {token: str(token) for feed in feeds for token in feed.tokens}
             self.writer.learn(streamed | self.roster.symbols)
             ours = [feed for feed in feeds if feed.number in self.leases.held]
@@ -212,7 +222,7 @@ class Ingest:
         self._stop = stop
         finished = threading.Event()
         beside: list[tuple[str, Callable[[threading.Event], None]]] = [
-            ("feeds", self.leases.run), ("doctor", self.clinic.run), ("outages", self.outages.run)
+            ("feeds", self.leases.run), ("doctor", self.monitor.run), ("outages", self.outages.run)
         ]  # fmt: skip
         if self.jobs is not None:
             beside.append(("jobs", self.jobs.run))
@@ -263,7 +273,7 @@ class Ingest:
             self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
-        """From a thread of ours: `run` shall end with it."""
+        """From a thread of ours: `run` must end with it."""
         self._failures.append(error)
         self._stop.set()
 
@@ -276,7 +286,7 @@ def figures_of(ingest: Ingest) -> dict[str, Any]:
         **feed_figures(ingest.feeds, ingest.leases.held),
         "list": ingest.roster.own_id,
         **ingest.inbox.figures(),
-        **ingest.clinic.figures(),
+        **ingest.monitor.figures(),
         **ingest.outages.counts,
         **(ingest.jobs.counts if ingest.jobs is not None else {}),
     }

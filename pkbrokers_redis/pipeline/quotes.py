@@ -1,7 +1,7 @@
 """Quote hashes, written beside the ticks: the newest packet of each instrument, a bounded slice at a time.
 
 Writing every changed quote at once stalls the loop that also carries the ticks (a p99 of 250 ms was
-measured); 64 a round keep it below a millisecond or two. An instrument is written at most every half
+measured); 64 per round keep it below a millisecond or two. An instrument is written at most every half
 second: a newer packet replaces the waiting one.
 """
 
@@ -21,7 +21,7 @@ _Waiting = tuple[bytes, int, int, int]  # frame, offset, length, received at
 
 
 class QuoteBoard:
-    """The packets that wait to be written; at most one an instrument, so it is bounded by them."""
+    """The packets that wait to be written; at most one per instrument, which is its bound."""
 
     def __init__(self, keys: Keys, symbols: Mapping[int, str]) -> None:
         self._keys = keys

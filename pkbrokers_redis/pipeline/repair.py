@@ -22,7 +22,7 @@ from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.outage import Outage, Place, lists_in_reach, mark_lists, mark_outage
 from pkbrokers_redis.core.repair import HistoryRows, apply_history
 from pkbrokers_redis.core.row_list import RowList
-from pkbrokers_redis.pipeline.entries import EVIDENCE_BYTES
+from pkbrokers_redis.pipeline.entries import EVIDENCE_BYTES, fields_of
 from pkbrokers_redis.pipeline.late import Addenda, settle_late
 from pkbrokers_redis.pipeline.shard_worker import Repair, ShardWorker
 from pkbrokers_redis.store.commit import Move
@@ -73,7 +73,7 @@ class Repairs:
                 raise reply
             else:
                 worker.repairs.extend(
-                    Repair(entry_id.decode(), _fields(cells), worker.reads_out)
+                    Repair(entry_id.decode(), fields_of(cells), worker.reads_out)
                     for entry_id, cells in _entries(reply)
                 )
 
@@ -215,9 +215,3 @@ def _entries(reply: Any) -> list[tuple[bytes, Any]]:
     if isinstance(reply, dict):
         return [each for entries in reply.values() for each in entries]
     return [each for _, entries in reply for each in entries]
-
-
-def _fields(cells: Any) -> dict[bytes, bytes]:
-    if isinstance(cells, dict):
-        return cells
-    return dict(zip(cells[::2], cells[1::2], strict=False)) if cells else {}

@@ -2,9 +2,9 @@
 
     P:feeds   hash   <version> → JSON, the tokens of each feed: [[256265, 408065], [738561]]
 
-The highest version counts. Who has a new list writes the next version with HSETNX, so that of two only one
-does, and the other reads it: one command on one key, the same on every deployment. All workers thus read the
-same cut, and an instrument added moves no other (`cut.recut`).
+The highest version counts. Whoever has a new list writes the next version with HSETNX, so that of two only
+one does, and the other reads it: one command on one key, the same on every deployment. All workers thus read
+the same cut, and an instrument added moves no other (`cut.recut`).
 
 A worker writes when its own list changes while it runs (`P:watch`, the master). Where it merely finds another
 list, as after a start, it writes only if no living worker has that one: somebody who starts a worker with a

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from datetime import datetime, timedelta, timezone
+from datetime import datetime
 from typing import Any
 
 import msgspec
 import redis
 
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.pipeline.facts import Facts, gather
 from pkbrokers_redis.pipeline.health import STATUS, Finding, health_of, judge, moves
 from pkbrokers_redis.settings import Settings
@@ -17,7 +18,6 @@ from pkbrokers_redis.store.connect import describe
 
 SECOND_LOOK_SECONDS = 1.0  # a shard or feed on its way from one worker to another has no owner for less
 COUNTERS = ("dropped_at_cap", "frames_lost", "fenced")  # of the heartbeats, shown where they are not 0
-KOLKATA = timezone(timedelta(hours=5, minutes=30))
 
 
 def look(client: redis.Redis, settings: Settings) -> tuple[Facts, list[Finding]]:
@@ -36,7 +36,7 @@ def as_dict(facts: Facts | None, findings: Sequence[Finding]) -> dict[str, Any]:
     """What `--json` prints."""
     found: dict[str, Any] = {"health": health_of(findings)}
     if facts is not None:
-        at = datetime.fromtimestamp(facts.at_ms / 1000, KOLKATA)
+        at = datetime.fromtimestamp(facts.at_ms / 1000, IST)
         found |= {
             "at": at.isoformat(timespec="milliseconds" if at.microsecond else "seconds"),
             "redis": {

@@ -1,12 +1,12 @@
 """Runs the roles of `pkb up` and `pkb demo`: one process each, restarted when it dies, stopped in order.
 
-    start   last role first: whoever reads stands ready before whoever writes
+    start   last role first: readers stand ready before writers
     death   again after 0.2 s, 0.4 s … 30 s; from the beginning once it ran for 30 s
     exit 2  a user's mistake, which another try would meet again: everything stops. Our processes know
             that they are supervised, and exit with 1 where only something is away (`roles.main`)
     stop    first role first (ingest, then aggregators): SIGTERM, up to 10 s, SIGKILL
 
-One thread a process starts it, waits for its end and decides (`process.py`); nothing polls. On Linux the
+One thread per process starts it, waits for its end and decides (`process.py`); nothing polls. On Linux the
 kernel kills every process when the supervisor dies, kill -9 included.
 """
 

@@ -19,7 +19,15 @@ import numpy.typing as npt
 import pandas as pd
 
 from pkbrokers_redis.core.errors import InputFileError
-from pkbrokers_redis.core.model import BATCH_WIDTH, TIME_MS, TickArray
+from pkbrokers_redis.core.model import (
+    BATCH_WIDTH,
+    LAST_PRICE,
+    LAST_QUANTITY,
+    TIME_MS,
+    TOKEN,
+    VOLUME,
+    TickArray,
+)
 from pkbrokers_redis.core.sessions import Sessions
 from pkbrokers_redis.core.tables import NUMBER_MAX, TIME_MAX_MS, TIME_MIN_MS
 
@@ -53,25 +61,10 @@ def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> Tra
             f"{path.name} has no column {', '.join(lacks)}", "name its columns time,symbol,price,quantity"
         )
     cumulative = "quantity" not in table
-    frame = pd.DataFrame(
-        {
-            "time": _to_ms(table["time"], path),
-            "symbol": table["symbol"].astype("string").str.strip(),
-            "price": pd.to_numeric(table["price"], errors="coerce"),
-            "quantity": pd.to_numeric(table["volume" if cumulative else "quantity"], errors="coerce"),
-        }
-    )
-    good = (
-        frame["time"].between(TIME_MIN_MS, TIME_MAX_MS, inclusive="left")
-        & frame["symbol"].fillna("").str.len().gt(0)
-        & frame["price"].between(0, NUMBER_MAX, inclusive="neither")
-        & frame["quantity"].between(0, NUMBER_MAX)
-    )
-    refused = int((~good).sum())
-    frame = frame[good].sort_values("time", kind="stable").reset_index(drop=True)
+    frame = _good_rows(table, "volume" if cumulative else "quantity", path)
+    refused = len(table) - len(frame)
     if frame.empty:
         raise InputFileError(f"{path.name} holds no trade", "look at its first lines and its column names")
-    frame["symbol"] = [name if ":" in name else f"NSE:{name}" for name in frame["symbol"].str.upper()]
     tokens = _tokens(sorted(frame["symbol"].unique()), known)
     token = frame["symbol"].map(tokens).to_numpy(np.int64)
     times = frame["time"].to_numpy(np.float64)
@@ -82,16 +75,13 @@ def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> Tra
         frame["quantity"] = np.where(volume >= before, volume - before, volume)
     totals = frame["quantity"].groupby([token, days]).cumsum().round(8)
     ticks = np.full((len(frame), BATCH_WIDTH), np.nan)
-    ticks[:, 0] = token
-    ticks[:, 1] = frame["price"]
-    ticks[:, 2] = frame["quantity"].round(8)
-    ticks[:, 3] = totals
+    ticks[:, TOKEN] = token
+    ticks[:, LAST_PRICE] = frame["price"]
+    ticks[:, LAST_QUANTITY] = frame["quantity"].round(8)
+    ticks[:, VOLUME] = totals
     ticks[:, TIME_MS] = times
-    first = np.unique(token, return_index=True)[1]
-    baseline = ticks[np.sort(first)].copy()
-    baseline[:, 2:4] = 0.0
-    baseline[:, TIME_MS] = [sessions.day(0, int(t)).day_start_ms - 1 for t in baseline[:, TIME_MS]]
-    return TradeFile(list(tokens), list(tokens.values()), np.concatenate([baseline, ticks]), refused)
+    ticks = np.concatenate([_baselines(ticks, sessions), ticks])
+    return TradeFile(list(tokens), list(tokens.values()), ticks, refused)
 
 
 def frames_of(ticks: TickArray, window_ms: float | None) -> Iterator[TickArray]:
@@ -125,6 +115,36 @@ def _load(path: Path) -> pd.DataFrame:
         ) from None
     table.columns = [str(name).strip().lower() for name in table.columns]
     return table
+
+
+def _good_rows(table: pd.DataFrame, quantity: str, path: Path) -> pd.DataFrame:
+    """The rows that are trades, by time, as `time` (ms), `symbol` (`NSE:INFY`), `price`, `quantity`."""
+    frame = pd.DataFrame(
+        {
+            "time": _to_ms(table["time"], path),
+            "symbol": table["symbol"].astype("string").str.strip(),
+            "price": pd.to_numeric(table["price"], errors="coerce"),
+            "quantity": pd.to_numeric(table[quantity], errors="coerce"),
+        }
+    )
+    good = (
+        frame["time"].between(TIME_MIN_MS, TIME_MAX_MS, inclusive="left")
+        & frame["symbol"].fillna("").str.fullmatch(r"[^\x00-\x1f\x7f]+")  # one line wherever it is shown
+        & frame["price"].between(0, NUMBER_MAX, inclusive="neither")
+        & frame["quantity"].between(0, NUMBER_MAX)
+    )
+    frame = frame[good].sort_values("time", kind="stable").reset_index(drop=True)
+    frame["symbol"] = [name if ":" in name else f"NSE:{name}" for name in frame["symbol"].str.upper()]
+    return frame
+
+
+def _baselines(ticks: TickArray, sessions: Sessions) -> TickArray:
+    """For each instrument a tick with volume 0, from the end of the day before its first trade."""
+    first = np.unique(ticks[:, TOKEN], return_index=True)[1]
+    baselines = ticks[np.sort(first)].copy()
+    baselines[:, [LAST_QUANTITY, VOLUME]] = 0.0
+    baselines[:, TIME_MS] = [sessions.day(0, int(t)).day_start_ms - 1 for t in baselines[:, TIME_MS]]
+    return baselines
 
 
 def _to_ms(times: pd.Series[Any], path: Path) -> pd.Series[Any]:

@@ -66,7 +66,7 @@ def run_pipeline(settings: Settings, stop: threading.Event, *, aggregate: bool =
     if aggregate:
         threads.append(RoleThread("aggregate", roles.aggregate, settings, ended))
     try:
-        for thread in reversed(threads):  # who reads stands ready before who writes
+        for thread in reversed(threads):  # readers stand ready before writers
             thread.start()
         while not (stop.is_set() or ended.is_set()):
             stop.wait(0.1)

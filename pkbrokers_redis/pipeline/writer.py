@@ -1,7 +1,7 @@
 """The writer: numbered frames → tick streams and quote hashes, each exactly once in the end.
 
     connect   open the connections, shut the gate (`gate`), ask what Redis has lost (`resend`), send that
-    write     parse → an XADD a frame and shard, one pipeline a round; then a slice of quotes
+    write     parse → one XADD per frame and shard, one pipeline per round; then a slice of quotes
     fail      for whatever reason: connect again, and send the round again from its beginning
 
 Nothing newer is sent before what is older is there, because the aggregator takes a seq that is not above a
@@ -49,7 +49,7 @@ EVIDENCE_TOKENS = 5
 
 
 class TickWriter:
-    """Frames → Redis. One `seq` a frame, one pipeline a round; sends again until Redis has it."""
+    """Frames → Redis. One `seq` per frame, one pipeline per round; sends again until Redis has it."""
 
     def __init__(
         self,

@@ -19,9 +19,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from pkbrokers_redis.kite.layout import IST, PRICE_DIVISOR_OF
+from pkbrokers_redis.core.india import IST, IST_MS
+from pkbrokers_redis.kite.layout import PRICE_DIVISOR_OF
 from pkbrokers_redis.simulator.hours import Hours, Ints
-from pkbrokers_redis.simulator.market import DAY_MS, IST_OFFSET_MS, Market
+from pkbrokers_redis.simulator.market import DAY_MS, Market
 from pkbrokers_redis.simulator.past import CLOSE, HIGH, LOW, OI, OPEN, START, VOLUME, Past
 
 # Kite's names of intervals: seconds (0: the day), and the days one request may span.
@@ -162,7 +163,7 @@ class History:
         row, seconds = self.market.row_of[token], SECONDS[interval]
         to_s = min(to_s, int(now_ms // 1000))
         if seconds == 0:
-            from_s = _local_day(from_s) * 86_400 - IST_OFFSET_MS // 1000  # by date, as Kite
+            from_s = _local_day(from_s) * 86_400 - IST_MS // 1000  # by date, as Kite
         with self._lock:
             table = self._day_candles(row, from_s, to_s) if seconds == 0 else None
             if table is None:
@@ -199,7 +200,7 @@ class History:
         starts = minutes[START]
         local = _local_day(starts)
         anchors = {
-            number: self.past.day(row, number * DAY_MS - IST_OFFSET_MS).anchor_ms // 1000
+            number: self.past.day(row, number * DAY_MS - IST_MS).anchor_ms // 1000
             for number in np.unique(local).tolist()
         }
         anchor = np.array([anchors[number] for number in local.tolist()], np.int64)
@@ -266,7 +267,7 @@ class History:
 
 
 def _local_day(time_s: Any) -> Any:
-    return (time_s + IST_OFFSET_MS // 1000) // (DAY_MS // 1000)
+    return (time_s + IST_MS // 1000) // (DAY_MS // 1000)
 
 
 def _stamp(epoch_s: int) -> str:

@@ -29,7 +29,7 @@ CASH_OF: Final = {"NFO": "NSE", "BFO": "BSE"}  # where the underlying stocks of 
 class Hours:
     """The sessions of a universe's rows. Rows are positions in the universe, times epoch ms.
 
-    `around_the_clock`: the sessions are those of PKB_SESSIONS=always, one a day and no pre-open.
+    `around_the_clock`: the sessions are those of PKB_SESSIONS=always, one per day and no pre-open.
     """
 
     def __init__(

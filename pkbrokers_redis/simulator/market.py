@@ -1,7 +1,7 @@
 """A market that trades: seeded, vectorised, and without a clock of its own: time is an argument.
 
 Trades arrive at random (Poisson) and walk the price in ticks. As on Kite, nobody sees single trades: each
-instrument is conflated into one packet an interval, with the last trade, the day's cumulative volume and
+instrument is conflated into one packet per interval, with the last trade, the day's cumulative volume and
 the day's true high and low. What the hidden trades did shows only there. A day's new extreme never hides
 between two minutes: in the first packet of a minute it is the packet's own price. So an exact history exists
 for each minute, and larger candles are merges of minutes.
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pkbrokers_redis.core.india import IST_MS
 from pkbrokers_redis.core.model import SEGMENT_INDICES
 from pkbrokers_redis.kite.layout import (
     DEPTH_LEVELS,
@@ -28,7 +29,6 @@ from pkbrokers_redis.simulator.hours import AUCTION, CLOSED, TEMPO, Hours
 
 INTERVAL_MS = 1000  # Kite's usual conflation
 DAY_MS = 86_400_000
-IST_OFFSET_MS = 19_800_000
 TRADES_PER_PACKET = 1.5  # on average; about one packet in five has none and shows a new book only
 VOLUME_PER_MS = 10  # the volume's ceiling grows so fast; a day's stays far below 32 bits
 QUANTITY_MAX = 20  # of one trade, in lots
@@ -112,7 +112,7 @@ class Market:
 
     def _start_day(self, now_ms: int) -> None:
         count = len(self.tokens)
-        self._day = (now_ms + IST_OFFSET_MS) // DAY_MS
+        self._day = (now_ms + IST_MS) // DAY_MS
         self.open, self.high, self.low = self.price.copy(), self.price.copy(), self.price.copy()
         self.volume[:] = 0
         self._turnover[:] = 0
@@ -127,7 +127,7 @@ class Market:
         self.close, self.open, self.high, self.low, self.price, self.volume = map(np.copy, opening[:6])
         self.oi, self.last_trade_s = opening.oi.copy(), opening.last_trade_s.copy()
         self.oi_high, self.oi_low = self.oi.copy(), self.oi.copy()
-        self._row_day = (self.last_trade_s * 1000 + IST_OFFSET_MS) // DAY_MS
+        self._row_day = (self.last_trade_s * 1000 + IST_MS) // DAY_MS
         self._day = int(self._row_day.max())  # if it was yesterday, the first step begins a new day
 
     def _start_rows(self, rows: Ints) -> None:
@@ -141,11 +141,11 @@ class Market:
         self._row_day[rows] = self._day
 
     def _volume_ceiling(self, now_ms: int) -> int:
-        return (now_ms + IST_OFFSET_MS) % DAY_MS * VOLUME_PER_MS
+        return (now_ms + IST_MS) % DAY_MS * VOLUME_PER_MS
 
     def step(self, now_ms: int) -> Ints:
         """Trade up to `now_ms` (epoch ms). Returns the rows whose interval is over: their packets are new."""
-        today = (now_ms + IST_OFFSET_MS) // DAY_MS
+        today = (now_ms + IST_MS) // DAY_MS
         turn = np.floor((now_ms - self._phase) / self.interval_ms)
         due = np.flatnonzero(turn > self._turn)
         self._turn[due] = turn[due]
@@ -241,7 +241,7 @@ class Market:
         return bounded
 
     def _write(self, rows: Ints, now_s: int | Ints) -> None:
-        """State → packets, with a fresh order book. `now_s`: a second, or one a row of the universe."""
+        """State → packets, with a fresh order book. `now_s`: one second for all rows, or one each."""
         at_s: Ints = np.broadcast_to(now_s, len(self.tokens))
         index = rows[self.is_index[rows]]
         self._write_common(self.index_packets, index)

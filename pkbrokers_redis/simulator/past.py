@@ -12,10 +12,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from pkbrokers_redis.core.india import IST_MS
 from pkbrokers_redis.core.sessions import Day
 from pkbrokers_redis.kite.layout import PRICE_DIVISORS
 from pkbrokers_redis.simulator.hours import DERIVATIVE_KINDS, Hours, Ints
-from pkbrokers_redis.simulator.market import DAY_MS, IST_OFFSET_MS, Opening
+from pkbrokers_redis.simulator.market import DAY_MS, Opening
 
 Floats = npt.NDArray[np.float64]
 
@@ -182,7 +183,7 @@ class Past:
 
 
 def _number(day: Day) -> int:
-    return (day.day_start_ms + IST_OFFSET_MS) // DAY_MS
+    return (day.day_start_ms + IST_MS) // DAY_MS
 
 
 def _minutes_of(day: Day) -> int:

@@ -29,7 +29,5 @@ async def spoil(faults: Faults, request: web.Request) -> web.Response | None:
     if fault.kind == "html":
         return web.Response(status=503, text=MAINTENANCE_PAGE, content_type="text/html")
     if fault.kind == "garbage_json":
-        return web.Response(
-            body=b'{"status": "success", "data": {"candles": [[', content_type="application/json"
-        )
+        return web.Response(body=CUT_OFF_JSON, content_type="application/json")
     raise Refused(int(fault.kind))

@@ -1,6 +1,6 @@
 """A Kite websocket server on loopback: faithful enough that the official KiteTicker works unchanged.
 
-One thread, one asyncio loop. Every client has its subscriptions and a bounded queue; who reads too slowly
+One thread, one asyncio loop. Every client has its subscriptions and a bounded queue; whoever reads too slowly
 is disconnected, as on Kite. `publish` pushes exact bytes; `outgoing` and `faults` are where faults come in.
 `SimulatedKite` puts REST, login and history beside it.
 """
@@ -203,7 +203,7 @@ class SimulatorServer:
             for task in (stopped, *tasks):
                 task.cancel()
             for client in tuple(self._clients):
-                client.link.transport.abort()  # who stopped reading must not hold us up
+                client.link.transport.abort()  # a client that stopped reading must not hold us up
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(result, Exception):
                 raise result

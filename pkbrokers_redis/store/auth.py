@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timedelta
 from typing import Any, Literal
 
 import redis
@@ -22,9 +22,9 @@ from pydantic import SecretStr
 from redis.exceptions import ResponseError
 
 from pkbrokers_redis.core.errors import LoginRefused, WrongKeyType
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.keys import Keys
 
-IST = timezone(timedelta(hours=5, minutes=30))
 EXPIRES_AT_HOUR = 6  # Kite's docs: tokens are flushed at 06:00. Some die earlier: the 403 decides, not this
 OUTAGE_SECONDS = 3600.0  # attempts older than this belong to another outage
 TOTP_PERIOD_SECONDS = 30
@@ -119,7 +119,7 @@ def load_session(client: redis.Redis, keys: Keys) -> Session | None:
 
 
 def forget_session(client: redis.Redis, keys: Keys, failed: Session) -> None:
-    """Kite answered 403 to this session: nobody shall load it again. A newer one is not touched."""
+    """Kite answered 403 to this session: nobody may load it again. A newer one is not touched."""
     if not failed.id:
         return  # out of the settings: not in Redis
     pipe = client.pipeline(transaction=True)

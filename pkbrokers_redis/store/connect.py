@@ -64,7 +64,7 @@ def connect(
         "retry": Retry(ExponentialBackoff(cap=1.0, base=0.05), READER_RETRIES)
         if for_reading
         else Retry(NoBackoff(), 0),
-        # Stated, because redis-py's default is 2 or 3 by version: raw replies shall not differ with it.
+        # Stated, because redis-py's default is 2 or 3 by version: raw replies must not differ with it.
         "protocol": 2,
     }
     place = describe(settings, for_reading=for_reading)

@@ -1,4 +1,4 @@
-"""A row a deployment: the scheme of PKB_REDIS_URL → a redis-py client that is not connected yet.
+"""One row per deployment: the scheme of PKB_REDIS_URL → a redis-py client that is not connected yet.
 
     redis://[user:password@]host[:6379][/database]          one server; rediss:// with TLS
     unix://[user:password@]/path/to/redis.sock[?db=0]       one server on this machine

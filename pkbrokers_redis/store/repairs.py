@@ -41,7 +41,7 @@ def send_gap(
 ) -> int:
     """Say that the feed of these instruments was down in [from_ms, to_ms). Returns the entries written.
 
-    One entry a shard concerned. `why` is a word for people (`disconnected`, `mute`). Raises redis' errors;
+    One entry per shard concerned. `why` is a word for people (`disconnected`, `mute`). Raises redis' errors;
     sent twice, a notice marks nothing that is not marked already.
     """
     if not to_ms > from_ms:

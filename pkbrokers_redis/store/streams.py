@@ -4,7 +4,7 @@ One server does both in an XREAD. A cluster refuses an XREAD whose streams lie i
 connection that waits on one stream can do nothing else. There, a read is two things:
 
     look    XREAD without waiting, of every stream, one write a master: what counts is only this
-    ring    a connection a stream with `XREAD COUNT 1 BLOCK` pending; a reply on any ends the wait. Its
+    ring    one connection per stream with `XREAD COUNT 1 BLOCK` pending; a reply on any ends the wait. Its
             contents are dropped, the next look has them
 
 So a bell that is late, or lost with its connection, costs the rest of a wait and never an entry.
@@ -26,7 +26,7 @@ from pkbrokers_redis.store.cluster import cluster_of, master_pool, refresh
 from pkbrokers_redis.store.ids import id_order
 from pkbrokers_redis.store.pipe import Pipe
 
-BELLS_MAX = 256  # connections a reader; with more streams the others are looked at every LOOK_MS
+BELLS_MAX = 256  # connections per reader; with more streams the others are looked at every LOOK_MS
 LOOK_MS = 50
 RING_MS_MAX = 10_000  # a bell's BLOCK: how long a server remembers a reader that vanished without a word
 

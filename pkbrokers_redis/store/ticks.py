@@ -1,6 +1,6 @@
 """The tick streams: how an entry is written, and when it may go.
 
-P:{S}:ticks   one entry a websocket frame and shard:
+P:{S}:ticks   one entry per websocket frame and shard:
               src <source id>  seq <its counter>  at <epoch ms>  n <rows>  ticks <JSON rows>
 """
 
@@ -21,7 +21,7 @@ from pkbrokers_redis.store.pipe import Pipe
 def queue_frames(
     pipe: Pipe, keys: Keys, source: str, frames: Sequence[tuple[int, int, TickArray]]
 ) -> list[str]:
-    """Append frames `(seq, at_ms, ticks)`, an entry a frame and shard. Returns the entries' keys in order.
+    """Append frames `(seq, at_ms, ticks)`, one entry per frame and shard. Returns the entries' keys in order.
 
     A shard's entries go in together or not at all: had Redis refused one (out of memory, say) and taken
     the next, that one's higher `seq` would make the first look like a repeat when it is sent again.

@@ -8,7 +8,7 @@ from aiohttp import web
 
 from pkbrokers_redis.core.errors import PkbError
 
-COUNT_MAX = 5_000  # rows an instrument
+COUNT_MAX = 5_000  # rows per instrument
 SYMBOLS_MAX = 500
 TEXT_MAX = 60  # letters of a symbol or a search
 

@@ -14,7 +14,7 @@ from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import describe, explain
 from pkbrokers_redis.web.reading import Picture, Reading
 
-STREAMS_MAX = 64  # clients of /api/closed, each a connection to Redis
+STREAMS_MAX = 64  # clients of /api/closed, each with a connection to Redis
 DOWNLOADS_MAX = 4  # answers of /api/bulk that are made or sent
 
 

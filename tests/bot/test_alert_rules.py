@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.bot.alerts.model import Alert, Kind, parse
-from pkbrokers_redis.bot.alerts.rules import Watch, first_state, watch_of
+from pkbrokers_redis.bot.alerts.model import FORMS, USAGE, WORDS, Alert, Kind, parse
+from pkbrokers_redis.bot.alerts.rules import RULES, Watch, first_state, watch_of
 from pkbrokers_redis.bot.usage import UsageError
 
 NAN = math.nan
@@ -67,6 +70,17 @@ def test_what_is_no_alert_is_told_with_the_usage(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse(text.split())
     assert "above 1600" in caught.value.mend
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_every_kind_is_in_each_of_the_tables_and_told_to_people(kind: Kind) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "bot.md").read_text(encoding="utf-8")
+    alerts = page.partition("## Alerts")[2].partition("They are evaluated")[0]
+    typed = {"1550"} if kind == "cross" else {*FORMS[kind].words}  # a bare price is crossed
+    assert WORDS[FORMS[kind].words[0]] == kind
+    assert (kind in RULES) != (kind == "feed"), f"{kind} has no rule"
+    for text in (USAGE, alerts):
+        assert typed & set(re.findall(r"[\w.]+", text)), f"{kind} is not explained"
 
 
 # --- levels

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import redis
 
 from pkbrokers_redis.bot.alerts.book import ALERTS_A_CHAT_MAX, AlertBook
 from pkbrokers_redis.bot.alerts.commit import Told, commit, load_picture
-from pkbrokers_redis.bot.alerts.model import Alert, Kind
+from pkbrokers_redis.bot.alerts.model import FORMS, Alert, Kind
 from pkbrokers_redis.bot.alerts.worker import AlertWorker
 from pkbrokers_redis.core.errors import PkbError
 from pkbrokers_redis.settings import Settings
@@ -138,7 +139,7 @@ def test_a_silent_feed_is_told_and_that_it_is_back(
     bot_settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pkbrokers_redis.bot.alerts.model.FEED_SECONDS_MIN", 0.5)
+    monkeypatch.setitem(FORMS, "feed", replace(FORMS["feed"], least=0.5))
     telegram.ask(BOB, "/alert feed 1")
     assert telegram.wait(lambda m: "No tick for" in m.text)
     tick(client, bot_settings, 100.0)

@@ -10,6 +10,7 @@ import pytest
 from pkbrokers_redis.core.jobs import job_id
 from pkbrokers_redis.jobs.desk import Desk
 from pkbrokers_redis.jobs.progress import Progress
+from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.queue import open_queue
 from pkbrokers_redis.store.read import read_candles
 from tests.cli.conftest import Pkb
@@ -91,3 +92,12 @@ def test_a_kite_without_a_session_is_one_line(desk: Desk, pkb: Pkb, monkeypatch:
     ended = pkb("backfill", SYMBOL)
     assert ended.code == 2
     assert "pkb login" in ended.err and ended.err.count("\n") == 1
+
+
+def test_every_command_that_enqueues_says_it_alike(
+    pkb: Pkb, store_env: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PKB_GITHUB_URL", "file:///nowhere")
+    for words in (["snapshot", "ticks"], ["sync", "push"], ["sync", "pull"]):
+        first, second = (json.loads(pkb(*words, "--enqueue", "--json").out) for _ in range(2))
+        assert first["new"] and second == {"job": first["job"], "new": False}

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from pkbrokers_redis import __version__
-from pkbrokers_redis.cli import main
+from pkbrokers_redis.cli import demo, main
 from pkbrokers_redis.cli.main import COMMANDS
+from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.store.embedded import store_folder
 from tests.cli.conftest import Pkb
 from tests.support import PKB
 
@@ -71,6 +73,20 @@ def test_a_users_mistake_or_a_dead_server_is_one_line(
     assert ended.code == 2 and ended.out == ""
     assert ended.err.startswith("pkb: ") and ended.err.count("\n") == 1
     assert says in ended.err and "geheim" not in ended.err
+
+
+@pytest.mark.parametrize("arguments", [["redis-cli", "PING"], ["jobs", "--list"], ["jobs", "--failed"]])
+def test_looking_makes_no_store_that_would_hide_the_demos(pkb: Pkb, arguments: list[str]) -> None:
+    ended = pkb(*arguments)
+    assert ended.code == 2 and "there is no store" in ended.err and ended.err.count("\n") == 1
+    assert not store_folder(load_settings().data_dir).exists()
+
+
+def test_a_demo_waits_for_the_server_of_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    lingering = iter([True, True, None])
+    monkeypatch.setattr(demo, "running", lambda folder: next(lingering))
+    assert demo._own_settings().data_dir.name == "demo"
+    assert next(lingering, "asked to the end") == "asked to the end"
 
 
 def test_a_bug_of_ours_keeps_its_traceback() -> None:

@@ -13,7 +13,8 @@ import redis
 from pkbrokers_redis.cli import redis_cli
 from pkbrokers_redis.cli.redis_cli import cli_arguments
 from pkbrokers_redis.cli.redis_shell import pretty, raw
-from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.store.embedded import attach
 from tests.cli.conftest import Pkb
 from tests.consumers.contract import INFY, OPEN_S, push, row
 
@@ -64,8 +65,9 @@ def test_keys_as_json(pkb: Pkb, store_env: Settings) -> None:
 
 
 def test_the_embedded_server_is_reached_too(pkb: Pkb, either_shell: str) -> None:
-    assert pkb("redis-cli", "SET", "a", "1").out == "OK\n"
-    assert pkb("redis-cli", "GET", "a").out == "1\n"
+    with attach(load_settings()):
+        assert pkb("redis-cli", "SET", "a", "1").out == "OK\n"
+        assert pkb("redis-cli", "GET", "a").out == "1\n"
 
 
 def test_a_password_goes_by_the_environment_not_by_arguments() -> None:

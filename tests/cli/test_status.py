@@ -13,6 +13,7 @@ import redis
 from pkbrokers_redis.core.keys import AGGREGATOR_GROUP
 from pkbrokers_redis.pipeline import status as status_module
 from pkbrokers_redis.pipeline.heartbeat import Heartbeat
+from pkbrokers_redis.pipeline.volume_check import widest
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import lease
 from pkbrokers_redis.store.commit import load_functions
@@ -157,7 +158,7 @@ def evict(client: redis.Redis, settings: Settings) -> None:
 def wrong_volume(client: redis.Redis, settings: Settings) -> None:
     # baseline 100, last cumulative volume 150, and a candle that says 20 of it
     client.hset(settings.keys.state(3), "779", "[0,0,0,0,150,100]")
-    client.rpush(settings.keys.candles(779, "60m"), "[60,1,1,1,1,20,null,1]")
+    client.rpush(settings.keys.candles(779, widest(settings.intervals).name), "[60,1,1,1,1,20,null,1]")
 
 
 def ask_for_an_unseen_instrument(client: redis.Redis, settings: Settings) -> None:
@@ -214,9 +215,9 @@ def test_a_list_that_does_not_reach_back_is_not_called_wrong(
     pkb: Pkb, pipeline: Settings, client: redis.Redis
 ) -> None:
     wrong_volume(client, pipeline)
-    keep = next(each.keep for each in pipeline.intervals if each.name == "60m")
-    for n in range(2, keep + 1):
-        client.rpush(pipeline.keys.candles(779, "60m"), f"[{60 * n},1,1,1,1,1,null,1]")
+    interval = widest(pipeline.intervals)
+    for n in range(2, interval.keep + 1):
+        client.rpush(pipeline.keys.candles(779, interval.name), f"[{60 * n},1,1,1,1,1,null,1]")
     ended = pkb("doctor")
     assert ended.code == 0
     assert "1 lists do not reach back" in ended.out
@@ -234,3 +235,10 @@ def test_top_prints_a_line_a_second_without_a_terminal(pkb: Pkb, pipeline: Setti
 
 def test_top_shows_trouble(pkb: Pkb, store_env: Settings) -> None:
     assert "no worker makes candles" in pkb("top", "--seconds", "0").out
+
+
+@pytest.mark.parametrize("command", ["status", "doctor"])
+def test_where_there_is_no_store_programs_still_get_json(pkb: Pkb, command: str) -> None:
+    ended = pkb(command, "--json")
+    assert (ended.code, ended.err) == (2, "")
+    assert json.loads(ended.out)["health"] == "down" and trouble(ended.out) == {"redis": "fail"}

@@ -52,6 +52,18 @@ def test_each_module_has_upstream_s_names_and_nothing_is_imported_before_it_is_a
     )
 
 
+def test_the_constants_that_programs_import_have_upstream_s_values() -> None:
+    run(
+        "import pkbrokers_redis.compat\n"
+        "from pkbrokers.kite import instruments, kiteTokenWatcher as watcher\n"
+        "from pkbrokers.kite import zerodhaWebSocketClient as socket\n"
+        "from pkbrokers.kite.inMemoryCandleStore import MARKET_OPEN_HOUR, MARKET_CLOSE_MINUTE\n"
+        "assert (instruments.NIFTY_50, instruments.BSE_SENSEX) == (256265, 265)\n"
+        "assert (socket.NIFTY_50, watcher.BSE_SENSEX) == ([256265], [265])\n"
+        "assert (watcher.OPTIMAL_TOKEN_BATCH_SIZE, MARKET_OPEN_HOUR, MARKET_CLOSE_MINUTE) == (500, 9, 30)\n"
+    )
+
+
 def test_from_import_star_and_unknown_names_work_as_in_any_module() -> None:
     print_it = (
         "import pkbrokers_redis.compat\n"

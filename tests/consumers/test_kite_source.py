@@ -12,8 +12,8 @@ from pkbrokers_redis.clock import Clock
 from pkbrokers_redis.consumers.sources.base import Context
 from pkbrokers_redis.consumers.sources.kite import KiteSource
 from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.kite.history_rows import IST
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe

@@ -29,9 +29,10 @@ import redis
 
 from pkbrokers_redis.clock import Clock
 from pkbrokers_redis.core.buckets import bucket_end_s, bucket_start_s
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.intervals import Interval
 from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.kite.history_rows import IST, KITE_INTERVALS
+from pkbrokers_redis.kite.history_rows import KITE_INTERVALS
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe

@@ -10,7 +10,7 @@ import pytest
 
 from pkbrokers_redis.consumers.store import CandleStore
 from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.pipeline.check import check_volumes
+from pkbrokers_redis.pipeline.volume_check import check_volumes
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect
 from tests.chaos import oracle

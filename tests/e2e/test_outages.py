@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.pipeline.pulse import CANARY_TICKS_MIN
+from pkbrokers_redis.pipeline.tick_activity import CANARY_TICKS_MIN
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe

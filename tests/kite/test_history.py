@@ -23,11 +23,11 @@ from pkbrokers_redis.core.errors import (
     PkbError,
     SessionExpired,
 )
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.kite.history import KiteTickerHistory
 from pkbrokers_redis.kite.history_cache import HistoryCache
 from pkbrokers_redis.kite.history_rows import (
-    IST,
     KITE_INTERVALS,
     BadRequest,
 )

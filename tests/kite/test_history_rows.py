@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkbrokers_redis.core.errors import UnknownInterval
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.kite.history_rows import (
-    IST,
     KITE_INTERVALS,
     Historical_Interval,
     epoch_of,

@@ -14,12 +14,12 @@ import pytest
 import redis
 
 from pkbrokers_redis.core.errors import KiteUnavailable, PkbError, SettingsError
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.kite.instruments import KiteInstruments
 from pkbrokers_redis.kite.instruments_csv import Parsed, parse_instruments
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
-from pkbrokers_redis.store.auth import IST
 from pkbrokers_redis.store.master import (
     MasterShrunk,
     load_derivative_tokens,

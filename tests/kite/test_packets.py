@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from kiteconnect import KiteTicker
 
 from pkbrokers_redis.core.errors import FrameError
-from pkbrokers_redis.kite.layout import IST
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.kite.parser import DepthEntry, ZerodhaWebSocketParser
 from pkbrokers_redis.kite.wire import decode, encode_frame, encode_packet, quote_fields
 from tests.support import SHARED_DATA

@@ -11,7 +11,6 @@ import pytest
 
 from pkbrokers_redis.core.model import BATCH_WIDTH, TOKEN
 from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.pipeline.clinic import Clinic
 from pkbrokers_redis.pipeline.cut import Feed
 from pkbrokers_redis.pipeline.feed_doctor import (
     MUTE_MS_MAX,
@@ -21,9 +20,10 @@ from pkbrokers_redis.pipeline.feed_doctor import (
     Signs,
     Verdict,
 )
+from pkbrokers_redis.pipeline.feed_monitor import FeedMonitor
 from pkbrokers_redis.pipeline.gaps import FeedLife, Outage
-from pkbrokers_redis.pipeline.pulse import CANARY_TICKS_MIN, Pulse
 from pkbrokers_redis.pipeline.readers import Reading
+from pkbrokers_redis.pipeline.tick_activity import CANARY_TICKS_MIN, TickActivity
 
 S = 1000.0
 INFY, TCS, ITC, NIFTY, GOLD = 408065, 2953217, 424961, 256265, 58839 << 8 | 7
@@ -150,7 +150,7 @@ def test_who_ticked_for_a_minute_after_a_remedy_is_well() -> None:
     assert seen(doctor, 300, ticked_ms=300 * S, silent=(1, 2), canaries=2) == ("partly_mute", "resubscribe")
 
 
-# --- the pulse
+# --- the activity
 
 
 def ticks(*tokens: int) -> Any:
@@ -167,75 +167,75 @@ OPEN = [float(ms("09:15:00"))] * len(SESSIONS.schedules)
 START = ms("10:00:00")
 
 
-def pulse_of(*feeds: tuple[int, ...]) -> Pulse:
-    pulse = Pulse(SESSIONS.schedule_of)
-    pulse.follow([Feed(n, 0, tuple(sorted(tokens))) for n, tokens in enumerate(feeds)])
-    return pulse
+def activity_of(*feeds: tuple[int, ...]) -> TickActivity:
+    activity = TickActivity(SESSIONS.schedule_of)
+    activity.follow([Feed(n, 0, tuple(sorted(tokens))) for n, tokens in enumerate(feeds)])
+    return activity
 
 
-def beat(pulse: Pulse, tokens: tuple[int, ...], from_s: int, to_s: int, every_s: int = 1) -> None:
+def beat(activity: TickActivity, tokens: tuple[int, ...], from_s: int, to_s: int, every_s: int = 1) -> None:
     for n in range(from_s, to_s, every_s):
-        pulse.note(ticks(*tokens), START + n * 1000)
+        activity.note(ticks(*tokens), START + n * 1000)
 
 
 def test_lively_instruments_are_canaries_and_seldom_ones_are_not() -> None:
-    pulse = pulse_of((INFY, TCS, ITC, NIFTY))
+    activity = activity_of((INFY, TCS, ITC, NIFTY))
     for n in range(100):
-        pulse.note(ticks(INFY, NIFTY, *([ITC] if n % 10 == 0 else [])), START + n * 1000)
-    silence = pulse.silence(0, OPEN, START, 15_000, 60_000)
+        activity.note(ticks(INFY, NIFTY, *([ITC] if n % 10 == 0 else [])), START + n * 1000)
+    silence = activity.silence(0, OPEN, START, 15_000, 60_000)
     assert silence.canaries == 2 and silence.silent == () and silence.illiquid == (TCS,)
-    beat(pulse, (INFY,), 100, 120)
-    assert pulse.silence(0, OPEN, START, 15_000, 60_000).silent == ((NIFTY, START + 99_000.0),)
-    assert pulse.silence(0, OPEN, START + 110_000, 15_000, 60_000).silent == ()  # just connected anew
-    assert pulse.silence(0, OPEN, START, 25_000, 60_000).silent == ()
-    assert pulse.silence(7, OPEN, START, 15_000, 60_000).canaries == 0
+    beat(activity, (INFY,), 100, 120)
+    assert activity.silence(0, OPEN, START, 15_000, 60_000).silent == ((NIFTY, START + 99_000.0),)
+    assert activity.silence(0, OPEN, START + 110_000, 15_000, 60_000).silent == ()  # just connected anew
+    assert activity.silence(0, OPEN, START, 25_000, 60_000).silent == ()
+    assert activity.silence(7, OPEN, START, 15_000, 60_000).canaries == 0
 
 
 def test_an_instrument_is_no_canary_before_its_way_is_known() -> None:
-    pulse = pulse_of((INFY, NIFTY))
-    beat(pulse, (INFY, NIFTY), 0, CANARY_TICKS_MIN - 1)
-    assert pulse.silence(0, OPEN, START, 15_000, 60_000).canaries == 0
-    beat(pulse, (INFY,), CANARY_TICKS_MIN - 1, 100)
-    silence = pulse.silence(0, OPEN, START, 15_000, 60_000)
+    activity = activity_of((INFY, NIFTY))
+    beat(activity, (INFY, NIFTY), 0, CANARY_TICKS_MIN - 1)
+    assert activity.silence(0, OPEN, START, 15_000, 60_000).canaries == 0
+    beat(activity, (INFY,), CANARY_TICKS_MIN - 1, 100)
+    silence = activity.silence(0, OPEN, START, 15_000, 60_000)
     assert silence.canaries == 1 and silence.silent == () and silence.illiquid == (NIFTY,)
 
 
 def test_when_nothing_comes_at_all_nobody_is_partly_silent() -> None:
     """The feed's own newest tick is the clock: a writer that waits for Redis alarms nobody."""
-    pulse = pulse_of((INFY, NIFTY), (TCS,))
-    beat(pulse, (INFY, NIFTY), 0, 100)
-    beat(pulse, (TCS,), 100, 200)
-    assert pulse.silence(0, OPEN, START, 15_000, 60_000).silent == ()
+    activity = activity_of((INFY, NIFTY), (TCS,))
+    beat(activity, (INFY, NIFTY), 0, 100)
+    beat(activity, (TCS,), 100, 200)
+    assert activity.silence(0, OPEN, START, 15_000, 60_000).silent == ()
 
 
 def test_closed_markets_have_no_canaries_and_an_opening_is_no_silence() -> None:
-    pulse = pulse_of((INFY, GOLD))
-    beat(pulse, (INFY, GOLD), 0, 100)
-    beat(pulse, (GOLD,), 100, 200)
+    activity = activity_of((INFY, GOLD))
+    beat(activity, (INFY, GOLD), 0, 100)
+    beat(activity, (GOLD,), 100, 200)
     opened: list[float | None] = list(OPEN)
     opened[SESSIONS.schedule_of(INFY)] = None
-    assert pulse.silence(0, opened, START, 15_000, 60_000).silent == ()
+    assert activity.silence(0, opened, START, 15_000, 60_000).silent == ()
     opened[SESSIONS.schedule_of(INFY)] = START + 195_000.0
-    assert pulse.silence(0, opened, START, 15_000, 60_000).silent == ()
+    assert activity.silence(0, opened, START, 15_000, 60_000).silent == ()
 
 
 def test_instruments_that_stay_keep_their_pulse_when_the_list_changes() -> None:
-    pulse = pulse_of((INFY, TCS), (NIFTY,))
-    beat(pulse, (INFY, TCS, NIFTY, 999), 0, 50)
-    pulse.follow([Feed(0, 0, (TCS,)), Feed(1, 0, (NIFTY, ITC))])
-    assert pulse.last_ms(TCS) == pulse.last_ms(NIFTY) == START + 49_000
-    assert pulse.last_ms(INFY) == pulse.last_ms(ITC) == pulse.last_ms(999) == 0
-    assert pulse.silence(0, OPEN, START, 15_000, 60_000).canaries == 1
-    pulse.follow([])
-    pulse.note(ticks(TCS), START)
-    assert pulse.last_ms(TCS) == 0 and pulse.schedules(0) == frozenset()
+    activity = activity_of((INFY, TCS), (NIFTY,))
+    beat(activity, (INFY, TCS, NIFTY, 999), 0, 50)
+    activity.follow([Feed(0, 0, (TCS,)), Feed(1, 0, (NIFTY, ITC))])
+    assert activity.last_ms(TCS) == activity.last_ms(NIFTY) == START + 49_000
+    assert activity.last_ms(INFY) == activity.last_ms(ITC) == activity.last_ms(999) == 0
+    assert activity.silence(0, OPEN, START, 15_000, 60_000).canaries == 1
+    activity.follow([])
+    activity.note(ticks(TCS), START)
+    assert activity.last_ms(TCS) == 0 and activity.schedules(0) == frozenset()
 
 
 # --- the shell
 
 
 class Socket:
-    """What the clinic uses of a socket."""
+    """What the monitor uses of a socket."""
 
     def __init__(self) -> None:
         self.state = "connected"
@@ -249,18 +249,18 @@ class Socket:
 
 
 class Ward:
-    """One feed under a clinic, at a time of our own."""
+    """One feed under a monitor, at a time of our own."""
 
     def __init__(self) -> None:
         self.now_ms = float(START)
-        self.pulse = pulse_of((INFY, TCS, ITC, NIFTY))
+        self.activity = activity_of((INFY, TCS, ITC, NIFTY))
         self.reading = Reading(Feed(0, 0, (NIFTY, INFY, ITC, TCS)), FeedLife(), connected_ms=START - 1)
         self.socket = Socket()
         self.reading.socket = self.socket  # type: ignore[assignment]
         self.over: list[tuple[tuple[int, ...], Outage]] = []
-        self.clinic = Clinic(
+        self.monitor = FeedMonitor(
             SESSIONS,
-            self.pulse,
+            self.activity,
             now_ms=lambda: self.now_ms,
             speed=1.0,
             readings=lambda: [self.reading],
@@ -273,14 +273,14 @@ class Ward:
             self.now_ms += 1000
             if tokens:
                 self.reading.life.tick(self.now_ms)
-                self.pulse.note(ticks(*tokens), int(self.now_ms))
+                self.activity.note(ticks(*tokens), int(self.now_ms))
             else:
                 self.reading.life.heartbeat(self.now_ms)
-            self.clinic.look()
+            self.monitor.look()
 
     @property
     def state(self) -> object:
-        return self.clinic.figures()["feed_state"]
+        return self.monitor.figures()["feed_state"]
 
 
 @pytest.fixture
@@ -316,7 +316,7 @@ def test_a_mute_feed_is_one_line_and_its_socket_hears_of_it(
     ward.reading.connected_ms = ward.now_ms
     ward.live(60, INFY, NIFTY)
     assert ward.state == "0:ok" and events() == []  # that all is well again is information, not a warning
-    figures = ward.clinic.figures()
+    figures = ward.monitor.figures()
     assert figures["doctor_mute"] == figures["doctor_reconnect"] == 1
 
 

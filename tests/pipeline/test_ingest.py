@@ -437,13 +437,13 @@ class Listed:
     """An instrument list that can change."""
 
     def __init__(self, *tokens: int) -> None:
-        self.tokens = tokens
+        self.tokens, self.names = tokens, dict(SYMBOLS)
 
     def version(self, client: redis.Redis) -> str:
-        return str(self.tokens)
+        return str((self.tokens, self.names))
 
     def read(self, client: redis.Redis) -> list[tuple[int, str]]:
-        return [(token, SYMBOLS[token]) for token in self.tokens]
+        return [(token, self.names[token]) for token in self.tokens]
 
 
 @contextlib.contextmanager
@@ -487,6 +487,8 @@ def test_instruments_come_and_go_on_a_running_connection_and_candles_stay(
             assert figures["list"] == ingest.roster.own_id and figures["instruments"] == 2
             assert figures["unknown_tokens"] == 0
             assert client.hget(settings.keys.quote(RELIANCE), "symbol") == b"NSE:RELIANCE"
+            listed.names[INFY] = "NSE:INFOSYS"  # a newer master, the same instruments
+            wait_until(lambda: client.hget(settings.keys.quote(INFY), "symbol") == b"NSE:INFOSYS")
         assert client.exists(settings.keys.quote(NIFTY))
         assert client.hexists(settings.keys.heard(), "0")
     finally:

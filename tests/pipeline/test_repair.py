@@ -14,7 +14,7 @@ from pkbrokers_redis.core.row_list import start_of
 from pkbrokers_redis.pipeline import aggregate as aggregate_module
 from pkbrokers_redis.pipeline import repair as repair_module
 from pkbrokers_redis.pipeline.aggregate import Aggregator
-from pkbrokers_redis.pipeline.check import check_volumes
+from pkbrokers_redis.pipeline.volume_check import check_volumes
 from pkbrokers_redis.store.commit import touched_keys
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.repairs import is_applied, send_gap, send_rows

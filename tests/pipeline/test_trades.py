@@ -147,6 +147,7 @@ def test_an_unknown_symbol_gets_the_same_token_every_time_and_nobody_elses(tmp_p
         "99999999999999999999999,INFY,1,1",
         "1767584700,,1,1",
         "1767584700,  ,1,1",
+        '1767584700,"IN\nFY",1,1',
         "1767584700,INFY,0,1",
         "1767584700,INFY,-3,1",
         "1767584700,INFY,inf,1",

@@ -171,6 +171,7 @@ def test_a_slow_answer_runs_into_the_clients_timeout(kite: SimulatedKite, connec
     kite.faults.add("slow", count=1, delay_seconds=20, path="/user")
     with pytest.raises(requests.ReadTimeout):
         connect.profile()
+    connect.timeout = 10
     assert connect.ltp("NSE:INFY")
 
 
@@ -315,4 +316,13 @@ def test_the_documented_faults_are_those_there_are() -> None:
         line.strip("| \n").split(" | ") for line in page.read_text().splitlines() if line.startswith("| `")
     ]
     wanted = [[f"`{kind}`", ", ".join(sorted(sides)), text] for kind, (sides, text) in KINDS.items()]
+    assert [row for row in wanted if row not in rows] == [], "no such row in docs/simulator.md"
     assert rows == wanted
+
+
+def test_every_fault_strikes_somewhere() -> None:
+    sources = "".join(
+        path.read_text()
+        for path in (Path(__file__).parents[2] / "pkbrokers_redis" / "simulator").glob("*.py")
+    )
+    assert [kind for kind in KINDS if sources.count(f'"{kind}"') < 2] == [], "only in the table"

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pkbrokers_redis.core import model
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.kite.layout import IST
 from pkbrokers_redis.kite.wire import parse_frame
 from pkbrokers_redis.simulator.frames import MODE_FULL, frames_for
 from pkbrokers_redis.simulator.history import SECONDS

@@ -13,9 +13,9 @@ import websocket
 
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.core import model
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter, read_capture
-from pkbrokers_redis.kite.layout import IST
 from pkbrokers_redis.kite.wire import parse_frame
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.simulator.clients import STEPS_MAX, steps_between

@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pkbrokers_redis.core import model
+from pkbrokers_redis.core.india import IST_MS
 from pkbrokers_redis.kite.layout import FULL, INDEX_FULL, INDEX_QUOTE, LTP, QUOTE
 from pkbrokers_redis.kite.wire import decode, parse_frame
 from pkbrokers_redis.simulator.frames import MODE_FULL, MODES, frames_for
-from pkbrokers_redis.simulator.market import DAY_MS, IST_OFFSET_MS, Market
+from pkbrokers_redis.simulator.market import DAY_MS, Market
 from pkbrokers_redis.simulator.universe import universe
 
 START_MS = 1_760_000_000_000  # 2025-10-09 14:23 in India
-MIDNIGHT_MS = (START_MS + IST_OFFSET_MS) // DAY_MS * DAY_MS - IST_OFFSET_MS
+MIDNIGHT_MS = (START_MS + IST_MS) // DAY_MS * DAY_MS - IST_MS
 ROWS = universe(60)
 
 

@@ -10,9 +10,10 @@ import redis
 from pydantic import SecretStr
 
 from pkbrokers_redis.core.errors import LoginRefused, WrongKeyType
+from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import auth
-from pkbrokers_redis.store.auth import IST, Session, expires_at, forget_session, load_session, save_session
+from pkbrokers_redis.store.auth import Session, expires_at, forget_session, load_session, save_session
 
 NOW = time.time()
 

@@ -9,7 +9,8 @@ import pytest
 import redis
 
 from pkbrokers_redis.core.errors import MetaMismatch, SettingsError, WrongKeyType
-from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.core.intervals import DEFAULT_INTERVALS
+from pkbrokers_redis.settings import DEFAULT_INTERVALS_TEXT, Settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.meta import adopt_meta, ensure_meta, read_meta
 
@@ -23,12 +24,28 @@ def test_the_first_worker_writes_what_the_store_is_made_with(client: redis.Redis
     assert client.hgetall("pkb:meta") == {
         b"schema": b"1",
         b"shards": b"8",
-        b"intervals": b"1m,2m,3m,4m,5m,10m,15m,30m,60m,day",
-        b"max_candles": b"390,195,130,98,78,39,26,13,7,365",
+        b"intervals": ",".join(each.name for each in DEFAULT_INTERVALS).encode(),
+        b"max_candles": ",".join(str(each.keep) for each in DEFAULT_INTERVALS).encode(),
         b"created_at": NOW.encode(),
     }
     meta = read_meta(client, "pkb")
     assert meta is not None and (meta["shards"], meta["created_at"]) == ("8", NOW)
+
+
+def test_the_intervals_that_readers_rely_on_are_among_the_default_ones() -> None:
+    kept = {
+        "1m": 390,
+        "2m": 195,
+        "3m": 130,
+        "4m": 98,
+        "5m": 78,
+        "10m": 39,
+        "15m": 26,
+        "30m": 13,
+        "60m": 7,
+        "day": 365,
+    }
+    assert kept.items() <= {each.name: each.keep for each in DEFAULT_INTERVALS}.items()
 
 
 def test_the_second_worker_changes_nothing(client: redis.Redis, settings: Settings) -> None:
@@ -42,7 +59,7 @@ def test_the_second_worker_changes_nothing(client: redis.Redis, settings: Settin
     [
         ("shards", {"shards": 4}),
         ("intervals", {"intervals_text": "1m,5m"}),
-        ("max_candles", {"intervals_text": "1m:7,2m,3m,4m,5m,10m,15m,30m,60m,day"}),
+        ("max_candles", {"intervals_text": DEFAULT_INTERVALS_TEXT.replace("1m,", "1m:7,", 1)}),
     ],
 )
 def test_a_worker_that_disagrees_is_told_the_field(
@@ -129,7 +146,9 @@ def test_prefixes_are_stores_of_their_own(client: redis.Redis, make_settings: Ma
 def test_a_reader_adopts_the_stores_shards_and_intervals(client: redis.Redis, make_settings: Make) -> None:
     ensure_meta(client, make_settings(shards=3, intervals_text="1m,2h:50"), NOW)
     reader = make_settings()
-    assert reader.keys.shards == 8 and len(reader.intervals) == 10  # cached before the adoption
+    assert reader.keys.shards == 8 and len(reader.intervals) == len(
+        DEFAULT_INTERVALS
+    )  # cached before the adoption
     adopted = adopt_meta(client, reader)
     assert adopted.shards == adopted.keys.shards == 3
     assert [(each.name, each.seconds, each.keep) for each in adopted.intervals] == [

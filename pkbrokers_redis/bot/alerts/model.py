@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -28,14 +29,35 @@ USAGE = (
     "/alert INFY above 1600 · below 1500 · 1550 · move 2% · volume 5x · high · low; /alert feed 30; "
     "add `once`"
 )
-WORDS: dict[str, Kind] = {
-    "above": "above", "over": "above", ">": "above", ">=": "above",
-    "below": "below", "under": "below", "<": "below", "<=": "below",
-    "cross": "cross", "crosses": "cross", "at": "cross",
-    "move": "move", "moves": "move", "volume": "volume", "high": "high", "low": "low", "feed": "feed",
-}  # fmt: skip
-PRICE_MAX = 1e9
-FEED_SECONDS, FEED_SECONDS_MIN, FEED_SECONDS_MAX = 30.0, 5.0, 3600.0
+PRICE_MIN, PRICE_MAX = 0.0001, 1e9
+FEED_SECONDS = 30.0  # of `/alert feed` without a number
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How one kind is typed and told: `SYMBOL word number`, or `SYMBOL word` where `most` is 0.
+
+    `told` makes of the number what stands behind the symbol in a message. `unit` may follow the number.
+    """
+
+    words: tuple[str, ...]
+    told: Callable[[float], str]
+    least: float = 0.0
+    most: float = 0.0
+    unit: str = ""
+
+
+FORMS: dict[Kind, Form] = {
+    "above": Form(("above", "over", ">", ">="), lambda price: f"above {money(price)}", PRICE_MIN, PRICE_MAX),
+    "below": Form(("below", "under", "<", "<="), lambda price: f"below {money(price)}", PRICE_MIN, PRICE_MAX),
+    "cross": Form(("cross", "crosses", "at"), lambda price: f"crosses {money(price)}", PRICE_MIN, PRICE_MAX),
+    "move": Form(("move", "moves"), lambda percent: f"moves {percent:g} %", 0.05, 100.0, "%"),
+    "volume": Form(("volume",), lambda times: f"volume {times:g}×", 1.1, 1000.0, "x"),
+    "high": Form(("high",), lambda _: "new day high"),
+    "low": Form(("low",), lambda _: "new day low"),
+    "feed": Form(("feed",), lambda seconds: f"feed silent for {count(seconds)} s", 5.0, 3600.0, "s"),
+}
+WORDS = {word: kind for kind, form in FORMS.items() for word in form.words}
 
 
 class Alert(msgspec.Struct, frozen=True):
@@ -57,17 +79,7 @@ class Alert(msgspec.Struct, frozen=True):
     @property
     def condition(self) -> str:
         """`above 1,600.00`, in plain text."""
-        words = {
-            "above": f"above {money(self.value)}",
-            "below": f"below {money(self.value)}",
-            "cross": f"crosses {money(self.value)}",
-            "move": f"moves {self.value:g} %",
-            "volume": f"volume {self.value:g}×",
-            "high": "new day high",
-            "low": "new day low",
-            "feed": f"feed silent for {count(self.value)} s",
-        }
-        return words[self.kind] + (", once" if self.once else "")
+        return FORMS[self.kind].told(self.value) + (", once" if self.once else "")
 
 
 class Wish(msgspec.Struct, frozen=True):
@@ -86,43 +98,34 @@ def parse(words: Sequence[str]) -> Wish:
     if once:
         rest.pop()
     if rest and rest[0].lower() == "feed" and len(rest) <= 2:
-        seconds = (
-            _number(rest[1], "s", FEED_SECONDS_MIN, FEED_SECONDS_MAX) if len(rest) == 2 else FEED_SECONDS
-        )
-        return Wish("", "feed", seconds, once)
+        return Wish("", "feed", _number(rest[1], "feed") if len(rest) == 2 else FEED_SECONDS, once)
     # Symbols may have blanks (NIFTY 50): the condition is what stands at the end.
-    if len(rest) >= 3 and (kind := WORDS.get(rest[-2].lower())) in (
-        "above",
-        "below",
-        "cross",
-        "move",
-        "volume",
-    ):
-        unit = {"move": "%", "volume": "x"}.get(kind, "")
-        limits = {"move": (0.05, 100.0), "volume": (1.1, 1000.0)}.get(kind, (0.0001, PRICE_MAX))
-        return Wish(" ".join(rest[:-2]), kind, _number(rest[-1], unit, *limits), once)
-    if len(rest) >= 2 and (kind := WORDS.get(rest[-1].lower())) in ("high", "low"):
-        return Wish(" ".join(rest[:-1]), kind, 0.0, once)
+    kind = WORDS.get(rest[-2].lower()) if len(rest) >= 3 else None
+    if kind is not None and kind != "feed" and FORMS[kind].most:
+        return Wish(" ".join(rest[:-2]), kind, _number(rest[-1], kind), once)
     if len(rest) >= 2:
-        last = rest[-1].lower()
+        symbol, last = " ".join(rest[:-1]), rest[-1].lower()
+        if (word := WORDS.get(last)) is not None and not FORMS[word].most:
+            return Wish(symbol, word, 0.0, once)
         if last.endswith("%"):
-            return Wish(" ".join(rest[:-1]), "move", _number(last, "%", 0.05, 100.0), once)
+            return Wish(symbol, "move", _number(last, "move"), once)
         if glued := re.fullmatch(r"([<>])=?(.+)", last):
-            return Wish(" ".join(rest[:-1]), WORDS[glued[1]], _number(glued[2], "", 0.0001, PRICE_MAX), once)
-        if WORDS.get(last) is None:
-            return Wish(" ".join(rest[:-1]), "cross", _number(last, "", 0.0001, PRICE_MAX), once)
+            return Wish(symbol, WORDS[glued[1]], _number(glued[2], WORDS[glued[1]]), once)
+        if word is None:
+            return Wish(symbol, "cross", _number(last, "cross"), once)
     raise UsageError("that is no alert", USAGE)
 
 
-def _number(text: str, unit: str, least: float, most: float) -> float:
-    """`1,600.50`, `2%`, `5x`, `30s`. Raises UsageError."""
+def _number(text: str, kind: Kind) -> float:
+    """`1,600.50`, `2%`, `5x`, `30s`, within the kind's bounds. Raises UsageError."""
+    form = FORMS[kind]
     plain = text.lower().replace(",", "").replace("₹", "")
-    if unit:
-        plain = plain.removesuffix(unit).removesuffix("×")
+    if form.unit:
+        plain = plain.removesuffix(form.unit).removesuffix("×")
     try:
-        value = abs(float(plain)) if unit == "%" else float(plain)
+        value = abs(float(plain)) if form.unit == "%" else float(plain)  # -2% moves as far as 2%
     except ValueError:
         value = math.nan
-    if not least <= value <= most:
-        raise UsageError(f"{text[:20]!r} is not a number from {least:g} to {most:g}", USAGE)
+    if not form.least <= value <= form.most:
+        raise UsageError(f"{text[:20]!r} is not a number from {form.least:g} to {form.most:g}", USAGE)
     return value

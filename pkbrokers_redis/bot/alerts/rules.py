@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from pkbrokers_redis.bot.alerts.model import Alert
+from pkbrokers_redis.bot.alerts.model import Alert, Kind
 from pkbrokers_redis.bot.text import count, money, percent
+from pkbrokers_redis.core.india import IST_MS
 
 MINUTE_MS = 60_000
 DAY_MS = 86_400_000
-IST_MS = 19_800_000
 MINUTES_AVERAGED = 20
 MINUTES_NEEDED = 5  # below it there is no usual volume to compare with
 COME_BACK_PART = 0.0025
@@ -198,16 +198,20 @@ class Extreme(Watch):
         return None
 
 
+# Every kind but `feed`, which no tick decides: see `feed.py`.
+RULES: dict[Kind, type[Level | Move | Volume | Extreme]] = {
+    "above": Level, "below": Level, "cross": Level, "move": Move, "volume": Volume,
+    "high": Extreme, "low": Extreme,
+}  # fmt: skip
+
+
 def watch_of(alert: Alert, state: Sequence[Any] = ()) -> Watch:
     """The rule of an alert's kind, going on from a remembered state; anew where that is not readable."""
-    kinds: dict[str, type[Move | Volume | Extreme | Level]] = {
-        "move": Move, "volume": Volume, "high": Extreme, "low": Extreme,
-    }  # fmt: skip
-    made = kinds.get(alert.kind, Level)
+    rule = RULES[alert.kind]
     try:
-        return made(alert, state)
+        return rule(alert, state)
     except (ValueError, TypeError, IndexError):  # a foreign hand's
-        return made(alert)
+        return rule(alert)
 
 
 def first_state(alert: Alert, quote: dict[str, Any], minutes: Sequence[float]) -> list[Any]:

@@ -1,1 +1,1 @@
-"""One file a command; `registry.NAMES` is their table. docs/adding.md shows a new one in ten lines."""
+"""One file per command; `registry.NAMES` is their table. docs/adding.md shows a new one in ten lines."""

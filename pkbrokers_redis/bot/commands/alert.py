@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from pkbrokers_redis.bot.alerts.model import USAGE, Alert, parse
+from pkbrokers_redis.bot.alerts.model import USAGE, Alert, Wish, parse
 from pkbrokers_redis.bot.alerts.rules import MINUTES_AVERAGED, first_state
 from pkbrokers_redis.bot.ask import Ask
 from pkbrokers_redis.bot.registry import Command
@@ -25,23 +25,23 @@ async def alert(ask: Ask) -> None:
 
 async def _add(ask: Ask) -> None:
     wish = parse(ask.words)
-    made = await ask.read(_keep, ask, wish.symbol, wish.kind, wish.value, wish.once)
+    made = await ask.read(_keep, ask, wish)
     ask.services.alerts_changed()
     name = f"<b>{escape(made.symbol)}</b> " if made.symbol else ""
     await ask.reply(f"Alert {made.id}: {name}{escape(made.condition)}. /alert lists yours.")
 
 
-def _keep(ask: Ask, symbol: str, kind: str, value: float, once: bool) -> Alert:
+def _keep(ask: Ask, wish: Wish) -> Alert:
     store = ask.services.store
-    token, name = resolve_word(store, symbol) if symbol else (0, "")
-    wish = Alert(0, ask.chat_id, ask.user_id, token, name, kind, value, once, time.time())  # type: ignore[arg-type]
+    token, name = resolve_word(store, wish.symbol) if wish.symbol else (0, "")
+    made = Alert(0, ask.chat_id, ask.user_id, token, name, wish.kind, wish.value, wish.once, time.time())
     state = []
     if token:
         minutes: list[float] = []
-        if kind == "volume" and "1m" in store.intervals:
+        if wish.kind == "volume" and "1m" in store.intervals:
             minutes = [candle.volume for candle in store.get_candles(token, "1m", MINUTES_AVERAGED)]
-        state = first_state(wish, store.get_quote(token), minutes)
-    return ask.services.alerts.add(wish, state)
+        state = first_state(made, store.get_quote(token), minutes)
+    return ask.services.alerts.add(made, state)
 
 
 async def _list(ask: Ask) -> None:

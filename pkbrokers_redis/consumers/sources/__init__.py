@@ -1,1 +1,1 @@
-"""Where `InstrumentDataManager` gets candles from: one file a source, one row each in `table.py`."""
+"""Where `InstrumentDataManager` gets candles from: one file per source, one row each in `table.py`."""

@@ -1,7 +1,7 @@
 """When each instrument last ticked, and how often it usually does: that tells a mute from an illiquid one.
 
-One row an instrument in numpy arrays. The writer notes what it parses, ~20 µs a frame; nobody else writes. As
-parsed frames are the measure of time here, a writer that waits for Redis makes nobody look silent.
+One row per instrument in numpy arrays. The writer notes what it parses, ~20 µs per frame; nobody else writes.
+As parsed frames are the measure of time here, a writer that waits for Redis makes nobody look silent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Ints = npt.NDArray[np.int64]
 LEARNING = 0.1  # weight of the latest interval in the usual one
 INTERVAL_MS_MAX = 600_000  # a longer one is a night or an outage, not the instrument's way
 CANARIES_MAX = 20  # most active ones of a feed, beside its indices
-CANARY_USUAL_MS_MAX = 5_000  # who ticks more seldom is no canary
+CANARY_USUAL_MS_MAX = 5_000  # what ticks more seldom is no canary
 CANARY_TICKS_MIN = 20  # before that we do not know its way
 SILENT_TIMES = 10  # a canary is silent after so many times its usual interval
 
@@ -47,7 +47,7 @@ class Silence:
     illiquid: tuple[int, ...] = ()
 
 
-class Pulse:
+class TickActivity:
     """All instruments this worker may read. `schedule_of` gives a token's schedule id."""
 
     def __init__(self, schedule_of: Callable[[int], int]) -> None:

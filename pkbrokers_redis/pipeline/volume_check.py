@@ -1,13 +1,15 @@
-"""Does it add up? An instrument's candle volumes sum up to its last cumulative volume minus the baseline."""
+"""Do the volumes add up? An instrument's candles sum up to its last cumulative volume minus the baseline."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import redis
 
+from pkbrokers_redis.core.intervals import DAY, Interval
 from pkbrokers_redis.core.keys import Keys
 
 INSTRUMENTS_AT_ONCE = 500
@@ -24,6 +26,11 @@ class VolumeCheck:
     wrong: dict[int, tuple[float, float]] = field(default_factory=dict)
     cut: int = 0
     odd: int = 0
+
+
+def widest(intervals: Sequence[Interval]) -> Interval:
+    """The interval whose list reaches back furthest, `day` aside: its rows are the most to add up."""
+    return max(intervals, key=lambda each: each.seconds * each.keep if each.name != DAY else 0)
 
 
 def check_volumes(

@@ -1,4 +1,4 @@
-"""The feed doctor's shell: every half second it looks at each feed being read, and acts on the verdict.
+"""Looks at each feed that is read, twice a second, has the feed doctor judge it, and acts on the verdict.
 
 A line is logged when a verdict changes, not while it lasts; `feed_state` in the heartbeat has the last ones.
 """
@@ -10,21 +10,22 @@ from collections import Counter
 from collections.abc import Callable
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.core.india import IST_MS
 from pkbrokers_redis.core.sessions import Sessions
 from pkbrokers_redis.pipeline.feed_doctor import ILLIQUID_MS, FeedDoctor, Signs, Verdict
 from pkbrokers_redis.pipeline.gaps import Outage
-from pkbrokers_redis.pipeline.pulse import Pulse, Silence
 from pkbrokers_redis.pipeline.readers import Reading
+from pkbrokers_redis.pipeline.tick_activity import Silence, TickActivity
 
 log = logs.get("doctor")
 
 LOOK_SECONDS = 0.5
 NAMES_MAX = 5  # instruments named in a line
-DAY_MS, IST_OFFSET_MS = 86_400_000, 19_800_000
+DAY_MS = 86_400_000
 ALARMING = {"mute", "partly_mute", "expired", "rate_limited"}
 
 
-class _Patient:
+class _WatchedFeed:
     """One feed's doctor, and what was said and seen last."""
 
     def __init__(self, reading: Reading, speed: float) -> None:
@@ -35,13 +36,16 @@ class _Patient:
         self.illiquid_day = 0  # of the last line about illiquid ones
 
 
-class Clinic:
-    """`look` at all `readings()`; `on_silence_over(tokens, outage)` hears of canaries that tick again."""
+class FeedMonitor:
+    """`look` at all `readings()`; `on_silence_over(tokens, outage)` hears of canaries that tick again.
+
+    Canaries are a feed's most active instruments (`tick_activity.py`): when they fall silent, the feed has.
+    """
 
     def __init__(
         self,
         sessions: Sessions,
-        pulse: Pulse,
+        activity: TickActivity,
         *,
         now_ms: Callable[[], float],
         speed: float,
@@ -49,12 +53,12 @@ class Clinic:
         on_silence_over: Callable[[tuple[int, ...], Outage], None],
     ) -> None:
         self._sessions = sessions
-        self._pulse = pulse
+        self._activity = activity
         self._now_ms = now_ms
         self._speed = speed
         self._readings = readings
         self._on_silence_over = on_silence_over
-        self._patients: dict[int, _Patient] = {}
+        self._watched: dict[int, _WatchedFeed] = {}
         self._counts: Counter[str] = Counter()
 
     def run(self, stop: threading.Event) -> None:
@@ -66,30 +70,32 @@ class Clinic:
         """One round: a verdict for each feed, and what follows from it."""
         now_ms = self._now_ms()
         readings = {reading.feed.number: reading for reading in self._readings()}
-        patients: dict[int, _Patient] = {}
+        watched: dict[int, _WatchedFeed] = {}
         for number, reading in readings.items():
-            known = self._patients.get(number)
-            patients[number] = known if known and known.reading is reading else _Patient(reading, self._speed)
-        self._patients = patients
+            known = self._watched.get(number)
+            watched[number] = (
+                known if known and known.reading is reading else _WatchedFeed(reading, self._speed)
+            )
+        self._watched = watched
         opened_ms = [self._opened_ms(schedule, now_ms) for schedule in range(len(self._sessions.schedules))]
-        for patient in patients.values():
-            self._look_at(patient, opened_ms, now_ms)
+        for feed in watched.values():
+            self._look_at(feed, opened_ms, now_ms)
 
     def figures(self) -> dict[str, object]:
         """`feed_state`, `0:ok,1:mute`, and how often each trouble began and was treated."""
-        states = sorted((number, patient.verdict.state) for number, patient in self._patients.items())
+        states = sorted((number, feed.verdict.state) for number, feed in self._watched.items())
         counts = {f"doctor_{name}": count for name, count in sorted(self._counts.items())}
         return {"feed_state": ",".join(f"{number}:{state}" for number, state in states), **counts}
 
-    def _look_at(self, patient: _Patient, opened_ms: list[float | None], now_ms: float) -> None:
-        reading, life = patient.reading, patient.reading.life
+    def _look_at(self, feed: _WatchedFeed, opened_ms: list[float | None], now_ms: float) -> None:
+        reading, life = feed.reading, feed.reading.life
         silence = Silence()
         if reading.socket.state == "connected":
-            silent_ms_min = patient.doctor.silent_ms_min
-            silence = self._pulse.silence(
+            silent_ms_min = feed.doctor.silent_ms_min
+            silence = self._activity.silence(
                 reading.feed.number, opened_ms, reading.connected_ms, silent_ms_min, ILLIQUID_MS
             )
-        opened = [opened_ms[schedule] for schedule in self._pulse.schedules(reading.feed.number)]
+        opened = [opened_ms[schedule] for schedule in self._activity.schedules(reading.feed.number)]
         signs = Signs(
             reading.socket.state,
             reading.connected_ms,
@@ -100,18 +106,18 @@ class Clinic:
             silence.canaries,
             tuple(token for token, _ in silence.silent),
         )
-        verdict = patient.doctor.look(signs, now_ms)
-        self._tell(patient, verdict)
+        verdict = feed.doctor.look(signs, now_ms)
+        self._tell(feed, verdict)
         self._act(reading, verdict)
-        self._follow_silence(patient, verdict, dict(silence.silent))
-        self._mention_illiquid(patient, silence, now_ms)
+        self._follow_silence(feed, verdict, dict(silence.silent))
+        self._mention_illiquid(feed, silence, now_ms)
 
     def _opened_ms(self, schedule: int, now_ms: float) -> float | None:
         windows = self._sessions.day(schedule, int(now_ms)).windows
         return next((float(opened) for opened, closed in windows if opened <= now_ms < closed), None)
 
-    def _tell(self, patient: _Patient, verdict: Verdict) -> None:
-        before, patient.verdict = patient.verdict, verdict
+    def _tell(self, feed: _WatchedFeed, verdict: Verdict) -> None:
+        before, feed.verdict = feed.verdict, verdict
         is_new = verdict.state != before.state
         if not is_new and (verdict.action == "none" or verdict.action == before.action):
             return
@@ -119,7 +125,7 @@ class Clinic:
             self._counts[verdict.state] += verdict.state in ALARMING
         tell = log.warning if verdict.state in ALARMING else log.info
         tell(
-            f"feed_{verdict.state}", feed=patient.reading.feed.number, action=verdict.action, why=verdict.why,
+            f"feed_{verdict.state}", feed=feed.reading.feed.number, action=verdict.action, why=verdict.why,
             **({"tokens": _some(verdict.tokens)} if verdict.tokens else {}),
         )  # fmt: skip
 
@@ -134,28 +140,28 @@ class Clinic:
         else:
             reading.socket.reconnect("some instruments are silent")
 
-    def _follow_silence(self, patient: _Patient, verdict: Verdict, silent: dict[int, float]) -> None:
+    def _follow_silence(self, feed: _WatchedFeed, verdict: Verdict, silent: dict[int, float]) -> None:
         """Canaries that tick again had an outage of their own."""
         if verdict.state == "partly_mute":
             for token, last_ms in silent.items():
                 if last_ms:
-                    patient.silenced.setdefault(token, last_ms)
+                    feed.silenced.setdefault(token, last_ms)
         back = {
-            token: self._pulse.last_ms(token)
-            for token, last_ms in patient.silenced.items()
-            if self._pulse.last_ms(token) > last_ms
+            token: self._activity.last_ms(token)
+            for token, last_ms in feed.silenced.items()
+            if self._activity.last_ms(token) > last_ms
         }
         if back:
-            since_ms = min(patient.silenced.pop(token) for token in back)
+            since_ms = min(feed.silenced.pop(token) for token in back)
             self._on_silence_over(tuple(sorted(back)), Outage(int(since_ms), int(max(back.values()))))
 
-    def _mention_illiquid(self, patient: _Patient, silence: Silence, now_ms: float) -> None:
+    def _mention_illiquid(self, feed: _WatchedFeed, silence: Silence, now_ms: float) -> None:
         """Once a day: instruments that nobody trades are no fault."""
-        today = int(now_ms + IST_OFFSET_MS) // DAY_MS
-        if silence.illiquid and patient.illiquid_day != today:
-            patient.illiquid_day = today
+        today = int(now_ms + IST_MS) // DAY_MS
+        if silence.illiquid and feed.illiquid_day != today:
+            feed.illiquid_day = today
             log.info(
-                "instruments_illiquid", feed=patient.reading.feed.number, action="none",
+                "instruments_illiquid", feed=feed.reading.feed.number, action="none",
                 instruments=len(silence.illiquid), tokens=_some(silence.illiquid),
                 why=f"no tick for {ILLIQUID_MS / 60_000:.0f} min in an open market, others tick",
             )  # fmt: skip
