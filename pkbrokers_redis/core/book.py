@@ -22,7 +22,7 @@ from pkbrokers_redis.core import closing
 from pkbrokers_redis.core import tables as t
 from pkbrokers_redis.core.buckets import bucket_end_s
 from pkbrokers_redis.core.intervals import Interval
-from pkbrokers_redis.core.model import AT_MS, BATCH_WIDTH, LAST_PRICE, OI, TIME_MS, VOLUME, TickArray
+from pkbrokers_redis.core.model import AT_MS, LAST_PRICE, OI, TIME_MS, VOLUME, TickArray
 from pkbrokers_redis.core.sessions import Sessions
 
 WINDOWS_MAX = 4  # trading windows of one day; MCX has two, NSE with the closing auction two
@@ -55,7 +55,7 @@ class LateTick(NamedTuple):
     quantity: float
     volume: float
     oi: float
-    volume_after: float  # cumulative volume before the oldest candle in the slots; NaN: another day
+    volume_after: float  # cumulative volume before the oldest candle in the slots then; NaN: another day
     oldest_start: int
 
 
@@ -105,7 +105,7 @@ class Book:
             dirty=np.zeros(instruments, np.int64),
             is_dirty=np.zeros(instruments, np.int64),
             evicted=np.zeros((LOG_START, ch.EVICTED_WIDTH)),
-            late=np.zeros((LOG_START, 2 + BATCH_WIDTH)),
+            late=np.zeros((LOG_START, t.LATE_WIDTH)),
         )
         self.tables.marks[t.NEXT_DUE] = np.inf
         self._scratch = scratch or ch.Scratch()
@@ -216,17 +216,15 @@ class Book:
         b.marks[t.LATE_SIZE] = 0
         for record in b.late[:n].copy():
             i, k, tick = int(record[0]), int(record[1]), record[2:]
-            oldest = b.slots[i, k, self.slots - 1]
             time_ms = int(tick[TIME_MS])
             day = self.sessions.day(int(b.schedule[i]), time_ms)
             length = self.intervals[k].seconds
             anchor = day.anchor_ms // 1000
             start = anchor + (time_ms // 1000 - anchor) // length * length if length else anchor
-            same_day = int(oldest[t.DAY]) * 1000 == day.day_start_ms
             yield LateTick(
                 int(b.tokens[i]), k, start,
                 float(tick[LAST_PRICE]), float(tick[2]), float(tick[VOLUME]), float(tick[OI]),
-                float(oldest[t.BASE]) if same_day else np.nan, int(oldest[t.START]),
+                float(record[-1]), int(record[-2]),
             )  # fmt: skip
 
     def odd_ticks(self, ticks: TickArray) -> dict[str, list[float]]:

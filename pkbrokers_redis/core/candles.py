@@ -26,7 +26,7 @@ from pkbrokers_redis.core.model import (
     VOLUME,
 )
 from pkbrokers_redis.core.ring import place_in_ring, put_in_ring
-from pkbrokers_redis.core.slots import flag_of, mark_partial, rebase, slot_for
+from pkbrokers_redis.core.slots import flag_of, mark_partial, raise_base, rebase, slot_for
 from pkbrokers_redis.core.tables import (
     ANSWERED_FROM,
     ANSWERED_TO,
@@ -157,13 +157,8 @@ def _merge(
         elif volume > top:
             slots[i, k, s, TOP] = volume
             change = max(change, 1)
-            newer = s - 1
-            if s > 0 and not is_day and slots[i, k, newer, DAY] == slots[i, k, s, DAY]:
-                if volume > slots[i, k, newer, BASE]:  # what it gains the next one loses: the sum stays
-                    slots[i, k, newer, BASE] = volume
-                    slots[i, k, newer, TOP] = max(slots[i, k, newer, TOP], volume)
-                    slots[i, k, newer, DIRTY] = 1.0
-                    change = 2
+            if s > 0 and not is_day and raise_base(slots, i, k, s - 1, slots[i, k, s, DAY], volume):
+                change = 2
     if is_day and tick[DAY_HIGH] == tick[DAY_HIGH] and tick[DAY_LOW] == tick[DAY_LOW]:
         if tick[DAY_OPEN] == tick[DAY_OPEN]:
             slots[i, k, s, OPEN] = tick[DAY_OPEN]
@@ -321,8 +316,14 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
             b.counts[C_DEEP_LATE] += 1
             n = int(marks[LATE_SIZE])
             b.late[n, 0], b.late[n, 1] = i, k
-            b.late[n, 2:] = tick
+            b.late[n, 2:-2] = tick
+            oldest = slots.shape[2] - 1
+            same_day = slots[i, k, oldest, DAY] == day_s
+            b.late[n, -2] = slots[i, k, oldest, START]
+            b.late[n, -1] = slots[i, k, oldest, BASE] if same_day else np.nan
             marks[LATE_SIZE] = n + 1
+            if length != 0 and raise_base(slots, i, k, oldest, day_s, volume):
+                level = 2
             continue
         change = _merge(slots, i, k, s, tick, time, known, length == 0, newest_oi)
         if high_before == high_before or low_before == low_before:

@@ -38,7 +38,7 @@ def amend(rows: list[bytes], tick: LateTick, is_day: bool, *, keep: int, flag: s
     """The rows of a candle list (oldest first, as text) that one late tick changes, with their new text.
 
     Nothing when the tick is older than a list of `keep` rows, or changes no row. Rows of a foreign hand are
-    passed over. What a row gains in volume, the next one loses. A row that is new gets `flag` ("" for a
+    passed over. What a row gains in volume, the next ones lose. A row that is new gets `flag` ("" for a
     whole candle).
     """
     parsed = [row for row in map(parse_row, rows) if row is not None]
@@ -49,13 +49,18 @@ def amend(rows: list[bytes], tick: LateTick, is_day: bool, *, keep: int, flag: s
     after = [n for n in range(place, len(starts)) if tick.start < starts[n] < tick.oldest_start]
     volume_end = tick.volume_after - math.fsum(number(parsed[n][VOLUME]) for n in after)
     gained = 0.0
-    if not math.isnan(tick.volume + volume_end):
-        gained = round(max(0.0, tick.volume - volume_end), 8)
-    taken_from = parsed[after[0]] if after and not is_day else None
-    if taken_from is not None:
-        gained = min(gained, number(taken_from[VOLUME]))
-    elif not is_day:
-        gained = 0.0  # its successor is in the book and already owns that volume
+    losers: list[Row] = []
+    if not is_day and not math.isnan(tick.volume + volume_end):
+        gained = max(0.0, tick.volume - tick.volume_after)  # the book has taken it out of the slots
+        left = tick.volume - volume_end - gained
+        for row in (parsed[n] for n in after):
+            taken = round(min(left, number(row[VOLUME])), 8)
+            if taken <= 0:
+                break
+            row[VOLUME] = round(number(row[VOLUME]) - taken, 8)
+            gained, left = gained + taken, left - taken
+            losers.append(row)
+        gained = round(gained, 8)
 
     changed: list[Row] = []
     is_new = False
@@ -68,9 +73,7 @@ def amend(rows: list[bytes], tick: LateTick, is_day: bool, *, keep: int, flag: s
         p = tick.price
         is_new = True
         changed.append([tick.start, p, p, p, p, gained, oi, 1, *([flag] if flag else [])])
-    if gained and taken_from is not None:
-        taken_from[VOLUME] = round(number(taken_from[VOLUME]) - gained, 8)
-        changed.append(taken_from)
+    changed += losers
     return [
         Amended(int(number(row[START])), row_text(row), is_new and n == 0) for n, row in enumerate(changed)
     ]

@@ -105,6 +105,20 @@ def slot_for(
 
 
 @compiled
+def raise_base(slots: Floats, i: int, k: int, s: int, day_s: float, volume: float) -> bool:
+    """Rule 1: the volume an older candle gains, slot s and newer ones lose: the sum stays. False: none."""
+    changed = False
+    for newer in range(s, -1, -1):
+        if slots[i, k, newer, DAY] != day_s or not volume > slots[i, k, newer, BASE]:
+            break
+        slots[i, k, newer, BASE] = volume
+        slots[i, k, newer, TOP] = max(slots[i, k, newer, TOP], volume)
+        slots[i, k, newer, DIRTY] = 1.0
+        changed = True
+    return changed
+
+
+@compiled
 def flag_of(start: int, end: int, inst: Floats) -> int:
     """Rule 8: partial, if we began to watch inside it or our baseline holds volume traded inside it, unless
     history has told us of it from its start; gap, if the feed was down inside it."""

@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from numba import njit
 
+from pkbrokers_redis.core.model import BATCH_WIDTH
+
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
@@ -36,6 +38,7 @@ RING_MAX = 16  # statements; Kite sends about one a second, the grace is 2 s
     OPEN_TIME, OPEN_VOLUME, CLOSE_TIME, CLOSE_VOLUME, REV, COMPLETE, LISTED, DIRTY, ANNOUNCE,
 ) = range(21)  # fmt: skip
 SLOT_WIDTH = 21
+LATE_WIDTH = 2 + BATCH_WIDTH + 2
 # `marks`: the tables' own scalars
 WATERMARK, NEXT_DUE, INSTRUMENTS, DIRTY_SIZE, EVICTED_SIZE, LATE_SIZE, DAYS, LAST_DAY = range(8)
 # `counts`: what became of the ticks
@@ -81,7 +84,7 @@ class Tables(NamedTuple):
     dirty: Ints  # [N] instruments changed since the last collect, in order
     is_dirty: Ints  # [N] 1 changed, 2 its interval marks too
     evicted: Floats  # [E, 2 + SLOT_WIDTH] instrument, interval, slot: candles that left the slots
-    late: Floats  # [L, 12] instrument, interval, tick: older than every slot
+    late: Floats  # [L, LATE_WIDTH] instrument, interval, tick older than all slots; oldest slot's START, BASE
 
 
 @compiled

@@ -84,12 +84,17 @@ def test_the_sum_of_volumes_never_changes() -> None:
     rows = [minute(0, 100, 101, 99, 100), minute(2, 100, 101, 99, 100, volume=20)]
     for volume in (900, 1_010, 1_011, 1_025, 1_030, 5_000):
         after = {row[0]: row for row in [*rows, *amended(rows, late(1, 98, volume))]}
-        assert sum(row[5] for row in after.values()) == 30, volume
+        from_slots = max(0, volume - 1_030)  # what the book takes out of the candles it holds
+        assert sum(row[5] for row in after.values()) == 30 + from_slots, volume
         assert all(row[5] >= 0 for row in after.values())
 
 
-def test_with_its_successor_in_the_slots_it_takes_no_volume() -> None:
-    assert amended(THREE, late(2, 103, 1_031)) == [minute(2, 100, 103, 99, 103, ticks=4)]
+def test_with_its_successor_in_the_slots_it_gains_what_the_book_took_from_that() -> None:
+    assert amended(THREE, late(2, 103, 1_031)) == [minute(2, 100, 103, 99, 103, volume=11, ticks=4)]
+
+
+def test_a_volume_above_all_later_rows_takes_from_each_of_them() -> None:
+    assert [row[5] for row in amended(THREE, late(0, 103, 1_035))] == [35, 0, 0]
 
 
 def test_older_than_a_full_list_is_older_than_what_we_tell() -> None:

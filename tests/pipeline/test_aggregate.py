@@ -714,6 +714,17 @@ def test_very_late_ticks_amend_their_rows_with_a_raised_rev_that_survives_a_rest
     assert sum(row[5] for row in store.rows()) == sum(row[5] for row in first)
 
 
+def test_what_a_very_late_tick_brings_in_volume_its_successor_in_the_slots_loses(store: Store) -> None:
+    for n in range(8):
+        store.send(tick(60 * n + 5, 100, 1_000 + 10 * n))
+    aggregator = store.drain()
+    for life, n in enumerate((5, 4, 3, 5)):
+        store.send(tick(60 * n + 30 + life, 101, 1_000 + 10 * n + 4 + life))
+        aggregator = store.drain(aggregator if life % 2 else None)  # by the same, and by its successor
+    volumes = {(row[0] - START_S) // 60: row[5] for row in store.rows()}
+    assert volumes == {1: 10, 2: 10, 3: 16, 4: 9, 5: 12, 6: 3, 7: 10}
+
+
 def test_a_minute_that_was_empty_gets_its_row_in_its_place(store: Store) -> None:
     for n in (0, 1, 4, 5, 6, 7):
         store.send(tick(60 * n + 5, 100, 1_000 + 10 * n))
