@@ -3,8 +3,8 @@
     python -m benchmarks.snapshots --latency [SECONDS]
 
 9,000 instruments tick once a second over three connections; each phase is as long as the others and has as
-many ends of minutes. In a phase of a kind of snapshot the jobs worker makes one after the other without a
-pause: in fact ticks.json is asked for once a minute, the others after the close.
+many ends of minutes. In the second phase ticks.json is made as on a trading day, once a minute; in those after
+it the jobs worker makes one snapshot after the other without a pause.
 
 A probe's price says when it was handed to the socket. One that the aggregator overtook with a newer one
 before the reader looked counts until that newer one is seen: a stall does not hide what it swallowed.
@@ -42,7 +42,16 @@ FRAME_PACKETS = 100
 LOOK_EVERY_SECONDS = 0.001
 PHASE_SECONDS = 60.0
 SETTLE_SECONDS = 10.0
-KINDS = ("ticks", "pickle", "parquet")
+MINUTE_SECONDS = 60.0
+# What the table calls it, the kind of snapshot, how often one begins (0: when the last one is done).
+PHASES = (
+    ("alone", "", 0.0),
+    ("ticks, one a minute", "ticks", MINUTE_SECONDS),
+    ("ticks", "ticks", 0.0),
+    ("pickle", "pickle", 0.0),
+    ("parquet", "parquet", 0.0),
+    ("alone, again", "", 0.0),
+)
 UNITS = 10**9  # a stamp is tenths of a millisecond, this many at most: what a price of int32 paise holds
 
 Sent = dict[int, list[tuple[int, float]]]  # token → (stamp, when), in order
@@ -51,9 +60,9 @@ Seen = list[tuple[int, int, float]]  # token, stamp, when
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the run; `kind` is "" where nothing but the ticks was at work."""
+    """A stretch of the run."""
 
-    kind: str
+    name: str
     began: float
     ended: float
     took: list[float]  # seconds of each snapshot
@@ -144,12 +153,17 @@ class Reader:
         self._keys = [settings.keys.current(token) for token in probes]
         self._last = dict.fromkeys(probes, -1)
 
-    def watch(self, seconds: float, queue: Any = None, kind: str = "") -> list[float]:
-        """For so long, a snapshot of `kind` at work all the while. Returns the seconds each took."""
+    def watch(
+        self, seconds: float, queue: Any = None, kind: str = "", every_seconds: float = 0.0
+    ) -> list[float]:
+        """For so long, while snapshots of `kind` are made, one begun after the other or every so often.
+
+        Returns the seconds each took.
+        """
         took: list[float] = []
         job: Any = None
         ends_at = time.monotonic() + seconds
-        looks = 0
+        next_at, looks = 0.0, 0
         while time.monotonic() < ends_at or job is not None:
             self._look()
             looks += 1
@@ -157,7 +171,8 @@ class Reader:
                 if job is not None:
                     took.append(_seconds_of(job))
                     job = None
-                if time.monotonic() < ends_at:
+                if next_at <= time.monotonic() < ends_at:
+                    next_at = time.monotonic() + every_seconds
                     job = queue.fetch_job(enqueue(queue, "snapshot", {"kind": kind}, again=True))
             time.sleep(LOOK_EVERY_SECONDS)
         return took
@@ -212,10 +227,10 @@ def run(settings: Settings, client: redis.Redis, seconds: float = PHASE_SECONDS)
             wait_for("the first ticks", lambda: committed(client, settings)[0] > 100)
             reader = Reader(client, settings, probes)
             reader.watch(SETTLE_SECONDS)
-            for name in ("", *KINDS, ""):
+            for name, kind, every_seconds in PHASES:
                 cpu.others()
                 began = time.monotonic()
-                took = reader.watch(seconds, queue, name)
+                took = reader.watch(seconds, queue, kind, every_seconds)
                 phases.append(Phase(name, began, time.monotonic(), took, cpu.others()))
                 reader.watch(2.0)
             ours.send("enough")
@@ -237,4 +252,4 @@ def _print(phases: list[Phase], sent: Sent, seen: Seen) -> None:
         each = f"{np.mean(phase.took):.1f}" if phase.took else ""
         figures = f"{len(delays):,} | {p50:.1f} | {p99:.1f} | {max(delays):.0f}"
         ratios = f"{p50 / alone[0]:.2f} | {p99 / alone[1]:.2f} | {phase.others:.2f}"
-        print(f"| {phase.kind or 'alone'} | {len(phase.took) or ''} | {each} | {figures} | {ratios} |")
+        print(f"| {phase.name} | {len(phase.took) or ''} | {each} | {figures} | {ratios} |")

@@ -6,12 +6,15 @@ Secrets are `SecretStr`, so that no repr, log or traceback shows them.
 
 from __future__ import annotations
 
+import difflib
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import platformdirs
+from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -162,6 +165,22 @@ class Settings(BaseSettings):
 def env_name(field: str) -> str:
     """`close_grace_seconds` → `PKB_CLOSE_GRACE_SECONDS`."""
     return "PKB_INTERVALS" if field == "intervals_text" else f"PKB_{field.upper()}"
+
+
+def set_names() -> dict[str, str]:
+    """`PKB_…` variables that are set and not empty, in upper case → where: `environment` or `.env`."""
+    found = dict.fromkeys((name.upper() for name, value in dotenv_values(".env").items() if value), ".env")
+    found |= dict.fromkeys((name.upper() for name, value in os.environ.items() if value), "environment")
+    return {name: place for name, place in found.items() if name.startswith("PKB_")}
+
+
+def unknown_names() -> dict[str, str]:
+    """Those that are set and no settings → the setting that was probably meant, or ""."""
+    known = [env_name(field) for field in Settings.model_fields]
+    return {
+        name: next(iter(difflib.get_close_matches(name, known, 1)), "")
+        for name in sorted(set_names().keys() - known)
+    }
 
 
 def load_settings(**overrides: Any) -> Settings:

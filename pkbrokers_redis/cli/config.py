@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import os
 import re
 from typing import Any
 from urllib.parse import urlsplit
 
-from dotenv import dotenv_values
 from pydantic import SecretStr
 
 from pkbrokers_redis.cli.output import AsCsv, AsJson, choose, emit, note
-from pkbrokers_redis.settings import Settings, env_name, load_settings
+from pkbrokers_redis.settings import Settings, env_name, load_settings, set_names, unknown_names
 
 MASK = "********"
 COLUMNS = ("name", "value", "source", "description")
@@ -23,19 +20,16 @@ def config(as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """Print all settings with their values and sources; secrets are masked."""
     form = choose(as_json, as_csv)
     settings = load_settings()
-    in_file = {name.upper() for name, value in dotenv_values(".env").items() if value}
-    in_env = {name.upper() for name, value in os.environ.items() if value}
+    places = set_names()
     rows: list[dict[str, Any]] = []
     for field, info in Settings.model_fields.items():
         name = env_name(field)
-        source = "environment" if name in in_env else ".env" if name in in_file else "default"
+        source = places.get(name, "default")
         value = shown(getattr(settings, field), is_url=field.endswith("url"))
         rows.append({"name": name, "value": value, "source": source, "description": info.description})
     emit(rows, COLUMNS, form)
-    known = [row["name"] for row in rows]
-    for name in sorted(name for name in in_env | in_file if name.startswith("PKB_") and name not in known):
-        near = difflib.get_close_matches(name, known, 1)
-        note(f"{name} is no setting" + (f": did you mean {near[0]}?" if near else ""))
+    for name, meant in unknown_names().items():
+        note(f"{name} is no setting" + (f": did you mean {meant}?" if meant else ""))
 
 
 def shown(value: Any, is_url: bool) -> Any:

@@ -31,7 +31,7 @@ from pkbrokers_redis.pipeline.health import (
 from pkbrokers_redis.pipeline.health_around import FAILED_JOBS, jobs_well, master_well
 from pkbrokers_redis.pipeline.status import as_dict
 from pkbrokers_redis.pipeline.volume_check import check_volumes, widest
-from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.settings import Settings, load_settings, unknown_names
 from pkbrokers_redis.store import commit, lease
 from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.master import read_manifest
@@ -51,7 +51,7 @@ def doctor(as_json: AsJson = False) -> None:
     Takes a second or more: it looks twice whether shards move, and adds up every instrument's volumes.
     """
     settings = load_settings()
-    findings: list[Finding] = []
+    findings: list[Finding] = [*_misspelt()]
     facts = None
     try:
         require_store(settings)
@@ -79,6 +79,13 @@ def doctor(as_json: AsJson = False) -> None:
         for finding in findings:
             console().print(line(finding))
     raise typer.Exit(EXIT_CODES[health_of(findings)])
+
+
+def _misspelt() -> Iterator[Finding]:
+    """Variables that look like settings of ours and are none."""
+    for name, meant in unknown_names().items():
+        mend = f"did you mean {meant}?" if meant else "unset it; pkb config lists the settings"
+        yield Finding("settings", "warn", f"{name} is no setting", mend)
 
 
 def _around(client: redis.Redis, settings: Settings) -> Iterator[Finding]:

@@ -26,7 +26,7 @@ SKEW_MS_MAX = 1_000  # candles close by the aggregator's clock, 2 s after their 
 MEMORY_PART_MAX = 0.9
 STREAM_PART_MAX = 0.5  # of the hard cap
 NAMES_MAX = 5  # in one line
-FORK_SECONDS_MIN, FORKS_MIN = 30.0, 5  # between two forks of Redis, on average, once it has had so many
+FORK_SECONDS_MIN, FORKS_MIN = 30.0, 10  # between two forks of Redis, on average, once it has had so many
 
 
 class Finding(NamedTuple):

@@ -182,6 +182,7 @@ def ask_for_an_unseen_instrument(client: redis.Redis, settings: Settings) -> Non
             "quotes",
             "1 of 1 instruments have no quote",
         ),
+        (lambda *_: None, {"PKB_SHARD": "9"}, "warn", "settings", "did you mean PKB_SHARDS?"),
         (lambda *_: None, {"PKB_INSTRUMENTS": "NOSUCHNAME"}, "warn", "quotes", "unknown symbol"),
     ],
 )
