@@ -3,8 +3,8 @@
     python -m benchmarks.snapshots --latency [SECONDS]
 
 9,000 instruments tick once a second over three connections; each phase is as long as the others and has as
-many ends of minutes. In the second phase ticks.json is made as on a trading day, once a minute; in those after
-it the jobs worker makes one snapshot after the other without a pause.
+many ends of minutes. In the second phase ticks.json is made as on a trading day, once a minute; in those
+after it the jobs worker makes one snapshot after the other without a pause.
 
 A probe's price says when it was handed to the socket. One that the aggregator overtook with a newer one
 before the reader looked counts until that newer one is seen: a stall does not hide what it swallowed.

@@ -7,7 +7,7 @@
     +--------+------+--------+-----------------+
 
 `kind` is the websocket opcode: 1 text, 2 binary. Append-only: a writer that was killed leaves at most a
-cut-off last record, which readers skip and the next writer removes. A name that ends in `.gz` is gzipped.
+cut-off last record, which readers skip with a warning and the next writer removes. A name that ends in `.gz` is gzipped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, cast
 
+from pkbrokers_redis import logs
 from pkbrokers_redis.core.errors import InputFileError
+
+log = logs.get("capture")
 
 MAGIC = b"PKBCAP1\n"
 KIND_TEXT, KIND_BINARY = 1, 2
@@ -94,7 +97,10 @@ def read_capture(path: Path | str) -> Iterator[tuple[int, int, bytes]]:
 def _records(file: IO[bytes], path: Path | str) -> Iterator[tuple[int, int, bytes]]:
     if _read(file, len(MAGIC)) != MAGIC:
         raise InputFileError(f"{path} is no capture", "give a file made by `pkb record`")
-    while len(head := _read(file, _RECORD.size)) == _RECORD.size:
+    while head := _read(file, _RECORD.size):
+        if len(head) < _RECORD.size:
+            _warn_of_cut(path)
+            return
         at_ms, kind, length = _RECORD.unpack(head)
         if length > FRAME_BYTES_MAX or kind not in (KIND_TEXT, KIND_BINARY):
             raise InputFileError(
@@ -102,6 +108,7 @@ def _records(file: IO[bytes], path: Path | str) -> Iterator[tuple[int, int, byte
             )
         frame = _read(file, length)
         if len(frame) < length:
+            _warn_of_cut(path)
             return
         yield at_ms, kind, frame
 
@@ -110,7 +117,12 @@ def _read(file: IO[bytes], size: int) -> bytes:
     try:
         return file.read(size)
     except (EOFError, zlib.error):  # a gzip member that was cut off
+        _warn_of_cut(file.name)
         return b""
+
+
+def _warn_of_cut(path: Path | str) -> None:
+    log.warning("capture_cut", file=str(path), why="its last record is not whole: the others are read")
 
 
 def _ends_early(path: Path) -> bool:
