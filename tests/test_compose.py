@@ -102,6 +102,12 @@ def test_redis_keeps_what_it_has(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
+def test_jobs_give_way_to_what_serves_the_ticks(file: str) -> None:
+    weights = {name: service.get("cpu_shares", 1024) for name, service in services(file).items()}
+    assert weights.pop("jobs") < min(weights.values())
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_a_worker_gets_more_time_to_stop_than_it_takes_to_drain(file: str) -> None:
     for service in services(file).values():
         if is_ours(service):

@@ -7,7 +7,8 @@
     +--------+------+--------+-----------------+
 
 `kind` is the websocket opcode: 1 text, 2 binary. Append-only: a writer that was killed leaves at most a
-cut-off last record, which readers skip with a warning and the next writer removes. A name that ends in `.gz` is gzipped.
+cut-off last record, which readers skip with a warning and the next writer removes. A name that ends in `.gz`
+is gzipped.
 """
 
 from __future__ import annotations
