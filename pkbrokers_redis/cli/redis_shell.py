@@ -96,7 +96,7 @@ def pretty(reply: Any, indent: str = "") -> str:
 
 
 def raw(reply: Any) -> str:
-    """A reply for pipes: bare values, one a line."""
+    """A reply for pipes: bare values, one per line."""
     if reply is None:
         return ""
     if isinstance(reply, list):

@@ -14,7 +14,7 @@ read in slices, so memory does not grow with their number.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -39,7 +39,6 @@ from pkbrokers_redis.core.errors import InputFileError, PkbError
 from pkbrokers_redis.core.intervals import DAY, find_interval
 from pkbrokers_redis.settings import Settings, load_settings
 
-KINDS = ("ticks", "pickle", "sqlite", "parquet")
 SQLITE_COPY = "stock_data.db"
 ROWS_A_SLICE = 200_000  # at most: 13 MB as arrays, some 60 MB as what is made of them
 MINUTE = "1m"
@@ -96,6 +95,15 @@ class Run:
                 yield bulk.with_rows_only()
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What the caller of `snapshot` chose; each kind takes what concerns it."""
+
+    shape: Shape
+    intervals: list[str]
+    full: bool
+
+
 @contextmanager
 def open_run(
     settings: Settings | None = None, store: CandleStore | None = None, folder: Path | None = None
@@ -127,14 +135,7 @@ def snapshot(
         began = time.monotonic()
         stack.enter_context(exclusively(at.folder / f".snapshot-{kind}.lock"))
         at.made.clear()
-        if kind == "ticks":
-            _ticks(at)
-        elif kind == "pickle":
-            _pickles(at, shape)
-        elif kind == "sqlite":
-            _sqlite(at, full)
-        else:
-            _parquet(at, intervals or [MINUTE, DAY], full)
+        _WRITERS[kind](at, Wanted(shape, intervals or [MINUTE, DAY], full))
         update_manifest(at.folder, at.made)
         told = {
             "kind": kind,
@@ -152,7 +153,7 @@ def snapshot(
         return told
 
 
-def _ticks(run: Run) -> None:
+def _ticks(run: Run, _: Wanted) -> None:
     position, instruments = run.position(), sorted(run.store.instruments())
     first, last = "", ""
     with replacing(run.folder / ticks_json.NAME) as file:
@@ -177,14 +178,14 @@ def _ticks(run: Run) -> None:
     )
 
 
-def _pickles(run: Run, shape: Shape) -> None:
+def _pickles(run: Run, wanted: Wanted) -> None:
     names = run.store.intervals
     if DAY in names:
         dated, latest = pickles.daily_name(run.today), pickles.DAILY_LATEST
-        _pickle(run, DAY, DAILY_ROWS_MAX, shape, (dated, latest))
+        _pickle(run, DAY, DAILY_ROWS_MAX, wanted.shape, (dated, latest))
     if MINUTE in names:
         keep = find_interval(run.settings.intervals, MINUTE).keep
-        _pickle(run, MINUTE, keep, shape, (pickles.intraday_name(run.today), pickles.INTRADAY_LATEST))
+        _pickle(run, MINUTE, keep, wanted.shape, (pickles.intraday_name(run.today), pickles.INTRADAY_LATEST))
 
 
 def _pickle(run: Run, interval: str, count: int, shape: Shape, names: tuple[str, str]) -> None:
@@ -240,11 +241,11 @@ class _OlderDays:
             self._database.close()
 
 
-def _sqlite(run: Run, full: bool) -> None:
+def _sqlite(run: Run, wanted: Wanted) -> None:
     """The live candle file brought up to date, and a whole copy of it for other machines."""
     position = run.position()
     with LocalCandleDatabase(run.folder, run.settings) as database:
-        database.update_from_ticks(run.store, full=full)
+        database.update_from_ticks(run.store, full=wanted.full)
         stats = database.get_stats()
         first, last = database.span()
         with replacing_path(run.folder / SQLITE_COPY) as temporary:
@@ -255,11 +256,11 @@ def _sqlite(run: Run, full: bool) -> None:
     run.made[SQLITE_COPY] = Entry(*told, rows, symbols, first, last, run.made_at(), "sqlite", position)
 
 
-def _parquet(run: Run, intervals: list[str], full: bool) -> None:
-    for name in intervals:
+def _parquet(run: Run, wanted: Wanted) -> None:
+    for name in wanted.intervals:
         interval = find_interval(run.settings.intervals, name)
         position = run.position()
-        since = None if full else _since(run, interval.name)
+        since = None if wanted.full else _since(run, interval.name)
         count = interval.keep
         if since is not None and interval.name == DAY:
             count = min(count, (run.today - since).days + 1)
@@ -291,3 +292,13 @@ def _iso(moment_s: int) -> str:
         return ""
     local = datetime.fromtimestamp(moment_s + KOLKATA_SECONDS, UTC)
     return local.strftime("%Y-%m-%dT%H:%M:%S+05:30")
+
+
+# A new kind is a row; docs/adding.md says what else.
+_WRITERS: dict[str, Callable[[Run, Wanted], None]] = {
+    "ticks": _ticks,
+    "pickle": _pickles,
+    "sqlite": _sqlite,
+    "parquet": _parquet,
+}
+KINDS = tuple(_WRITERS)

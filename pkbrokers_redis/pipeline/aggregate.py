@@ -1,4 +1,4 @@
-"""The aggregator: tick streams in, candles out, one atomic commit a batch and shard.
+"""The aggregator: tick streams in, candles out, one atomic commit per batch and shard.
 
     share   renew the leases, load the shards that are newly ours, drop those that are not (pipeline.shards)
     repair  outages and history's rows of the repair streams, in commits of their own (pipeline.repair)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from pkbrokers_redis.core.model import AT_MS, TickArray
 from pkbrokers_redis.core.text import read_odd_ticks, read_tick_entries
+from pkbrokers_redis.store.ids import is_count
 
 EVIDENCE_BYTES = 120  # of bad input, in a log line
 
@@ -35,7 +36,7 @@ class EntryDecoder:
             fields = fields_of(cells)
             source, seq, at = fields.get(b"src", b""), fields.get(b"seq", b""), fields.get(b"at", b"")
             text = fields.get(b"ticks")
-            if text is None or not source or not _is_count(seq):
+            if text is None or not source or not is_count(seq):
                 self._counts["odd_entries"] += 1
                 evidence = repr(cells)[:EVIDENCE_BYTES]
                 self._tell(
@@ -43,7 +44,7 @@ class EntryDecoder:
                 )
                 text, source, seq = b"[]", b"", b"0"
             texts.append(text)
-            heads.append((entry_id, source, int(seq), float(at) if _is_count(at) else 0.0))
+            heads.append((entry_id, source, int(seq), float(at) if is_count(at) else 0.0))
         if not texts:
             return []
         ticks, counts, odd = read_tick_entries(texts)
@@ -73,7 +74,3 @@ def fields_of(cells: Any) -> dict[bytes, bytes]:
     if isinstance(cells, dict):
         return cells
     return dict(zip(cells[::2], cells[1::2], strict=False)) if cells else {}
-
-
-def _is_count(text: bytes) -> bool:
-    return text.isdigit() and len(text) <= 18

@@ -19,6 +19,7 @@ from pkbrokers_redis.core import changes as ch
 from pkbrokers_redis.core.book import Book, Changes
 from pkbrokers_redis.core.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
 from pkbrokers_redis.core.keys import AGGREGATOR_GROUP, Keys
+from pkbrokers_redis.store.ids import is_count
 from pkbrokers_redis.store.pipe import Pipe
 from pkbrokers_redis.store.replies import is_not_now
 
@@ -60,7 +61,7 @@ def read_position(client: redis.Redis, keys: Keys, shard: int, owner: str, epoch
         raise
     entry_id, read = fields.get(b"id", b"0-0"), fields.get(b"read", b"0")
     commits, repair = fields.get(b"commits", b"0"), fields.get(b"repair", b"0-0")
-    if not _ENTRY_ID.fullmatch(entry_id) or not _is_count(read) or not _is_count(commits):
+    if not _ENTRY_ID.fullmatch(entry_id) or not is_count(read) or not is_count(commits):
         raise PkbError(
             f"{cursor} holds no position in `id`, `read` and `commits`: "
             f"{entry_id[:40]!r}, {read[:40]!r}, {commits[:40]!r}",
@@ -69,13 +70,9 @@ def read_position(client: redis.Redis, keys: Keys, shard: int, owner: str, epoch
     if not _ENTRY_ID.fullmatch(repair):
         raise PkbError(f"{cursor} holds no stream id in `repair`: {repair[:40]!r}", f"HDEL {cursor} repair")
     sources = {
-        name[4:]: int(seq) for name, seq in fields.items() if name.startswith(b"src:") and _is_count(seq)
+        name[4:]: int(seq) for name, seq in fields.items() if name.startswith(b"src:") and is_count(seq)
     }
     return Position(owner, epoch, int(commits), entry_id.decode(), int(read), sources, repair.decode())
-
-
-def _is_count(text: bytes) -> bool:
-    return text.isdigit() and len(text) <= 18
 
 
 def _type_of(client: redis.Redis, key: str) -> str:

@@ -1,4 +1,7 @@
-"""Stream ids, `<ms>-<n>`, in a module of their own: what only compares them must not wait for a compiler."""
+"""Stream ids, `<ms>-<n>`, and counters, as Redis holds them: as text.
+
+In a module of their own: what only compares them must not wait for a compiler.
+"""
 
 from __future__ import annotations
 
@@ -7,3 +10,8 @@ def id_order(entry_id: str) -> tuple[int, int]:
     """A stream id as numbers, to compare it."""
     ms, _, seq = entry_id.partition("-")
     return int(ms), int(seq or 0)
+
+
+def is_count(text: bytes) -> bool:
+    """Whether a field, which a foreign hand may have written, holds a whole number of 18 digits at most."""
+    return text.isdigit() and len(text) <= 18

@@ -94,7 +94,7 @@ def test_a_special_sunday_is_served_from_the_morning_to_the_push(
     save_instruments(client, settings.keys, ROWS)
     fill(client, settings, opened_s)
     # The worker is there before the day begins to pass.
-    lead_s = 4.0
+    lead_s = 8.0
     monkeypatch.setenv("PKB_TIME_SHIFT", f"{begin_s - lead_s * speed},{time.time()},{speed}")
     told = load_settings()
     queue = open_queue(told, client)

@@ -1,4 +1,4 @@
-"""Candles as Parquet, a folder a day and interval, as polars and DuckDB read them:
+"""Candles as Parquet, one folder per interval and day, as polars and DuckDB read them:
 
     parquet/interval=1m/date=2026-11-20/candles.parquet
     token int64 · symbol · start timestamp[us, Asia/Kolkata] · open high low close volume oi double ·
