@@ -3,10 +3,11 @@
     python -m tests.chaos.driver --seconds 600 --seed 7
 
 A simulator feeds ingest workers, aggregators share the shards, a recorder keeps every entry the streams
-acknowledged. Meanwhile a seeded driver kills -9 and stops workers, kills and stalls Redis, drops sockets,
-repeats and swaps frames. At the end the rows of every interval must equal (1) those of an aggregator that
-gets the recorded entries without any fault, and (2) an independent oracle; and every candle must have been
-announced as final exactly once. A seed gives the same faults at the same moments again.
+acknowledged. Meanwhile a seeded driver kills -9 and stops workers, kills and stalls Redis, drops sockets and
+refuses new ones, repeats and swaps frames. At the end the rows of every interval must equal (1) those of an
+aggregator that gets the recorded entries without any fault, and (2) an independent oracle; every candle must
+have been announced as final exactly once; and the flag `gap` must stand exactly where the feed was down,
+which `outages.py` knows from the market. A seed gives the same faults at the same moments again.
 """
 
 from __future__ import annotations
@@ -21,61 +22,37 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import redis
 
-from pkbrokers_redis.core.model import CANDLE_FIELDS
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.pipeline.aggregate import Aggregator
 from pkbrokers_redis.pipeline.replay import lag_entries
 from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.simulator.faults import Faults
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.meta import ensure_meta
-from tests.chaos import oracle
+from tests.chaos import oracle, outages
+from tests.chaos.report import Report, difference
 from tests.chaos.stage import ClusterServers, Recorder, RedisServer, SentinelServers, Worker
 from tests.support import settings_env, wait_until
 
 INSTRUMENTS = 300
 LEASE_SECONDS = 2.0
 PAUSE_SECONDS = (0.3, 2.5)  # between faults
+REFUSALS = 2  # then ingest has waited 3.5 s on average
+WORDS_MAX = 10  # examples of what is wrong, in the report
 # Seconds of frames: an outage goes through the spool, and the longer ones through its quota.
 SCARCE = {"buffer_max_bytes": 1_000_000, "spool_max_bytes": 300_000}
 
 
 TOPOLOGIES = {"single": RedisServer, "sentinel": SentinelServers, "cluster": ClusterServers}
-
-
-@dataclass
-class Report:
-    """What happened, and what it came to. `rows_different` 0 is the proof."""
-
-    seed: int
-    seconds: float
-    faults: Counter[str] = field(default_factory=Counter)
-    entries: int = 0
-    repeated_entries: int = 0
-    ticks: int = 0
-    rows: int = 0
-    rows_different: int = 0
-    rows_in_outages: int = 0  # marked `gap`, else as they should be
-    announced: int = 0
-    announced_twice: int = 0
-    announced_differently: int = 0
-    columns_different: Counter[str] = field(default_factory=Counter)
-    examples: list[str] = field(default_factory=list)
-
-    @property
-    def ok(self) -> bool:
-        """Nothing lost, nothing doubled, no row different."""
-        return (
-            not (self.rows_different or self.announced_twice or self.announced_differently) and self.rows > 0
-        )
 
 
 class Chaos:
@@ -100,7 +77,13 @@ class Chaos:
         (folder / "redis").mkdir()
         self.redis = TOPOLOGIES[topology](folder / "redis")
         rows = universe(INSTRUMENTS)
-        self.kite = SimulatorServer(Market(rows, int(time.time() * 1000), seed=seed), outgoing=self._damage)
+        market = Market(rows, int(time.time() * 1000), seed=seed)
+        self.memory = outages.MarketMemory(market)
+        self._line = Faults(seed=seed)
+        self.kite = SimulatorServer(
+            market, outgoing=self._damage, recorder=self.memory.note, faults=self._line
+        )
+        self._untimely: list[outages.Span] = []  # faults of Redis and ingest, and a while after them
         self.kite.start()
         tokens = folder / "tokens"
         tokens.write_text("\n".join(str(row["instrument_token"]) for row in rows))
@@ -146,6 +129,7 @@ class Chaos:
             "ingest_killed": lambda: self._one("ingest").signal(signal.SIGKILL),
             "ingest_stopped": lambda: self._hang(self._one("ingest"), self.rng.uniform(0.2, 2.0)),
             "sockets_dropped": self.kite.disconnect_all,
+            "feed_refused": self._cut_off,
             **self.redis.faults(self.rng),
         }
         if self.redis.can_go_back:
@@ -160,6 +144,11 @@ class Chaos:
         worker.signal(signal.SIGSTOP)
         time.sleep(seconds)
         worker.signal(signal.SIGCONT)
+
+    def _cut_off(self) -> None:
+        """Cut, and refused the next times: away for some seconds, while other faults go on."""
+        self._line.add("503", count=REFUSALS, on="ws")
+        self.kite.disconnect_all()
 
     # -- the run -----------------------------------------------------------------------------------
 
@@ -210,10 +199,14 @@ class Chaos:
             name = self.rng.choice(names)
             print(f"{self.seconds - (ends - time.monotonic()):6.1f} s  {name}", file=sys.stderr)
             self.report.faults[name] += 1
+            began_ms = time.time() * 1000
             self.faults()[name]()
+            if not name.startswith(("aggregator", "sockets", "feed")):
+                self._untimely.append(outages.Span(began_ms, time.time() * 1000 + outages.BACK_MS))
 
     def _calm(self, client: redis.Redis) -> None:
         """No more faults: everything runs again and applies what there is, for a few seconds."""
+        self._line.clear()
         for worker in self.workers:
             worker.signal(signal.SIGCONT)
             worker.ensure()
@@ -226,9 +219,19 @@ class Chaos:
 
         def quiet() -> bool:
             settled[self._applied(client)] += 1
-            return lag_entries(client, self.settings.keys) == 0 and settled[self._applied(client)] > 30
+            lag = lag_entries(client, self.settings.keys)
+            return lag == 0 and settled[self._applied(client)] > 30 and self._are_repairs_applied(client)
 
         wait_until(quiet, timeout_seconds=120, poll_seconds=0.1, what="the streams to run dry")
+
+    def _are_repairs_applied(self, client: redis.Redis) -> bool:
+        keys = self.settings.keys
+        newest = {shard: client.xrevrange(keys.repairs(shard), count=1) for shard in range(keys.shards)}
+        return all(
+            client.hget(keys.cursor(shard), "repair") == entries[0][0]  # type: ignore[index]
+            for shard, entries in newest.items()
+            if entries
+        )
 
     # -- the verdict -------------------------------------------------------------------------------
 
@@ -237,12 +240,15 @@ class Chaos:
         ours = all_rows(client, settings)
         expected: oracle.Rows = {}
         sessions = load_sessions("always", settings.timezone)
+        arrived: list[tuple[int, oracle.Row]] = []
         for entries in self.recorder.entries.values():
             ticks, repeats = oracle.acknowledged(entries)
             self.report.entries += len(entries)
             self.report.repeated_entries += repeats
-            self.report.ticks += len(ticks)
+            arrived += ticks
             expected |= oracle.candles(ticks, settings.intervals, sessions)
+        self.report.ticks = len(arrived)
+        self._judge_outages(client, ours, arrived)
         calm = self._undisturbed(client)
         self.report.rows = sum(map(len, ours.values()))
         for key in sorted(ours.keys() | expected.keys() | calm.keys()):
@@ -251,17 +257,35 @@ class Chaos:
             ):
                 rows = [each.get(key, {}).get(start) for each in (ours, expected, calm)]
                 if rows[0] is not None and rows[0][-1] == "gap":
-                    # The oracle knows what arrived, not when the feed was down.
+                    # The oracle knows what arrived; when the feed was down has been judged.
                     rows[0] = rows[0][:-1]
                     self.report.rows_in_outages += 1
                 if not rows[0] == rows[1] == rows[2]:
                     self.report.rows_different += 1
-                    self.report.columns_different[_difference(rows)] += 1
-                    if len(self.report.examples) < 10:
+                    self.report.columns_different[difference(rows)] += 1
+                    if len(self.report.examples) < WORDS_MAX:
                         self.report.examples.append(
                             f"{key} {start}: ours {rows[0]} oracle {rows[1]} calm {rows[2]}"
                         )
         self._judge_announcements(client, ours)
+
+    def _judge_outages(
+        self, client: redis.Redis, ours: oracle.Rows, arrived: list[tuple[int, oracle.Row]]
+    ) -> None:
+        """What was lost is told, what is told was so, and the candles show what was told."""
+        settings, report = self.settings, self.report
+        told = [each for entries in self.recorder.repairs.values() for each in outages.notices_of(entries)]
+        lost = outages.losses(self.memory.steps, arrived)
+        report.losses, report.notices = len(lost), len({each[1:] for each in told})
+        report.repairs_unseen = self.recorder.unseen(client)
+        if report.repairs_unseen:
+            return
+        sessions = load_sessions("always", settings.timezone)
+        report.outages_wrong = [
+            *outages.untold(lost, told, {token for token, _ in ours}),
+            *outages.unfounded(told, (at_ms for at_ms, _ in arrived), self._untimely),
+            *outages.wrong_flags(ours, told, settings.intervals, sessions),
+        ][:WORDS_MAX]
 
     def _undisturbed(self, client: redis.Redis) -> oracle.Rows:
         """The recorded entries through one aggregator of another prefix, without a fault."""
@@ -296,19 +320,6 @@ class Chaos:
             self.report.announced_differently += sum(
                 ours[token, interval].get(start) != row for (token, interval, start), row in last.items()
             )
-
-
-def _difference(rows: list[list[Any] | None]) -> str:
-    """Which columns differ, and from what: `oracle ticks`."""
-    ours = rows[0]
-    words = []
-    for name, row in zip(("oracle", "calm"), rows[1:], strict=True):
-        if ours is None or row is None:
-            words.append(f"{name} missing" if row is None else "ours missing")
-        else:
-            columns = (n for n, (a, b) in enumerate(zip(ours, row, strict=False)) if a != b)
-            words += [f"{name} {(*CANDLE_FIELDS, 'flag')[n]}" for n in columns]
-    return ", ".join(words)
 
 
 def all_rows(client: redis.Redis, settings: Settings) -> oracle.Rows:

@@ -224,6 +224,8 @@ class Worker:
     def signal(self, number: signal.Signals) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(number)
+            if number == signal.SIGKILL:
+                self.process.wait()  # else `ensure` may still find it alive
 
     def stop(self) -> None:
         self.signal(signal.SIGCONT)
@@ -238,14 +240,21 @@ class Worker:
 
 
 class Recorder(threading.Thread):
-    """Keeps every entry of the tick streams, in order; registered as a reader, so trimming waits for it."""
+    """Keeps every entry of the tick streams, in order; registered as a reader, so trimming waits for it.
+
+    And those of the repair streams. They are trimmed as soon as they are applied, so one that came while we
+    had no connection may be missing: `unseen` counts those.
+    """
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(daemon=True)
         self._settings = settings
         self.entries: dict[int, list[oracle.Entry]] = {shard: [] for shard in range(settings.shards)}
-        self._last = {settings.keys.ticks(shard): "0-0" for shard in range(settings.shards)}
-        self._shard = {settings.keys.ticks(s).encode(): s for s in range(settings.shards)}
+        self.repairs: dict[int, list[oracle.Entry]] = {shard: [] for shard in range(settings.shards)}
+        self._kept = {settings.keys.ticks(s).encode(): found for s, found in self.entries.items()}
+        self._kept |= {settings.keys.repairs(s).encode(): found for s, found in self.repairs.items()}
+        self._ticks = {settings.keys.ticks(shard).encode() for shard in self.entries}
+        self._last = {key.decode(): "0-0" for key in self._kept}
         self.stop_event = threading.Event()
         self.caught_up = threading.Event()
 
@@ -253,7 +262,7 @@ class Recorder(threading.Thread):
         while not self.stop_event.is_set():
             try:
                 client = connect(self._settings, socket_timeout_seconds=5)
-                for key in self._last:
+                for key in map(self._settings.keys.ticks, self.entries):
                     with contextlib.suppress(redis.ResponseError):
                         client.xgroup_create(key, "recorder", id="0-0", mkstream=True)
                 reader = StreamReader(client)
@@ -265,8 +274,18 @@ class Recorder(threading.Thread):
     def _read(self, client: redis.Redis, reader: StreamReader) -> None:
         reply = reader.read(self._last, READ_COUNT, 200)
         for key, found in reply:
-            self.entries[self._shard[key]] += [fields for _, fields in found]
+            self._kept[key] += [fields for _, fields in found]
             self._last[key.decode()] = found[-1][0].decode()
-            client.xgroup_setid(key, "recorder", found[-1][0])
+            if key in self._ticks:
+                client.xgroup_setid(key, "recorder", found[-1][0])
         if not reply:
             self.caught_up.set()
+
+    def unseen(self, client: redis.Redis) -> int:
+        """Repairs that were written, and not seen here."""
+        count = 0
+        for shard, seen in self.repairs.items():
+            key = self._settings.keys.repairs(shard)
+            with contextlib.suppress(redis.ResponseError):  # no repair, no stream
+                count += client.xinfo_stream(key)["entries-added"] - len(seen)  # type: ignore[index]
+        return count
