@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pkbrokers_redis.compiled import compiled
 from pkbrokers_redis.core.model import (
     AT_MS,
     DAY_HIGH,
@@ -89,7 +90,6 @@ from pkbrokers_redis.core.tables import (
     Ints,
     Tables,
     add,
-    compiled,
     find_day,
     touch,
 )

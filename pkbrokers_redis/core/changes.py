@@ -11,6 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from pkbrokers_redis.compiled import compiled
 from pkbrokers_redis.core.tables import (
     ANNOUNCE,
     BASE,
@@ -44,7 +45,6 @@ from pkbrokers_redis.core.tables import (
     TOP,
     Floats,
     Tables,
-    compiled,
 )
 from pkbrokers_redis.core.text import (
     FLAG_BYTES_MAX,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pkbrokers_redis.compiled import compiled
 from pkbrokers_redis.core.tables import (
     ANNOUNCE,
     COMPLETE,
@@ -14,7 +15,6 @@ from pkbrokers_redis.core.tables import (
     REV,
     START,
     Tables,
-    compiled,
     touch,
 )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pkbrokers_redis.core.tables import R_HIGH, R_LOW, R_PRICE, R_TIME, R_VOLUME, RING_MAX, Floats, compiled
+from pkbrokers_redis.compiled import compiled
+from pkbrokers_redis.core.tables import R_HIGH, R_LOW, R_PRICE, R_TIME, R_VOLUME, RING_MAX, Floats
 
 
 @compiled

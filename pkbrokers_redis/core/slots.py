@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from pkbrokers_redis.compiled import compiled
 from pkbrokers_redis.core.model import FLAG_GAP, FLAG_PARTIAL
 from pkbrokers_redis.core.tables import (
     ANSWERED_FROM,
@@ -36,7 +37,6 @@ from pkbrokers_redis.core.tables import (
     UNANNOUNCED,
     Floats,
     Tables,
-    compiled,
     touch,
 )
 

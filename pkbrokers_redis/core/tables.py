@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from pkbrokers_redis.compiled import compiled
 from pkbrokers_redis.core.model import BATCH_WIDTH
 
 Floats = npt.NDArray[np.float64]
@@ -57,9 +57,6 @@ TIME_MAX_MS = 4_102_444_800_000  # 2100
 NUMBER_MAX = 1e12  # beyond any price, quantity or volume Kite's 32 bits can say
 FUTURE_MAX_MS = 60_000  # a trade later than its receipt by more is a clock jump: use the receipt
 UNANNOUNCED = -1.0
-
-
-compiled = njit(cache=True, error_model="numpy")
 
 
 class Tables(NamedTuple):

@@ -16,15 +16,14 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from numba import njit
 
+from pkbrokers_redis.compiled import compiled
 from pkbrokers_redis.core.model import BATCH_WIDTH, FLAG_NAMES, FLAG_PARTIAL, TICK_WIDTH
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-_compiled = njit(cache=True, error_model="numpy")
 
 NUMBER_BYTES_MAX = 22  # "-9007199254740991.5" and room
 TICK_BYTES_MAX = TICK_WIDTH * (NUMBER_BYTES_MAX + 1) + 3
@@ -45,7 +44,7 @@ _FLAG_BYTES = np.array([list(element.ljust(FLAG_BYTES_MAX)) for element in _FLAG
 ENTRY_OK, ENTRY_ODD = 0, 1
 
 
-@_compiled
+@compiled
 def write_int(out: Bytes, pos: int, value: int) -> int:
     """Write a whole number in decimal."""
     if value < 0:
@@ -67,7 +66,7 @@ def write_int(out: Bytes, pos: int, value: int) -> int:
     return pos
 
 
-@_compiled
+@compiled
 def write_number(out: Bytes, pos: int, value: float) -> int:
     """Write the shortest decimal of at most 12 places that reads back as `value`.
 
@@ -103,7 +102,7 @@ def write_number(out: Bytes, pos: int, value: float) -> int:
     return pos + decimals
 
 
-@_compiled
+@compiled
 def write_flag(out: Bytes, pos: int, flag: int) -> int:
     """Write the ninth element of a candle row, `,"partial"` and its like; nothing for a whole candle."""
     if not 0 <= flag < _FLAG_SIZES.size:  # no code of ours, so not a whole candle of ours
@@ -114,7 +113,7 @@ def write_flag(out: Bytes, pos: int, flag: int) -> int:
     return pos + size
 
 
-@_compiled
+@compiled
 def _write_ticks(ticks: Floats, shards: int, out: Bytes, bounds: Ints, counts: Ints) -> None:
     """Each shard's rows as `[[…],[…]]` one after the other; shard s lies in bounds[s]:bounds[s+1]."""
     n = ticks.shape[0]
@@ -168,7 +167,7 @@ def tick_texts(ticks: Floats, shards: int) -> list[tuple[int, int, bytes]]:
     return [(s, n, text[edges[s] : edges[s + 1]]) for s, n in enumerate(counts.tolist()) if n]
 
 
-@_compiled
+@compiled
 def _read_number(text: Bytes, pos: int, end: int) -> tuple[float, int]:
     """A JSON number or null at `pos` → (value, position behind it); position -1: not ours to read."""
     if text[pos] == 110:  # n
@@ -206,7 +205,7 @@ def _read_number(text: Bytes, pos: int, end: int) -> tuple[float, int]:
     return (-value if negative else value), pos
 
 
-@_compiled
+@compiled
 def _read_flag(text: Bytes, pos: int, end: int) -> tuple[float, int]:
     """`"partial"` and its like at `pos` → (flag code, position behind it)."""
     for code in range(1, _FLAG_SIZES.size):
@@ -222,7 +221,7 @@ def _read_flag(text: Bytes, pos: int, end: int) -> tuple[float, int]:
     return 0.0, -1
 
 
-@_compiled
+@compiled
 def _read_row(text: Bytes, pos: int, end: int, least: int, width: int, row: Floats) -> int:
     """The numbers of one array, `pos` behind its `[` → position behind its `]`, or -1."""
     column = 0
@@ -256,7 +255,7 @@ def _read_row(text: Bytes, pos: int, end: int, least: int, width: int, row: Floa
             return -1
 
 
-@_compiled
+@compiled
 def _read_entries(
     text: Bytes, ends: Ints, least: int, width: int, nested: bool, out: Floats, counts: Ints, odd: Bytes
 ) -> int:
