@@ -120,7 +120,7 @@ class Aggregator:
         self._reader = StreamReader(self._client)
         load_functions(self._client)
         ensure_groups(self._client, self._keys)
-        warm_up(self._settings.intervals, self._sessions)  # before others leave us shards that would wait
+        warm_up(self._settings.intervals)  # before others leave us shards that would wait
         self.leases.forget()
         self.leases.closing = False
         self._derivatives.look(self._client)

@@ -18,11 +18,11 @@ from pkbrokers_redis.core.model import AT_MS, BATCH_WIDTH, TIME_MS, TOKEN
 from pkbrokers_redis.core.outage import Outage, mark_outage
 from pkbrokers_redis.core.repair import HistoryRows, apply_history
 from pkbrokers_redis.core.row_list import RowList
-from pkbrokers_redis.core.sessions import Sessions
+from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.core.text import read_tick_entries, tick_texts
 
-_DAY_MS = 86_400_000
-_TICKS = [b"[[408065,100.5,1,%d,null,100,101,99,%d]]" % (n, _DAY_MS + n * 60_000) for n in range(1, 4)]
+_NOON_MS = 1_767_335_400_000  # 2026-01-02 12:00 in Kolkata
+_TICKS = [b"[[408065,100.5,1,%d,null,100,101,99,%d]]" % (n, _NOON_MS + n * 60_000) for n in range(1, 7)]
 
 
 def warm_up_writer() -> None:
@@ -30,18 +30,18 @@ def warm_up_writer() -> None:
     tick_texts(np.ones((1, BATCH_WIDTH)), 1)
 
 
-def warm_up(intervals: Sequence[Interval], sessions: Sessions) -> None:
-    """Run a few ticks through a book of no consequence."""
-    book = Book(intervals, sessions, event_clock=True)
+def warm_up(intervals: Sequence[Interval]) -> None:
+    """Run a few minutes of ticks, an outage and its repair through a book of no consequence."""
+    book = Book(intervals, load_sessions("always"), event_clock=True)
     ticks, _, _ = read_tick_entries(_TICKS)
     ticks[:, AT_MS] = ticks[:, TIME_MS]
-    book.take(ticks, 0, np.arange(1, len(ticks) + 1), 1)
-    book.close(0.0, 1)
-    mark_outage(book, Outage([int(ticks[0, TOKEN])], _DAY_MS, _DAY_MS + 1))  # repairs use the kernels, too
+    book.take(ticks, 0, np.arange(1, len(ticks) + 1), len(ticks))
+    book.close(0.0, len(ticks))  # the first minutes are over by the last one's tick
+    mark_outage(book, Outage([int(ticks[0, TOKEN])], _NOON_MS, _NOON_MS + 1))  # repairs use the kernels, too
     if book.base >= 0:
-        minute: list[float | int | str | None] = [_DAY_MS // 1000, 100.0, 101.0, 99.0, 100.0, 1.0, None]
+        minute: list[float | int | str | None] = [_NOON_MS // 1000, 100.0, 101.0, 99.0, 100.0, 1.0, None]
         lists = {k: RowList((), interval.keep) for k, interval in enumerate(book.intervals)}
-        span = HistoryRows(int(ticks[0, TOKEN]), book.base, _DAY_MS // 1000, 2 * _DAY_MS // 1000, [minute])
+        span = HistoryRows(int(ticks[0, TOKEN]), book.base, _NOON_MS // 1000, _NOON_MS // 1000 + 60, [minute])
         apply_history(book, span, lists, 0.0)
     book.collect()
 
