@@ -31,6 +31,7 @@ from websockets.exceptions import ConnectionClosed
 
 from benchmarks.harness import committed, running, tick_stream, tokens, wait_for, worker_env
 from pkbrokers_redis.kite.wire import encode_full
+from pkbrokers_redis.pipeline.warm import settle_heap
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.pipe import Pipe
 from pkbrokers_redis.store.queue import OVER, enqueue, open_queue
@@ -212,6 +213,7 @@ def delays_ms(sent: Sent, seen: Seen, from_at: float, until_at: float) -> list[f
 
 def run(settings: Settings, client: redis.Redis, seconds: float = PHASE_SECONDS) -> None:
     """Print the table; the store is filled."""
+    settle_heap()  # neither feeder nor reader may pause for a collection of its own
     ours, theirs = multiprocessing.Pipe()
     feeder = multiprocessing.Process(target=feed, args=(theirs,), daemon=True)
     feeder.start()

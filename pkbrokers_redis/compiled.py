@@ -33,16 +33,16 @@ def _find_folder() -> str:
     name = f"kernels-{digest.hexdigest()[:16]}"
     bases = [_SOURCES / "__pycache__", platformdirs.user_cache_path("pkbrokers-redis")]
     for base in [Path(_config.CACHE_DIR)] if _config.CACHE_DIR else bases:
-        folder = base / name
+        found = base / name
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            found.mkdir(parents=True, exist_ok=True)
         except OSError:
             continue
-        if os.access(folder, os.W_OK):
-            others = sorted((each for each in base.glob("kernels-*") if each != folder), key=_changed_at)
+        if os.access(found, os.W_OK):
+            others = sorted((each for each in base.glob("kernels-*") if each != found), key=_changed_at)
             for old in others[:-OLD_FOLDERS_MAX]:
                 shutil.rmtree(old, ignore_errors=True)
-            return str(folder)
+            return str(found)
     return ""
 
 
@@ -53,13 +53,13 @@ def _changed_at(path: Path) -> float:
         return 0.0  # another process removes it, too
 
 
-_folder = _find_folder()
+folder = _find_folder()
 
 
 def compiled(function: _F) -> _F:
     """Compile at the first call, or take it from the cache; left as it is with NUMBA_DISABLE_JIT=1."""
-    theirs, _config.CACHE_DIR = _config.CACHE_DIR, _folder
+    theirs, _config.CACHE_DIR = _config.CACHE_DIR, folder
     try:
-        return cast("_F", numba.njit(cache=bool(_folder), error_model="numpy")(function))
+        return cast("_F", numba.njit(cache=bool(folder), error_model="numpy")(function))
     finally:
         _config.CACHE_DIR = theirs  # for other users of numba in this process

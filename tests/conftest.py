@@ -7,6 +7,8 @@ neither starts no server. One kind only: `@pytest.mark.parametrize("server_kind"
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import pytest
 import redis
 from hypothesis.database import DirectoryBasedExampleDatabase
 
+from pkbrokers_redis import compiled
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.embedded import EmbeddedServer, attach
 from tests.support import redis_server_binary
@@ -30,6 +33,21 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("ci", deadline=None, max_examples=100, derandomize=True, database=None)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
+
+
+WARM_UP = """
+from pkbrokers_redis.core.intervals import DEFAULT_INTERVALS
+from pkbrokers_redis.pipeline.warm import warm_up, warm_up_writer
+warm_up_writer()
+warm_up(DEFAULT_INTERVALS)
+"""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the kernels once, before three processes would: a rehearsal's clock does not wait for them."""
+    is_first = not hasattr(config, "workerinput")  # xdist's processes have one
+    if is_first and compiled.folder and not any(Path(compiled.folder).rglob("*.nbi")):
+        subprocess.run([sys.executable, "-c", WARM_UP], cwd=REPOSITORY, check=False)
 
 
 @pytest.fixture(autouse=True)
