@@ -11,11 +11,12 @@ from redis.exceptions import ResponseError
 
 from pkbrokers_redis.core import changes as ch
 from pkbrokers_redis.core.book import Book, Changes, LateTick
+from pkbrokers_redis.core.buckets import bucket_end_s
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.late import amend
 from pkbrokers_redis.core.model import FLAG_NAMES
 from pkbrokers_redis.core.row_list import start_of
-from pkbrokers_redis.core.slots import flag_of
+from pkbrokers_redis.core.slot_rows import flag_for
 
 REVS_MAX = 64  # revisions remembered of an instrument's candles that left the book …
 FLOOR = "*"  # … and the highest of those forgotten, which all others count on from
@@ -82,9 +83,8 @@ class Addenda:
         self._text.append(row)
         if put:
             self._ops.append([ch.PUT, i, k, first, self._size, 0])
-        rev = 0
-        if not first_told:
-            rev = self._revs.next(int(self._book.tokens[i]), self._book.intervals[k].name, start)
+        token, interval = int(self._book.tokens[i]), self._book.intervals[k].name
+        rev = 0 if first_told else self._revs.next(token, interval, start)
         self._ops.append([ch.CLOSED, i, k, first, self._size, rev])
 
     def replace(self, i: int, k: int, rows: list[bytes]) -> None:
@@ -117,8 +117,9 @@ def settle_late(client: redis.Redis, keys: Keys, book: Book, revs: Revisions, ch
             lists[place] = _rows(client, keys, book, tick, interval.name, changes)
         rows = lists[place]
         i, is_day = book.index(tick.token), interval.seconds == 0
-        end = tick.start + interval.seconds
-        flag = "" if is_day else FLAG_NAMES[flag_of(tick.start, end, book.tables.inst[i])]
+        day = book.sessions.day(int(book.tables.schedule[i]), tick.start * 1000)
+        end = bucket_end_s(day, interval.seconds, tick.start)
+        flag = "" if is_day else FLAG_NAMES[flag_for(book, i, tick.start, end)]
         texts = [rows[start] for start in sorted(rows)]
         for start, row, is_new in amend(texts, tick, is_day, keep=interval.keep, flag=flag):
             rows[start] = row

@@ -7,6 +7,7 @@ compiled then would leave them without an owner that works.
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Sequence
 from functools import cache
 
@@ -50,7 +51,9 @@ def warm_up(intervals: Sequence[Interval]) -> None:
 def settle_heap() -> None:
     """Once per process: what is in memory now stays, so the garbage collector need not walk it again.
 
-    Numba alone leaves 150,000 objects: collecting among them stops the ticks for 60 ms every few seconds.
+    Numba alone leaves 150,000 objects: collecting among them stops the ticks for 60 ms every few seconds. A
+    program that runs a role in a thread of its own (`KiteTokenWatcher`) keeps its heap as it is.
     """
-    gc.collect()
-    gc.freeze()
+    if threading.current_thread() is threading.main_thread():
+        gc.collect()
+        gc.freeze()
