@@ -307,7 +307,10 @@ def test_token_tells_age_and_expiry_and_never_the_token(
 
     from pydantic import SecretStr
 
-    session = Session("key", "AB1234", access_token=SecretStr(SECRET), login_at=time.time() - 7200)
+    now = time.time()  # the end is given: at six in the morning a session of two hours ago has ended
+    session = Session(
+        "key", "AB1234", access_token=SecretStr(SECRET), login_at=now - 7200, expires_at=now + 3600
+    )
     save_session(client, bot_settings.keys, session)
     answer = telegram.ask(ALICE, "/token").text
     assert "2 h 00 min ago" in answer and "ends" in answer and "AB1234" in answer
