@@ -37,7 +37,8 @@ def test_the_master_is_found_though_a_sentinel_is_away_and_no_password_is_descri
     guarded: SentinelSet,
 ) -> None:
     settings = load_settings(redis_url=url_of(guarded))
-    with connect(settings) as client, redis.Redis(port=guarded.master_port, db=2) as master:
+    port = guarded.current_port(SECRET)
+    with connect(settings) as client, redis.Redis(port=port, db=2) as master:
         client.set("a", "1")
         assert client.get("a") == master.get("a") == b"1"
         pipe = Pipe(client)
@@ -45,7 +46,7 @@ def test_the_master_is_found_though_a_sentinel_is_away_and_no_password_is_descri
         assert pipe.execute() == [b"7-0"]
         assert StreamReader(client).read({"s": "0-0"}, 10, 10)[0][1] == [(b"7-0", {b"b": b"2"})]
         options, secrets = cli_arguments(client)
-        assert options[:4] == ["-h", "127.0.0.1", "-p", str(guarded.master_port)] and not secrets
+        assert options[:4] == ["-h", "127.0.0.1", "-p", str(port)] and not secrets
     assert SECRET not in describe(settings) and SERVICE in describe(settings)
 
 
@@ -67,6 +68,7 @@ def test_no_sentinel_there_is_one_line() -> None:
 
 def test_after_a_failover_the_next_commands_go_to_the_new_master(guarded: SentinelSet) -> None:
     """Asked for, not forced: the old master lives on as a replica, and drops us."""
+    new_port = ({guarded.master_port, guarded.replica_port} - {guarded.current_port(SECRET)}).pop()
     with connect(load_settings(redis_url=url_of(guarded))) as client:
         client.set("a", "1")
         with redis.Redis(port=guarded.sentinel_ports[0], password=SECRET) as sentinel:
@@ -81,10 +83,10 @@ def test_after_a_failover_the_next_commands_go_to_the_new_master(guarded: Sentin
                 client.set("a", number)
             except redis.ConnectionError:
                 return False
-            with redis.Redis(port=guarded.replica_port, db=2) as new:
+            with redis.Redis(port=new_port, db=2) as new:
                 return new.role()[0] == b"master" and new.get("a") == number.encode()
 
-        wait_until(lambda: guarded.current_port(SECRET) == guarded.replica_port, timeout_seconds=30)
+        wait_until(lambda: guarded.current_port(SECRET) == new_port, timeout_seconds=30)
         wait_until(arrives, timeout_seconds=30)
 
 
