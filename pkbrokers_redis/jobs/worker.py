@@ -93,11 +93,8 @@ class JobWorker(Worker):
         return ABANDONED_SECONDS
 
     def main_work_horse(self, job: Job, queue: Queue) -> None:
-        """The child. It ends with its worker, so that a job that is taken over is not still running here.
-
-        It gives way to what serves the ticks: a snapshot is minutes of computing, on whose cores they wait.
-        """
-        os.nice(NICENESS)
+        """The child. It ends with its worker, so that a job that is taken over is not still running here."""
+        give_way(os.getloadavg()[0])
         if sys.platform.startswith("linux"):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         super().main_work_horse(job, queue)
@@ -133,6 +130,18 @@ class JobWorker(Worker):
 
     def procline(self, message: str) -> None:
         """The command line stays as it is: it says what we are."""
+
+
+def give_way(load: float) -> None:
+    """Let what serves the ticks go first: a snapshot is seconds of computing, on whose cores they would wait.
+
+    Where cores are to spare (`load`: the average number of processes that want one) the job takes only what
+    nobody else wants. Where they are not it keeps a tenth of a core: `ticks.json` must not wait for the
+    screener to end.
+    """
+    os.nice(NICENESS)
+    if sys.platform.startswith("linux") and load < (os.cpu_count() or 1):
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 class Scheduler(RQScheduler):
