@@ -25,7 +25,7 @@ from pkbrokers_redis.core.intervals import Interval
 from pkbrokers_redis.core.model import AT_MS, LAST_PRICE, OI, TIME_MS, VOLUME, TickArray
 from pkbrokers_redis.core.sessions import Sessions
 
-WINDOWS_MAX = 4  # trading windows of one day; MCX has two, NSE with the closing auction two
+WINDOWS_START = 2  # trading windows of one day: the closing auction makes two
 DAYS_START = 8
 LOG_START = 4096
 
@@ -99,7 +99,7 @@ class Book:
             day_ms=np.zeros((DAYS_START, 2), np.int64),
             anchor_s=np.zeros((DAYS_START, schedules), np.int64),
             close_s=np.zeros((DAYS_START, schedules), np.int64),
-            windows=np.zeros((DAYS_START, schedules, WINDOWS_MAX, 2), np.int64),
+            windows=np.zeros((DAYS_START, schedules, WINDOWS_START, 2), np.int64),
             marks=np.zeros(8),
             counts=np.zeros(len(t.COUNT_NAMES), np.int64),
             dirty=np.zeros(instruments, np.int64),
@@ -270,8 +270,9 @@ class Book:
         i = self.index(token)
         b = self.tables
         numbers = [np.nan if cell is None else float(cell) for cell in hot]
-        if len(numbers) % t.RING_WIDTH == t.GAP_FROM % t.RING_WIDTH:  # of a version that knew no repairs
-            numbers[t.GAP_FROM : t.GAP_FROM] = [0.0] * (t.RING_SIZE - t.GAP_FROM)
+        for width in (t.GAP_FROM, t.OUTSIDE_TIME):  # of versions that knew no repairs, or no `outside`
+            if len(numbers) % t.RING_WIDTH == width % t.RING_WIDTH:
+                numbers[width:width] = [0.0] * (t.RING_SIZE - width)
         size = (len(numbers) - t.RING_SIZE) // t.RING_WIDTH
         b.inst[i, : t.RING_SIZE] = numbers[: t.RING_SIZE]
         b.inst[i, t.RING_SIZE] = size
@@ -351,12 +352,15 @@ class Book:
                     for name in ("day_ms", "anchor_s", "close_s", "windows")
                 }
             )
-        for schedule in range(len(self.sessions.schedules)):
-            day = self.sessions.day(schedule, time_ms)
+        days = [self.sessions.day(schedule, time_ms) for schedule in range(len(self.sessions.schedules))]
+        more = max(len(day.windows) for day in days) - b.windows.shape[2]
+        if more > 0:
+            self.tables = b = b._replace(windows=np.pad(b.windows, ((0, 0), (0, 0), (0, more), (0, 0))))
+        for schedule, day in enumerate(days):
             b.day_ms[d] = day.day_start_ms, day.day_end_ms
             b.anchor_s[d, schedule] = day.anchor_ms // 1000
             b.close_s[d, schedule] = (day.windows[-1][1] if day.windows else day.day_end_ms) // 1000
-            for w, window in enumerate(day.windows[:WINDOWS_MAX]):
+            for w, window in enumerate(day.windows):
                 b.windows[d, schedule, w] = window
         b.marks[t.DAYS] = d + 1
 

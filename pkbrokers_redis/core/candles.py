@@ -26,6 +26,7 @@ from pkbrokers_redis.core.model import (
     TOKEN_MAX,
     VOLUME,
 )
+from pkbrokers_redis.core.outside import note_outside, settle_outside
 from pkbrokers_redis.core.ring import place_in_ring, put_in_ring
 from pkbrokers_redis.core.slots import flag_of, mark_partial, raise_base, rebase, slot_for
 from pkbrokers_redis.core.tables import (
@@ -75,6 +76,7 @@ from pkbrokers_redis.core.tables import (
     R_HIGH,
     R_LOW,
     R_TIME,
+    R_VOLUME,
     REV,
     RING_MAX,
     RING_SIZE,
@@ -238,13 +240,19 @@ def _apply_tick(b: Tables, tick: Floats, i: int, d: int, time: float, grace_ms: 
     for w in range(b.windows.shape[2]):
         if b.windows[d, c, w, 0] <= time < b.windows[d, c, w, 1]:
             inside = True
-    if not inside:  # rule 9; rule 2: what trades outside raises the baseline only
+    if not inside:  # rule 9
         b.counts[C_OUTSIDE] += 1
-        if today and volume > inst[SEEN]:
-            inst[BASELINE] += volume - inst[SEEN]
-            inst[SEEN] = volume
-            touch(b, i, 1)
+        if today:
+            if time >= open_ms:  # a straggler of the first window counts on from the pre-open
+                settle_outside(inst, open_ms, volume, said_before)
+            if note_outside(inst, time, volume):
+                touch(b, i, 1)
         return
+    if volume == 0 and (inst[SEEN] > 0 or ring[0, R_VOLUME] > 0):  # its day has no trade yet
+        b.counts[C_REPEAT] += 1
+        return
+    if today and settle_outside(inst, time, volume, said_before):
+        touch(b, i, 1)
 
     # Rule 1. No trade time (then it is the time received): only a risen volume is news. A source whose trade
     # times equal its receipts to the second may still bring a straggler.

@@ -62,7 +62,7 @@ OP_WIDTH = 6
 CELL_BYTES_MAX = NUMBER_BYTES_MAX + 1  # with its comma
 ROW_BYTES_MAX = 8 * CELL_BYTES_MAX + FLAG_BYTES_MAX + 3
 MARK_BYTES_MAX = 16 * CELL_BYTES_MAX
-HOT_BYTES_MAX = (12 + RING_MAX * 5) * CELL_BYTES_MAX + 32
+HOT_BYTES_MAX = (RING_SIZE + RING_MAX * 5) * CELL_BYTES_MAX + 32
 
 
 class Scratch:
@@ -122,7 +122,7 @@ def _write_row(out: Bytes, pos: int, slot: Floats) -> int:
 @compiled
 def _write_hot(out: Bytes, pos: int, inst: Floats, ring: Floats) -> int:
     """`[first_at,first_time,first_volume,day,seen,baseline,oi_time,oi_volume,gap_from,gap_to,answered_from,
-    answered_to,time,volume,price,high,low, …]`.
+    answered_to,outside_time,outside_volume,time,volume,price,high,low, …]`.
 
     Statements after the newest are differences to it, null where a field equals the newer one's.
     """

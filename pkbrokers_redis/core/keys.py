@@ -76,6 +76,10 @@ class Keys:
         """set of `NSE:RELIANCE`: stocks that have futures or options · instrument sync · permanent."""
         return f"{self.prefix}:derivatives"
 
+    def expired(self) -> str:
+        """hash token → the contract that had it last and is gone · instrument sync · permanent."""
+        return f"{self.prefix}:expired"
+
     def watch(self) -> str:
         """hash `NSE:INFY` → add or remove, live changes to PKB_INSTRUMENTS · operator · permanent."""
         return f"{self.prefix}:watch"
@@ -192,6 +196,7 @@ KEY_TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("P:login:lock", "string", "login", "TTL"),
     ("P:master", "hash", "instrument sync", "permanent"),
     ("P:derivatives", "set", "instrument sync", "permanent"),
+    ("P:expired", "hash", "instrument sync", "permanent"),
     ("P:watch", "hash", "operator", "permanent"),
     ("P:limit:<name>", "hash", "who asks Kite", "TTL"),
     ("P:job:<job>", "hash", "that job", "TTL"),

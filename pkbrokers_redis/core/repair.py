@@ -20,6 +20,7 @@ from pkbrokers_redis.core import tables as t
 from pkbrokers_redis.core.book import Book
 from pkbrokers_redis.core.buckets import bucket_end_s, bucket_start_s
 from pkbrokers_redis.core.model import FLAG_BACKFILLED, FLAG_GAP, FLAG_NAMES, FLAG_PARTIAL
+from pkbrokers_redis.core.outside import settle_outside
 from pkbrokers_redis.core.row_list import (
     CLOSE,
     HIGH,
@@ -188,6 +189,7 @@ class _Mending:
             return
         is_later = start * 1000 > self.statement_ms and start * 1000 >= self.answered_to_ms
         if is_later and not np.isnan(inst[t.SEEN]):
+            settle_outside(inst, start * 1000.0, np.inf, False)
             self.unseen[start] = volume
             inst[t.SEEN] += volume
         else:

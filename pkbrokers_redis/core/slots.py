@@ -82,14 +82,14 @@ def slot_for(
             return s
     elif newest != 0 and slots[i, k, 0, COMPLETE] == 0:
         slots[i, k, 0, COMPLETE], slots[i, k, 0, DIRTY] = 1.0, 1.0
+    older_day, older_top = slots[i, k, s, DAY], slots[i, k, s, TOP]
     _evict(slots, i, k, s, marks, evicted)
     if length == 0:
         base = 0.0  # rule 7: the day's volume is the day's, watched or not
     elif s > 0 and slots[i, k, s - 1, DAY] == day_s:
         base = slots[i, k, s - 1, BASE]
     elif base != base:
-        same_day = s + 1 < size and slots[i, k, s + 1, DAY] == day_s
-        base = slots[i, k, s + 1, TOP] if same_day else volume
+        base = older_top if older_day == day_s else volume
     for column in range(SLOT_WIDTH):
         slots[i, k, s, column] = 0.0
     slots[i, k, s, START], slots[i, k, s, END], slots[i, k, s, DAY] = start, end, day_s

@@ -25,9 +25,10 @@ Ints = npt.NDArray[np.int64]
     FIRST_AT, FIRST_TIME, FIRST_VOLUME, DAY_S, SEEN, BASELINE, OI_TIME, OI_VOLUME,
     GAP_FROM, GAP_TO,  # ms, half-open: the last outage of the feed that history has not answered for; 0 none
     ANSWERED_FROM, ANSWERED_TO,  # ms, half-open: what history answered for last; 0 none
+    OUTSIDE_TIME, OUTSIDE_VOLUME,  # ms; what was said outside the windows last, see `core.outside`; 0 none
     RING_SIZE,
-) = range(13)  # fmt: skip
-INST_WIDTH = 13
+) = range(15)  # fmt: skip
+INST_WIDTH = 15
 # columns of `ring`
 R_TIME, R_VOLUME, R_PRICE, R_HIGH, R_LOW = range(5)
 RING_WIDTH = 5

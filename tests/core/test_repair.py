@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -157,19 +156,6 @@ def test_the_day_candle_has_its_packets_own_fields_and_no_gap() -> None:
     market = Repaired().take(tick(-10, 100, None), tick(5, 101, None))
     market.outage(1, 3)
     assert market.flags("day") == ["gap"]
-
-
-def test_state_of_a_version_that_knew_no_repairs_is_restored() -> None:
-    market = three_minutes()
-    market.change_hands()
-    today = market.book.tables
-    hot = msgspec.json.decode(market.state[str(TOKEN)])
-    market.state[str(TOKEN)] = msgspec.json.encode(hot[: t.GAP_FROM] + hot[t.RING_SIZE :])
-    market.change_hands()
-    before = market.book.tables
-    assert before.inst[0, t.RING_SIZE] == 6
-    for name in ("inst", "ring", "slots"):
-        assert np.array_equal(getattr(before, name)[0], getattr(today, name)[0], equal_nan=True)
 
 
 # -- rows of the base interval -----------------------------------------------------------------------
