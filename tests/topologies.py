@@ -187,11 +187,11 @@ class SentinelSet:
             address: Any = sentinel.sentinel_get_master_addr_by_name(SERVICE)
             return int(address[1])
 
-    def believed_ports(self) -> set[int]:
+    def believed_ports(self, password: str | None = None) -> set[int]:
         """Whom the Sentinels take for the master, each for itself."""
         found = set()
         for port in self.sentinel_ports:
-            with redis.Redis(port=port, socket_timeout=5) as sentinel:
+            with redis.Redis(port=port, password=password, socket_timeout=5) as sentinel:
                 address: Any = sentinel.sentinel_get_master_addr_by_name(SERVICE)
                 found.add(int(address[1]))
         return found

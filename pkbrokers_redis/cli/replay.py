@@ -25,8 +25,9 @@ def replay(
 ) -> None:
     """Write a recording into the tick streams; a running aggregator makes its candles.
 
-    Trade files have the columns time,symbol,price,quantity (or cumulative volume). For old data run the
-    aggregator with PKB_CLOCK=event, and with PKB_SESSIONS=always for another market's hours.
+    Trade files have the columns time,symbol,price,quantity (or volume, the day's so far). Replay several of a
+    symbol in order of time. For old data run the aggregator with PKB_CLOCK=event, and with
+    PKB_SESSIONS=always for another market's hours.
     """
     times = _speed(speed)
     settings = load_settings()
@@ -43,6 +44,8 @@ def replay(
     print(f"{summary.ticks:,} ticks in {summary.seconds:.1f} s ({rate:,.0f} ticks/s)")
     if summary.rows_refused:
         print(f"{summary.rows_refused:,} rows left out: no time, symbol, price above 0 or quantity")
+    if summary.rows_older:
+        print(f"{summary.rows_older:,} rows left out: older than what the store has of their instruments")
     if summary.symbols:
         shown = ", ".join(summary.symbols[:5]) + (" …" if len(summary.symbols) > 5 else "")
         print(f"look: pkb candles {summary.symbols[0]} 1m   (symbols: {shown})")

@@ -1,6 +1,6 @@
 """Candles from Kite's history: the minutes of an outage, a late start's morning, a day that is checked.
 
-    ingest was deaf 10:31:12–10:33:40  ─►  repair_gap   waits until 10:34 is over, asks for 10:31 … 10:33
+    ingest was deaf 10:31:12–10:33:40  ─►  repair_gap   waits until 10:33 is over, asks for 10:31 … 10:33
     a new instrument, a fresh Redis    ─►  warm_start   the session's minutes so far, a year of days
     pkb backfill --day 2026-11-20      ─►  repair_day   compares all minutes, replaces what differs
 
@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from datetime import date, timedelta
 from typing import Any
 
-from rq import Retry, get_current_job
+from rq import get_current_job
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.core.buckets import bucket_start_s
 from pkbrokers_redis.core.errors import (
     KiteError,
     KiteThrottled,
@@ -35,7 +36,7 @@ from pkbrokers_redis.jobs.compare import compare
 from pkbrokers_redis.jobs.desk import Desk, open_desk
 from pkbrokers_redis.jobs.progress import Figures, Listener, Progress
 from pkbrokers_redis.jobs.slices import SLICE_SECONDS, come_again, current_job_id, run_parts
-from pkbrokers_redis.kite.history_rows import HistoryRow, kite_interval
+from pkbrokers_redis.kite.history_rows import KITE_INTERVALS, HistoryRow, kite_interval
 from pkbrokers_redis.store.queue import enqueue, queue_of
 from pkbrokers_redis.store.read import read_window
 from pkbrokers_redis.store.repairs import send_rows, wait_applied
@@ -87,14 +88,21 @@ def repair_gap(
     they were `applied`.
     """
     with _at(desk) as desk:
-        from_s, to_s = desk.minutes(from_ms, to_ms)
-        if (seconds := desk.seconds_until_known(to_s)) > 0:
-            return _later(seconds, to_s)
+        if desk.seconds_until_known(int(to_ms // 1000)) > WAIT_SECONDS_MAX:
+            raise PkbError(
+                f"a repair until {int(to_ms)} ends in the future", "give epoch milliseconds of market time"
+            )
+        last_s = max((desk.span_s(int(token), from_ms, to_ms)[1] for token in tokens), default=0)
+        if (seconds := desk.seconds_until_known(last_s)) > 0:
+            return come_again(seconds)
         sender = Sender(desk, why)
 
         def mend(part: str) -> Figures:
             token = int(part)
+            from_s, to_s = desk.span_s(token, from_ms, to_ms)
             begins_s = max(from_s, desk.kept_since_s(token))
+            if from_s >= to_s:
+                return {}
             if begins_s >= to_s:
                 return {"too_old": 1}
             rows = ask(desk, token, desk.base.name, begins_s, to_s)
@@ -133,7 +141,7 @@ def warm_start(tokens: Sequence[int], why: str = "warm", *, desk: Desk | None = 
             # To the end of the candle that began in part; from the open once more, as that is no further
             # request: then history has answered for each longer candle that began before we watched.
             opened_s = min(desk.session_s(token, desk.last_session(token))[0] for token in early)
-            _, to_s = desk.minutes(0, began_s * 1000 + 1)
+            to_s = max(desk.span_s(token, began_s * 1000, began_s * 1000 + 1)[1] for token in early)
             span = {"from_ms": opened_s * 1000, "to_ms": to_s * 1000}
             enqueue(queue_of(job.connection), "repair_gap", {"tokens": early, **span, "why": why})
         return _finish(sender, progress, figures, len(tokens))
@@ -183,10 +191,14 @@ def kept_interval(desk: Desk, name: str) -> Interval:
 def ask(desk: Desk, token: int, interval: str, from_s: int, to_s: int) -> list[HistoryRow] | None:
     """Kite's candles of [from_s, to_s); None where Kite has nothing to say on this instrument.
 
-    Raises what may heal: Kite away, too many requests, no session.
+    Those of a length that Kite lacks are made of its minutes. Raises what may heal: Kite away, too many
+    requests, no session.
     """
     try:
-        return desk.history.rows(token, interval, from_s, to_s)
+        if interval in KITE_INTERVALS:
+            return desk.history.rows(token, interval, from_s, to_s)
+        seconds = find_interval(desk.settings.intervals, interval).seconds
+        return _joined(desk, token, seconds, desk.history.rows(token, "1m", from_s, to_s))
     except MAY_HEAL:
         raise
     except KiteError as error:
@@ -194,10 +206,26 @@ def ask(desk: Desk, token: int, interval: str, from_s: int, to_s: int) -> list[H
         return None
 
 
+def _joined(desk: Desk, token: int, seconds: int, minutes: Sequence[HistoryRow]) -> list[HistoryRow]:
+    """An instrument's minutes as longer candles."""
+    schedule = desk.schedule_of(token)
+    parts: dict[int, list[HistoryRow]] = {}
+    for row in minutes:
+        day = desk.sessions.day(schedule, row.start * 1000)
+        parts.setdefault(bucket_start_s(day, seconds, row.start * 1000), []).append(row)
+    return [
+        HistoryRow(
+            start, rows[0].open, max(row.high for row in rows), min(row.low for row in rows),
+            rows[-1].close, sum(row.volume for row in rows), rows[-1].oi,
+        )
+        for start, rows in parts.items()
+    ]  # fmt: skip
+
+
 def _warm_minutes(desk: Desk, sender: Sender, token: int, began_s: int) -> Figures:
     local = desk.last_session(token)
     opened_s, closed_s = desk.session_s(token, local)
-    until_s = min(closed_s, desk.known_until_s)
+    until_s = min(closed_s, desk.known_until_s(token))
     # The candle in which we began to watch is still forming: somebody has to come back for it.
     early = int(opened_s <= began_s < closed_s and until_s <= began_s)
     if opened_s >= until_s:
@@ -231,7 +259,7 @@ def _check_day(
 ) -> Figures:
     opened_s, closed_s = desk.session_s(token, local)
     ours, since_s = _our_rows(desk, token, interval, opened_s, closed_s)
-    until_s = _over_until_s(desk, interval, opened_s, closed_s)
+    until_s = _over_until_s(desk, token, interval, opened_s, closed_s)
     begins_s = max(opened_s, since_s)
     if begins_s >= until_s:
         return {"too_old": 1} if opened_s < until_s else {}
@@ -260,9 +288,9 @@ def _our_rows(
     return [candle for candle in rows if opened_s <= candle.start < closed_s], since_s
 
 
-def _over_until_s(desk: Desk, interval: Interval, opened_s: int, closed_s: int) -> int:
+def _over_until_s(desk: Desk, token: int, interval: Interval, opened_s: int, closed_s: int) -> int:
     """The end of the session's last candle that is over and known to Kite."""
-    known_s = desk.known_until_s
+    known_s = desk.known_until_s(token)
     if known_s >= closed_s:
         return closed_s
     if not interval.seconds or known_s <= opened_s:
@@ -284,12 +312,6 @@ def _at(desk: Desk | None) -> Iterator[Desk]:
 
 def _parts(desk: Desk, tokens: Sequence[int]) -> list[str]:
     return [str(token) for token in desk.by_activity([int(token) for token in tokens])]
-
-
-def _later(seconds: float, to_s: int) -> Retry:
-    if seconds > WAIT_SECONDS_MAX:
-        raise PkbError(f"a repair until {to_s} ends in the future", "give epoch milliseconds of market time")
-    return come_again(seconds)
 
 
 def _requested_s(desk: Desk) -> int:

@@ -1,7 +1,7 @@
 """What jobs on candles work with: settings, the store, Kite's history, the calendar, market time.
 
     with open_desk() as desk:
-        rows = desk.history.rows(408065, "1m", *desk.minutes(from_ms, to_ms))
+        rows = desk.history.rows(408065, "1m", *desk.span_s(408065, from_ms, to_ms))
 
 A job is a process of its own and opens everything anew; tests and commands hand in what they have.
 """
@@ -13,16 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
 from functools import cached_property
+from math import ceil
 from typing import Any
 
 import redis
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.clock import Clock, market_clock
+from pkbrokers_redis.core.buckets import bucket_end_s, bucket_start_s
 from pkbrokers_redis.core.intervals import Interval
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.model import SEGMENT_INDICES
-from pkbrokers_redis.core.sessions import Sessions, load_sessions
+from pkbrokers_redis.core.sessions import Day, Sessions, load_sessions
 from pkbrokers_redis.kite.history import KiteTickerHistory
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
@@ -55,16 +57,21 @@ class Desk:
         """The shortest interval: the one whose rows mend all longer ones."""
         return self.settings.intervals[0]
 
-    @property
-    def known_until_s(self) -> int:
-        """The end of the last base candle that Kite's history is sure to have; epoch seconds, market time."""
-        now_s = int(self.clock() / 1000) - HISTORY_LAG_SECONDS
-        return now_s - now_s % self._step_s
+    def known_until_s(self, token: int) -> int:
+        """The end of the instrument's last base candle that Kite's history is sure to have; epoch seconds,
+        market time. After the close all are over."""
+        now_ms = int(self.clock()) - HISTORY_LAG_SECONDS * 1000
+        day = self._day(token, now_ms)
+        is_over = now_ms // 1000 >= bucket_end_s(day, 0, 0)
+        return now_ms // 1000 if is_over else bucket_start_s(day, self._step_s, now_ms)
 
-    def minutes(self, from_ms: float, to_ms: float) -> tuple[int, int]:
-        """The base candles that [from_ms, to_ms) touches: their first start and last end, epoch seconds."""
-        step = self._step_s
-        return int(from_ms // 1000) // step * step, -(-int(-(-to_ms // 1000)) // step) * step
+    def span_s(self, token: int, from_ms: float, to_ms: float) -> tuple[int, int]:
+        """The instrument's base candles that [from_ms, to_ms) touches: their first start and last end, epoch
+        seconds. The end is before the start where the session was over."""
+        first, last = int(from_ms), max(int(from_ms), ceil(to_ms) - 1)
+        day = self._day(token, last)
+        end_s = bucket_end_s(day, self._step_s, bucket_start_s(day, self._step_s, last))
+        return bucket_start_s(self._day(token, first), self._step_s, first), end_s
 
     def seconds_until_known(self, to_s: int) -> float:
         """How long the machine must wait until Kite's history has everything before `to_s`."""
@@ -101,7 +108,7 @@ class Desk:
         """Today once its first candle is over, else the session before it."""
         local = self.sessions.date_of(int(self.clock()))
         opened, closed = self.session_s(token, local)
-        if opened < closed and opened < self.known_until_s:
+        if opened < closed and opened < self.known_until_s(token):
             return local
         return self.sessions.session_near(self.schedule_of(token), local, -1) or local
 
@@ -122,6 +129,9 @@ class Desk:
     @cached_property
     def _derivatives(self) -> set[int]:
         return load_derivative_tokens(self.client, self.keys)
+
+    def _day(self, token: int, time_ms: int) -> Day:
+        return self.sessions.day(self.schedule_of(token), time_ms)
 
     @property
     def _step_s(self) -> int:

@@ -52,6 +52,11 @@ class Revisions:
         revs[name] = rev
         self._changed.add(token)
 
+    def forget(self, token: int) -> None:
+        """An instrument that is another one from now on."""
+        self._revs.pop(token, None)
+        self._changed.discard(token)
+
     def collect(self) -> dict[bytes, bytes]:
         """State fields of what changed since the last collect."""
         fields: dict[bytes, bytes] = {}

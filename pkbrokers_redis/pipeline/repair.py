@@ -15,6 +15,7 @@ from typing import Any
 import redis
 from redis.exceptions import ResponseError
 
+from pkbrokers_redis import logs
 from pkbrokers_redis.core.book import Changes
 from pkbrokers_redis.core.errors import UnknownInterval
 from pkbrokers_redis.core.intervals import find_interval
@@ -24,11 +25,12 @@ from pkbrokers_redis.core.repair import HistoryRows, apply_history
 from pkbrokers_redis.core.row_list import RowList
 from pkbrokers_redis.pipeline.entries import EVIDENCE_BYTES, fields_of
 from pkbrokers_redis.pipeline.late import Addenda, settle_late
+from pkbrokers_redis.pipeline.names import Names
 from pkbrokers_redis.pipeline.shard_worker import Repair, ShardWorker
 from pkbrokers_redis.store.commit import Move
 from pkbrokers_redis.store.ids import id_order
 from pkbrokers_redis.store.pipe import Pipe
-from pkbrokers_redis.store.repairs import Gap, Rows, read_repair
+from pkbrokers_redis.store.repairs import Forget, Gap, Rows, is_forget, read_repair
 
 ROUND_SECONDS = 0.1  # for the repairs of all shards; then ticks have their turn
 READ_EVERY_SECONDS = 0.25  # a look at all streams: repairs are rare, and not worth a wait for ticks
@@ -38,14 +40,16 @@ LISTS_AT_ONCE = 200  # of an old outage: ~4 MB of replies
 PUTS_MAX = 8  # changed rows of a list; with more, the list is written as a whole
 WRONG_TYPE_RETRY_SECONDS = 2.0
 
-REPAIR_COUNTS = ("repairs", "repaired_rows", "gap_marks", "odd_repairs", "forming_repairs")
+REPAIR_COUNTS = ("repairs", "repaired_rows", "gap_marks", "odd_repairs", "forming_repairs", "forgotten")
+
+log = logs.get("aggregate")
 
 
 class Repairs:
     """Reads and applies. Counts in `counts`; `tell(event, place, **evidence)` hears of what is odd."""
 
-    def __init__(self, keys: Keys, counts: dict[str, int], tell: Callable[..., None]) -> None:
-        self._keys, self._counts, self._tell = keys, counts, tell
+    def __init__(self, keys: Keys, counts: dict[str, int], tell: Callable[..., None], names: Names) -> None:
+        self._keys, self._counts, self._tell, self._names = keys, counts, tell, names
         self._read_at = 0.0
         self._round_ends_at = 0.0
         self._skipped: dict[int, float] = {}  # shard → when to look at its key again
@@ -93,8 +97,8 @@ class Repairs:
         batch = _Batch(client, self._keys, worker, now_ms)
         last = ""
         while worker.repairs and batch.has_room and worker.is_ready(worker.repairs[0]):
-            if last and time.monotonic() > self._round_ends_at:
-                break
+            if last and (time.monotonic() > self._round_ends_at or is_forget(worker.repairs[0].fields)):
+                break  # what is forgotten is a commit of its own: no row of the batch may outlive it
             entry = worker.repairs.popleft()
             last = entry.id
             try:
@@ -109,8 +113,19 @@ class Repairs:
         self._counts["repaired_rows"] += batch.rows
         self._counts["gap_marks"] += batch.marks
         self._counts["forming_repairs"] += batch.forming
+        if batch.forgotten:
+            self._forget(worker, batch.forgotten, now_ms)
         held = worker.held
-        return Move(held.id, held.read, {}, repair=last), batch.changes()
+        return Move(held.id, held.read, {}, repair=last, forgotten=batch.forgotten), batch.changes()
+
+    def _forget(self, worker: ShardWorker, tokens: Iterable[int], now_ms: float) -> None:
+        known = set(worker.book.tokens.tolist()).intersection(tokens)
+        for token in known:
+            worker.book.forget(token)
+            worker.revs.forget(token)
+            self._names.forget(token, now_ms)
+        self._counts["forgotten"] += len(known)
+        log.info("forgotten", shard=worker.shard, instruments=len(known))
 
     def trim(self, client: redis.Redis, workers: Iterable[ShardWorker]) -> None:
         """Drop applied entries. The last one stays: a Redis that does not know it has gone back in time."""
@@ -137,16 +152,21 @@ class _Batch:
         self._book = worker.book
         self._lists: dict[Place, RowList] = {}  # with what the batch changed in them
         self.rows = self.marks = self.forming = self.odd_rows = 0
+        self.forgotten: dict[int, list[str]] = {}  # instrument → its intervals
 
     @property
     def has_room(self) -> bool:
         """Whether another entry may join. One that moved a candle out of its slot is the last: its row is not
         in the lists before the commit."""
-        return self.rows + self.marks < ROWS_A_COMMIT and not self._book.evicted
+        return self.rows + self.marks < ROWS_A_COMMIT and not self._book.evicted and not self.forgotten
 
-    def take(self, repair: Gap | Rows) -> None:
+    def take(self, repair: Gap | Rows | Forget) -> None:
         """Apply one entry to the book and the lists. Raises ValueError or UnknownInterval for an odd one."""
-        if isinstance(repair, Gap):
+        if isinstance(repair, Forget):
+            names = [interval.name for interval in self._book.intervals]
+            ours = [token for token in repair.tokens if self._keys.shard_of(token) == self._worker.shard]
+            self.forgotten = dict.fromkeys(ours, names)
+        elif isinstance(repair, Gap):
             self._take_gap(repair)
         else:
             self._take_rows(repair)

@@ -15,6 +15,7 @@ from pkbrokers_redis.core.keys import AGGREGATOR_GROUP, Keys
 from pkbrokers_redis.core.model import AT_MS, TIME_MS
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.kite.capture import KIND_BINARY, MAGIC, read_capture
+from pkbrokers_redis.pipeline.carry_on import are_applied, carry_on, load_known, newest_entries
 from pkbrokers_redis.pipeline.trades import frames_of, read_trades
 from pkbrokers_redis.pipeline.writer import TickWriter
 from pkbrokers_redis.settings import Settings
@@ -36,6 +37,7 @@ class Summary:
     frames: int = 0
     seconds: float = 0.0
     rows_refused: int = 0
+    rows_older: int = 0
     symbols: list[str] = field(default_factory=list)
 
 
@@ -104,6 +106,11 @@ class Replay:
         settings = self._settings
         sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
         trades = read_trades(path, self._known, sessions)
+        self._wait_for_what_was_told(set(trades.tokens) & set(self._known.values()))
+        if self._stop.is_set():
+            return
+        known = load_known(self._client, settings, sessions, trades.tokens)
+        trades = carry_on(trades, known, sessions, path.name)
         new = [
             {"instrument_token": token, "exchange_token": token >> 8, "exchange": exchange,
              "tradingsymbol": name, "name": name, "segment": exchange, "instrument_type": "EQ"}
@@ -114,9 +121,11 @@ class Replay:
         if new:
             save_instruments(self._client, self._keys, new)
         self.summary.symbols = trades.symbols
-        self.summary.rows_refused = trades.rows_refused
+        self.summary.rows_refused, self.summary.rows_older = trades.rows_refused, trades.rows_older
+        if len(trades.ticks) == trades.baselines:
+            return
         window_ms = None if self._speed is None else WINDOW_MS * self._speed
-        paced = trades.ticks[len(trades.tokens)]  # behind the baselines comes the first trade
+        paced = trades.ticks[trades.baselines]  # behind the baselines comes the first trade
         for ticks in frames_of(trades.ticks, window_ms):
             if self._stop.is_set() or not self._pace(max(ticks[0, TIME_MS], paced[TIME_MS])):
                 return
@@ -124,7 +133,7 @@ class Replay:
             ticks[:, AT_MS] = at_ms
             self._writer.write(self._writer.take_ticks(ticks, at_ms), at_ms, self._stop)
             self._count(len(ticks))
-        self.summary.ticks -= len(trades.tokens)
+        self.summary.ticks -= trades.baselines
 
     def _count(self, ticks: int) -> None:
         self.summary.ticks += ticks
@@ -143,7 +152,16 @@ class Replay:
 
     def _wait_for_the_aggregator(self) -> None:
         """Never push so far ahead that the streams' hard cap would cut what nobody has applied."""
-        while not self._stop.is_set() and lag_entries(self._client, self._keys) > LAG_ENTRIES_MAX:
+        self._wait_while(lambda: lag_entries(self._client, self._keys) > LAG_ENTRIES_MAX)
+
+    def _wait_for_what_was_told(self, tokens: set[int]) -> None:
+        """A file goes on where the store stands: what an earlier replay wrote must be applied before."""
+        shards = sorted({self._keys.shard_of(token) for token in tokens})
+        entries = newest_entries(self._client, self._keys, shards)
+        self._wait_while(lambda: not are_applied(self._client, self._keys, entries))
+
+    def _wait_while(self, is_behind: Callable[[], bool]) -> None:
+        while not self._stop.is_set() and is_behind():
             if not self._waited:
                 log.info("waiting_for_aggregator", mend="start `pkb aggregate` if none runs")
                 self._waited = True

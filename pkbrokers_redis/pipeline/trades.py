@@ -1,8 +1,9 @@
 """Trade files → tick batches. Columns: `time,symbol,price,quantity`, or cumulative `volume` for quantity.
 
 `time` is ISO 8601 (without a zone: Asia/Kolkata) or epoch seconds, milliseconds, microseconds or
-nanoseconds, told apart by size. A file says all that was traded, so its instruments start at a baseline
-of 0: each gets one tick with volume 0 from the end of the day before its first trade.
+nanoseconds, told apart by size. `volume` is the day's, as Kite's: a new trade date starts from 0. A file says
+all that was traded, so its instruments start at a baseline of 0: each gets one tick with volume 0 from the
+end of the day before its first trade. What the store knows of them already: `pipeline.carry_on`.
 """
 
 from __future__ import annotations
@@ -38,12 +39,15 @@ _ZONE = r"(?i::\d\d(?:\.\d+)?(?:z|[+-]\d\d(?::?\d\d)?)$)"  # a time of day with 
 
 @dataclass(frozen=True)
 class TradeFile:
-    """A read trade file, sorted by time: `ticks` is float64[n, 10] with AT_MS still NaN."""
+    """A read trade file, sorted by time: `ticks` is float64[n, 10] with AT_MS still NaN, baselines first."""
 
     symbols: list[str]
     tokens: list[int]
     ticks: TickArray
     rows_refused: int  # without a time of our age, a symbol, a price above 0 or a quantity of at least 0
+    cumulative: bool  # it has the day's volume, and no quantity
+    baselines: int  # ticks at the beginning with volume 0
+    rows_older: int = 0  # left out: older than what the store has of their instruments
 
 
 def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> TradeFile:
@@ -68,10 +72,10 @@ def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> Tra
     tokens = _tokens(sorted(frame["symbol"].unique()), known)
     token = frame["symbol"].map(tokens).to_numpy(np.int64)
     times = frame["time"].to_numpy(np.float64)
-    days = _days(times, sessions)
-    if cumulative:  # the day's own count starts anew each trade date, whatever the file's did
+    days = days_of(times, sessions)
+    if cumulative:
         volume = frame["quantity"]
-        before = volume.groupby(token).shift(fill_value=0.0)
+        before = volume.groupby([token, days]).shift(fill_value=0.0)
         frame["quantity"] = np.where(volume >= before, volume - before, volume)
     totals = frame["quantity"].groupby([token, days]).cumsum().round(8)
     ticks = np.full((len(frame), BATCH_WIDTH), np.nan)
@@ -81,7 +85,7 @@ def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> Tra
     ticks[:, VOLUME] = totals
     ticks[:, TIME_MS] = times
     ticks = np.concatenate([_baselines(ticks, sessions), ticks])
-    return TradeFile(list(tokens), list(tokens.values()), ticks, refused)
+    return TradeFile(list(tokens), list(tokens.values()), ticks, refused, cumulative, len(tokens))
 
 
 def frames_of(ticks: TickArray, window_ms: float | None) -> Iterator[TickArray]:
@@ -165,7 +169,7 @@ def _to_ms(times: pd.Series[Any], path: Path) -> pd.Series[Any]:
     return whole.astype("Float64").astype("float64")
 
 
-def _days(times_ms: npt.NDArray[np.float64], sessions: Sessions) -> npt.NDArray[np.int64]:
+def days_of(times_ms: npt.NDArray[np.float64], sessions: Sessions) -> npt.NDArray[np.int64]:
     """The local trade date of each time, as its midnight in ms."""
     days = np.zeros(len(times_ms), np.int64)
     first = 0

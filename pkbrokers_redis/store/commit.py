@@ -84,7 +84,8 @@ class Move:
     """A step of the cursor: the last stream id applied, entries read in all, sources' new numbers.
 
     `forget` are sources whose numbers may go (see `SOURCES_MAX` in the shard's worker). `repair` is the last
-    entry of the repairs in this commit, "" where there is none.
+    entry of the repairs in this commit, "" where there is none. `forgotten` are instruments of which nothing
+    stays, each with its intervals.
     """
 
     id: str
@@ -92,6 +93,7 @@ class Move:
     sources: Mapping[bytes, int]
     forget: Sequence[bytes] = ()
     repair: str = ""
+    forgotten: Mapping[int, Sequence[str]] = field(default_factory=dict)
 
 
 def commit_args(
@@ -156,16 +158,21 @@ def queue_commit(
     for source, seq in move.sources.items():
         sources += (b"src:" + source, seq)
     base = cursor.removesuffix("cursor")
+    forgotten: list[Any] = [len(move.forgotten)]
+    for token, names in move.forgotten.items():
+        forgotten += (token, len(names), *names)
     # A cluster looks at the keys it is told of before it runs a function. While a slot moves away key by key,
     # it then refuses a commit (TRYAGAIN) that would meet a key that is gone halfway through.
-    touched: Sequence[str] = ()
+    touched: list[str] = []
     if pipe.is_clustered:
         touched = touched_keys(base, sections) + ([keys.repairs(shard)] if move.repair else [])
+        for token, names in move.forgotten.items():
+            touched += [f"{base}current:{token}", *(f"{base}candles:{token}:{name}" for name in names)]
     pipe.add(
         "FCALL", COMMIT, 4 + len(touched), cursor, keys.ticks(shard), keys.state(shard), keys.closed(shard),
         *touched, base, held.owner, held.epoch, held.commits, held.id, move.id, move.read,
         closed_max, move.repair, len(move.sources), *sources,
-        len(move.forget), *(b"src:" + each for each in move.forget), *sections,
+        len(move.forget), *(b"src:" + each for each in move.forget), *sections, *forgotten,
     )  # fmt: skip
 
 

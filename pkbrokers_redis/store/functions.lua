@@ -9,7 +9,8 @@ P:{S}:ticks    stream  its group `aggregator` carries the committed position
 P:{S}:state    hash    token → what the aggregator remembers beside the rows
 P:{S}:closed   stream  announced candles
 P:{S}:repairs  stream  what `repair` in the cursor is an id of; only looked at
-and, under the same hash tag, ARGV "base" .. : current:<token>, candles:<token>:<interval>.
+and, under the same hash tag, ARGV "base" .. : current:<token>, candles:<token>:<interval>; quote:<token> goes
+with an instrument that is forgotten.
 
 A command on a key that somebody filled with another type fails alone: the key's name is returned,
 everything else is written. ]]
@@ -117,7 +118,7 @@ end
 leave there, entries read so far, cap of closed, id of the last repair in this commit ('' for none), then counted
 sections: sources (src seq), sources to forget (src), currents (token n (interval row)×n), drops (token interval),
 lists (token interval n row×n: all there is from now on), puts (token interval start keep row), closed (token
-symbol interval row rev), state (field value).
+symbol interval row rev), state (field value), instruments to forget (token n interval×n).
 Returns the names of keys that refused. Refuses itself with FENCED when another owns the shard, and with STALE
 when Redis is not as we left it: then what we know of the shard must be loaded again. ]]
 local function commit(keys, args)
@@ -186,6 +187,18 @@ local function commit(keys, args)
   end
   local fields = 2 * count()
   hset_all(bad, state, args, i, i + fields - 1)
+  i = i + fields
+  for _ = 1, args[i] and count() or 0 do -- a worker of an older release has no such section
+    local token, names = args[i], tonumber(args[i + 1])
+    try(bad, state, 'HDEL', state, token, token .. ':marks', token .. ':revs')
+    for _, key in ipairs({base .. 'current:' .. token, base .. 'quote:' .. token}) do
+      try(bad, key, 'DEL', key)
+    end
+    for name = i + 2, i + 1 + names do
+      redis.call('DEL', base .. 'candles:' .. token .. ':' .. args[name])
+    end
+    i = i + 2 + names
+  end
 
   redis.call('HSET', cursor, 'id', id, 'read', read, 'commits', tonumber(commits) + 1)
   if repair ~= '' then redis.call('HSET', cursor, 'repair', repair) end

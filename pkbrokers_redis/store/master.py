@@ -1,6 +1,8 @@
 """The instrument master in Redis, swapped in at once: a reader finds the old names or the new ones.
 
     1  P:instrument:<token>   the rows of all instruments that stay or come (each one HSET)
+       P:expired              the contracts that go, by token
+       P:{S}:repairs          what the store has of tokens that are other contracts now is to be forgotten
     2  P:symbols              one transaction on this one key: gone names out, new and moved ones in
     3  P:derivatives          one transaction: stocks that have futures or options
     4  P:instrument:<token>   the rows of gone instruments (expired contracts) removed
@@ -9,6 +11,9 @@
 So a name never leads to a row that is not there. RENAME of a whole new hash would do for step 2 too, but not
 on a cluster: `P:symbols` has no hash tag, so no second key shares its slot. Who scans `P:symbols` (`all`,
 `nse-equity`) across the swap sees names of both, never a torn one.
+
+Zerodha gives the token of an expired contract to another one, at once or weeks later. A share or an index
+that only changed its name keeps its candles. A sync that died before step 2 does it again.
 """
 
 from __future__ import annotations
@@ -24,6 +29,7 @@ from pkbrokers_redis.core.errors import PkbError
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.model import SEGMENT_INDICES
 from pkbrokers_redis.store.pipe import Pipe
+from pkbrokers_redis.store.repairs import send_forget
 from pkbrokers_redis.store.symbols import read_names, read_tokens
 
 T = TypeVar("T")
@@ -31,6 +37,7 @@ T = TypeVar("T")
 ROWS_AT_ONCE = 2_000  # a round trip of ~0.5 MB
 NAMES_AT_ONCE = 5_000  # fields of one HSET
 UNDERLYING_OF = {"NFO": "NSE", "BFO": "BSE"}  # where the stocks of an exchange's contracts trade
+CASH_SEGMENTS = {1, 4, SEGMENT_INDICES}  # all others are of contracts
 SHRUNK_FROM = 1_000  # a master of this many rows does not lose half of them overnight
 
 Row = Mapping[str, str]  # Kite's CSV, columns by name
@@ -55,11 +62,13 @@ class Manifest(NamedTuple):
 
 
 class Swapped(NamedTuple):
-    """What a swap did: names in the master now, how many came (or got another token), how many went."""
+    """What a swap did: names in the master now, how many came (or got another token), how many went, and how
+    many tokens are other contracts now."""
 
     names: int
     added: int
     removed: int
+    reassigned: int = 0
 
 
 class MasterShrunk(PkbError):
@@ -114,14 +123,17 @@ def swap_master(
             f"the new instrument master has {len(new):,} rows where {len(old):,} were",
             "try again; `pkb instruments sync --force` takes it all the same",
         )
+    reassigned = _reassigned(client, keys, old, new)
     _write_rows(client, keys, rows)
     gone = [name for name in old if name not in new]
     come = {name: token for name, token in new.items() if old.get(name) != token}
+    kept = set(new.values())
+    _note_expired(client, keys, {old[name]: name for name in gone if old[name] not in kept})
+    send_forget(client, keys, reassigned, "reassigned")
     _swap_names(client, keys, gone, come)
     _swap_derivatives(client, keys, rows, scope, new)
-    kept = set(new.values())
     _remove_rows(client, keys, [token for token in dict.fromkeys(old.values()) if token not in kept])
-    return Swapped(len(new), len(come), len(gone))
+    return Swapped(len(new), len(come), len(gone), len(reassigned))
 
 
 def load_derivatives(client: redis.Redis, keys: Keys) -> set[str]:
@@ -150,6 +162,26 @@ def read_rows(client: redis.Redis, keys: Keys, tokens: Iterable[int]) -> list[di
                 row = dict(zip(cells[::2], cells[1::2], strict=False))
                 rows.append({**row, "instrument_token": str(token)})
     return rows
+
+
+def _reassigned(client: redis.Redis, keys: Keys, old: Mapping[str, int], new: Mapping[str, int]) -> list[int]:
+    """The tokens that were another contract's before: the old master's, or one's that is gone."""
+    before: dict[int, set[str]] = {}
+    for name, token in old.items():
+        before.setdefault(token, set()).add(name)
+    contracts = {token: name for name, token in new.items() if token & 0xFF not in CASH_SEGMENTS}
+    for tokens in _chunks((token for token in contracts if token not in before), NAMES_AT_ONCE):
+        found: Any = client.hmget(keys.expired(), tokens)
+        before |= {
+            token: {name.decode(errors="replace")} for token, name in zip(tokens, found, strict=True) if name
+        }
+    return [token for token, name in contracts.items() if name not in before.get(token, {name})]
+
+
+def _note_expired(client: redis.Redis, keys: Keys, gone: Mapping[int, str]) -> None:
+    contracts = ((token, name) for token, name in gone.items() if token & 0xFF not in CASH_SEGMENTS)
+    for pairs in _chunks(contracts, NAMES_AT_ONCE):
+        client.hset(keys.expired(), items=[cell for pair in pairs for cell in pair])
 
 
 def _write_rows(client: redis.Redis, keys: Keys, rows: Iterable[Row]) -> None:

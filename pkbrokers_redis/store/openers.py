@@ -77,7 +77,8 @@ def split(url: str) -> SplitResult:
             _ = urlsplit(f"//{server}").port  # read now: it is what raises
     except ValueError:
         raise _unreadable("its host or port cannot be read", _WRITE_URL) from None
-    if "@" in parts.path + parts.query + parts.fragment and parts.scheme != "unix":
+    # A socket's path may hold an @, but behind a password it may be the password's.
+    if "@" in parts.path + parts.query + parts.fragment and (parts.scheme != "unix" or parts.netloc):
         raise _unreadable("a special character cuts it short", _WRITE_URL)
     if parts.scheme == "unix" and parts.netloc and "@" not in parts.netloc:
         raise _unreadable("a unix socket needs an absolute path", "write unix:///path/to/redis.sock?db=0")

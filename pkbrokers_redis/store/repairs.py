@@ -1,8 +1,9 @@
-"""The repair streams: how anyone but the aggregator asks for candle rows to be marked or replaced.
+"""The repair streams: how anyone but the aggregator asks for candle rows to be marked, replaced or dropped.
 
 P:{S}:repairs   kind gap    from, to <epoch ms, half-open: the feed was down>  tokens <JSON array>  why
                 kind rows   token  interval  from, to <epoch s, half-open: what history answered for>
                             rows <JSON array of [start,open,high,low,close,volume,oi], oldest first>  why
+                kind forget tokens <JSON array: they are other instruments from now on>  why
 
 Only the aggregator writes candle rows. It applies an entry exactly once, in one commit with the cursor's
 field `repair`, and after every tick that was in the shard's stream before the entry.
@@ -24,6 +25,7 @@ from pkbrokers_redis.store.ids import id_order
 
 ENTRIES_MAX = 10_000  # of a shard's stream, applied or not; a day's repairs of 10,000 instruments on 8 shards
 TOKENS_MAX = 5_000  # named in one entry; more are sent as more entries
+FORGET_MAX = 200  # instruments forgotten in one commit: ~3,000 keys, a few ms of Redis
 ROWS_MAX = 2_000  # in one entry, more than any exchange's minutes of a day; more are sent as more entries
 TIME_MIN_MS, TIME_MAX_MS = 631_152_000_000, 4_102_444_800_000  # 1990 and 2100, as for ticks
 GAP_MS_MAX = 10 * 86_400_000  # a longer outage is none: nobody keeps a shard's minutes for so long
@@ -60,6 +62,26 @@ def send_gap(
                 "tokens": msgspec.json.encode(group[first : first + TOKENS_MAX]),
                 "why": why,
             }
+            pipeline.xadd(keys.repairs(shard), fields, maxlen=ENTRIES_MAX, approximate=True)  # type: ignore[arg-type]
+            entries += 1
+    pipeline.execute()
+    return entries
+
+
+def send_forget(client: redis.Redis, keys: Keys, tokens: Iterable[int], why: str) -> int:
+    """Have all that is known of these instruments dropped: rows, quote, state. Returns the entries written.
+
+    Their next ticks are a first sight. Twice is as once. Raises redis' errors.
+    """
+    of_shard: dict[int, list[int]] = {}
+    for token in tokens:
+        of_shard.setdefault(keys.shard_of(token), []).append(int(token))
+    pipeline = client.pipeline(transaction=False)
+    entries = 0
+    for shard, group in of_shard.items():
+        for first in range(0, len(group), FORGET_MAX):
+            text = msgspec.json.encode(group[first : first + FORGET_MAX])
+            fields = {"kind": "forget", "tokens": text, "why": why}
             pipeline.xadd(keys.repairs(shard), fields, maxlen=ENTRIES_MAX, approximate=True)  # type: ignore[arg-type]
             entries += 1
     pipeline.execute()
@@ -128,21 +150,34 @@ class Rows(NamedTuple):
     rows: list[list[float | int | str | None]]
 
 
-def read_repair(fields: Mapping[bytes, bytes]) -> Gap | Rows:
+class Forget(NamedTuple):
+    """An entry of kind `forget`."""
+
+    tokens: list[int]
+
+
+def is_forget(fields: Mapping[bytes, bytes]) -> bool:
+    """Whether an entry says of itself that it is one of kind `forget`."""
+    return fields.get(b"kind") == b"forget"
+
+
+def read_repair(fields: Mapping[bytes, bytes]) -> Gap | Rows | Forget:
     """One entry's fields. Raises ValueError, saying what is wrong, for what is no repair."""
     kind = fields.get(b"kind")
-    if kind not in (b"gap", b"rows"):
-        raise ValueError("its kind is neither gap nor rows")
-    first, last = _count(fields, b"from"), _count(fields, b"to")
-    name = "tokens" if kind == b"gap" else "rows"
+    if kind not in (b"gap", b"rows", b"forget"):
+        raise ValueError("its kind is none of gap, rows and forget")
+    first, last = (0, 0) if kind == b"forget" else (_count(fields, b"from"), _count(fields, b"to"))
+    name = "rows" if kind == b"rows" else "tokens"
     text = fields.get(name.encode(), b"")
     if len(text) > TEXT_BYTES_MAX:
         raise ValueError(f"{len(text)} bytes of {name}")
     try:
-        if kind == b"gap":
+        if kind != b"rows":
             tokens = _tokens_decoder.decode(text)
             if len(tokens) > TOKENS_MAX or not all(1 <= token <= TOKEN_MAX for token in tokens):
                 raise ValueError("too many tokens, or some that are none")
+            if kind == b"forget":
+                return Forget(tokens)
             if not TIME_MIN_MS <= first < last < TIME_MAX_MS or last - first > GAP_MS_MAX:
                 raise ValueError("from and to are no span of an outage")
             return Gap(tokens, first, last)

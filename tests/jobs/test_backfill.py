@@ -17,6 +17,7 @@ from pkbrokers_redis.jobs.backfill import repair_day, repair_gap, warm_start
 from pkbrokers_redis.jobs.desk import HISTORY_LAG_SECONDS, Desk
 from pkbrokers_redis.jobs.progress import Progress, read_progress
 from pkbrokers_redis.jobs.slices import run_parts
+from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.store.read import read_candles
 from tests.jobs.conftest import KNOWN_S, NOW, NOW_S, OPENED_S, ROWS, MovableClock
@@ -26,6 +27,13 @@ pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
 TOKENS = [int(row["instrument_token"]) for row in ROWS]
 STOCK = next(token for token in TOKENS if token & 0xFF == 1)
 INDEX = next(token for token in TOKENS if token & 0xFF == 9)
+FUTURE = 35_001 << 8 | 2  # of NFO: until 15:40
+
+
+def clock_s(text: str) -> int:
+    """A time of the day, epoch seconds."""
+    hour, minute = map(int, text.split(":"))
+    return int(NOW.replace(hour=hour, minute=minute, second=0).timestamp())
 
 
 def entries(desk: Desk, token: int) -> list[dict[str, Any]]:
@@ -124,6 +132,76 @@ def test_the_rows_reach_the_lists_and_all_longer_intervals(
     assert ours(desk, STOCK, "15m") == theirs(kite, STOCK, "15minute", OPENED_S, KNOWN_S - 899)
     flags = {row.flag for row in read_candles(desk.client, desk.keys, STOCK, "1m", 1000)}
     assert flags == {"backfilled"}
+
+
+def with_intervals(desk: Desk, text: str) -> Desk:
+    return Desk(load_settings(intervals_text=text), desk.client, desk.history, desk.sessions, desk.clock)
+
+
+@pytest.mark.parametrize(
+    ("base", "at", "asked"),
+    [
+        ("1m", "10:20", ("10:20", "10:21")),
+        ("5m", "10:20", ("10:20", "10:25")),
+        ("10m", "10:20", ("10:15", "10:25")),
+        ("30m", "10:20", ("10:15", "10:45")),
+        ("60m", "09:50", ("09:15", "10:15")),
+    ],
+)
+def test_it_asks_for_the_candles_of_the_session(
+    desk: Desk, kite: SimulatedKite, base: str, at: str, asked: tuple[str, str]
+) -> None:
+    desk = with_intervals(desk, f"{base},day")
+    outage_s, from_s, to_s = (clock_s(text) for text in (at, *asked))
+    repair_gap([STOCK], (outage_s + 5) * 1000, (outage_s + 25) * 1000, desk=desk)
+    [entry] = entries(desk, STOCK)
+    assert (entry["interval"], int(entry["from"]), int(entry["to"])) == (base, from_s, to_s)
+    names = {"1m": "minute", "60m": "60minute"}
+    sent = [tuple(row[:6]) for row in json.loads(entry["rows"])]
+    assert sent == theirs(kite, STOCK, names.get(base, f"{base[:-1]}minute"), from_s, to_s) and len(sent) == 1
+
+
+def test_an_hour_that_forms_is_waited_for_to_its_end_and_the_last_one_to_the_close(
+    desk: Desk, clock: MovableClock
+) -> None:
+    desk = with_intervals(desk, "60m,day")
+    again = repair_gap([STOCK], (NOW_S - 60) * 1000, (NOW_S - 30) * 1000, desk=desk)
+    assert again.intervals == [clock_s("11:15") - NOW_S + HISTORY_LAG_SECONDS]
+    clock.move(clock_s("15:20") - NOW_S)
+    again = repair_gap([FUTURE], (clock_s("15:16")) * 1000, clock_s("15:17") * 1000, desk=desk)
+    closes_s = desk.session_s(FUTURE, NOW.date())[1]
+    assert again.intervals == [closes_s - clock_s("15:20") + HISTORY_LAG_SECONDS]
+    assert closes_s < clock_s("16:15")
+
+
+def test_each_instrument_has_its_own_hours(desk: Desk) -> None:
+    desk = with_intervals(desk, "30m,day")
+    outage = [clock_s("10:20") * 1000, clock_s("10:21") * 1000]
+    assert desk.span_s(STOCK, *outage) == (clock_s("10:15"), clock_s("10:45"))
+    assert desk.span_s(4242 << 8 | 7, *outage) == (clock_s("10:00"), clock_s("10:30"))  # MCX, from 9:00
+
+
+def test_after_the_close_there_is_nothing_to_mend(desk: Desk, clock: MovableClock) -> None:
+    clock.move(clock_s("18:00") - NOW_S)
+    found = repair_gap([STOCK], clock_s("16:01") * 1000, clock_s("16:03") * 1000, desk=desk)
+    assert "too_old" not in found and entries(desk, STOCK) == []
+
+
+@pytest.mark.parametrize("base", ["2m", "4m"])
+def test_a_length_that_kite_lacks_is_made_of_its_minutes(desk: Desk, kite: SimulatedKite, base: str) -> None:
+    seconds = 60 * int(base[0])
+    desk = with_intervals(desk, f"{base},60m,day")
+    repair_gap([STOCK, INDEX], (OPENED_S + 1) * 1000, (OPENED_S + seconds + 1) * 1000, desk=desk)
+    for token in (STOCK, INDEX):
+        [entry] = entries(desk, token)
+        first, second = json.loads(entry["rows"])
+        minutes = theirs(kite, token, "minute", OPENED_S, OPENED_S + 2 * seconds)
+        part = minutes[len(minutes) // 2 :]
+        assert (entry["interval"], first[0], second[0]) == (base, OPENED_S, OPENED_S + seconds)
+        assert second[1:6] == [
+            part[0][1], max(row[2] for row in part), min(row[3] for row in part),
+            part[-1][4], sum(row[5] for row in part),
+        ]  # fmt: skip
 
 
 # --- a warm start

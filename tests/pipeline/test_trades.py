@@ -110,11 +110,12 @@ def test_a_new_day_counts_from_0_again(tmp_path: Path) -> None:
         tmp_path, "1767584700,INFY,1,10", f"{1767584700 + day},INFY,1,7", f"{1767584701 + day},INFY,1,1"
     )
     assert [volume for _, _, _, volume, _ in trades(read(quantities))] == [10, 7, 8]
-    cumulative = csv(
-        tmp_path, "1767584700,INFY,1,10", f"{1767584700 + day},INFY,1,7", f"{1767584701 + day},INFY,1,9",
-        header="time,symbol,price,volume",
-    )  # fmt: skip
-    assert [volume for _, _, _, volume, _ in trades(read(cumulative))] == [10, 7, 9]
+    for first in (7, 25):
+        cumulative = csv(
+            tmp_path, "1767584700,INFY,1,10", f"{1767584700 + day},INFY,1,{first}",
+            f"{1767584701 + day},INFY,1,{first + 2}", header="time,symbol,price,volume",
+        )  # fmt: skip
+        assert [volume for _, _, _, volume, _ in trades(read(cumulative))] == [10, first, first + 2]
 
 
 def test_each_instrument_has_its_baseline_and_its_own_volume(tmp_path: Path) -> None:

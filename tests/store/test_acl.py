@@ -27,6 +27,7 @@ from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.master import swap_master
 from pkbrokers_redis.store.symbols import save_instruments
 from tests.store.test_connect import SECRET, refusal
 from tests.support import redis_server_binary, running_python, running_server, settings_env, wait_until
@@ -121,6 +122,23 @@ def test_what_a_user_may_not_is_refused(user: str, command: tuple[str, ...], por
     client = redis.Redis(port=port, username=user, password=f"change-me-{user}")
     with client, pytest.raises(redis.exceptions.NoPermissionError):
         client.execute_command(*command)
+
+
+def test_a_token_that_is_another_contract_is_forgotten_by_its_users(port: int) -> None:
+    token = 45_000 << 8 | 2
+    aggregator = settings_env(settings_of("aggregator", port))
+    with ExitStack() as stack:
+        admin, jobs = (stack.enter_context(connect(settings_of(user, port))) for user in ("admin", "jobs"))
+        for name in ("NIFTY26N1724000CE", "NIFTY26N2426500PE"):
+            row = {"instrument_token": str(token), "exchange": "NFO", "tradingsymbol": name}
+            swap_master(jobs, KEYS, [row], ["NFO"])
+        swap_master(jobs, KEYS, [], ["NFO"])
+        held = (KEYS.quote(token), KEYS.candles(token, "1m"))
+        admin.hset(held[0], "last_price", "920")
+        admin.rpush(held[1], "[1785728700,1,1,1,1,1,null,1]")
+        stack.enter_context(running_python("-m", "workers.aggregate", env=aggregator))
+        wait_until(lambda: not admin.exists(*held), timeout_seconds=60, what="the aggregator to forget")
+    assert denials(port) == []
 
 
 @pytest.mark.parametrize("port", ["valkey"], indirect=True)

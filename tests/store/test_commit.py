@@ -68,6 +68,7 @@ def commit(
     currents: Mapping[int, Mapping[str, bytes]] | None = None, drops: Sequence[tuple[int, str]] = (),
     puts: Sequence[Put] = (), closed: Sequence[tuple[Any, ...]] = (),
     state: Mapping[Any, bytes] | None = None, forget: Sequence[bytes] = (),
+    forgotten: Mapping[int, Sequence[str]] | None = None,
 ) -> list[str]:  # fmt: skip
     """One commit of hand-made sections; the keys that refused."""
     sections: list[Any] = [len(currents or {})]
@@ -75,7 +76,9 @@ def commit(
         sections += (token, len(rows), *(cell for pair in rows.items() for cell in pair))
     for part in (drops, (), puts, closed, list((state or {}).items())):
         sections += (len(part), *(cell for each in part for cell in each))
-    move = Move(entry_id or held.id, held.read if read is None else read, sources or {}, forget)
+    move = Move(
+        entry_id or held.id, held.read if read is None else read, sources or {}, forget, "", forgotten or {}
+    )
     pipe = Pipe(client)
     queue_commit(pipe, KEYS, 0, held, move, closed_max, sections)
     return settle_commit(pipe.execute()[0], held, move)
@@ -98,6 +101,22 @@ def all_parts() -> dict[str, Any]:
         "closed": [(TOKEN, "NSE:INFY", "1m", row(60), 0), (OTHER, "NSE:RELIANCE", "1m", row(60), 3)],
         "state": {str(TOKEN): b"[1]", f"{TOKEN}:marks": b"[0,[1]]"},
     }
+
+
+def test_of_an_instrument_that_is_forgotten_nothing_stays(client: redis.Redis, owner: Position) -> None:
+    commit(client, owner, **all_parts())
+    client.hset(KEYS.quote(TOKEN), "last_price", "1")
+    client.hset(STATE, f"{TOKEN}:revs", "{}")
+    client.set(KEYS.candles(TOKEN, "5m"), "of a foreign hand")
+    assert commit(client, owner, forgotten={TOKEN: ["1m", "5m"], 7: ["1m", "5m"]}) == []
+    assert list(client.scan_iter(f"*:{TOKEN}*")) == []
+    assert client.hgetall(STATE) == {}
+    assert client.lrange(KEYS.candles(OTHER, "1m"), 0, -1) == [row(60)]
+    assert client.hget(KEYS.current(OTHER), "1m") == row(120)
+    stranger = Position("two", owner.epoch, owner.commits)
+    with pytest.raises(CommitRefused):
+        commit(client, stranger, forgotten={OTHER: ["1m"]})
+    assert client.llen(KEYS.candles(OTHER, "1m")) == 1
 
 
 def test_a_commit_writes_every_key_of_the_contract(client: redis.Redis, owner: Position) -> None:

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 import pytest
 import redis
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pkbrokers_redis.core.errors import PkbError, RedisUnavailable, RedisUnsuitable, SettingsError
@@ -275,6 +275,7 @@ def test_a_url_that_cannot_be_read_is_one_line(url: str) -> None:
 
 
 @given(password=st.text(min_size=6, max_size=20))
+@example(password="0000@/")
 def test_no_password_however_odd_is_ever_described(password: str) -> None:
     marked = f"Q{password}Z7q"
     for url in (f"redis://:{marked}@host:6379/0", f"unix://:{marked}@/run/redis.sock"):

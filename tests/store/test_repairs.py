@@ -15,10 +15,12 @@ from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import repairs
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.repairs import (
+    Forget,
     Gap,
     Rows,
     is_applied,
     read_repair,
+    send_forget,
     send_gap,
     send_rows,
     wait_applied,
@@ -93,6 +95,18 @@ def test_many_rows_and_tokens_are_many_entries_that_leave_no_hole(
 
 
 @VALKEY
+def test_what_is_to_be_forgotten_is_named_in_entries_of_bounded_size(
+    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repairs, "FORGET_MAX", 2)
+    assert send_forget(client, KEYS, [], "reassigned") == 0
+    assert send_forget(client, KEYS, [INFY, RELIANCE, INFY + 1024, INFY + 2048], "reassigned") == 3
+    assert [read_repair(fields) for _, fields in entries(client, INFY)] == [
+        Forget([INFY, INFY + 1024]), Forget([INFY + 2048]),
+    ]  # fmt: skip
+
+
+@VALKEY
 def test_a_job_can_wait_until_the_aggregator_is_past_its_entry(client: redis.Redis) -> None:
     entry_id = send_rows(client, KEYS, INFY, "1m", OPEN_S, OPEN_S + 60, [MINUTE], "gap")
     assert not is_applied(client, KEYS, INFY, entry_id)
@@ -124,6 +138,9 @@ ODD: list[dict[str, Any]] = [
     {**GAP, "tokens": "[" * 100_000},
     {**GAP, "tokens": str([1] * 5_001)},
     {**GAP, "tokens": "[1" + " " * (1 << 20) + "]"},
+    {"kind": "forget"},
+    {"kind": "forget", "tokens": "[0]"},
+    {"kind": "forget", "tokens": f'["{INFY}"]'},
     {**ROWS, "token": "INFY"},
     {**ROWS, "token": "0"},
     {**ROWS, "token": 2**32},
@@ -168,8 +185,11 @@ def test_repairs_are_applied_on_a_cluster(cluster_client: redis.Redis, cluster_s
         )
         send_gap(cluster_client, keys, tokens, (OPEN_S + 2_400) * 1000, (OPEN_S + 2_500) * 1000, "mute")
         wait_until(lambda: aggregator.step(block_ms_max=1) == 0 and aggregator.figures()["repairs"] == 16)
+        send_forget(cluster_client, keys, tokens[:1], "reassigned")
+        wait_until(lambda: aggregator.step(block_ms_max=1) == 0 and aggregator.figures()["forgotten"] == 1)
     finally:
         aggregator.close()
-    for token in tokens:
+    assert not cluster_client.exists(*(keys.candles(tokens[0], name) for name in ("1m", "5m", "day")))
+    for token in tokens[1:]:
         assert cluster_client.llen(keys.candles(token, "1m")) == 40
         assert cluster_client.llen(keys.candles(token, "5m")) == 8

@@ -23,8 +23,9 @@ pytestmark = pytest.mark.xdist_group("sentinel")
 
 @pytest.fixture(scope="module")
 def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SentinelSet]:
-    """A set whose Sentinels want a password."""
-    with running_sentinels(tmp_path_factory.mktemp("sentinel"), sentinel_password=SECRET) as found:
+    """A set whose Sentinels want a password, and do nothing of their own accord."""
+    folder = tmp_path_factory.mktemp("sentinel")
+    with running_sentinels(folder, sentinel_password=SECRET, down_after_ms=60_000) as found:
         yield found
 
 
@@ -86,7 +87,7 @@ def test_after_a_failover_the_next_commands_go_to_the_new_master(guarded: Sentin
             with redis.Redis(port=new_port, db=2) as new:
                 return new.role()[0] == b"master" and new.get("a") == number.encode()
 
-        wait_until(lambda: guarded.current_port(SECRET) == new_port, timeout_seconds=30)
+        wait_until(lambda: guarded.believed_ports(SECRET) == {new_port}, timeout_seconds=30)
         wait_until(arrives, timeout_seconds=30)
 
 
