@@ -1,7 +1,7 @@
 """The aggregator: tick streams in, candles out, one atomic commit per batch and shard.
 
     share   renew the leases, load the shards that are newly ours, drop those that are not (pipeline.shards)
-    repair  outages and history's rows of the repair streams, in commits of their own (pipeline.repair)
+    repair  the entries of the repair streams, in commits of their own (pipeline.repair)
     read    XREAD from each shard's cursor, whatever is there
     apply   repeats of a source's retry skipped, rows decoded at once, rules applied (core.book)
     close   candles whose end + grace has passed
@@ -109,7 +109,7 @@ class Aggregator:
         self.ticks_total, self._trim_at_ms = 0, 0.0
         self._once = logs.Once()
         self._decoder = EntryDecoder(self.counts, self._tell)
-        self._repairs = Repairs(settings.keys, self.counts, self._tell)
+        self._repairs = Repairs(settings.keys, self.counts, self._tell, self._names)
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -205,7 +205,7 @@ class Aggregator:
             return
         now_ms = self._now_ms()
         for shard in [each for each in epochs if each not in self.workers]:
-            if self._aside.get(shard, 0.0) > now_ms:
+            if 0 < self._aside.get(shard, 0.0) - now_ms <= WRONG_TYPE_RETRY_MS:
                 continue
             try:
                 self._load(shard, epochs[shard])
@@ -265,7 +265,7 @@ class Aggregator:
         if commits:
             self._commit(commits)
         now_ms = self._machine_ms()
-        if now_ms >= self._trim_at_ms:
+        if not self._trim_at_ms - TRIM_EVERY_MS <= now_ms < self._trim_at_ms:
             self._trim_at_ms = now_ms + TRIM_EVERY_MS
             held = {shard: worker.held.id for shard, worker in self.workers.items()}
             trim(self._client, self._keys, held, now_ms, self._settings.stream_retention_seconds)
@@ -297,7 +297,7 @@ class Aggregator:
         worker_of = {
             self._keys.ticks(shard): worker
             for shard, worker in self.workers.items()
-            if self._skipped.get(shard, 0.0) <= before_ms
+            if not 0 < self._skipped.get(shard, 0.0) - before_ms <= WRONG_TYPE_RETRY_MS
         }
         if not worker_of:
             time.sleep(block_ms / 1000)

@@ -103,7 +103,7 @@ class FeedLeases:
         self._on_take, self._on_drop = on_take, on_drop
         # Not at the first look: workers that start together must see each other, and not take what they
         # would have to give back.
-        self._take_from_ms = now_ms() + self.look_seconds * 1000
+        self._pause(self.look_seconds * 1000)
         self._away = False
         self.held: set[int] = set()
         self.lost = 0  # feeds that another had when Redis or we came back
@@ -132,7 +132,7 @@ class FeedLeases:
         if self._away:
             self._away = False
             # The others must first renew what they read all the time, and be seen as alive.
-            self._take_from_ms = self._now_ms() + self._ttl_ms
+            self._pause(self._ttl_ms)
             log.info("leases_again", feeds=_names(self.held))
 
     def _look(self, client: redis.Redis) -> None:
@@ -155,7 +155,7 @@ class FeedLeases:
         for some, why in ((vanished, "there are fewer feeds now"), (beyond, "shared with a new worker")):
             self._drop(client, some, why)
             self._release(client, some)
-        if self._away or self._now_ms() < self._take_from_ms:
+        if self._away or self._paused_ms <= self._now_ms() < self._take_from_ms:
             return
         for feed in range(feeds):
             if len(self.held) >= share:
@@ -164,6 +164,10 @@ class FeedLeases:
                 log.info("feed_taken", feed=feed, of=feeds)
                 self._on_take(client, feed)
                 self.held.add(feed)
+
+    def _pause(self, pause_ms: float) -> None:
+        self._paused_ms = self._now_ms()
+        self._take_from_ms = self._paused_ms + pause_ms
 
     def _try(self, client: redis.Redis, feed: int) -> bool:
         return lease.try_lease(client, self._keys.feed(feed), self._worker_id, self._ttl_ms)

@@ -3,7 +3,7 @@
 | state          | seen                                               | action                      |
 |----------------|----------------------------------------------------|-----------------------------|
 | `ok`           | ticks come; some instruments may be illiquid       | none                        |
-| `quiet`        | its markets are closed (night, holiday)            | none                        |
+| `quiet`        | its markets are closed, or in the closing auction  | none                        |
 | `mute`         | heartbeats but no ticks while its market is open   | reconnect, ever more seldom |
 | `partly_mute`  | instruments that always tick do not, others do     | resubscribe, then reconnect |
 | `expired`      | Kite answers 403                                   | renew the session           |
@@ -35,7 +35,10 @@ MOST = 0.5  # so large a part of the canaries is worth a reconnect, which all ot
 
 
 class Signs(NamedTuple):
-    """What is seen of one feed. `opened_ms`: since when a market of its is open, None: all are closed."""
+    """What is seen of one feed.
+
+    `opened_ms`: since when a market of its trades continuously; None: none does.
+    """
 
     socket: str  # the socket's state
     connected_ms: float
@@ -81,7 +84,7 @@ class FeedDoctor:
             self._mute_from_ms, self._reconnects = None, 0
         if signs.opened_ms is None or not signs.instruments:
             self._mute_from_ms, self._reconnects = None, 0
-            return Verdict("quiet", "none", "its markets are closed")
+            return Verdict("quiet", "none", "its markets are closed, or in the closing auction")
         if signs.socket != "connected":
             if self._mute_from_ms is not None:
                 return Verdict("mute", "none", "on its way to a new connection")

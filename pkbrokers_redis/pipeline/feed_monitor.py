@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.core.india import IST_MS
@@ -22,6 +22,7 @@ log = logs.get("doctor")
 LOOK_SECONDS = 0.5
 NAMES_MAX = 5  # instruments named in a line
 DAY_MS = 86_400_000
+AUCTION = "closing_auction"  # a window of the calendar: orders are collected, and no tick is missing
 ALARMING = {"mute", "partly_mute", "expired", "rate_limited"}
 
 
@@ -59,6 +60,7 @@ class FeedMonitor:
         self._readings = readings
         self._on_silence_over = on_silence_over
         self._watched: dict[int, _WatchedFeed] = {}
+        self._looked_ms = 0.0
         self._counts: Counter[str] = Counter()
 
     def run(self, stop: threading.Event) -> None:
@@ -70,6 +72,9 @@ class FeedMonitor:
         """One round: a verdict for each feed, and what follows from it."""
         now_ms = self._now_ms()
         readings = {reading.feed.number: reading for reading in self._readings()}
+        if now_ms < self._looked_ms:
+            self._start_anew(readings.values(), now_ms)
+        self._looked_ms = now_ms
         watched: dict[int, _WatchedFeed] = {}
         for number, reading in readings.items():
             known = self._watched.get(number)
@@ -80,6 +85,13 @@ class FeedMonitor:
         opened_ms = [self._opened_ms(schedule, now_ms) for schedule in range(len(self._sessions.schedules))]
         for feed in watched.values():
             self._look_at(feed, opened_ms, now_ms)
+
+    def _start_anew(self, readings: Iterable[Reading], now_ms: float) -> None:
+        """The clock was set back: what was seen later than now would keep us waiting."""
+        self._watched = {}
+        for reading in readings:
+            reading.connected_ms = min(reading.connected_ms, now_ms)
+            reading.life.ticked_ms = min(reading.life.ticked_ms, now_ms)
 
     def figures(self) -> dict[str, object]:
         """`feed_state`, `0:ok,1:mute`, and how often each trouble began and was treated."""
@@ -108,13 +120,17 @@ class FeedMonitor:
         )
         verdict = feed.doctor.look(signs, now_ms)
         self._tell(feed, verdict)
-        self._act(reading, verdict)
         self._follow_silence(feed, verdict, dict(silence.silent))
+        self._act(reading, verdict)
         self._mention_illiquid(feed, silence, now_ms)
 
     def _opened_ms(self, schedule: int, now_ms: float) -> float | None:
-        windows = self._sessions.day(schedule, int(now_ms)).windows
-        return next((float(opened) for opened, closed in windows if opened <= now_ms < closed), None)
+        """Since when a schedule trades continuously; None: it does not."""
+        windows = self._sessions.named_windows(schedule, self._sessions.date_of(int(now_ms)))
+        for name, opened, closed in windows:
+            if opened <= now_ms < closed and name != AUCTION:
+                return float(opened)
+        return None
 
     def _tell(self, feed: _WatchedFeed, verdict: Verdict) -> None:
         before, feed.verdict = feed.verdict, verdict
@@ -141,19 +157,23 @@ class FeedMonitor:
             reading.socket.reconnect("some instruments are silent")
 
     def _follow_silence(self, feed: _WatchedFeed, verdict: Verdict, silent: dict[int, float]) -> None:
-        """Canaries that tick again had an outage of their own."""
+        """Canaries that tick again had an outage of their own, if they were traded meanwhile."""
+        if verdict.state == "quiet":
+            feed.silenced.clear()
         if verdict.state == "partly_mute":
-            for token, last_ms in silent.items():
-                if last_ms:
+            for token in verdict.tokens:
+                if last_ms := silent.get(token):
                     feed.silenced.setdefault(token, last_ms)
-        back = {
-            token: self._activity.last_ms(token)
-            for token, last_ms in feed.silenced.items()
-            if self._activity.last_ms(token) > last_ms
-        }
-        if back:
-            since_ms = min(feed.silenced.pop(token) for token in back)
-            self._on_silence_over(tuple(sorted(back)), Outage(int(since_ms), int(max(back.values()))))
+        self._activity.watch({token for each in self._watched.values() for token in each.silenced})
+        spans = []
+        for token in tuple(feed.silenced):
+            if (found := self._activity.take_return(token)) is not None:
+                since_ms = feed.silenced.pop(token)
+                if found.missed:
+                    spans.append((token, since_ms, found.at_ms))
+        if spans:
+            tokens, since, until = zip(*spans, strict=True)
+            self._on_silence_over(tuple(sorted(tokens)), Outage(int(min(since)), int(max(until))))
 
     def _mention_illiquid(self, feed: _WatchedFeed, silence: Silence, now_ms: float) -> None:
         """Once a day: instruments that nobody trades are no fault."""

@@ -149,8 +149,8 @@ def nothing_lost(facts: Facts) -> Iterator[Finding]:
     for name, what, mend in (
         ("dropped_at_cap", "entries were cut at the hard cap of a stream before they were applied",
          "keep aggregators running, or raise PKB_STREAM_MAX_ENTRIES"),
-        ("frames_lost", "frames were lost while Redis was away and the spool was full",
-         "give PKB_DATA_DIR more room"),
+        ("frames_lost", "frames were lost while Redis was away: the spool was full, or damaged",
+         "give PKB_SPOOL_DIR more room, or another disk"),
         ("odd_repairs", "entries of the repair streams could not be applied",
          "look for `odd_repair` in the aggregators' logs"),
         ("jobs_refused", "repairs were not asked for, because too many wait for RQ",

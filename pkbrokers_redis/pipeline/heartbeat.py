@@ -39,8 +39,8 @@ class Heartbeat:
         self._last_ticks = 0
 
     def due(self, now_ms: float) -> bool:
-        """Whether two seconds have passed."""
-        return now_ms >= self._next_ms
+        """Whether two seconds have passed, or the clock was set back."""
+        return not self._last_ms <= now_ms < self._next_ms
 
     def beat(
         self,
@@ -54,7 +54,8 @@ class Heartbeat:
 
         The lag of `shards`, those whose candles this worker makes, is read from Redis and told with it.
         """
-        seconds = max((now_ms - self._last_ms) / 1000, 0.001)
+        passed_ms = now_ms - self._last_ms if now_ms >= self._last_ms else EVERY_MS
+        seconds = max(passed_ms / 1000, 0.001)
         rate = (ticks_total - self._last_ticks) / seconds
         self._last_ms, self._next_ms, self._last_ticks = now_ms, now_ms + EVERY_MS, ticks_total
         fields: dict[Any, Any] = {

@@ -52,13 +52,14 @@ class Inbox:
         self.seq = 0
         self.frames_spooled = 0
         self.frames_lost = 0
+        self.on_loss: Callable[[int, int], None] = lambda from_ms, to_ms: None  # a damaged spool's span
         self._frames: deque[Frame] = deque()
         self._frames_max = frames_max
         self._bytes_max = bytes_max
         self._bytes = 0
         self._spool = spool
         self._spool_bytes_max = spool_bytes_max
-        self._spooling = False  # then every frame not acknowledged is on disk, and memory is empty
+        self._spooling = False  # what is on disk is older than what is in memory, which is empty until `save`
         self._spill_again_at = 0.0
         self._inherited: deque[Spool] = deque()
         self._stalled_seconds = stalled_seconds
@@ -112,7 +113,7 @@ class Inbox:
         with self._changed:
             while True:
                 frame = Frame(self.source, self.seq + 1, at_ms, data)
-                if self._spooling:
+                if self._spooling and not self._frames:
                     if self._append(frame):
                         return True
                     if self._closed or self._is_stalled():
@@ -207,16 +208,33 @@ class Inbox:
             if not (self._frames or self._spooling or self._inherited or self._closed):
                 self._changed.wait(wait_seconds)
             while self._inherited:
-                if frames := self._inherited[0].read(most):
+                if (frames := self._read(self._inherited[0], most, wait_seconds)) is not None:
                     return frames
                 self._inherited.popleft().close()
             if self._spooling and self._spool is not None:
-                if frames := self._spool.read(most):
+                if (frames := self._read(self._spool, most, wait_seconds)) is not None:
                     return frames
                 self._spooling = False
                 self._moved_at = self._clock()
                 log.info("spool_drained", frames_spooled=self.frames_spooled)
             return list(islice(self._frames, most))
+
+    def _read(self, spool: Spool, most: int, wait_seconds: float) -> list[Frame] | None:
+        """Frames of a spool; none where its disk does not give them now; None at its end."""
+        frames = spool.read(most)
+        while spool.losses:
+            loss = spool.losses.popleft()
+            self.frames_lost += loss.frames
+            log.error(
+                "frames_lost", so_far=self.frames_lost, why="the spool is damaged", spool=str(spool.folder),
+                mend="check the disk of PKB_SPOOL_DIR",
+            )  # fmt: skip
+            if loss.from_ms and loss.to_ms:
+                self.on_loss(loss.from_ms, loss.to_ms)
+        if spool.unreadable:  # and nothing that is newer may be sent before it
+            self._changed.wait(wait_seconds)
+            return []
+        return frames or None
 
     def acknowledge(self, frames: Sequence[Frame]) -> None:
         """Redis has these, which `peek` gave."""
@@ -228,9 +246,9 @@ class Inbox:
             if last.source != self.source:
                 if self._inherited:
                     self._inherited[0].acknowledge(last.seq)
-            elif self._spooling and self._spool is not None:
-                self._spool.acknowledge(last.seq)
             else:
+                if self._spooling and self._spool is not None:
+                    self._spool.acknowledge(last.seq)
                 while self._frames and self._frames[0].seq <= last.seq:
                     self._bytes -= len(self._frames.popleft().data)
             self._changed.notify_all()
@@ -246,29 +264,33 @@ class Inbox:
     def save(self) -> int:
         """Put on disk what is only in memory, so that even a kill loses nothing. Returns frames saved.
 
-        What does not fit is lost, the newest first, and counted.
+        What does not fit, the newest, stays in memory: Redis may still take it.
         """
         with self._changed:
             self._closed = True
-            if self._spooling or not self._frames:
-                return 0
             saved = 0
-            if self._spool is not None:
-                saved = next((n for n, each in enumerate(self._frames) if not self._append(each)), len(self))
-                self._spooling = saved > 0
-            if saved < len(self):
-                self._lose(len(self) - saved)
-            self._forget_memory()
+            while self._spool is not None and self._frames and self._append(self._frames[0]):
+                self._bytes -= len(self._frames.popleft().data)
+                self._spooling = True
+                saved += 1
+            self._changed.notify_all()
             return saved
 
     def finish(self) -> int:
-        """The end: nothing can be put or peeked any more. Returns the bytes that wait on disk."""
-        self.save()
+        """The end: nothing can be put or peeked any more. Returns the bytes that wait on disk.
+
+        What does not fit there is lost, and counted.
+        """
         with self._changed:
+            self.save()
             self._finished = True
+            if self._frames:
+                self._lose(len(self))
+                self._forget_memory()
             left = 0
             for spool in [*self._inherited, *([self._spool] if self._spool is not None else [])]:
-                left += spool.size_bytes if spool.read(1) else 0  # deletes what Redis has
+                spool.read(1)  # deletes what Redis has
+                left += spool.size_bytes
                 spool.close()
             self._inherited.clear()
             return left

@@ -22,6 +22,7 @@ from pkbrokers_redis.pipeline.assign import FeedLeases, feed_figures, sessions_o
 from pkbrokers_redis.pipeline.cut import Feed
 from pkbrokers_redis.pipeline.feed_monitor import FeedMonitor
 from pkbrokers_redis.pipeline.feed_session import FeedSession
+from pkbrokers_redis.pipeline.gaps import Outage
 from pkbrokers_redis.pipeline.inbox import Inbox
 from pkbrokers_redis.pipeline.outages import Outages
 from pkbrokers_redis.pipeline.quotes import EVERY_MS
@@ -151,8 +152,15 @@ class Ingest:
             self._schedule_of,
             now_ms=now_ms,
             readings=self.readers.all,
+            feeds=lambda: len(self.roster.feeds),
             unsent_ms=lambda: self.inbox.oldest_ms,
             jobs=jobs,
+        )
+        # Whose instruments a damaged spool held is not known: it may be another process's.
+        self.inbox.on_loss = lambda from_ms, to_ms: self.outages.add(
+            "spool damaged",
+            tuple(token for feed in self.roster.feeds for token in feed.tokens),
+            Outage(from_ms, to_ms),
         )
         self.monitor = FeedMonitor(
             self._calendar,
@@ -186,6 +194,9 @@ class Ingest:
     def _count_feeds(self, client: redis.Redis, others: Collection[str]) -> int:
         """Bring list and feeds up to date, and what hangs on them; how many feeds there are."""
         self.roster.look(client, others)
+        if self.roster.added:  # before anybody subscribes to them: their quotes say when they were seen last
+            self.outages.join(client, self.roster.added)
+            self.roster.added = frozenset()
         if self.roster.symbols is not self._named:  # also the same instruments, by a newer master's names
             self._named = self.roster.symbols
             self.writer.learn(self._named)
@@ -197,7 +208,7 @@ class Ingest:
             self.writer.learn(streamed | self.roster.symbols)
             ours = [feed for feed in feeds if feed.number in self.leases.held]
             known = {token for feed in self._applied for token in feed.tokens}
-            self.outages.join(client, {token for feed in ours for token in feed.tokens} - known)
+            self.outages.welcome(client, {token for feed in ours for token in feed.tokens} - known)
             for feed in ours:
                 self.readers.change(feed)
             self._applied = feeds

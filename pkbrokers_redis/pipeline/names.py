@@ -21,9 +21,14 @@ class Names:
     def symbol_of(self, client: redis.Redis, token: int, now_ms: float) -> bytes:
         """The symbol; the token itself where there is none."""
         symbol = self._symbols.get(token)
-        if symbol is None and now_ms - self._read_at_ms >= RETRY_MS:
+        if symbol is None and not 0 <= now_ms - self._read_at_ms < RETRY_MS:
             self._read_at_ms = now_ms
             names = load_symbols(client, self._keys)
             self._symbols = {each: name.encode() for each, name in names.items()}
             symbol = self._symbols.get(token)
         return symbol or b"%d" % token
+
+    def forget(self, token: int, now_ms: float) -> None:
+        """It is about to get another symbol: a later look will find it."""
+        self._symbols.pop(token, None)
+        self._read_at_ms = now_ms

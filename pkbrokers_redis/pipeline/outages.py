@@ -33,7 +33,7 @@ from pkbrokers_redis.store.repairs import send_gap
 log = logs.get("ingest")
 
 EVERY_SECONDS = 1.0
-JOINED_MS = 2_000  # an instrument added while we run ticks within so long
+JOINED_MS = 5_000  # an instrument that a new cut brings ticks within so long, whoever reads it
 STRAYS_MAX = 1_000  # outages of single instruments not yet told; then the oldest are given up
 READ_AT_ONCE = 1_000
 MARKET_ZONE = ZoneInfo(MARKET_TIMEZONE)
@@ -42,10 +42,11 @@ Stray = tuple[str, tuple[int, ...], Outage]  # why, instruments
 
 
 class Outages:
-    """`open_feed`, `join` and `close_feed` in the leases' thread, `add` in any, `run` in one of its own.
+    """`open_feed`, `close_feed`, `welcome` and `join` in the leases' thread, `add` in any, `run` in its own.
 
-    `jobs` None: nothing can be asked of Kite's history, outages are only marked. `unsent_ms` says when the
-    oldest frame was received that is in memory only, None when there is none. Times are market time.
+    `jobs` None: nothing can be asked of Kite's history, outages are only marked. `feeds` says how many there
+    are; `unsent_ms`, when the oldest frame was received that is in memory only, None when there is none.
+    Times are market time.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Outages:
         *,
         now_ms: Callable[[], float],
         readings: Callable[[], Sequence[Reading]],
+        feeds: Callable[[], int],
         unsent_ms: Callable[[], int | None],
         jobs: WantedJobs | None,
     ) -> None:
@@ -67,6 +69,7 @@ class Outages:
         self._schedule_of = schedule_of
         self._now_ms = now_ms
         self._readings = readings
+        self._feeds = feeds
         self._unsent_ms = unsent_ms
         self._jobs = jobs
         self._lock = threading.Lock()  # over telling: each outage once
@@ -81,7 +84,7 @@ class Outages:
 
         Raises what redis-py raises.
         """
-        seen = self._welcome(client, feed.tokens)
+        seen = self.welcome(client, feed.tokens)
         found: Any = None
         try:
             found = client.hget(self._keys.heard(), str(feed.number))
@@ -92,12 +95,12 @@ class Outages:
         return FeedLife(heard_ms)
 
     def join(self, client: redis.Redis, tokens: Collection[int]) -> None:
-        """These instruments are about to be added to feeds that are being read. Raises what redis-py raises.
+        """A new cut of ours has these instruments, the one before had not. Raises what redis-py raises.
 
         Who was streamed before, and then was not, has had an outage of its own.
         """
         now_ms = int(self._now_ms()) + JOINED_MS
-        for token, seen_ms in self._welcome(client, tokens).items():
+        for token, seen_ms in self._last_seen(client, tokens).items():
             self.add("not streamed", (token,), Outage(int(seen_ms), now_ms))
 
     def close_feed(self, client: redis.Redis, reading: Reading) -> None:
@@ -106,8 +109,11 @@ class Outages:
             self._tell(client, reading)
             self._note(client, [reading])
 
-    def _welcome(self, client: redis.Redis, tokens: Collection[int]) -> dict[int, float]:
-        """When instruments were last seen, by their quotes; those that never were are warmed."""
+    def welcome(self, client: redis.Redis, tokens: Collection[int]) -> dict[int, float]:
+        """When instruments that we begin to read were last seen, by their quotes; the others are warmed.
+
+        Raises what redis-py raises.
+        """
         seen = self._last_seen(client, tokens)
         fresh = sorted(set(tokens) - seen.keys())
         if fresh:
@@ -193,6 +199,10 @@ class Outages:
                 heard[reading.feed.number] = int(min(times))
         if heard:
             client.hset(self._keys.heard(), mapping=heard)
+            # A number that is used again some day says nothing of the time between.
+            numbers: Any = client.hkeys(self._keys.heard())
+            if gone := [name for name in numbers if name.isdigit() and int(name[:9]) >= self._feeds()]:
+                client.hdel(self._keys.heard(), *gone)
 
 
 def _time_of(found: bytes | None) -> float | None:

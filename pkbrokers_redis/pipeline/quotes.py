@@ -57,7 +57,7 @@ class QuoteBoard:
 
     def queue(self, pipe: Pipe, now_ms: int, most: int = QUOTES_A_ROUND) -> list[str]:
         """Append the next slice's HSETs to a pipe; returns their keys. `settle` or `put_back` must follow."""
-        if not self._slice and self._fresh and now_ms - self._cut_ms >= EVERY_MS:
+        if not self._slice and self._fresh and not 0 <= now_ms - self._cut_ms < EVERY_MS:
             self._slice = list(self._fresh)
             self._cut_ms = now_ms
         while self._slice and len(self._sent) < most:

@@ -61,6 +61,7 @@ class Roster:
         self._next_look = float("-inf")
         self._list_version: str | None = None  # of our own list
         self._version = 0  # of `feeds`, 0: not Redis's
+        self.added: frozenset[int] = frozenset()  # by cuts that we wrote; who has told of them empties it
         self._once = logs.Once()
         self.symbols = dict(instruments)
         self.own_id = list_id(self.symbols)
@@ -167,6 +168,7 @@ class Roster:
         text = msgspec.json.encode([feed.tokens for feed in feeds])
         if client.hsetnx(self._keys.feeds(), str(self._version + 1), text):
             self._version += 1
+            self.added |= tokens - {token for feed in self.feeds for token in feed.tokens}
             self.feeds = feeds
             old: Any = client.hkeys(self._keys.feeds())
             if gone := [name for name in old if not _is_version(name) or int(name) < self._version]:

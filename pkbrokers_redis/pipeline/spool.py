@@ -2,16 +2,14 @@
 
     <PKB_SPOOL_DIR>/<source>/lock              held (flock) for as long as that process lives
     <PKB_SPOOL_DIR>/<source>/<seq, 20 digits>.spool    a segment, named by its first frame
-
-    "PKBSPL1\\n" | length u16 | source                                     a segment's head
-    +--------+-------+-----+-------+-----------------+
-    | length | crc32 | seq | at_ms | <length> bytes  |   again and again, big-endian
-    | u32    | u32   | u64 | u64   | the frame       |   crc32 is of everything behind it
-    +--------+-------+-----+-------+-----------------+
+    <PKB_SPOOL_DIR>/<source>-<seq>.damaged     one that could not be read whole: for a person to look at
 
 What was appended survives the process, though not a power cut; one killed inside an append leaves a torn
 record, which the reader cuts. A segment is deleted when Redis has it; a dead process's successor begins at
 the start of the first one, and repeats carry the seq they had, so that the aggregator skips them.
+
+A disk that fails to give a segment (no descriptors left, EIO, a stale NFS handle) is asked again, and nothing
+behind it is read meanwhile. Damage is passed over or cut, what it cost is in `losses`, and the file is kept.
 """
 
 from __future__ import annotations
@@ -20,58 +18,75 @@ import contextlib
 import errno
 import fcntl
 import os
-import struct
-import zlib
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 from urllib.parse import quote
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.pipeline.spool_records import (
+    RECORD_BYTES,
+    Frame,
+    head_of,
+    read_head,
+    read_record,
+    record_of,
+)
+
+__all__ = ["RECORD_BYTES", "UNREADABLE_SECONDS_MAX", "Frame", "Loss", "Spool"]
 
 log = logs.get("spool")
 
-MAGIC = b"PKBSPL1\n"
 SEGMENT_BYTES = 16 * 2**20  # what a successor repeats at most: 90,000 ticks, a fraction of a second
 READ_BYTES_MAX = 8 * 2**20  # of frames handed out at once
-FRAME_BYTES_MAX = 64 * 2**20  # a longer record is damage, not a frame
-SUFFIX = ".spool"
-
-_HEAD = struct.Struct(">II")
-_NUMBERS = struct.Struct(">QQ")
-_SOURCE = struct.Struct(">H")
-RECORD_BYTES = _HEAD.size + _NUMBERS.size  # a record without its frame
+UNREADABLE_SECONDS_MAX = 60.0  # of asking a disk again; then its segments count as damaged
+SUFFIX, SUFFIX_DAMAGED = ".spool", ".damaged"
 
 
-class Frame(NamedTuple):
-    """One websocket frame as it was received: `seq` counts a source's frames from 1, `at_ms` is epoch ms."""
+class Loss(NamedTuple):
+    """Frames that damage has cost, between one of `from_ms` and one of `to_ms` (0: not known)."""
 
-    source: str
-    seq: int
-    at_ms: int
-    data: bytes
+    frames: int
+    from_ms: int
+    to_ms: int
 
 
 @dataclass(slots=True)
 class _Segment:
     path: Path
     size: int  # bytes that are whole, as far as we know
+    is_damaged: bool = False
+
+    @property
+    def first_seq(self) -> int:
+        return int(self.path.stem) if self.path.stem.isdecimal() else 1
 
 
 class Spool:
     """A queue of frames on disk. Not thread-safe: the inbox guards it. It makes its folder when first needed.
 
-    Nothing raises for a disk that fails or is full: `append` says so, and reading goes on behind the damage.
+    Nothing raises for a disk that fails or is full: `append` and `unreadable` say so, and reading goes on
+    behind damage.
     """
 
-    def __init__(self, root: Path, source: str, *, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(
+        self,
+        root: Path,
+        source: str,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.root = root
         self.source = source
         self.folder = root / quote(source, safe="")
         self.size_bytes = 0  # of all segments
         self.refusal = ""  # why the last `append` failed
+        self.unreadable = ""  # why the last `read` gave nothing though there is something
+        self.losses: deque[Loss] = deque()  # for the caller to take
         self._segment_bytes = segment_bytes
         self._segments: deque[_Segment] = deque()
         self._lock: int | None = None
@@ -79,29 +94,30 @@ class Spool:
         self._reading: BinaryIO | None = None  # the first segment
         self._ahead: deque[Frame] = deque()  # read and not yet acknowledged, at most one `read`'s worth
         self._acknowledged = 0
+        self._clock = clock
+        self._unreadable_since: float | None = None
+        self._appended = self._passed = (0, 0)  # seq and at_ms of the newest frame written, and of that read
+        self._is_broken = False  # damage lies between `_passed` and what is read next
 
     # -- writing ---------------------------------------------------------------------------------
 
     def append(self, frame: Frame, bytes_max: int) -> bool:
         """Add a frame behind all others; False when it would not fit `bytes_max` or the disk refuses."""
-        numbers = _NUMBERS.pack(frame.seq, frame.at_ms)
-        crc = zlib.crc32(frame.data, zlib.crc32(numbers))
-        parts = [_HEAD.pack(len(frame.data), crc), numbers, frame.data]
         size = RECORD_BYTES + len(frame.data)
         try:
             if self._writing is None or self._segments[-1].size >= self._segment_bytes:
                 self._begin_segment(frame.seq, size, bytes_max)
             elif self.size_bytes + size > bytes_max:
                 raise _full()
-            self._write(parts, size)
+            self._write(record_of(frame), size)
         except OSError as error:
             self.refusal = error.strerror or str(error)
             return False
+        self._appended = frame.seq, frame.at_ms
         return True
 
     def _begin_segment(self, first_seq: int, size: int, bytes_max: int) -> None:
-        source = self.source.encode()
-        head = MAGIC + _SOURCE.pack(len(source)) + source
+        head = head_of(self.source)
         if self.size_bytes + len(head) + size > bytes_max:
             raise _full()
         if self._lock is None:
@@ -146,11 +162,19 @@ class Spool:
     # -- reading ---------------------------------------------------------------------------------
 
     def read(self, most: int) -> list[Frame]:
-        """The oldest frames not acknowledged, up to `most`; the same again until they are. [] at the end."""
+        """The oldest frames not acknowledged, up to `most`; the same again until they are.
+
+        [] at the end, and where `unreadable` says why not now.
+        """
+        self.unreadable = ""
         while not self._ahead and self._segments:
             self._ahead.extend(self._read_first(most))
+            if self.unreadable:
+                break
             if not self._ahead:
                 self._drop_first()
+        if not self._segments:
+            self._settle(*self._appended)
         return list(self._ahead)
 
     def acknowledge(self, seq: int) -> None:
@@ -162,58 +186,91 @@ class Spool:
     def _read_first(self, most: int) -> list[Frame]:
         segment = self._segments[0]
         frames: list[Frame] = []
-        size = 0
+        size = at = 0
         try:
             if self._reading is None:
                 self._reading = segment.path.open("rb")
-                self._read_head(self._reading)
-            while len(frames) < most and size < READ_BYTES_MAX and self._reading.tell() < segment.size:
-                frame = self._read_record(self._reading)
+                if not self._is_broken and self._passed[0] < segment.first_seq - 1:
+                    self._passed = segment.first_seq - 1, 0
+                self.source = read_head(self._reading)
+            while (
+                len(frames) < most and size < READ_BYTES_MAX and (at := self._reading.tell()) < segment.size
+            ):
+                frame = read_record(self._reading, self.source)
+                if frame is None:
+                    self._damaged(segment, "one record is not what was written")
+                    continue
+                self._settle(frame.seq, frame.at_ms)
+                self._passed = max(self._passed, (frame.seq, frame.at_ms))
                 if frame.seq > self._acknowledged:
                     frames.append(frame)
                     size += len(frame.data)
-        except (OSError, ValueError) as error:
-            read = self._reading.tell() if self._reading is not None else 0
-            left = segment.size - read
-            segment.size = read  # cut: nothing behind can be trusted
-            if len(self._segments) == 1:
-                self._end_segment()
-            log.warning("spool_cut", file=str(segment.path), why=str(error), bytes_left_unread=left)
+            self._unreadable_since = None
+        except OSError as error:
+            self._stop_reading()  # begun anew by the next `read`
+            if not frames:
+                self._put_off(segment, error.strerror or str(error))
+        except (EOFError, ValueError) as error:
+            self._cut(segment, at, error)
         return frames
 
-    def _read_head(self, file: BinaryIO) -> None:
-        if file.read(len(MAGIC)) != MAGIC:
-            raise ValueError("it is no spool file")
-        length = file.read(_SOURCE.size)
-        if len(length) < _SOURCE.size:
-            raise ValueError("torn head")
-        self.source = file.read(_SOURCE.unpack(length)[0]).decode(errors="replace")
+    def _put_off(self, segment: _Segment, why: str) -> None:
+        """The disk does not give a segment."""
+        now = self._clock()
+        if self._unreadable_since is None:
+            self._unreadable_since = now
+            log.error("spool_unreadable", file=str(segment.path), why=why)
+        if now - self._unreadable_since < UNREADABLE_SECONDS_MAX:
+            self.unreadable = why
+        else:
+            self._cut(segment, 0, ValueError(f"unreadable for too long: {why}"))
 
-    def _read_record(self, file: BinaryIO) -> Frame:
-        """One record; ValueError where it is torn, and the file stands where it began."""
-        start = file.tell()
-        head = file.read(RECORD_BYTES)
-        if len(head) == RECORD_BYTES:
-            length, crc = _HEAD.unpack_from(head)
-            numbers = head[_HEAD.size :]
-            if length <= FRAME_BYTES_MAX:
-                data = file.read(length)
-                if len(data) == length and zlib.crc32(data, zlib.crc32(numbers)) == crc:
-                    seq, at_ms = _NUMBERS.unpack(numbers)
-                    return Frame(self.source, seq, at_ms, data)
-        file.seek(start)
-        raise ValueError("torn record")
+    def _cut(self, segment: _Segment, read: int, error: Exception) -> None:
+        """Nothing behind the first `read` bytes of the first segment can be trusted."""
+        left, segment.size = segment.size - read, read
+        if isinstance(error, EOFError) and len(self._segments) == 1 and self._writing is None:
+            log.warning("spool_cut", file=str(segment.path), why=str(error), bytes_left_unread=left)
+        else:
+            self._damaged(segment, str(error), left)
+        if len(self._segments) == 1:
+            self._end_segment()
 
-    def _drop_first(self) -> None:
-        segment = self._segments.popleft()
+    def _damaged(self, segment: _Segment, why: str, left: int = 0) -> None:
+        self._is_broken = True
+        if left or not segment.is_damaged:
+            log.error(
+                "spool_damaged", file=str(segment.path), why=why, bytes_left_unread=left,
+                kept_as=str(self._kept_path(segment)), mend="check the disk",
+            )  # fmt: skip
+        segment.is_damaged = True
+
+    def _settle(self, seq: int, at_ms: int) -> None:
+        """`seq` is the first frame behind damage, or the last there was where none is left to read."""
+        if self._is_broken:
+            lost = seq - self._passed[0] - (1 if self._segments else 0)
+            if lost > 0 or not self._segments:
+                self.losses.append(Loss(max(1, lost), self._passed[1], at_ms))
+        self._is_broken = False
+
+    def _stop_reading(self) -> None:
         if self._reading is not None:
             self._reading.close()
             self._reading = None
+
+    def _drop_first(self) -> None:
+        segment = self._segments.popleft()
+        self._stop_reading()
         if not self._segments:
             self._end_segment()
         self.size_bytes = sum(each.size for each in self._segments)
         with contextlib.suppress(OSError):
-            segment.path.unlink()
+            if segment.is_damaged:
+                segment.path.rename(self._kept_path(segment))
+            else:
+                segment.path.unlink()
+
+    def _kept_path(self, segment: _Segment) -> Path:
+        return self.root / f"{self.folder.name}-{segment.path.stem}{SUFFIX_DAMAGED}"
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -229,9 +286,7 @@ class Spool:
             with contextlib.suppress(OSError):
                 os.fsync(self._writing)
         self._end_segment()
-        if self._reading is not None:
-            self._reading.close()
-            self._reading = None
+        self._stop_reading()
         if self._lock is None:
             return
         with contextlib.suppress(OSError), _locked(self.root):
@@ -268,8 +323,13 @@ class Spool:
             return None
         spool = cls(root, folder.name)
         spool.folder, spool._lock = folder, lock
-        paths = sorted(folder.glob(f"*{SUFFIX}"))
-        spool._segments.extend(_Segment(path, path.stat().st_size) for path in paths)
+        try:
+            paths = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX)
+            spool._segments.extend(_Segment(path, path.stat().st_size) for path in paths)
+        except OSError as error:
+            os.close(lock)
+            log.error("spool_unreadable", folder=str(folder), why=error.strerror or str(error))
+            return None
         spool.size_bytes = sum(each.size for each in spool._segments)
         return spool
 

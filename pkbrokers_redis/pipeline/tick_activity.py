@@ -1,18 +1,19 @@
 """When each instrument last ticked, and how often it usually does: that tells a mute from an illiquid one.
 
-One row per instrument in numpy arrays. The writer notes what it parses, ~20 µs per frame; nobody else writes.
+One row per instrument in numpy arrays, which the writer alone fills with what it parses, ~20 µs per frame.
 As parsed frames are the measure of time here, a writer that waits for Redis makes nobody look silent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from pkbrokers_redis.core.model import SEGMENT_INDICES, TOKEN, TickArray
+from pkbrokers_redis.core.model import LAST_PRICE, LAST_QUANTITY, SEGMENT_INDICES, TOKEN, VOLUME, TickArray
 from pkbrokers_redis.pipeline.cut import Feed
 
 Floats = npt.NDArray[np.float64]
@@ -34,6 +35,8 @@ class _Table:
     last_ms: Floats  # of the last tick, 0 before any
     usual_ms: Floats  # between ticks, NaN before any
     ticks: Ints
+    price: Floats  # of the last tick, as the day's volume
+    volume: Floats
     newest_ms: Floats  # by feed number
     schedules: list[frozenset[int]]  # by feed number
 
@@ -47,12 +50,24 @@ class Silence:
     illiquid: tuple[int, ...] = ()
 
 
+class Return(NamedTuple):
+    """A silent instrument's first tick again. `missed`: that tick alone does not tell what was traded since.
+
+    A new subscription brings the last tick again: the same volume means that nothing was.
+    """
+
+    at_ms: float
+    missed: bool
+
+
 class TickActivity:
     """All instruments this worker may read. `schedule_of` gives a token's schedule id."""
 
     def __init__(self, schedule_of: Callable[[int], int]) -> None:
         self._schedule_of = schedule_of
         self._table = self._make([])
+        self._watched: frozenset[int] = frozenset()
+        self._returns: dict[int, Return] = {}
 
     def _make(self, feeds: Sequence[Feed]) -> _Table:
         pairs = sorted((token, feed.number) for feed in feeds for token in feed.tokens)
@@ -65,6 +80,8 @@ class TickActivity:
             np.zeros(len(pairs)),
             np.full(len(pairs), np.nan),
             np.zeros(len(pairs), np.int64),
+            np.full(len(pairs), np.nan),
+            np.full(len(pairs), np.nan),
             np.zeros(len(feeds)),
             [frozenset(map(schedule.__getitem__, feed.tokens)) for feed in feeds],
         )
@@ -76,6 +93,8 @@ class TickActivity:
         table.last_ms[here] = old.last_ms[there]
         table.usual_ms[here] = old.usual_ms[there]
         table.ticks[here] = old.ticks[there]
+        table.price[here] = old.price[there]
+        table.volume[here] = old.volume[there]
         shared = min(len(table.newest_ms), len(old.newest_ms))
         table.newest_ms[:shared] = old.newest_ms[:shared]
         self._table = table
@@ -89,16 +108,42 @@ class TickActivity:
         rows = np.searchsorted(table.tokens[:-1], wanted)  # within the table, whatever is looked for
         is_ours = table.tokens[rows] == wanted
         if not is_ours.all():
-            rows = rows[is_ours]
+            rows, ticks = rows[is_ours], ticks[is_ours]
+        if self._watched:
+            self._note_returns(table, rows, ticks, at_ms)
         usual = table.usual_ms[rows]
         interval = at_ms - table.last_ms[rows]
         learnt = usual + LEARNING * (interval - usual)
         np.copyto(learnt, interval, where=np.isnan(learnt))
-        np.copyto(learnt, usual, where=interval >= INTERVAL_MS_MAX)
+        is_odd = (interval >= INTERVAL_MS_MAX) | (interval < 0)  # … or the clock was set back
+        np.copyto(learnt, usual, where=is_odd)
         table.usual_ms[rows] = learnt
         table.last_ms[rows] = at_ms
         table.ticks[rows] += 1
+        table.price[rows] = ticks[:, LAST_PRICE]
+        table.volume[rows] = ticks[:, VOLUME]
         table.newest_ms[table.feed[rows]] = at_ms
+
+    def _note_returns(self, table: _Table, rows: Ints, ticks: TickArray, at_ms: int) -> None:
+        for n in np.flatnonzero(np.isin(table.tokens[rows], list(self._watched))).tolist():
+            row, tick = rows[n], ticks[n]
+            before, volume = table.volume[row], tick[VOLUME]
+            if np.isnan(before) or np.isnan(volume):  # an index, or a mode without volume
+                missed = bool(tick[LAST_PRICE] != table.price[row])
+            else:
+                missed = bool(volume - np.nan_to_num(tick[LAST_QUANTITY]) > before)
+            self._returns.setdefault(int(table.tokens[row]), Return(at_ms, missed))
+
+    def watch(self, tokens: Collection[int]) -> None:
+        """Keep the first tick that comes of each of these from now on, and of no others."""
+        watched = frozenset(tokens)
+        for token in watched - self._watched:
+            self._returns.pop(token, None)  # of an earlier time
+        self._watched = watched
+
+    def take_return(self, token: int) -> Return | None:
+        """The first tick of one that is watched, once; None while there is none."""
+        return self._returns.pop(token, None)
 
     def schedules(self, feed: int) -> frozenset[int]:
         """The schedules by which a feed's instruments trade."""

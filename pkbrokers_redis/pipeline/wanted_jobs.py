@@ -57,7 +57,7 @@ class WantedJobs:
         self._client: redis.Redis | None = None
         self._queue: Queue | None = None
         self._ours: set[str] = set()
-        self._look_at_all_ms = 0.0
+        self._looked_at_all_ms = 0.0
         self._told = ""
         self.counts = dict.fromkeys(("jobs_wanted", "jobs_queued", "jobs_refused"), 0)
 
@@ -101,14 +101,14 @@ class WantedJobs:
         """Put into RQ what is ours, or has waited for long. Raises what redis-py raises, and PkbError."""
         client = self._client = self._client or self._connect()
         ids: Any = client.hkeys(self._key)
-        looks_at_all = self._now_ms() >= self._look_at_all_ms
+        looks_at_all = not 0 <= self._now_ms() - self._looked_at_all_ms < ORPHAN_MS / 2
         for id_ in ids:
             name = id_.decode(errors="replace")
             if name not in self._ours and not looks_at_all:
                 continue
             found: Any = client.hget(self._key, id_)
             job = _decode(found)
-            if job is not None and name not in self._ours and self._now_ms() - job.at < ORPHAN_MS:
+            if job is not None and name not in self._ours and abs(self._now_ms() - job.at) < ORPHAN_MS:
                 continue
             if job is not None:
                 self._queue = self._queue or self._open_queue()
@@ -119,7 +119,7 @@ class WantedJobs:
             client.hdel(self._key, id_)
             self._ours.discard(name)
         if looks_at_all:
-            self._look_at_all_ms = self._now_ms() + ORPHAN_MS / 2
+            self._looked_at_all_ms = self._now_ms()
 
 
 def _decode(found: bytes | None) -> _Job | None:

@@ -80,7 +80,7 @@ class TickWriter:
              "unknown_tokens", "resent_batches", "restored_entries", "refused_writes", "dropped_at_cap"), 0
         )  # fmt: skip
         self._once = logs.Once()
-        self._cap_at_ms = 0
+        self._capped_ms = 0
 
     def learn(self, symbols: Mapping[int, str]) -> None:
         """More instruments are streamed now. Those that left stay known: frames of theirs may be on the way.
@@ -214,8 +214,8 @@ class TickWriter:
         quote_keys = self.quotes.queue(pipe, now_ms)  # behind the ticks: a candle must not wait for quotes
         self.counts["quotes"] += self._execute(pipe, quote_keys)
         self.quotes.settle()
-        if now_ms >= self._cap_at_ms:
-            self._cap_at_ms = now_ms + CAP_EVERY_MS
+        if not 0 <= now_ms - self._capped_ms < CAP_EVERY_MS:
+            self._capped_ms = now_ms
             dropped = enforce_cap(client, self._keys, self._settings.stream_max_entries)
             if dropped:
                 self.counts["dropped_at_cap"] += dropped

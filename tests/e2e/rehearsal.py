@@ -4,15 +4,14 @@
     python -m tests.e2e.rehearsal --begin 14:50 --speed 30
 
 At the end every 1m … 60m row of every instrument must equal what the simulator's own history answers, no row
-of the day may be marked as not whole, and `pkb doctor` must be content. Intervals that Kite does not have are
-merged from its minutes here.
+of the day may be marked as not whole, none of a calm time as mended, and `pkb doctor` must be content.
+Intervals that Kite does not have are merged from its minutes here.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -28,24 +27,22 @@ from typing import Any
 import redis
 
 from pkbrokers_redis.clock import Clock
-from pkbrokers_redis.core.buckets import bucket_end_s, bucket_start_s
 from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.intervals import Interval
 from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.kite.history_rows import KITE_INTERVALS
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.store.embedded import attach
 from pkbrokers_redis.store.queue import open_queue
 from pkbrokers_redis.store.read import read_candles
+from tests.e2e.judgement import doctor, judge, kites
 from tests.support import run_pkb, settings_env, wait_until
 
 DAY = "2026-08-05"  # a Wednesday of the closing auction's era, MCX to 23:30
 LEAD_SECONDS = 6.0  # machine time the workers have to start before the begin
 SETTLE_SECONDS_MAX = 120.0  # machine time for the last repairs
-
-Row = tuple[int, float, float, float, float, float]  # start, open, high, low, close, volume
+CALM_SECONDS = 1_200  # market time after the begin, or a mishap: from then on nothing needs mending
 
 
 def at(text: str) -> float:
@@ -262,97 +259,6 @@ def settle(stage: Stage) -> None:
         queue.connection.close()
 
 
-# --- the judgement
-
-
-@dataclass
-class Verdict:
-    """What the comparison found."""
-
-    rows: int = 0
-    backfilled: int = 0
-    auction: int = 0  # minutes of the closing auction
-    differences: list[str] = field(default_factory=list)
-
-
-def judge(stage: Stage, rows: list[dict[str, Any]], begin: str, end: str) -> Verdict:
-    """Every completed row that began since the day's open and was over by `end`, against the simulator's."""
-    verdict = Verdict()
-    for instrument in rows:
-        for interval in stage.settings.intervals:
-            if interval.seconds:
-                _compare(stage, verdict, instrument, interval, begin, int(at(end)))
-    return verdict
-
-
-def _compare(
-    stage: Stage, verdict: Verdict, instrument: dict[str, Any], interval: Interval, begin: str, end_s: int
-) -> None:
-    token, name = int(instrument["instrument_token"]), f"{instrument['tradingsymbol']} {interval.name}"
-    past = stage.kite.history.past
-    day = past.day(stage.kite.market.row_of[token], int(at(begin)) * 1000)
-    found = read_candles(stage.client, stage.settings.keys, token, interval.name, interval.keep)
-    since_s = found[0].start if len(found) >= interval.keep else day.anchor_ms // 1000
-    ours = {
-        candle.start: candle
-        for candle in found
-        if candle.start >= max(since_s, day.anchor_ms // 1000)
-        and bucket_end_s(day, interval.seconds, candle.start) <= end_s
-    }
-    theirs = {
-        row[0]: row
-        for row in kites(stage, token, interval, max(since_s, day.anchor_ms // 1000), end_s)
-        if bucket_end_s(day, interval.seconds, row[0]) <= end_s
-    }
-    for start in sorted(ours.keys() | theirs.keys()):
-        candle, row = ours.get(start), theirs.get(start)
-        verdict.rows += 1
-        verdict.auction += (
-            interval.seconds == 60 and len(day.windows) > 1 and start * 1000 >= day.windows[1][0]
-        )
-        when = f"{name} {datetime.fromtimestamp(start, IST):%H:%M}"
-        if candle is None or row is None:
-            verdict.differences.append(f"{when}: ours {candle}, Kite's {row}")
-        elif tuple(candle[:6]) != row:
-            verdict.differences.append(f"{when}: ours {tuple(candle[:6])} {candle.flag!r}, Kite's {row}")
-        elif candle.flag not in ("", "backfilled"):
-            verdict.differences.append(f"{when}: still marked {candle.flag!r}")
-        else:
-            verdict.backfilled += candle.flag == "backfilled"
-
-
-def kites(stage: Stage, token: int, interval: Interval, from_s: int, to_s: int) -> list[Row]:
-    """The simulator's own candles; of an interval that Kite has not, merged from its minutes."""
-    history, now_ms = stage.kite.history, stage.kite.now_ms()
-    if interval.name in KITE_INTERVALS:
-        name = KITE_INTERVALS[interval.name].name
-        return [row[:6] for row in history.rows(token, name, from_s, to_s - 1, now_ms)]
-    day = history.past.day(stage.kite.market.row_of[token], from_s * 1000)
-    merged: dict[int, Row] = {}
-    for start, opened, high, low, close, volume, *_ in history.rows(
-        token, "minute", from_s, to_s - 1, now_ms
-    ):
-        bucket = bucket_start_s(day, interval.seconds, start * 1000)
-        if bucket in merged:
-            _, first, top, bottom, _, sum_ = merged[bucket]
-            merged[bucket] = (bucket, first, max(top, high), min(bottom, low), close, sum_ + volume)
-        else:
-            merged[bucket] = (bucket, opened, high, low, close, volume)
-    return list(merged.values())
-
-
-def doctor(stage: Stage) -> tuple[int, list[str]]:
-    """`pkb doctor`: its exit code, and what it does not like."""
-    found = run_pkb("doctor", "--json", env=stage.env)
-    try:
-        findings = json.loads(found.stdout)["findings"]
-    except (ValueError, KeyError):
-        return found.returncode, [found.stdout + found.stderr]
-    return found.returncode, [
-        f"{each['check']}: {each['what']}" for each in findings if each["level"] != "ok"
-    ]
-
-
 # --- the long one
 
 LONG_ACTS = (
@@ -374,7 +280,7 @@ def main() -> int:
     options.add_argument("--per-segment", type=int, default=4)
     options.add_argument("--keep", type=Path, help="a folder for the logs")
     chosen = options.parse_args()
-    rows = with_futures(cast(chosen.per_segment), stocks=2)
+    rows = with_futures(cast(chosen.per_segment), stocks=chosen.per_segment - 1)
     acts = [act for act in LONG_ACTS if at(chosen.begin) < act.at_s < at(chosen.end)]
     with contextlib.ExitStack() as stack:
         folder = chosen.keep or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -387,7 +293,8 @@ def main() -> int:
         )
         print(f"{len(rows)} instruments, {chosen.begin} to {chosen.end} at {chosen.speed:g}×")
         play(stage, acts, chosen.end, print)
-        verdict = judge(stage, rows, chosen.begin, chosen.end)
+        calm_s = max([at(chosen.begin), *(act.at_s for act in acts)]) + CALM_SECONDS
+        verdict = judge(stage, rows, at(chosen.begin), at(chosen.end), calm_s)
         code, complaints = doctor(stage)
         stage.stop()
     for line in [*verdict.differences[:20], *complaints]:

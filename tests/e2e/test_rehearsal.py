@@ -8,7 +8,8 @@ import pytest
 import redis
 
 from pkbrokers_redis.settings import Settings
-from tests.e2e.rehearsal import Act, at, cast, cut, doctor, expire, judge, play, restart, staged
+from tests.e2e.judgement import doctor, judge
+from tests.e2e.rehearsal import Act, at, cast, cut, expire, play, restart, staged
 
 
 @pytest.mark.xdist_group("heavy")
@@ -26,7 +27,7 @@ def test_after_outages_an_expiry_and_a_restart_every_row_is_kites(
     )
     with staged(settings, client, tmp_path, rows, begin="10:00", speed=60, lead_seconds=4) as stage:
         play(stage, acts, end="10:10")
-        verdict = judge(stage, rows, begin="10:00", end="10:10")
+        verdict = judge(stage, rows, at("10:00"), at("10:10"))
         code, complaints = doctor(stage)
         stage.stop()
     assert verdict.differences == []

@@ -19,6 +19,7 @@ from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.pipeline import wanted_jobs as wanted_jobs_module
 from pkbrokers_redis.pipeline.cut import Feed
 from pkbrokers_redis.pipeline.gaps import FeedLife, Outage
+from pkbrokers_redis.pipeline.ingest import Ingest
 from pkbrokers_redis.pipeline.outages import JOINED_MS, Outages
 from pkbrokers_redis.pipeline.readers import Reading
 from pkbrokers_redis.pipeline.wanted_jobs import ORPHAN_MS, WantedJobs
@@ -47,6 +48,7 @@ class Office:
         self.now_ms = ms("10:00:00")
         self.machine_ms = 1_000_000.0
         self.unsent_ms: int | None = None
+        self.feeds = 1
         self.queue_is_away = False
         self.settings = settings
         self.feed = Feed(0, 0, tuple(sorted(tokens or (INFY, TCS))))
@@ -61,6 +63,7 @@ class Office:
             SESSIONS.schedule_of,
             now_ms=lambda: float(self.now_ms),
             readings=lambda: self.readings,
+            feeds=lambda: self.feeds,
             unsent_ms=lambda: self.unsent_ms,
             jobs=self.jobs if asks_jobs else None,
         )
@@ -213,9 +216,50 @@ def test_who_is_added_again_had_an_outage_of_its_own(make_office: MakeOffice) ->
     office.read().tick(ms("10:00:00"))
     quote(office, TCS, "09:40:00")
     office.outages.join(office.client, [TCS, GOLD])
+    office.outages.welcome(office.client, [TCS, GOLD])
     office.outages.look()
     assert office.notices() == [([TCS], ms("09:40:00"), ms("10:00:00") + JOINED_MS)]
     assert ("warm_start", {"tokens": [GOLD], "why": "warm 2026-01-05"}) in office.wanted()
+
+
+def test_who_is_streamed_again_after_a_restart_had_an_outage_of_its_own(
+    make_settings: Callable[..., Settings], client: redis.Redis
+) -> None:
+    """Two restarts: TCS left out, then back. All its feed was heard until just now."""
+    settings = make_settings(kite_ws_url="ws://127.0.0.1:1")
+
+    def life(at: str, *tokens: int) -> None:
+        ingest = Ingest(
+            lambda: client,
+            settings,
+            [(token, f"NSE:S{token}") for token in tokens],
+            now_ms=lambda: float(ms(at)),
+        )
+        assert ingest._count_feeds(client, ()) == 1
+        ingest.outages.look()
+        ingest.inbox.finish()
+
+    life("09:15:00", INFY, TCS)
+    client.hset(settings.keys.quote(TCS), "received_at", "2026-01-05T09:40:00+05:30")
+    client.hset(settings.keys.quote(INFY), "received_at", "2026-01-05T09:40:00+05:30")
+    life("09:40:05", INFY)
+    life("09:59:00", INFY, TCS)
+    [(_, fields)] = client.xrange(settings.keys.repairs(settings.keys.shard_of(TCS)))  # type: ignore[misc]
+    assert json.loads(fields[b"tokens"]) == [TCS]
+    assert int(fields[b"from"]) == ms("09:40:00") and int(fields[b"to"]) == ms("09:59:00") + JOINED_MS
+    assert not client.exists(settings.keys.repairs(settings.keys.shard_of(INFY)))
+
+
+def test_a_feed_that_is_no_more_is_not_remembered(make_office: MakeOffice) -> None:
+    """The number is used again days later: its instruments were streamed by another feed meanwhile."""
+    office = make_office()
+    office.client.hset(office.keys.heard(), mapping={"1": ms("09:20:00"), "12": ms("09:20:00"), "x": "mine"})
+    office.read().tick(ms("10:00:00"))
+    office.outages.look()
+    assert set(office.client.hkeys(office.keys.heard())) == {b"0", b"x"}  # type: ignore[arg-type]
+    office.feeds = 2
+    quote(office, GOLD, "10:00:00")
+    assert office.outages.open_feed(office.client, Feed(1, 0, (GOLD,))).heard_ms == ms("10:00:00")
 
 
 def test_without_history_outages_are_marked_only(make_office: MakeOffice) -> None:

@@ -125,6 +125,19 @@ def test_after_the_last_worker_with_the_old_list_the_new_one_is_streamed(
     assert b.look() == [(1, 2)]  # a is gone
 
 
+def test_whoever_writes_a_cut_knows_whom_it_added(make_worker: MakeWorker) -> None:
+    first = make_worker(1, 2)
+    first.look()
+    assert first.roster.added == frozenset()  # nobody was streamed before
+    a, b = make_worker(2, 3), make_worker(2, 3)
+    a.look(), b.look()
+    assert (a.roster.added, b.roster.added) == ({3}, frozenset())
+    for each in (b, a):
+        each.own.tokens = (2, 3, 1, *range(10, 6_010))  # another feed, too
+        each.look()
+    assert a.roster.added == {3} and b.roster.added == {1, *range(10, 6_010)}
+
+
 def test_a_restart_keeps_who_stayed_where_it_was(make_worker: MakeWorker) -> None:
     make_worker(*range(1, 3_101)).look()
     first = make_worker(*range(1, 3_102)).look()
