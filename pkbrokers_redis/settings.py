@@ -11,11 +11,12 @@ import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import platformdirs
 from dotenv import dotenv_values
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from pkbrokers_redis.core.errors import SettingsError
@@ -25,6 +26,14 @@ from pkbrokers_redis.core.keys import Keys
 SECRETS_DIR = Path("/run/secrets")  # where Docker and Kubernetes mount them; a file's name is the variable's
 
 DEFAULT_INTERVALS_TEXT = ",".join(interval.name for interval in DEFAULT_INTERVALS)
+
+URL_SCHEMES = {
+    "kite_ws_url": ("wss", "ws"),
+    "kite_api_url": ("https", "http"),
+    "kite_login_url": ("https", "http"),
+    "turso_url": ("libsql", "https", "http", "wss", "ws"),
+    "telegram_api_url": ("https", "http"),
+}
 
 
 class Settings(BaseSettings):
@@ -125,6 +134,32 @@ class Settings(BaseSettings):
         "text", description="`text` is key=value, `json` one object per line"
     )
 
+    @field_validator(*URL_SCHEMES)
+    @classmethod
+    def _a_url(cls, text: str | None, info: ValidationInfo) -> str | None:
+        schemes = URL_SCHEMES[info.field_name or ""]
+        if text is not None and not (_is_url(text) and urlsplit(text).scheme in schemes):
+            begin = " or ".join(f"{scheme}://" for scheme in schemes)
+            raise ValueError(f"is no URL that begins with {begin} and names a host")
+        return text
+
+    @field_validator("files_url", "github_url")
+    @classmethod
+    def _a_url_or_a_place(cls, text: str | None) -> str | None:
+        if text is not None and text.startswith(("https://", "http://")) and not _is_url(text):
+            raise ValueError("is no URL that names a host")
+        return text
+
+    @field_validator(
+        "kite_api_key", "kite_access_token", "kite_enctoken", "github_token", "telegram_token", "turso_token"
+    )
+    @classmethod
+    def _fit_for_a_header(cls, value: str | SecretStr | None) -> str | SecretStr | None:
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value or ""
+        if not (text.isascii() and text.strip().isprintable()):
+            raise ValueError("holds a character that no HTTP header can carry, such as a typographic quote")
+        return value
+
     @field_validator("timezone")
     @classmethod
     def _known_zone(cls, name: str) -> str:
@@ -160,6 +195,14 @@ class Settings(BaseSettings):
     def keys(self) -> Keys:
         """Key names for this prefix and shard count."""
         return Keys(self.prefix, self.shards)
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return bool(parts.hostname) and parts.port != 0 and text.split() == [text]
+    except ValueError:  # brackets that do not close, a port that is none
+        return False
 
 
 def env_name(field: str) -> str:

@@ -155,7 +155,7 @@ class KiteAuthenticator:
             if error.status is not None and 400 <= error.status < 429:
                 raise _token_refused(error.message) from None
             raise
-        except (TypeError, KeyError, ValueError, AttributeError):
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError):  # a time that is none
             found = {}
         access_token = found.get("access_token") if isinstance(found, dict) else None
         if not isinstance(access_token, str) or not access_token:

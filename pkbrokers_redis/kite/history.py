@@ -118,27 +118,44 @@ class KiteTickerHistory:
     ) -> list[HistoryRow]:
         """The candles that begin in [from_s, to_s), epoch seconds, straight from Kite, oldest first.
 
-        The candle still forming is among them where the span reaches the present.
+        The candle still forming is among them where the span reaches the present. All there are: raises
+        KiteError where one of Kite's rows is no candle.
         """
-        found: list[HistoryRow] = []
-        chosen = kite_interval(interval)
-        for piece in spans(chosen, from_s, to_s):
-            found += self._requests.rows(token, chosen, *piece, oi=oi, continuous=continuous)
+        found, refused = self._rows(
+            token, kite_interval(interval), from_s, to_s, oi=oi, continuous=continuous
+        )
+        if refused:
+            raise KiteError(
+                f"{refused} rows of Kite's history of {token} are no candles",
+                "try again later; settled_rows() gives the others",
+            )
         return found
+
+    def _rows(
+        self, token: int, interval: KiteInterval, from_s: int, to_s: int, **options: bool
+    ) -> tuple[list[HistoryRow], int]:
+        found: list[HistoryRow] = []
+        refused = 0
+        for piece in spans(interval, from_s, to_s):
+            rows, odd = self._requests.rows(token, interval, *piece, **options)
+            found += rows
+            refused += odd
+        return found, refused
 
     def settled_rows(
         self, token: int, interval: str | Enum, from_s: int, to_s: int, *, fresh: bool = False
     ) -> list[HistoryRow]:
         """The same through the file: only what was never downloaded is asked for, and today.
 
-        `fresh` asks for everything again. Killed in between, it goes on with the piece it was at.
+        `fresh` asks for everything again. Killed in between, it goes on with the piece it was at. Rows of
+        Kite's that are no candles are left out, and asked for again the next time.
         """
         for _ in self.download(token, interval, from_s, to_s, fresh=fresh):
             pass
         chosen, settled = kite_interval(interval), self._settled_until()
         found = self._cache.get(token, chosen.name, from_s, min(to_s, settled))
         if to_s > settled:
-            found += self.rows(token, chosen.name, max(from_s, settled), to_s)
+            found += self._rows(token, chosen, max(from_s, settled), to_s)[0]
         return found
 
     def download(
@@ -150,7 +167,11 @@ class KiteTickerHistory:
         missing = [(from_s, to_s)] if fresh else self._cache.missing(token, chosen.name, from_s, to_s)
         for gap in missing:
             for piece in spans(chosen, *gap):
-                self._cache.put(token, chosen.name, *piece, self._requests.rows(token, chosen, *piece))
+                rows, refused = self._requests.rows(token, chosen, *piece)
+                if refused:
+                    self._cache.add(token, chosen.name, rows)
+                    continue
+                self._cache.put(token, chosen.name, *piece, rows)
                 yield piece
 
     def frame(
@@ -209,7 +230,8 @@ class KiteTickerHistory:
         asked_before = self.requests
         rows: list[HistoryRow] = []
         if continuous:  # another series than the instrument's own: it must not get into the file
-            rows = self.rows(token, interval, from_s, to_s, oi=oi, continuous=True)
+            chosen = kite_interval(interval)
+            rows, _ = self._rows(token, chosen, from_s, to_s, oi=oi, continuous=True)
         elif insertOnly:
             for _ in self.download(token, interval, from_s, to_s, fresh=forceFetch):
                 pass

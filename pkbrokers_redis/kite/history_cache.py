@@ -63,6 +63,15 @@ class HistoryCache:
             from_s = max(from_s, ends)
         return [*gaps, (from_s, to_s)] if from_s < to_s else gaps
 
+    def add(self, token: int, interval: str, rows: Sequence[HistoryRow]) -> None:
+        """Rows of an answer that is not whole: its span stays to be asked for."""
+        with self._open() as database, database:
+            database.execute("BEGIN IMMEDIATE")
+            database.executemany(
+                "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                [(token, interval, *row) for row in rows],
+            )
+
     def put(self, token: int, interval: str, from_s: int, to_s: int, rows: Sequence[HistoryRow]) -> None:
         """Kite's whole answer for [from_s, to_s): what stood there before is replaced."""
         inside = [row for row in rows if from_s <= row.start < to_s]

@@ -1,6 +1,7 @@
 """One request to Kite's historical API: at the shared pace, tried again where that may help.
 
-5xx, timeouts, no network    again after growing waits with jitter, ATTEMPTS times in all
+5xx, timeouts, no network    again after growing waits with jitter, ATTEMPTS times in all; so is an answer
+                             without a list of candles
 429                          everybody waits (`Limiter.back_off`), then again
 403                          the session is renewed once, whoever of us makes the new one
 anything else                raised: one line
@@ -83,10 +84,10 @@ class HistoryRequests:
         *,
         oi: bool = True,
         continuous: bool = False,
-    ) -> list[HistoryRow]:
-        """The candles that begin in [from_s, to_s), oldest first. The span is one that a request may have.
+    ) -> tuple[list[HistoryRow], int]:
+        """The candles that begin in [from_s, to_s), oldest first, and how many of Kite's rows were none.
 
-        Raises KiteError and its kin, and what redis-py raises.
+        The span is one that a request may have. Raises KiteError and its kin, and what redis-py raises.
         """
         query = {
             "from": local_text(from_s),
@@ -95,13 +96,13 @@ class HistoryRequests:
             "continuous": int(continuous),
             "oi": int(oi),
         }
-        rows, refused = parse_rows(self._ask(token, interval.name, query), token)
+        rows, refused = self._ask(token, interval.name, query)
         if refused:
             self.rows_refused += refused
             log.warning("odd_history", token=token, interval=interval.name, refused=refused, rows=len(rows))
-        return [row for row in rows if from_s <= row.start < to_s]
+        return [row for row in rows if from_s <= row.start < to_s], refused
 
-    def _ask(self, token: int, interval: str, query: dict[str, Any]) -> Any:
+    def _ask(self, token: int, interval: str, query: dict[str, Any]) -> tuple[list[HistoryRow], int]:
         retrying = Retrying(
             retry=retry_if_exception_type((KiteUnavailable, KiteThrottled)),
             stop=stop_after_attempt(self.attempts),
@@ -112,7 +113,7 @@ class HistoryRequests:
         )
         return retrying(self._ask_once, token, interval, query)
 
-    def _ask_once(self, token: int, interval: str, query: dict[str, Any]) -> Any:
+    def _ask_once(self, token: int, interval: str, query: dict[str, Any]) -> tuple[list[HistoryRow], int]:
         if self._kite is None:
             self._kite = open_kite(self._settings, self._sessions.current())
         kite = self._kite
@@ -124,7 +125,9 @@ class HistoryRequests:
             self._kite = open_kite(self._settings, self._sessions.renew(kite.session, self._stop))
             return self._get(self._kite, token, interval, query)  # a second refusal is an error
 
-    def _get(self, kite: Kite, token: int, interval: str, query: dict[str, Any]) -> Any:
+    def _get(
+        self, kite: Kite, token: int, interval: str, query: dict[str, Any]
+    ) -> tuple[list[HistoryRow], int]:
         if self._stop.is_set():
             raise PkbError("stopped before the history was complete", "run it again: it goes on from here")
         self._limiter.wait(self._stop)
@@ -132,7 +135,7 @@ class HistoryRequests:
         # What KiteConnect.historical_data does, without its parsing: that takes 50 µs a candle, and one odd
         # candle loses all of them.
         path = {"instrument_token": token, "interval": interval}
-        return kite._get("market.historical", url_args=path, params=query)
+        return parse_rows(kite._get("market.historical", url_args=path, params=query), token)
 
     def _before_retry(self, state: RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None

@@ -12,16 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from datetime import date, datetime, time, timedelta
 from enum import Enum
-from math import isfinite
 from typing import Any, NamedTuple
 
-from pkbrokers_redis.core.errors import PkbError, UnknownInterval
+from pkbrokers_redis.core.errors import KiteUnavailable, PkbError, UnknownInterval
 from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.intervals import normalize
 from pkbrokers_redis.core.model import SEGMENT_INDICES
 from pkbrokers_redis.core.sessions import TIME_MS_MAX
 
 DAY_SECONDS = 86_400
+NUMBER_MAX = 2**53  # of a price or quantity: what a float holds to the unit
 CASH_SEGMENTS = {1, 4, SEGMENT_INDICES}  # no open interest: Kite answers 0, our rows say null
 
 
@@ -125,11 +125,12 @@ def epoch_of(moment: str | date | None, *, end: bool) -> int | None:
 def parse_rows(data: Any, token: int) -> tuple[list[HistoryRow], int]:
     """Kite's `data` → rows in ascending order, each start once; and how many were no candles.
 
-    A row is refused for a time or number that is none, negative volume, or a high below its low.
+    A row is refused for a time or number that is none, negative volume, or a high below its low. Raises
+    KiteUnavailable where there is no list of candles: "nothing was traded" is an empty one.
     """
     candles = data.get("candles") if isinstance(data, dict) else None
     if not isinstance(candles, list):
-        return [], 1
+        raise KiteUnavailable("Kite's answer holds no list of candles", "try again later")
     has_oi = token & 0xFF not in CASH_SEGMENTS
     found: dict[int, HistoryRow] = {}
     refused = 0
@@ -148,7 +149,7 @@ def _row(candle: Any, has_oi: bool) -> HistoryRow | None:
     numbers = candle[1:]
     if any(isinstance(each, bool) or not isinstance(each, int | float) for each in numbers):
         return None
-    if not all(map(isfinite, numbers)):
+    if not all(-NUMBER_MAX <= each <= NUMBER_MAX for each in numbers):  # false for nan
         return None
     open_, high, low, close, volume, *oi = numbers
     if not (0 <= low <= min(open_, close) and max(open_, close) <= high) or volume < 0:

@@ -139,7 +139,8 @@ class KiteInstruments:
         master.write_manifest(client, keys, manifest)
         log.info(
             "instruments_synced", scope=scope, rows=swapped.names, added=swapped.added,
-            removed=swapped.removed, expired=parsed.expired, refused=refused, changed=changed,
+            removed=swapped.removed, reassigned=swapped.reassigned, expired=parsed.expired, refused=refused,
+            changed=changed,
         )  # fmt: skip
         return Synced(swapped.names, swapped.added, swapped.removed, parsed.expired, refused, changed)
 

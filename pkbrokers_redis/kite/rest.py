@@ -93,8 +93,13 @@ class Kite(KiteConnect):  # type: ignore[misc]  # kiteconnect has no types
             raise unreachable(self.host, error) from None
         except KiteException as error:
             raise self._refusal(error) from None
-        except (KeyError, AttributeError, TypeError, ValueError):
-            # No content-type, JSON that is no object, an error without a message.
+        except UnicodeEncodeError:  # of a header, the only thing that is not percent-encoded
+            raise KiteError(
+                "the session's token holds a character that no HTTP header can carry",
+                "correct PKB_KITE_ACCESS_TOKEN, or run `pkb login`",
+            ) from None
+        except (KeyError, AttributeError, TypeError, ValueError, RecursionError):
+            # No content-type, JSON that is no object or too deep, an error without a message.
             raise page_instead(self.host, None) from None
 
     def _refusal(self, error: Any) -> KiteError:
@@ -190,6 +195,9 @@ def _reason(error: BaseException) -> str:
             return "host name not found"
         if isinstance(cause, OSError) and cause.errno:
             return os.strerror(cause.errno)
-        inner = next((each for each in cause.args if isinstance(each, BaseException)), None)
-        cause = getattr(cause, "reason", None) or inner or cause.__cause__ or cause.__context__
+        if isinstance(cause, UnicodeError):
+            return "its answer cannot be read"
+        inside = (getattr(cause, "reason", None), *cause.args)
+        inner = next((each for each in inside if isinstance(each, BaseException)), None)
+        cause = inner or cause.__cause__ or cause.__context__
     return "connection lost"

@@ -200,7 +200,7 @@ class ZerodhaWebSocketClient:
                 frame_bytes_max=self._frame_bytes_max,
                 timeout_seconds=self._connect_seconds,
             )
-        except (websocket.WebSocketException, OSError, ValueError) as error:
+        except Exception as error:  # the library lets others through: those of a cookie's or a URL's parser
             self.stats.errors += 1
             log.warning("websocket_connect_failed", server=server, reason=describe(error))
             status = getattr(error, "status_code", None)

@@ -94,7 +94,11 @@ def open_websocket(
                 url, header=dict(headers), origin=origin, redirect_limit=0
             )
         except BaseException as error:
-            failures.append(error)
+            answer = link.handshake_response
+            if answer is None or answer.status == 101:
+                failures.append(error)
+            else:  # a redirect, which the library tells without its status
+                failures.append(websocket.WebSocketBadStatusException("", answer.status))
         if abandoned.is_set():
             _wake(link)
         done.set()

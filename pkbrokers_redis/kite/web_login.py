@@ -219,6 +219,6 @@ def _refusal(path: str, said: str, data: dict[str, Any], status: int, kind: str)
 def _json_of(response: requests.Response) -> dict[str, Any] | None:
     try:
         found = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

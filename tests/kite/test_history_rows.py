@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.core.errors import UnknownInterval
+from pkbrokers_redis.core.errors import KiteUnavailable, UnknownInterval
 from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.kite.history_rows import (
     KITE_INTERVALS,
@@ -74,6 +74,10 @@ GOOD = ["2026-08-03T09:15:00+0530", 100.0, 101.5, 99.5, 100.5, 1200]
         [GOOD[0], 100.0, 100.2, 99.5, 100.5, 1200],  # close above high
         [GOOD[0], 100.0, 101.5, 99.5, 100.5, -1],
         [GOOD[0], 100.0, 101.5, -99.5, 100.5, 1],
+        [*GOOD[:5], 1e300],
+        [*GOOD[:5], 10**400],
+        [*GOOD, 10**400],
+        [GOOD[0], 100.0, 10**400, 99.5, 100.5, 1],
     ],
 )
 def test_a_row_that_is_no_candle_is_counted_and_the_others_are_kept(candle: Any) -> None:
@@ -83,8 +87,10 @@ def test_a_row_that_is_no_candle_is_counted_and_the_others_are_kept(candle: Any)
 
 
 @pytest.mark.parametrize("data", [None, [], "x", {}, {"candles": None}, {"candles": {}}])
-def test_an_answer_without_candles_is_counted(data: Any) -> None:
-    assert parse_rows(data, INFY) == ([], 1)
+def test_an_answer_without_candles_is_none(data: Any) -> None:
+    with pytest.raises(KiteUnavailable, match="no list of candles"):
+        parse_rows(data, INFY)
+    assert parse_rows({"candles": []}, INFY) == ([], 0)
 
 
 def test_rows_come_in_order_and_each_start_once() -> None:

@@ -17,7 +17,9 @@ from pkbrokers_redis.core.errors import (
     PkbError,
     SessionExpired,
 )
+from pkbrokers_redis.kite.authenticator import KiteAuthenticator
 from pkbrokers_redis.kite.rest import open_kite
+from pkbrokers_redis.kite.web_login import WebLogin
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.store.auth import Session
@@ -43,7 +45,7 @@ def session(kite: SimulatedKite) -> Session:
     return Session(account.api_key, access_token=SecretStr(kite.accounts.open_session()))
 
 
-Answer = tuple[int, str, bytes]  # status, content type ("" for none), body
+Answer = tuple[int, str, bytes]  # status, content type ("" for none; a Location where it is a path), body
 
 
 @pytest.fixture
@@ -58,10 +60,14 @@ def serve() -> Iterator[Callable[[Answer], Settings]]:
             def do_GET(self) -> None:
                 self.send_response(status)
                 if kind:
-                    self.send_header("Content-Type", kind)
+                    self.send_header("Location" if kind.startswith("/") else "Content-Type", kind)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
+
+            def do_POST(self) -> None:
+                self.rfile.read(int(self.headers["Content-Length"]))
+                self.do_GET()
 
             def do_DELETE(self) -> None:
                 self.do_GET()
@@ -71,7 +77,10 @@ def serve() -> Iterator[Callable[[Answer], Settings]]:
         server = HTTPServer(("127.0.0.1", 0), Handler)
         servers.append(server)
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        return load_settings(kite_api_url=f"http://127.0.0.1:{server.server_port}")
+        url = f"http://127.0.0.1:{server.server_port}"
+        return load_settings(
+            kite_api_url=url, kite_login_url=url, kite_api_key="key", kite_api_secret=SecretStr(SECRET)
+        )
 
     yield start
     for server in servers:
@@ -174,6 +183,8 @@ ECHO = b'{"status":"error","error_type":"InputException","message":"no \\u001b[3
         ((418, "text/html", b"<html>" + SECRET.encode()), KiteUnavailable),
         ((400, JSON, ECHO), KiteError),
         ((302, "text/html", b""), KiteUnavailable),
+        ((302, "/entretien-\xe9", b""), KiteUnavailable),
+        ((200, JSON, b"[" * 100_000), KiteUnavailable),
     ],
 )
 def test_hostile_answers_are_one_line_and_echo_no_secret(
@@ -187,7 +198,30 @@ def test_hostile_answers_are_one_line_and_echo_no_secret(
     assert len(str(caught.value)) < 300
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://no-such-host.invalid", "nonsense", "http://"])
+@pytest.mark.parametrize("answer", [(302, "/entretien-\xe9", b""), (200, JSON, b"[" * 100_000)])
+def test_a_login_page_that_is_none_is_one_line(serve: Callable[[Answer], Settings], answer: Answer) -> None:
+    visit = WebLogin(serve(answer).kite_login_url, 5.0)
+    with pytest.raises(KiteUnavailable) as caught:
+        visit.open()
+        visit.send_password("AB1234", SECRET)
+    assert SECRET not in everything_said(caught.value)
+
+
+def test_a_login_time_that_is_none_is_one_line(serve: Callable[[Answer], Settings]) -> None:
+    body = b'{"status": "success", "data": {"access_token": "a", "login_time": "9999999999999999999"}}'
+    with pytest.raises(KiteUnavailable, match="no access token"):
+        KiteAuthenticator(settings=serve((200, JSON, body))).exchange("a-request-token")
+
+
+def test_a_token_that_no_header_can_carry_is_named_and_not_shown(serve: Callable[[Answer], Settings]) -> None:
+    token = SECRET + "\u2019"
+    with pytest.raises(KiteError, match=r"no HTTP header can carry.*PKB_KITE_ACCESS_TOKEN") as caught:
+        open_kite(serve((200, JSON, b"{}")), Session("key", access_token=SecretStr(token))).profile()
+    assert not isinstance(caught.value, KiteUnavailable)
+    assert SECRET not in everything_said(caught.value)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://no-such-host.invalid"])
 def test_a_server_that_is_not_there_is_one_line(url: str) -> None:
     with pytest.raises(KiteUnavailable, match="cannot be reached") as caught:
         session = Session("key", access_token=SecretStr(SECRET))

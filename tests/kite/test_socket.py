@@ -140,7 +140,7 @@ def raw_server(handle: Callable[[socket.socket], None]) -> Iterator[str]:
         listener.close()
 
 
-def shake_hands(link: socket.socket) -> None:
+def shake_hands(link: socket.socket, headers: bytes = b"") -> None:
     """The server's side of a websocket handshake."""
     from websockets.utils import accept_key
 
@@ -152,7 +152,10 @@ def shake_hands(link: socket.socket) -> None:
     )
     link.sendall(
         b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Accept: " + accept_key(key.strip()).encode() + b"\r\n\r\n"
+        + headers
+        + b"Sec-WebSocket-Accept: "
+        + accept_key(key.strip()).encode()
+        + b"\r\n\r\n"
     )
 
 

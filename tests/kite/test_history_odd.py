@@ -1,0 +1,143 @@
+"""Answers of Kite's history that are none: never taken for "nothing was traded", and asked for again."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import redis
+
+from pkbrokers_redis.core.errors import KiteError, KiteUnavailable
+from pkbrokers_redis.kite.history import KiteTickerHistory
+from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.store.limiter import Limiter
+
+INFY = 408065
+NOW_MS = 1_795_400_000_000.0  # 2026-11-23
+DAY = ("2026-11-16", "2026-11-16", "minute")
+FROM_S, TO_S = 1_794_767_400, 1_794_853_800  # the same day in India
+GOOD = ["2026-11-16T09:15:00+0530", 1.0, 2.0, 1.0, 2.0, 10]
+
+
+def candles(*rows: list[Any]) -> bytes:
+    return json.dumps({"status": "success", "data": {"candles": rows}}).encode()
+
+
+WHOLE = candles(GOOD, ["2026-11-16T09:16:00+0530", *GOOD[1:]])
+ODD_ROW = candles(GOOD, ["2026-11-16T09:16:00+0530", None, *GOOD[2:]])
+NO_ANSWERS = [
+    b'{"status":"success","data":null}',
+    b'{"status":"success","data":{}}',
+    b'{"status":"success","data":[]}',
+    b'{"status":"success","data":{"candles":null}}',
+    b'{"status":"success"}',
+    b'"x"',
+    b"[" * 100_000,
+]
+
+
+class Unlimited:
+    """No test waits for its turn."""
+
+    def wait(self, stop: object = None) -> float:
+        return 0.0
+
+    def back_off(self, seconds: float) -> None: ...
+
+
+class OddKite:
+    """A Kite that answers with these bodies in turn, and the last for ever."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.bodies = [WHOLE]
+        self.asked = 0
+        self.data_dir = data_dir
+        kite = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                kite.asked += 1
+                body = kite.bodies.pop(0) if len(kite.bodies) > 1 else kite.bodies[0]
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+    def history(self, attempts: int = 1) -> KiteTickerHistory:
+        settings = load_settings(
+            kite_api_url=f"http://127.0.0.1:{self.server.server_port}", data_dir=self.data_dir
+        )
+        return KiteTickerHistory(
+            "enctoken",
+            settings=settings.model_copy(update={"kite_login_url": settings.kite_api_url}),
+            client=cast(redis.Redis, object()),
+            limiter=cast(Limiter, Unlimited()),
+            now_ms=lambda: NOW_MS,
+            stop=Impatient(),
+            attempts=attempts,
+        )
+
+
+class Impatient(threading.Event):
+    """A stop event on which nobody waits."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return self.is_set()
+
+
+@pytest.fixture
+def kite(tmp_path: Path) -> Iterator[OddKite]:
+    kite = OddKite(tmp_path)
+    yield kite
+    kite.server.shutdown()
+    kite.server.server_close()
+
+
+@pytest.mark.parametrize("body", NO_ANSWERS, ids=lambda body: body[:44].decode())
+def test_an_answer_without_candles_is_no_quiet_day(kite: OddKite, body: bytes) -> None:
+    kite.bodies = [body, WHOLE]
+    with pytest.raises(KiteUnavailable) as error:
+        kite.history().get_historical_data(INFY, *DAY, max_retries=1)
+    assert "\n" not in str(error.value)
+    assert len(kite.history().get_historical_data(INFY, *DAY)["data"]["candles"]) == 2
+    assert kite.asked == 2
+
+
+def test_an_answer_without_candles_is_tried_again(kite: OddKite) -> None:
+    kite.bodies = [NO_ANSWERS[0], NO_ANSWERS[1], WHOLE]
+    assert len(kite.history(attempts=3).rows(INFY, "1m", FROM_S, TO_S)) == 2
+    assert kite.asked == 3
+
+
+def test_an_empty_list_is_a_quiet_day(kite: OddKite) -> None:
+    kite.bodies = [candles()]
+    for _ in range(2):
+        assert kite.history().get_historical_data(INFY, *DAY)["data"]["candles"] == []
+    assert kite.asked == 1
+
+
+@pytest.mark.parametrize("odd", [ODD_ROW, candles(GOOD, [*GOOD[:5], 1e300])])
+def test_an_answer_with_an_odd_row_gives_the_others_and_is_asked_for_again(kite: OddKite, odd: bytes) -> None:
+    kite.bodies = [odd, WHOLE]
+    read = [kite.history().get_historical_data(INFY, *DAY)["data"]["candles"] for _ in range(3)]
+    assert [len(each) for each in read] == [1, 2, 2]
+    assert kite.asked == 2
+
+
+def test_rows_that_must_be_all_are_refused_with_an_odd_one(kite: OddKite) -> None:
+    kite.bodies = [ODD_ROW]
+    with pytest.raises(KiteError, match=r"1 rows of Kite's history of 408065 are no candles") as error:
+        kite.history(attempts=3).rows(INFY, "1m", FROM_S, TO_S)
+    assert not isinstance(error.value, KiteUnavailable), "another try would get the same"
+    assert kite.asked == 1
