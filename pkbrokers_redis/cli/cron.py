@@ -15,6 +15,7 @@ from pkbrokers_redis.jobs.schedule import Plan, next_runs
 from pkbrokers_redis.pipeline import roles
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.embedded import running
 
 COLUMNS = ("row", "next", "when", "job", "does")
 
@@ -36,10 +37,10 @@ def cron_(
     sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
     schedules = {sessions.schedule_of(NSE_TOKEN)}
     try:
-        if settings.redis_url is not None:
+        if settings.redis_url is not None or running(settings.data_dir) is not None:
             with connect(settings, for_reading=True) as store:
                 schedules = schedules_of(store, settings, sessions)
     except PkbError:
-        pass  # the table needs no store: then it is NSE's day
+        pass  # the table needs no store, and starts none: then it is NSE's day
     rows = next_runs(Plan(sessions, schedules), market_clock(settings)())
     emit(rows, COLUMNS, choose(as_json, False))

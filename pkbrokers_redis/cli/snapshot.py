@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.cli.bar import bar
 from pkbrokers_redis.cli.output import AsJson, dump, note, say_enqueued
 from pkbrokers_redis.cli.reader import require_store
 from pkbrokers_redis.consumers.files.manifest import problems, read_manifest
@@ -42,6 +43,12 @@ def snapshot(
     """
     if shape not in ("published", "split"):
         raise SettingsError(f"unknown shape {shape!r}", "use published or split")
+    if in_queue and kind in ("restore", "check"):
+        raise SettingsError(f"--enqueue does not go with {kind}", "run it here")
+    if in_queue and folder is not None:
+        raise SettingsError(
+            "--folder does not go with --enqueue", "the worker writes into the PKB_FILES_DIR it has"
+        )
     settings = load_settings()
     logs.configure(settings)
     if kind == "restore":
@@ -59,9 +66,11 @@ def snapshot(
             say_enqueued(job or job_id("snapshot", arguments), job is not None, as_json)
             return
         require_store(settings)
-        with open_run(settings, folder=folder) as run:
+        with bar(hidden=as_json) as listener, open_run(settings, folder=folder, listener=listener) as run:
             found = write_snapshot(**arguments, run=run)
-            print(dump(found) if as_json else _summary(found, run.folder))
+        print(dump(found) if as_json else _summary(found, run.folder))
+        if not found["files"]:
+            note("the store has nothing to write: files that are there stay as they are")
 
 
 def _summary(found: dict[str, Any], folder: Path) -> str:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from typing import Annotated, Any, cast
 
 import typer
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.cli.bar import bar
 from pkbrokers_redis.cli.output import AsJson, dump, say_enqueued
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.core.errors import SettingsError
 from pkbrokers_redis.core.jobs import job_id
 from pkbrokers_redis.jobs import pull as pulling
 from pkbrokers_redis.jobs import sync as syncing
-from pkbrokers_redis.jobs.progress import Listener
 from pkbrokers_redis.jobs.target import target_of
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.queue import enqueue, open_queue
@@ -31,7 +28,9 @@ app = typer.Typer(
 
 Files = Annotated[
     list[str] | None,
-    typer.Option("--file", metavar="PATTERN", help="which files; default: ticks.json and *.pkl"),
+    typer.Option(
+        "--file", metavar="PATTERN", help="which files; default: ticks.json, *.pkl and a restore's Parquet"
+    ),
 ]
 InQueue = Annotated[bool, typer.Option("--enqueue", help="leave it to a `pkb jobs` worker")]
 
@@ -46,13 +45,17 @@ def push(files: Files = None, in_queue: InQueue = False, as_json: AsJson = False
     settings = load_settings()
     logs.configure(settings)
     target = target_of(settings)
-    patterns = list(files or syncing.PATTERNS)
     if in_queue:
-        _enqueue("sync_push", {"files": patterns}, as_json)
+        _enqueue("sync_push", {"files": files or None}, as_json)
         return
-    with _bar(hidden=as_json) as listener:
+    with bar(hidden=as_json) as listener:
         found = syncing.push(
-            target, settings.files_folder, patterns, at_s=market_clock(settings)() / 1000, listener=listener
+            target,
+            settings.files_folder,
+            files,
+            intervals=settings.intervals,
+            at_s=market_clock(settings)() / 1000,
+            listener=listener,
         )
     if as_json:
         print(dump(found))
@@ -74,15 +77,14 @@ def pull(
         raise SettingsError(f"--via {via!r} is not known", "use https, git or auto")
     settings = load_settings()
     logs.configure(settings)
-    patterns = list(files or syncing.PATTERNS)
     if in_queue:
-        _enqueue("sync_pull", {"files": patterns, "via": via, "force": force}, as_json)
+        _enqueue("sync_pull", {"files": files or None, "via": via, "force": force}, as_json)
         return
-    with _bar(hidden=as_json) as listener:
+    with bar(hidden=as_json) as listener:
         found = pulling.pull(
             settings,
             settings.files_folder,
-            patterns,
+            files,
             via=cast(pulling.Via, via),
             force=force,
             listener=listener,
@@ -99,18 +101,3 @@ def pull(
 def _enqueue(name: str, arguments: dict[str, Any], as_json: bool) -> None:
     job = enqueue(open_queue(load_settings()), name, arguments, again=True)
     say_enqueued(job or job_id(name, arguments), job is not None, as_json)
-
-
-@contextlib.contextmanager
-def _bar(*, hidden: bool) -> Iterator[Listener | None]:
-    """A progress bar on a terminal; nothing elsewhere."""
-    if hidden or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("files", total=None)
-        yield lambda done, total, part: bar.update(task, completed=done, total=total, description=part)

@@ -7,15 +7,13 @@ sitting in a worker, and returns what it found.
 
 from __future__ import annotations
 
-import errno
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import date, datetime
-from pathlib import Path
 from typing import Any
 
 import redis
@@ -26,13 +24,14 @@ from rq.serializers import JSONSerializer
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.clock import market_clock
-from pkbrokers_redis.consumers.files.atomic import sweep
-from pkbrokers_redis.consumers.files.manifest import read_manifest, update_manifest
+from pkbrokers_redis.consumers.files.atomic import sweep, writing_into
+from pkbrokers_redis.consumers.files.manifest import Entry, read_manifest, update_manifest
 from pkbrokers_redis.core.errors import PkbError, SessionExpired
 from pkbrokers_redis.core.intervals import DAY as DAY_INTERVAL
 from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.jobs import backfill, pull, snapshots, sync
+from pkbrokers_redis.jobs import backfill, pull, selection, snapshots, sync
 from pkbrokers_redis.jobs.locks import Busy, alone
+from pkbrokers_redis.jobs.progress import job_listener
 from pkbrokers_redis.jobs.slices import come_again
 from pkbrokers_redis.jobs.target import target_of
 from pkbrokers_redis.kite.instruments import KiteInstruments
@@ -52,26 +51,15 @@ LOOK_AGAIN_SECONDS = 1.0, 60.0  # for a job we wait for, for a lock: a fifth of 
 SUPERSEDED_SECONDS = 60  # a ticks.json this much younger than what was planned does its work
 DISK_BYTES_MIN = 1 << 30
 FILES_FACTOR = 2  # a snapshot is written beside the one it replaces
+PARTITIONS_A_DAY = 2  # of an interval, a snapshot's
 MEMORY_SHARE_MAX = 0.8  # of Redis' maxmemory, before the day begins
 SESSIONS_KNOWN_MIN = 5  # the calendar must know so many coming sessions
-# What a disk answers that is full, read-only, broken, or too small for the file. Others name a path.
-DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 log = logs.get("day")
 
 
 class NotReady(PkbError):
     """Raised when a check of the day finds something that a person should mend."""
-
-
-class FilesUnwritable(PkbError):
-    """Raised when a job's files cannot be written: disk full, read-only, no right. The old files stand."""
-
-    def __init__(self, folder: Path, error: OSError) -> None:
-        super().__init__(
-            f"the files in {folder} cannot be written ({error.strerror or error})",
-            "make room or give the right, or move PKB_FILES_DIR",
-        )
 
 
 # --- before the open
@@ -135,9 +123,7 @@ def capacity(at: str, day: str) -> Any:
         with tempfile.TemporaryFile(dir=folder) as probe:  # has no name: a kill leaves nothing
             probe.write(b"\n")
         free = shutil.disk_usage(folder).free
-        wanted = max(
-            DISK_BYTES_MIN, FILES_FACTOR * sum(each.bytes for each in read_manifest(folder).values())
-        )
+        wanted = max(DISK_BYTES_MIN, FILES_FACTOR * _day_bytes(read_manifest(folder)))
         if free < wanted:
             raise NotReady(
                 f"{free >> 20:,} MB are free for the day's files, {wanted >> 20:,} MB are wanted",
@@ -150,6 +136,17 @@ def capacity(at: str, day: str) -> Any:
                     "raise its maxmemory before the open",
                 )
         return {"instruments": tokens, "connections": feeds, "disk_free_mb": free >> 20}
+
+
+def _day_bytes(files: Mapping[str, Entry]) -> int:
+    """What a day writes: of Parquet the two newest partitions, and a dated pickle is its undated one."""
+    written = [name for name in files if not selection.is_of_a_day(name)]
+    partitions: dict[str, list[str]] = {}
+    for name in sorted(files):
+        if told := selection.PARTITION.fullmatch(name):
+            partitions.setdefault(told[1], []).append(name)
+    written += [name for names in partitions.values() for name in names[-PARTITIONS_A_DAY:]]
+    return sum(files[name].bytes for name in written)
 
 
 # --- in the session
@@ -170,18 +167,13 @@ def feed(at: str, day: str) -> Any:
 
 
 def day_snapshot(at: str, day: str, kind: str, after: Sequence[str] = ()) -> Any:
-    """One kind of snapshot. A ticks.json that is newer than the one asked for will do.
-
-    A store that is new has nothing to say: empty files must not replace yesterday's, here and on the branch.
-    """
+    """One kind of snapshot of that day. A ticks.json that is newer than the one asked for will do."""
     with _work(f"snapshot-{kind}", after) as work:
         if work.must_wait:
             return work.must_wait
-        if not _has_candles(work):
-            return {"skipped": "nobody has made candles in this store"}
         if kind == "ticks" and _is_superseded(work.settings, at):
             return {"superseded": True}
-        return snapshots.snapshot(kind)
+        return snapshots.snapshot(kind, day=day)
 
 
 # --- after the close
@@ -199,7 +191,7 @@ def settle(at: str, day: str) -> Any:
 
 
 def sync_push(
-    at: str = "", day: str = "", after: Sequence[str] = (), files: Sequence[str] = sync.PATTERNS
+    at: str = "", day: str = "", after: Sequence[str] = (), files: Sequence[str] | None = None
 ) -> Any:
     """The files to the data branch; nothing where no target is set."""
     with _work("sync", after) as work:
@@ -208,12 +200,18 @@ def sync_push(
         settings = work.settings
         if day and not settings.github_url and not settings.github_repo:
             return {"skipped": "no PKB_GITHUB_REPO"}
-        at_s = market_clock(settings)() / 1000
-        return sync.push(target_of(settings), settings.files_folder, files, at_s=at_s, listener=work.listener)
+        return sync.push(
+            target_of(settings),
+            settings.files_folder,
+            files,
+            intervals=settings.intervals,
+            at_s=market_clock(settings)() / 1000,
+            listener=work.listener,
+        )
 
 
 def sync_pull(
-    at: str = "", files: Sequence[str] = sync.PATTERNS, via: pull.Via = "auto", force: bool = False
+    at: str = "", files: Sequence[str] | None = None, via: pull.Via = "auto", force: bool = False
 ) -> Any:
     """The branch's files to us, where they are newer."""
     with _work("sync") as work:
@@ -225,16 +223,17 @@ def sync_pull(
 
 def trim(at: str, day: str, after: Sequence[str] = ()) -> Any:
     """Dated pickles older than a month go; the undated ones and the database have what is in them. With them
-    what killed jobs left of files half-written."""
+    go what killed jobs left half-written, and the manifest's word of days that somebody removed by hand."""
     with _work("trim", after) as work:
         if work.must_wait:
             return work.must_wait
         folder = work.settings.files_folder
-        old = sync.outdated(read_manifest(folder), date.fromisoformat(day))
+        listed = read_manifest(folder)
+        old = selection.outdated(listed, date.fromisoformat(day))
         # The files first: one that the manifest no longer names would be found by no later trim.
         for name in old:
             (folder / name).unlink(missing_ok=True)
-        update_manifest(folder, {}, gone=old)
+        update_manifest(folder, {}, gone={*old, *selection.gone(folder, listed)})
         return {"removed": len(old), "swept": sweep(folder)}
 
 
@@ -247,15 +246,7 @@ class _Work:
     def __init__(self, settings: Settings, client: redis.Redis) -> None:
         self.settings, self.client = settings, client
         self.must_wait: Retry | None = None
-
-    def listener(self, done: int, total: int, part: str) -> None:
-        """Progress for `pkb jobs --list`."""
-        job = get_current_job()
-        if job is not None:
-            key = self.settings.keys.job(job.id)
-            fields: dict[Any, Any] = {"done": done, "total": total, "at": int(time.time())}
-            self.client.hset(key, mapping=fields)
-            self.client.expire(key, 3600 if done < total else 60)
+        self.listener = job_listener(client, settings.keys)
 
 
 @contextmanager
@@ -278,12 +269,8 @@ def _work(name: str, after: Sequence[str] = ()) -> Iterator[_Work]:
                     raise
                 log.info("waits", job=job.id, why=busy.message)
                 work.must_wait = come_again(patience_seconds(job))
-        try:
-            yield work
-        except OSError as error:  # not redis-py's; those of requests carry neither number nor path
-            if error.errno in DISK_ERRORS or error.filename is not None:
-                raise FilesUnwritable(settings.files_folder, error) from error
-            raise
+        stack.enter_context(writing_into(settings.files_folder))
+        yield work
 
 
 def patience_seconds(job: Job) -> float:
@@ -303,14 +290,6 @@ def _is_under_way(connection: redis.Redis, ids: Sequence[str]) -> bool:
         if job.get_status() not in OVER:
             return True
     return False
-
-
-def _has_candles(work: _Work) -> bool:
-    keys = work.settings.keys
-    pipeline = work.client.pipeline(transaction=False)
-    for shard in range(keys.shards):
-        pipeline.hexists(keys.cursor(shard), "id")
-    return any(pipeline.execute())
 
 
 def _is_superseded(settings: Settings, at: str) -> bool:

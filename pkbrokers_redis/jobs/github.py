@@ -9,6 +9,7 @@ The token is neither in arguments, nor in the environment, nor in a URL, nor in 
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import shutil
@@ -31,7 +32,7 @@ from pkbrokers_redis.jobs.target import Target
 SECONDS_MAX = 240.0  # one git command
 STALL_BYTES_A_SECOND, STALL_SECONDS = 1_000, 30  # a transfer slower than this for so long has stalled
 REASON_LENGTH_MAX = 200
-SCRATCH = "pkb-sync-"
+SCRATCH, LOCK = "pkb-sync-", "lock"
 STALE_SECONDS = (
     3600  # no sync takes an hour: a scratch folder that old has lost its guard too (power, container)
 )
@@ -75,6 +76,7 @@ class Git:
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._token: IO[bytes] | None = None
+        self._lock: IO[bytes] | None = None
         self._env: dict[str, str] = {}
 
     def __enter__(self) -> Git:
@@ -98,6 +100,8 @@ class Git:
         for number, (name, value) in enumerate(config.items()):
             self._env[f"GIT_CONFIG_KEY_{number}"], self._env[f"GIT_CONFIG_VALUE_{number}"] = name, value
         try:
+            self._lock = (scratch / LOCK).open("wb")
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
             self._guard = subprocess.Popen(
                 ["/bin/sh", "-c", GUARD, "sh", str(scratch)],
                 env={name: value for name, value in self._env.items() if name == "PATH"},
@@ -119,6 +123,8 @@ class Git:
             self._end_all()
         if self._token is not None:
             self._token.close()
+        if self._lock is not None:
+            self._lock.close()
         if self._folder is not None:
             self._folder.cleanup()
 
@@ -168,6 +174,12 @@ class Git:
             raise self._failure(arguments[0], said)
         return out or b""
 
+    def end_history_at(self, commit: str) -> None:
+        """From a history that has an end git pushes nothing that the commit there holds; from a whole one it
+        fetches, and sends again, what a commit that takes that one's place has in common with it."""
+        with (Path(self._env["GIT_DIR"]) / "shallow").open("a") as listed:
+            listed.write(f"{commit}\n")
+
     def _end_all(self) -> None:
         """The guard and all of git that still runs."""
         assert self._guard is not None  # noqa: S101
@@ -208,12 +220,20 @@ class Git:
 
     def _failure(self, command: str, said: bytes) -> GitFailed:
         lines = [line.strip() for line in said.decode(errors="replace").splitlines() if line.strip()]
-        telling = [
-            line for line in lines if re.match(r"(fatal|error|remote: (error|fatal)|! \[)", line)
-        ] or lines[-1:]
-        text = self._clean(" ".join(dict.fromkeys(telling)))
+        text = self._clean(" ".join(dict.fromkeys(_telling(lines))))
         log.debug("git_failed", command=command, why=text)
         shown = f"git {command} failed ({text[:REASON_LENGTH_MAX]})"
+        if re.search(r"non-fast-forward|hook declined|protected branch|repository rule", text, re.I):
+            branch = self.target.branch
+            mend = f"allow force pushes to the branch {branch}, or set PKB_GITHUB_BRANCH to one of its own"
+            return GitFailed(shown, mend)
+        if any("No space left" in line for line in lines if not line.startswith("remote:")):
+            return GitFailed(shown, f"make room in {tempfile.gettempdir()}, or set TMPDIR")
+        if self.target.url.startswith("ssh:") and re.search(
+            r"denied|verification failed|Too many auth", text
+        ):
+            mend = f"check the ssh key and known_hosts: git ls-remote {self.target.url}"
+            return GitFailed(shown, mend)
         status = re.search(r"(?:returned error: |HTTP )(\d{3})\b", text)  # a path may hold any number
         code = int(status[1]) if status else 0
         if code in (401, 403) or re.search(
@@ -235,16 +255,37 @@ class Git:
         return re.sub(r"://[^/@\s']*@", "://", text)
 
 
+def _telling(lines: Sequence[str]) -> Sequence[str]:
+    """The lines with the reason: git's and the remote's; ssh's last where git has none of its own."""
+    for number, line in enumerate(lines):
+        if number and line.startswith("fatal: Could not read from remote"):
+            return lines[number - 1 : number]
+    return [line for line in lines if re.match(r"(fatal|error|remote): |! \[", line)] or lines[-1:]
+
+
 def _sweep() -> None:
-    """Remove what killed syncs of ours left."""
+    """Remove what killed syncs of ours left. Ages alone do not tell: clocks are set."""
     for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*"):
         try:
             facts = left.lstat()
             # A clock that was set back makes what is old look as if it came from the future.
-            if facts.st_uid == os.getuid() and abs(time.time() - facts.st_mtime) > STALE_SECONDS:
+            is_old = abs(time.time() - facts.st_mtime) > STALE_SECONDS
+            if facts.st_uid == os.getuid() and is_old and not _is_held(left):
                 shutil.rmtree(left, ignore_errors=True)
         except OSError:
             pass  # another was faster
+
+
+def _is_held(scratch: Path) -> bool:
+    """Whether a sync that lives works in there."""
+    try:
+        with (scratch / LOCK).open("r+b") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass  # killed before it had one
+    return False
 
 
 def backoff_seconds(attempt: int, jitter: float) -> float:

@@ -14,10 +14,12 @@ from typing import Any
 
 import msgspec
 import redis
+from rq import get_current_job
 
 from pkbrokers_redis.core.keys import Keys
 
 TTL_SECONDS = 86_400
+LISTENER_TTL_SECONDS = 3600, 60  # of a job that always begins anew: while it works, once it is done
 RESERVED = {"total", "done", "at"}
 
 Figures = dict[str, int]  # what became of a part: counts only, they are added up
@@ -79,6 +81,21 @@ class Progress:
         pipeline.hset(self._key, mapping=mapping)
         pipeline.expire(self._key, TTL_SECONDS)
         pipeline.execute()
+
+
+def job_listener(client: redis.Redis, keys: Keys) -> Listener | None:
+    """Writes the progress of the RQ job we are, for `pkb jobs --list`; None outside of a worker."""
+    job = get_current_job()
+    if job is None:
+        return None
+    key = keys.job(job.id)
+
+    def hear(done: int, total: int, part: str) -> None:
+        fields: dict[Any, Any] = {"done": done, "total": total, "at": int(time.time())}
+        client.hset(key, mapping=fields)
+        client.expire(key, LISTENER_TTL_SECONDS[done >= total])
+
+    return hear
 
 
 def add_up(parts: Iterable[Figures]) -> Figures:

@@ -26,9 +26,9 @@ from pkbrokers_redis.consumers.files.ticks_json import read_ticks_json
 from pkbrokers_redis.consumers.files.unpickler import load_pickle
 from pkbrokers_redis.consumers.sources.published import MANIFEST_BYTES_MAX, folder_of
 from pkbrokers_redis.core.errors import InputFileError, SettingsError
-from pkbrokers_redis.jobs.github import Git, RemoteAway, fetch
+from pkbrokers_redis.jobs.github import Git, GitFailed, RemoteAway, fetch
 from pkbrokers_redis.jobs.progress import Listener
-from pkbrokers_redis.jobs.sync import PATTERNS, chosen
+from pkbrokers_redis.jobs.selection import chosen
 from pkbrokers_redis.jobs.target import LOOPBACK, target_of
 from pkbrokers_redis.settings import Settings
 
@@ -37,7 +37,12 @@ Via = Literal["auto", "https", "git"]
 PULLED_BYTES_MAX = 512 << 20  # one file
 TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, between two pieces
 PIECE_BYTES = 1 << 20
+SMALL_BYTES_MAX = 1 << 20  # files up to here come together where that is faster
 ETAG_FILE = ".pulled-etag"
+FETCH_BLOBS = (
+    "-c", "fetch.negotiationAlgorithm=noop", "fetch", "origin", "--quiet", "--no-tags",
+    "--no-write-fetch-head", "--filter=blob:none", "--stdin",
+)  # fmt: skip
 
 log = logs.get("sync")
 
@@ -48,20 +53,22 @@ class Remote(Protocol):
     shown: str
 
     def manifest(self) -> bytes | None: ...
+    def expect(self, names: Sequence[str]) -> None: ...
     def copy(self, name: str, into: IO[bytes], bytes_max: int) -> None: ...
-    def done(self) -> None: ...
+    def done(self, names: Sequence[str]) -> None: ...
 
 
 def pull(
     settings: Settings,
     folder: Path,
-    patterns: Sequence[str] = PATTERNS,
+    patterns: Sequence[str] | None = None,
     *,
     via: Via = "auto",
     force: bool = False,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
-    """Bring the published files that match, and are newer, into `folder`. `force` takes older ones too.
+    """Bring the published files that match (or the usual ones: `selection`), and are newer, into `folder`.
+    `force` takes older ones too.
 
     Returns counts: `pulled same older bytes`. Raises InputFileError for a file that is not what the manifest
     names, RefusedPickle for one that asks for more than tables, RemoteAway, GitFailed, SettingsError. What
@@ -72,11 +79,18 @@ def pull(
         if text is None:
             return {"pulled": 0, "same": 0, "older": 0, "bytes": 0, "unchanged": True}
         theirs = parse_manifest(text)
-        names = chosen((name for name in theirs if _is_usable(name)), patterns)
+        usable = {name: entry for name, entry in theirs.items() if _is_usable(name)}
+        names = chosen(usable, patterns, settings.intervals)
+        ours = _ours(folder)
+        verdicts = {
+            name: "pulled" if force else _compare(folder / name, ours.get(name), theirs[name])
+            for name in names
+        }
+        small = (name for name in names if theirs[name].bytes <= SMALL_BYTES_MAX)
+        remote.expect([name for name in small if verdicts[name] == "pulled"])
         found = {"pulled": 0, "same": 0, "older": 0, "bytes": 0}
-        for number, name in enumerate(names):
-            ours, entry = _ours(folder).get(name), theirs[name]
-            verdict = "pulled" if force else _compare(folder / name, ours, entry)
+        for number, (name, verdict) in enumerate(verdicts.items()):
+            entry = theirs[name]
             if verdict == "pulled":
                 _take(remote, folder / name, name, entry)
                 update_manifest(folder, {name: entry})
@@ -84,7 +98,7 @@ def pull(
             found[verdict] += 1
             if listener is not None:
                 listener(number + 1, len(names), name)
-        remote.done()
+        remote.done(names)
     log.info("pulled_files", source=remote.shown, **found)
     return found
 
@@ -133,7 +147,7 @@ def _take(remote: Remote, path: Path, name: str, entry: Entry) -> None:
 
 @contextmanager
 def _open(
-    settings: Settings, folder: Path, patterns: Sequence[str], via: Via, force: bool
+    settings: Settings, folder: Path, patterns: Sequence[str] | None, via: Via, force: bool
 ) -> Iterator[Remote]:
     base = folder_of(settings)
     if via == "https" and (base is None or "://" not in base):
@@ -164,6 +178,22 @@ class _OverGit:
             raise _no_manifest(self.shown)
         return self._git.run(["cat-file", "blob", f"{self._tip}:{path}"])
 
+    def expect(self, names: Sequence[str]) -> None:
+        """Fetch the contents of these at once; of others each when it is asked for."""
+        paths = {self._git.target.path_of(name) for name in names}
+        listed = (
+            line.partition("\t") for line in self._git("ls-tree", "-r", "-z", self._tip or "").split("\0")
+        )
+        blobs = {head.split()[2] for head, _, path in listed if path in paths}
+        if len(blobs) < 2:
+            return
+        try:
+            self._git(*FETCH_BLOBS, given="\n".join(blobs).encode())
+        except RemoteAway:
+            raise
+        except GitFailed:
+            log.debug("fetched_one_by_one", source=self.shown)  # git before 2.29, or the remote's protocol 0
+
     def copy(self, name: str, into: IO[bytes], bytes_max: int) -> None:
         blob = f"{self._tip}:{self._git.target.path_of(name)}"
         size = int(self._git("cat-file", "-s", blob))
@@ -173,7 +203,7 @@ class _OverGit:
             )
         self._git.run(["cat-file", "blob", blob], into=into)
 
-    def done(self) -> None:
+    def done(self, names: Sequence[str]) -> None:
         pass
 
 
@@ -186,7 +216,7 @@ class _OverHttps:
         settings: Settings,
         base: str,
         folder: Path,
-        patterns: Sequence[str],
+        patterns: Sequence[str] | None,
         force: bool,
     ) -> None:
         self.shown = base
@@ -198,7 +228,7 @@ class _OverHttps:
         if token is not None and (is_github or host in LOOPBACK):
             self._session.auth = _Token(token.get_secret_value())
         self._folder, self._force, self._etag = folder, force, ""
-        self._scope = f"{base} {' '.join(patterns)}"
+        self._scope = f"{base} {' '.join(patterns or ['the usual'])}"
 
     def manifest(self) -> bytes | None:
         headers = {}
@@ -218,6 +248,9 @@ class _OverHttps:
                     )
             return bytes(content)
 
+    def expect(self, names: Sequence[str]) -> None:
+        pass
+
     def copy(self, name: str, into: IO[bytes], bytes_max: int) -> None:
         written = 0
         with self._get(name, {}) as answer:
@@ -227,24 +260,21 @@ class _OverHttps:
                     raise InputFileError(f"{name} is longer than its manifest says", "try again")
                 into.write(piece)
 
-    def done(self) -> None:
+    def done(self, names: Sequence[str]) -> None:
         """Everything of this manifest is here: until it changes there is nothing to do."""
         if self._etag:
             with replacing_path(self._folder / ETAG_FILE) as temporary:
-                temporary.write_text(f"{self._scope}\n{self._etag}\n")
+                temporary.write_text("\n".join([self._scope, self._etag, *names]))
 
     def _known_etag(self) -> str:
         """What the last pull of the same files saw, if they are still there, in their size."""
         try:
-            scope, etag = (self._folder / ETAG_FILE).read_text().splitlines()
-            if scope != self._scope or any(
-                (self._folder / name).stat().st_size != entry.bytes
-                for name, entry in read_manifest(self._folder).items()
-            ):
-                return ""
-        except (OSError, ValueError, InputFileError):
+            scope, etag, *names = (self._folder / ETAG_FILE).read_text().split("\n")
+            ours = read_manifest(self._folder)
+            is_whole = all((self._folder / name).stat().st_size == ours[name].bytes for name in names)
+        except (OSError, ValueError, KeyError, InputFileError):
             return ""
-        return etag
+        return etag if scope == self._scope and is_whole else ""
 
     def _get(self, name: str, headers: dict[str, str]) -> requests.Response:
         try:

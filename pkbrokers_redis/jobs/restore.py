@@ -3,14 +3,15 @@
 Candle rows belong to the aggregators, so a restore becomes one for a moment: it takes the shards' leases as
 an aggregator would, and gives them back. It does nothing while somebody else holds one, and it writes only
 lists that do not exist; rows that are there are never touched. Intervals that were not in the snapshot are
-made from its minutes. Aggregators that start afterwards go on from these lists.
+made from its minutes, those that the minutes do not cover marked `partial`. Aggregators that start afterwards
+go on from these lists.
 """
 
 from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,12 +20,16 @@ from typing import Any
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import redis
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.consumers.aggregator import bucket_starts_of
 from pkbrokers_redis.consumers.bulk import read_bulk
 from pkbrokers_redis.consumers.files import manifest, parquet
+from pkbrokers_redis.consumers.files.frames import midnights
+from pkbrokers_redis.consumers.files.manifest import Entry
 from pkbrokers_redis.consumers.files.parquet import Rows
+from pkbrokers_redis.core.buckets import bucket_end_s
 from pkbrokers_redis.core.errors import InputFileError, PkbError
 from pkbrokers_redis.core.intervals import DAY, Interval
 from pkbrokers_redis.core.model import FLAG_NAMES
@@ -32,13 +37,17 @@ from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.jobs.snapshots import Run, open_run
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.lease import lease_shards, release_shards
+from pkbrokers_redis.store.master import load_derivative_tokens
 from pkbrokers_redis.store.meta import ensure_meta
 from pkbrokers_redis.store.symbols import save_instruments
 
 LEASE_MS = 60_000  # renewed with every slice of a partition
 TOKENS_A_PIPELINE = 500
-DAY_SECONDS = 86_400
+LAG_SECONDS = 60  # so long after its end at the latest a minute is in its list
 MINUTE = "1m"
+PARTIAL = FLAG_NAMES.index("partial")
+
+Ints = npt.NDArray[np.int64]
 
 log = logs.get("restore")
 
@@ -69,14 +78,15 @@ def restore(folder: Path | None = None, run: Run | None = None) -> Restored:
             stored = {each.name: each for each in at.settings.intervals}
             for name in sorted(listed, key=lambda each: each != MINUTE):
                 if name in stored:
-                    rows, names = _newest(source, name, stored[name].keep, listed[name])
+                    rows, names = _newest(stored[name].keep, listed[name])
                     _save_names(at, names, told)
                     _fill(at, stored[name], rows, told)
                     renew()
                     if name == MINUTE:
+                        made_s = _made_s(listed[name])
                         for other in stored.values():
                             if other.name not in listed and other.name != DAY and other.seconds > 60:
-                                _fill(at, other, _longer(at, rows, other), told)
+                                _fill(at, other, _longer(at, rows, other, made_s), told)
                                 renew()
         log.info("restored", rows=sum(told.rows.values()), instruments=told.instruments, left=told.left_alone)
         return told
@@ -93,7 +103,7 @@ def verify(folder: Path | None = None, run: Run | None = None) -> list[str]:
             if name not in stored:
                 found.append(f"{name}: the store has no such interval")
                 continue
-            rows, names = _newest(source, name, stored[name].keep, listed[name])
+            rows, names = _newest(stored[name].keep, listed[name])
             found += _differences(at, stored[name], rows, names)
         return found
 
@@ -107,7 +117,7 @@ def _opened(run: Run | None) -> Iterator[Run]:
         yield opened
 
 
-def _checked(folder: Path) -> dict[str, list[Path]]:
+def _checked(folder: Path) -> dict[str, dict[Path, Entry]]:
     """Interval → its partitions, newest first, all of them as the manifest says."""
     entries = {
         name: entry for name, entry in manifest.read_manifest(folder).items() if entry.kind == "parquet"
@@ -118,31 +128,32 @@ def _checked(folder: Path) -> dict[str, list[Path]]:
     wrong = manifest.problems(folder, entries)
     if wrong:
         raise InputFileError(f"the snapshot in {folder} is damaged ({wrong[0]})", "pull it again")
-    listed: dict[str, list[Path]] = {}
+    listed: dict[str, dict[Path, Entry]] = {}
     for name in sorted(entries, reverse=True):
         path = folder / name
         interval = path.parent.parent.name.removeprefix("interval=")
-        listed.setdefault(interval, []).append(path)
+        listed.setdefault(interval, {})[path] = entries[name]
     return listed
 
 
-def _newest(folder: Path, interval: str, keep: int, paths: list[Path]) -> tuple[Rows, dict[int, str]]:
-    """The newest `keep` rows of each instrument, sorted by token and start; token → symbol."""
+def _newest(keep: int, paths: Iterable[Path]) -> tuple[Rows, dict[int, str]]:
+    """The newest `keep` rows of each instrument, sorted by token and start; token → symbol.
+
+    `paths` are the partitions, newest first. Where nobody in one lacks rows, only its tokens are read.
+    """
     parts: list[Rows] = []
     names: dict[int, str] = {}
     counts: dict[int, int] = {}
     for path in paths:
-        whole = list(parquet.read_rows(path))
-        rows = _joined([part for part, _ in whole])
-        for _, told in whole:
+        wanted = [token for token in parquet.read_tokens(path).tolist() if counts.get(token, 0) < keep]
+        if not wanted:
+            continue
+        for rows, told in parquet.read_rows(path):
             names = {**told, **names}
-        tokens, sizes = np.unique(rows.tokens, return_counts=True)
-        needed = np.array([counts.get(int(token), 0) < keep for token in tokens], bool)
-        parts.append(rows.take(np.isin(rows.tokens, tokens[needed])))
-        for token, size in zip(tokens.tolist(), sizes.tolist(), strict=True):
-            counts[token] = counts.get(token, 0) + size
-        if counts and min(counts.values()) >= keep:
-            break
+            parts.append(rows.take(np.isin(rows.tokens, wanted)))
+            tokens, sizes = np.unique(parts[-1].tokens, return_counts=True)
+            for token, size in zip(tokens.tolist(), sizes.tolist(), strict=True):
+                counts[token] = counts.get(token, 0) + size
     rows = _joined(parts)
     rows = rows.take(np.lexsort((rows.rows[:, 0], rows.tokens)))
     _, first, sizes = np.unique(rows.tokens, return_index=True, return_counts=True)
@@ -160,24 +171,47 @@ def _joined(parts: list[Rows]) -> Rows:
     )
 
 
-def _longer(run: Run, rows: Rows, interval: Interval) -> Rows:
-    """Minutes → candles of a longer interval, up to what its lists keep; only buckets that are over."""
+def _made_s(paths: dict[Path, Entry]) -> dict[str, float]:
+    """Date → when the rows of its partition were read, epoch s."""
+    return {
+        path.parent.name.removeprefix("date="): (entry.made_at_ms or 0) / 1000
+        for path, entry in paths.items()
+    }
+
+
+def _longer(run: Run, rows: Rows, interval: Interval, made_s: dict[str, float]) -> Rows:
+    """Minutes → candles of a longer interval, up to what its lists keep; only buckets that are over.
+
+    One that was not over when its minutes were read is partial, and so is an instrument's first one where
+    the minutes begin later than it.
+    """
+    client, keys = run.store.client, run.store.keys
     sessions = load_sessions(run.settings.sessions, run.settings.timezone, run.settings.calendar)
+    sessions.derivatives = frozenset(load_derivative_tokens(client, keys))
     parts: list[Rows] = []
     by_schedule: dict[int, list[int]] = {}
     for token in np.unique(rows.tokens).tolist():
         by_schedule.setdefault(sessions.schedule_of(token), []).append(token)
-    for tokens in by_schedule.values():
+    for schedule, tokens in by_schedule.items():
         some = rows.take(np.isin(rows.tokens, tokens))
-        parts.append(_bucketed(some, bucket_starts_of(some.starts, interval.seconds, tokens[0], sessions)))
+        made = _bucketed(some, bucket_starts_of(some.starts, interval.seconds, tokens[0], sessions))
+        starts, which = np.unique(made.starts, return_inverse=True)
+        ends = np.array(
+            [bucket_end_s(sessions.day(schedule, s * 1000), interval.seconds, s) for s in starts.tolist()],
+            np.int64,
+        )[which]
+        read = np.array([made_s.get(str(parquet.date_of(day)), 0.0) for day in midnights(starts).tolist()])[
+            which
+        ]
+        flags = np.where(ends + LAG_SECONDS > read, PARTIAL, made.flags).astype(np.int8)
+        parts.append(Rows(made.tokens, made.rows, flags).take(ends <= run.clock() / 1000))
     made = _joined(parts)
-    made = made.take(made.starts + interval.seconds <= run.clock() / 1000)
     _, first, sizes = np.unique(made.tokens, return_index=True, return_counts=True)
     back = np.repeat(first + sizes, sizes) - np.arange(len(made))
     return made.take(back <= interval.keep)
 
 
-def _bucketed(rows: Rows, buckets: npt.NDArray[np.int64]) -> Rows:
+def _bucketed(rows: Rows, buckets: Ints) -> Rows:
     changes = np.flatnonzero((np.diff(rows.tokens, prepend=-1) != 0) | (np.diff(buckets, prepend=-1) != 0))
     if not len(changes):
         return rows
@@ -193,7 +227,10 @@ def _bucketed(rows: Rows, buckets: npt.NDArray[np.int64]) -> Rows:
     table[:, 7] = np.add.reduceat(rows.rows[:, 7], changes)
     order = np.where(rows.flags == 0, 99, rows.flags)  # partial says more than gap, gap more than backfilled
     worst = np.minimum.reduceat(order, changes)
-    return Rows(rows.tokens[changes], table, np.where(worst == 99, 0, worst).astype(np.int8))
+    tokens = rows.tokens[changes]
+    is_cut = (np.diff(tokens, prepend=-1) != 0) & (rows.starts[changes] != buckets[changes])
+    worst = np.where(is_cut, PARTIAL, np.where(worst == 99, 0, worst))
+    return Rows(tokens, table, worst.astype(np.int8))
 
 
 def _save_names(run: Run, names: dict[int, str], told: Restored) -> None:
@@ -283,13 +320,23 @@ def _leases(run: Run, owner: str) -> Iterator[Any]:
         epochs, refused = lease_shards(client, keys, shards, owner, LEASE_MS)
         if refused:
             raise next(iter(refused.values()))
-        if len(epochs) < keys.shards:
-            raise PkbError(
-                "aggregators are at work on this store", "stop them first: only one may write candles"
-            )
+        for shard in set(shards) - set(epochs):
+            raise _at_work(client, keys.lease(shard))
 
     try:
         renew()
         yield renew
     finally:
         release_shards(client, keys, shards, owner)
+
+
+def _at_work(client: redis.Redis, lease: str) -> PkbError:
+    """Who holds a shard's lease, and for how long."""
+    holder: Any = client.get(lease)
+    left_ms: Any = client.pttl(lease)
+    name = holder.decode(errors="replace") if holder else "somebody"
+    seconds = max(0, left_ms) / 1000
+    return PkbError(
+        f"{name} is at work on this store (its lease ends in {seconds:.0f} s unless it is renewed)",
+        "stop it, or wait until then if it is dead: only one may write candles",
+    )

@@ -20,6 +20,7 @@ Anchor = Literal["open", "close", "minute"]
 
 MINUTE_MS = 60_000
 LOOK_BACK_DAYS = 1  # a session's last rows may run after midnight (MCX closes at 23:30 or 23:55)
+LOOK_INTO_DAYS = 1  # and its first before: a feed that never closes opens at midnight
 LOOK_AHEAD_DAYS = 30  # no exchange closes longer
 
 
@@ -130,7 +131,7 @@ class Plan:
     def last(self, row: Row, now_ms: float) -> Planned | None:
         """The row's newest run that is due, if it is not too late for it."""
         today = self.sessions.date_of(int(now_ms))
-        for days in range(LOOK_BACK_DAYS + 1):
+        for days in range(-LOOK_INTO_DAYS, LOOK_BACK_DAYS + 1):
             day = date.fromordinal(today.toordinal() - days)
             due = [at for at in self.times(row, day) if at <= now_ms]
             if due:

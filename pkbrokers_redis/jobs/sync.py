@@ -5,7 +5,7 @@
 
 So the repository holds each file once, however often we push. Everything else on the branch stays as it is,
 byte for byte; what another pushed in the meantime is fetched and built upon (`--force-with-lease` notices).
-Nothing of the branch but its last two commits' trees is downloaded.
+Nothing of the branch but its last two commits' trees is downloaded, nothing that it has is uploaded.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import re
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, date, datetime, timedelta
-from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from datetime import UTC, date, datetime
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
 
 import msgspec
 
@@ -27,19 +25,19 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.consumers.files.manifest import NAME as MANIFEST
 from pkbrokers_redis.consumers.files.manifest import VERSION, Entry, parse_manifest, read_manifest
 from pkbrokers_redis.core.errors import InputFileError, PkbError
+from pkbrokers_redis.core.intervals import DEFAULT_INTERVALS, Interval
 from pkbrokers_redis.jobs.github import Git, GitFailed, RemoteAway, backoff_seconds, fetch, head_of
 from pkbrokers_redis.jobs.progress import Listener
+from pkbrokers_redis.jobs.selection import chosen, gone, outdated, surplus
 from pkbrokers_redis.jobs.target import Target
 
-PATTERNS = ("ticks.json", "*.pkl")  # what other programs read; databases and Parquet stay at home
 FILE_BYTES_MAX = 100 << 20  # GitHub refuses larger ones
 FILE_BYTES_WARN = 50 << 20  # and warns from here
 FILES_MAX = 2_000
 ATTEMPTS_MAX = 6
 READS_MAX = 20  # of a file that is being replaced under our hands
 READ_AGAIN_SECONDS = 0.1
-DATED = re.compile(r"_(\d{2})(\d{2})(\d{4})\.pkl$")  # stock_data_20112026.pkl
-DATED_DAYS = 30  # how long those are kept: the undated ones and the database have what is in them
+PIECE_BYTES = 1 << 20
 TRAILER = "Pkb-Commit: rolling"
 
 log = logs.get("sync")
@@ -64,22 +62,25 @@ class PushConflict(PkbError):
 def push(
     target: Target,
     folder: Path,
-    patterns: Sequence[str] = PATTERNS,
+    patterns: Sequence[str] | None = None,
     *,
+    intervals: Sequence[Interval] = DEFAULT_INTERVALS,
     at_s: float | None = None,
     listener: Listener | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> dict[str, Any]:
-    """Put the files of `folder` that match onto the branch. The same files again change nothing.
+    """Put the files of `folder` that match (or the usual ones: `selection`) onto the branch. The same files
+    again change nothing.
 
     Returns `commit files changed bytes attempts large`. Raises FileTooLarge once the others are pushed,
     PushConflict, GitFailed, RemoteAway, InputFileError for a damaged or empty folder.
     """
-    names, too_large = _choose(folder, patterns)
+    names, too_large = _choose(folder, patterns, intervals)
     for attempt in range(1, ATTEMPTS_MAX + 1):
         try:
             with Git(target) as git:
-                found = _push_once(git, folder, names, time.time() if at_s is None else at_s, listener)
+                moment = time.time() if at_s is None else at_s
+                found = _push_once(git, folder, names, intervals, moment, listener)
             break
         except PushConflict:
             if attempt == ATTEMPTS_MAX:
@@ -92,10 +93,15 @@ def push(
     return {**found, "attempts": attempt}
 
 
-def _choose(folder: Path, patterns: Sequence[str]) -> tuple[list[str], dict[str, int]]:
-    """The manifest's files that match, and those that GitHub would refuse; sizes come first of all."""
-    manifest = read_manifest(folder)
-    names = chosen(manifest, patterns)
+def _choose(
+    folder: Path, patterns: Sequence[str] | None, intervals: Sequence[Interval]
+) -> tuple[list[str], dict[str, int]]:
+    """The manifest's files that are wanted, and those that GitHub would refuse; sizes come first of all."""
+    listed = chosen(read_manifest(folder), patterns, intervals)
+    removed = gone(folder, listed)
+    if removed:
+        log.warning("files_gone", files=len(removed), first=removed[0])
+    names = sorted(set(listed).difference(removed))
     if not names:
         raise InputFileError(
             f"there is nothing to push in {folder}", "make it: `pkb snapshot ticks`, `pkb snapshot pickle`"
@@ -122,22 +128,35 @@ def _size(folder: Path, name: str) -> int:
 
 
 def _push_once(
-    git: Git, folder: Path, names: Sequence[str], at_s: float, listener: Listener | None
+    git: Git,
+    folder: Path,
+    names: Sequence[str],
+    intervals: Sequence[Interval],
+    at_s: float,
+    listener: Listener | None,
 ) -> dict[str, Any]:
     target = git.target
     tip = fetch(git, depth=2)
     total = len(names) + 1
+    there: dict[str, str] = {}  # path on the branch → blob
     if tip is not None:
+        git.end_history_at(tip)
         git("read-tree", tip)
+        there = _index(git)
+        _check_room(target, there, [*names, MANIFEST])
+    blobs = set(there.values())
     lines: list[str] = []
-    entries: dict[str, Entry] = {}
+    entries = read_manifest(folder)
     for number, name in enumerate(names):
-        blob, entries[name] = _store(git, folder, name)
+        blob, entries[name] = _store(git, folder, name, entries.get(name), blobs)
+        blobs.add(blob)
         lines.append(f"100644 {blob}\t{target.path_of(name)}\0")
         if listener is not None:
             listener(number + 1, total, name)
+    entries = {name: entries[name] for name in names}
     listed = {**_manifest_at(git, tip), **entries}
-    for name in outdated(listed.keys() - entries.keys(), _kolkata_date(at_s)):
+    old = [*outdated(listed, _kolkata_date(at_s)), *surplus(listed, intervals)]
+    for name in set(old).difference(entries):
         lines.append(f"0 {'0' * len(blob)}\t{target.path_of(name)}\0")
         del listed[name]
     manifest = _manifest_text(listed)
@@ -172,8 +191,29 @@ def _push_once(
     return {"commit": commit, "changed": True, **found}
 
 
-def _store(git: Git, folder: Path, name: str) -> tuple[str, Entry]:
-    """One file into git, and the manifest's entry of exactly these bytes.
+def _index(git: Git) -> dict[str, str]:
+    """Path → object of what the index holds."""
+    listed = git("ls-files", "--stage", "-z").split("\0")
+    return {path: head.split()[1] for head, _, path in (line.partition("\t") for line in listed if line)}
+
+
+def _check_room(target: Target, there: Collection[str], names: Iterable[str]) -> None:
+    """Raises InputFileError where a file of the branch has the name of a folder of ours, or the reverse: git
+    would put ours in its place."""
+    folders = {str(folder) for path in there for folder in PurePosixPath(path).parents}
+    for path in map(target.path_of, names):
+        in_the_way = [str(folder) for folder in PurePosixPath(path).parents if str(folder) in there]
+        if in_the_way or path in folders:
+            raise InputFileError(
+                f"{(in_the_way or [path])[0]} on the branch {target.branch} is in the way of our {path}",
+                "remove it there, or change PKB_GITHUB_PATH",
+            )
+
+
+def _store(
+    git: Git, folder: Path, name: str, entry: Entry | None, blobs: Collection[str]
+) -> tuple[str, Entry]:
+    """One file into git unless it is among `blobs`, and the manifest's entry of exactly these bytes.
 
     A snapshot may take the file's place at any moment; the one we opened stays as it is.
     """
@@ -184,16 +224,26 @@ def _store(git: Git, folder: Path, name: str) -> tuple[str, Entry]:
         except OSError as error:
             raise InputFileError(f"{name} cannot be read ({error.strerror})", "make it anew") from error
         with file:
-            entry = read_manifest(folder).get(name)
-            if (
-                entry is not None
-                and entry.bytes == os.fstat(file.fileno()).st_size
-                and entry.sha256 == hashlib.file_digest(file, "sha256").hexdigest()
-            ):
-                file.seek(0)
-                return git("hash-object", "-w", "--no-filters", "--stdin", given=file), entry
+            size = os.fstat(file.fileno()).st_size
+            if entry is not None and entry.bytes == size:
+                sha256, blob = _digests(file, size)
+                if sha256 == entry.sha256:
+                    if blob not in blobs:
+                        file.seek(0)
+                        blob = git("hash-object", "-w", "--no-filters", "--stdin", given=file)
+                    return blob, entry
         time.sleep(READ_AGAIN_SECONDS)
+        entry = read_manifest(folder).get(name)
     raise InputFileError(f"{name} is not the file its manifest names", "make the snapshot anew")
+
+
+def _digests(file: IO[bytes], size: int) -> tuple[str, str]:
+    """The sha256, and git's name for the contents."""
+    sha256, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+    while piece := file.read(PIECE_BYTES):
+        sha256.update(piece)
+        blob.update(piece)
+    return sha256.hexdigest(), blob.hexdigest()
 
 
 def _manifest_at(git: Git, tip: str | None) -> dict[str, Entry]:
@@ -238,25 +288,6 @@ def _is_rolling(git: Git, commit: str) -> bool:
 def _parents(git: Git, commit: str) -> list[str]:
     header = git.run(["cat-file", "commit", commit]).decode(errors="replace").partition("\n\n")[0]
     return [line.split()[1] for line in header.splitlines() if line.startswith("parent ")]
-
-
-def chosen(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
-    """The names that match one of the patterns, sorted."""
-    return sorted(name for name in names if any(fnmatchcase(name, each) for each in patterns))
-
-
-def outdated(names: Iterable[str], today: date) -> list[str]:
-    """The dated pickles that are too old to keep."""
-    oldest = today - timedelta(days=DATED_DAYS)
-    return sorted(name for name in names if (day := _day_in(name)) is not None and day < oldest)
-
-
-def _day_in(name: str) -> date | None:
-    found = DATED.search(name)
-    try:
-        return date(int(found[3]), int(found[2]), int(found[1])) if found else None
-    except ValueError:
-        return None
 
 
 def _kolkata_date(at_s: float) -> date:

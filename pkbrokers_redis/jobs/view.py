@@ -62,15 +62,18 @@ def failed_jobs(queue: Queue) -> list[dict[str, Any]]:
 
 
 def retry(queue: Queue, wanted: str) -> list[str]:
-    """Put a failed job, or `all` of them, into the queue again. Raises PkbError for an unknown one."""
+    """Put a failed job, or `all` of them, into the queue again, with all its tries. Raises PkbError for an
+    unknown one."""
     failed = queue.failed_job_registry.get_job_ids(0, JOBS_MAX)
     if wanted != "all" and wanted not in failed:
         raise PkbError(f"no failed job {wanted!r}", "see `pkb jobs --failed`")
     retried: list[str] = []
-    for id_ in failed if wanted == "all" else [wanted]:
+    for job in _fetch(queue, failed if wanted == "all" else [wanted]):
+        spec = PATHS.get(job.func_name or "")
+        job.retries_left = len(spec.retry_seconds) if spec is not None else None
         try:
-            queue.failed_job_registry.requeue(id_)
-            retried.append(id_)
+            queue.failed_job_registry.requeue(job)
+            retried.append(job.id)
         except (NoSuchJobError, InvalidJobOperation):
             pass  # another was faster, or its time was over
     return retried

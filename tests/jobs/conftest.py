@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 import redis
@@ -15,6 +17,7 @@ from pkbrokers_redis.clock import Clock
 from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.jobs.desk import Desk
+from pkbrokers_redis.jobs.target import Target, target_of
 from pkbrokers_redis.kite.history import KiteTickerHistory
 from pkbrokers_redis.pipeline.aggregate import Aggregator
 from pkbrokers_redis.settings import Settings, load_settings
@@ -24,6 +27,7 @@ from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.limiter import Limiter
 from pkbrokers_redis.store.meta import ensure_meta
 from pkbrokers_redis.store.symbols import save_instruments
+from tests.jobs.remotes import Repository, snapshot, sync_settings
 from tests.support import wait_until
 
 NOW = datetime(2026, 8, 5, 11, 0, 30, tzinfo=IST)  # a Wednesday, 105 minutes into the session
@@ -101,6 +105,25 @@ def aggregator(desk: Desk, clock: MovableClock) -> Iterator[Callable[[], None]]:
     stop.set()
     if thread.ident is not None:
         thread.join()
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Repository:
+    """The sync's remote."""
+    return Repository(tmp_path / "remote" / "kite.git")
+
+
+@pytest.fixture
+def target(repository: Repository, tmp_path: Path) -> Target:
+    return target_of(sync_settings(repository, tmp_path / "data"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Our files."""
+    snapshot(tmp_path / "data" / "files", "ticks.json", b"{}")
+    snapshot(tmp_path / "data" / "files", "daily_candles.pkl", pickle.dumps({"INFY": [1.5]}))
+    return tmp_path / "data" / "files"
 
 
 def fill(client: redis.Redis, settings: Settings, opened_s: int) -> None:

@@ -12,9 +12,12 @@ import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
 
 from pkbrokers_redis.consumers.files.atomic import replacing
 from pkbrokers_redis.consumers.files.manifest import Entry, update_manifest
+from pkbrokers_redis.settings import Settings, load_settings
 
 MADE_AT = "2026-11-20T15:36:02+05:30"
 SECONDS_MAX = 60  # a test that forgot its gate
@@ -103,6 +106,17 @@ def snapshot(folder: Path, name: str, content: bytes, made_at: str = MADE_AT) ->
     update_manifest(folder, {name: entry})
 
 
+def partition(day: str, interval: str = "1m") -> str:
+    """A Parquet partition's name."""
+    return f"parquet/interval={interval}/date={day}/candles.parquet"
+
+
+def sync_settings(repository: Repository, data: Path, **more: Any) -> Settings:
+    """Settings of a machine whose data folder is `data`, and whose sync target is the repository."""
+    options = {"github_url": f"file://{repository.path}", "github_branch": BRANCH, "github_path": FOLDER}
+    return load_settings(**{**options, "data_dir": data, **more})
+
+
 class Gate:
     """Where the host stops: `reached` when it does, until `release()`; `passed` when that request is over."""
 
@@ -121,13 +135,14 @@ class Gate:
 class GitHost:
     """`http://127.0.0.1:port/repository.git` for whoever has the token, and `/raw/branch/…` beside it.
 
-    `seen` are the request lines, `authorizations` the headers that came, `bytes_sent` the bodies we sent.
+    `seen` are the request lines, `authorizations` the headers that came, `bytes_sent` the bodies we sent,
+    `bytes_taken` those that came.
     """
 
     def __init__(self, folder: Path, token: str) -> None:
         self.seen: list[str] = []
         self.authorizations: list[str] = []
-        self.bytes_sent = 0
+        self.bytes_sent = self.bytes_taken = 0
         self.redirect_to = ""
         self._gates: list[Gate] = []
         host = self
@@ -140,6 +155,7 @@ class GitHost:
                 given = self.headers.get("Authorization", "")
                 host.authorizations.append(given)
                 body = self._body()
+                host.bytes_taken += len(body)
                 gate = host._gate(
                     lambda each: each.method == self.command and self.path.endswith(each.path_end)
                 )
@@ -175,7 +191,7 @@ class GitHost:
                 if given != f"token {token}":
                     return self._answer(404, b"")
                 try:
-                    found = repository(self.path.removeprefix("/raw/"))
+                    found = repository(unquote(self.path.removeprefix("/raw/")))
                 except subprocess.CalledProcessError:
                     return self._answer(404, b"")
                 etag = f'"{hashlib.sha256(found).hexdigest()}"'

@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import ExitStack
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.jobs.cron import Cron, schedules_of
 from pkbrokers_redis.jobs.locks import Busy, alone
 from pkbrokers_redis.jobs.schedule import Plan
-from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.queue import open_queue
 from pkbrokers_redis.store.symbols import save_instruments
 from tests.cli.conftest import Pkb, pkb
@@ -128,6 +130,26 @@ def test_the_table_is_printed_with_its_next_times(pkb: Pkb, settings: Settings, 
     assert "every minute + 5 s" in pkb("cron", "--list").out
     monkeypatch.setenv("PKB_REDIS_URL", "redis://127.0.0.1:1")
     assert pkb("cron", "--list").code == 0  # the table needs no store
+
+
+def test_the_table_has_the_hours_of_what_the_embedded_server_streams(
+    pkb: Pkb, make_settings: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    data = tmp_path / "data"
+    monkeypatch.setenv("PKB_DATA_DIR", str(data))
+    monkeypatch.setenv("PKB_INSTRUMENTS", "MCX:GOLD26OCTFUT")
+    monkeypatch.setenv("PKB_TIME_SHIFT", f"{ms('2026-08-05T12:00:00') / 1000},{time.time()},0.01")
+
+    def closes() -> str:
+        rows = json.loads(pkb("cron", "--list", "--json").out)
+        return next(str(row["next"]) for row in rows if row["row"] == "close")
+
+    assert closes() == "2026-08-05T15:31:00+05:30"
+    assert not (data / "redis").exists()  # a list starts no server
+    settings = load_settings()
+    with connect(settings) as store:
+        save_instruments(store, settings.keys, [MCX_FUTURE])
+        assert closes() == "2026-08-05T23:31:00+05:30"
 
 
 def test_the_role_enqueues_what_is_due_tells_that_it_lives_and_stops(

@@ -6,8 +6,10 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from datetime import date, datetime, timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import redis
@@ -15,12 +17,14 @@ from pydantic import SecretStr
 from rq import Queue
 from rq.job import Job
 
-from pkbrokers_redis.consumers.files.manifest import problems, read_manifest
+from pkbrokers_redis.consumers.files.atomic import FilesUnwritable
+from pkbrokers_redis.consumers.files.manifest import Entry, problems, read_manifest, update_manifest
 from pkbrokers_redis.core.india import IST
 from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.jobs import daily, view
 from pkbrokers_redis.jobs.cron import schedules_of
 from pkbrokers_redis.jobs.desk import Desk
+from pkbrokers_redis.jobs.restore import restore, verify
 from pkbrokers_redis.jobs.schedule import Plan
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
@@ -30,7 +34,7 @@ from pkbrokers_redis.store.queue import open_queue
 from pkbrokers_redis.store.symbols import save_instruments
 from tests.cli.conftest import Pkb, pkb
 from tests.jobs.conftest import OPENED_S, ROWS, TOKENS, fill
-from tests.jobs.remotes import BRANCH, FOLDER, Repository, snapshot
+from tests.jobs.remotes import BRANCH, FOLDER, Repository, partition, snapshot
 from tests.support import running_python, wait_until
 
 pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
@@ -150,6 +154,15 @@ def test_a_check_that_finds_trouble_says_what_to_do(
         daily.feed(**WHEN)
     found = daily.capacity(**WHEN)
     assert (found["instruments"], found["connections"]) == (len(TOKENS), 1)
+    kept = Entry("", 1 << 60, 1, 1, "", "", WHEN["at"], "")  # files that no day writes again
+    entries = {partition(f"2026-08-0{day}"): replace(kept, bytes=1) for day in (2, 3, 4)}
+    entries[partition("2026-08-01")] = entries["stock_data_03082026.pkl"] = kept
+    update_manifest(desk.settings.files_folder, entries)
+    daily.capacity(**WHEN)
+    update_manifest(desk.settings.files_folder, {"daily_candles.pkl": kept})
+    with pytest.raises(daily.NotReady, match="make room"):
+        daily.capacity(**WHEN)
+    update_manifest(desk.settings.files_folder, {}, gone=["daily_candles.pkl"])
     monkeypatch.setattr(daily, "DISK_BYTES_MIN", 1 << 62)
     with pytest.raises(daily.NotReady, match="make room"):
         daily.capacity(**WHEN)
@@ -160,7 +173,7 @@ def test_a_folder_that_takes_no_files_is_told_before_the_open(
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("PKB_FILES_DIR", str(tmp_path / "file" / "files"))
-    with pytest.raises(daily.FilesUnwritable, match=r"cannot be written .*PKB_FILES_DIR") as error:
+    with pytest.raises(FilesUnwritable, match=r"cannot be written .*PKB_FILES_DIR") as error:
         daily.capacity(**WHEN)
     assert "\n" not in str(error.value)
 
@@ -179,6 +192,37 @@ def test_without_a_target_the_days_push_is_no_failure(desk: Desk) -> None:
     assert "skipped" in daily.sync_push(**WHEN)
 
 
+def test_a_fresh_store_elsewhere_is_filled_from_what_the_day_pushed(
+    desk: Desk, repository: Repository, client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def candles() -> dict[bytes, list[Any]]:
+        lists = client.scan_iter("pkb:*:candles:*", 1000)
+        return {key: [json.loads(row) for row in cast(Any, client.lrange(key, 0, -1))] for key in lists}
+
+    fill(client, desk.settings, OPENED_S)
+    for kind in ("ticks", "pickle", "parquet"):
+        daily.day_snapshot(**WHEN, kind=kind)
+    before = candles()
+    assert daily.sync_push(**WHEN)["changed"]
+    client.flushdb()
+    monkeypatch.setenv("PKB_FILES_DIR", str(tmp_path / "elsewhere"))
+    assert daily.sync_pull()["pulled"] >= 5
+    assert restore().instruments == len(TOKENS) and verify() == []
+    assert {key: rows for key, rows in candles().items() if key in before} == before
+
+
+def test_the_trim_forgets_what_somebody_removed(desk: Desk) -> None:
+    folder = desk.settings.files_folder
+    removed = ["stock_data_03082026.pkl", partition("2026-08-04")]
+    there, old = ["stock_data_04082026.pkl", "ticks.json"], "stock_data_01012026.pkl"
+    for name in [*removed, *there, old]:
+        snapshot(folder, name, b"")
+    for name in removed:
+        (folder / name).unlink()
+    assert daily.trim(**WHEN)["removed"] == 1
+    assert sorted(read_manifest(folder)) == there and problems(folder) == []
+
+
 def test_the_command_leaves_a_push_to_a_worker(
     desk: Desk, repository: Repository, client: redis.Redis, pkb: Pkb
 ) -> None:
@@ -192,10 +236,23 @@ def test_the_command_leaves_a_push_to_a_worker(
     assert daily.patience_seconds(job) == 60.0
 
 
-def test_a_store_in_which_nobody_made_candles_replaces_no_files(desk: Desk) -> None:
-    snapshot(desk.settings.files_folder, "ticks.json", b'{"yesterday": 1}')
-    assert "skipped" in daily.day_snapshot(**WHEN, kind="ticks")
-    assert (desk.settings.files_folder / "ticks.json").read_bytes() == b'{"yesterday": 1}'
+@pytest.mark.parametrize(
+    ("kind", "name"), [("ticks", "ticks.json"), ("pickle", "daily_candles.pkl"), ("sqlite", "stock_data.db")]
+)
+def test_a_store_without_candles_replaces_no_files(
+    desk: Desk, client: redis.Redis, kind: str, name: str
+) -> None:
+    client.hset(desk.keys.cursor(0), "id", "1-0")  # a first tick is a baseline
+    snapshot(desk.settings.files_folder, name, b"yesterday's")
+    assert daily.day_snapshot(**WHEN, kind=kind)["files"] == {}
+    assert (desk.settings.files_folder / name).read_bytes() == b"yesterday's"
+
+
+def test_a_pickle_made_after_midnight_has_the_sessions_date(desk: Desk, client: redis.Redis) -> None:
+    """MCX closes at 23:55: its rows run when the date is another."""
+    fill(client, desk.settings, OPENED_S)
+    told = daily.day_snapshot("2026-08-05T00:06:00+05:30", "2026-08-04", "pickle")
+    assert "stock_data_04082026.pkl" in told["files"] and "stock_data_05082026.pkl" not in told["files"]
 
 
 def test_a_ticks_json_that_is_newer_than_what_was_planned_will_do(desk: Desk, client: redis.Redis) -> None:

@@ -66,11 +66,6 @@ def test_a_repository_on_github_has_its_url_and_no_token_in_it() -> None:
 # --- the token
 
 
-@pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    return Repository(tmp_path / "remote" / "kite.git")
-
-
 def behind(host: GitHost, token: str = TOKEN) -> Target:
     return target_of(
         load_settings(
@@ -152,6 +147,38 @@ def test_what_git_says_is_passed_on_without_credentials(tmp_path: Path) -> None:
         assert git._clean("fatal: https://me:pw@host/x") == "fatal: https://host/x"
 
 
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ("me@h: Permission denied (publickey).", "(publickey).): check the ssh key and known_hosts: git"),
+        (
+            "@@@@@\nHost key verification failed.",
+            "(Host key verification failed.): check the ssh key",
+        ),
+        (
+            "ERROR: Repository not found.",
+            "(ERROR: Repository not found.): check PKB_GITHUB_REPO",
+        ),
+        ("ssh: connect to host h port 22: Connection refused", "22: Connection refused): try again later"),
+    ],
+)
+def test_what_ssh_says_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, wanted: str
+) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 255\n")
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with Git(Target("ssh://me@h/x.git", "data", "")) as git, pytest.raises(GitFailed) as error:
+        git("ls-remote", "origin")
+    assert wanted in str(error.value) and "PKB_GITHUB_TOKEN" not in str(error.value)
+
+
+def test_a_scratch_disk_that_is_full_is_named(tmp_path: Path) -> None:
+    with Git(Target(str(tmp_path), "data", "")) as git, pytest.raises(GitFailed, match="or set TMPDIR"):
+        git("-c", "alias.full=!echo 'fatal: write error: No space left on device' >&2; exit 128; :", "full")
+
+
 @pytest.mark.parametrize("number", ["401", "403"])
 def test_a_number_in_a_path_is_no_answer_of_the_server(tmp_path: Path, number: str) -> None:
     folder = tmp_path / f"v-{number}"
@@ -195,8 +222,13 @@ def test_what_a_killed_sync_left_is_removed_and_a_running_ones_is_not(
     for folder in (old, running):
         (folder / "repository").mkdir(parents=True)
     os.utime(old, (0, 0))
-    with Git(Target(str(tmp_path), "data", "")):
+    with Git(Target(str(tmp_path), "data", "")) as git:
         assert not old.exists() and running.exists()
+        [alive] = set(tmp_path.glob("pkb-sync-*")) - {running}
+        os.utime(alive, (0, 0))  # a clock that was set forward
+        with Git(Target(str(tmp_path), "data", "")):
+            assert git("rev-parse", "--git-dir")
+    assert not alive.exists()
 
 
 def test_without_git_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,6 +56,11 @@ MOMENTS = [
     ("settle", {}, Moment("pkbrokers_redis.jobs.progress", "Progress.note", 3)),
     ("day_snapshot", {"kind": "ticks"}, Moment("os", "fsync")),
     ("day_snapshot", {"kind": "pickle"}, Moment("os", "fsync", 1)),
+    (
+        "day_snapshot",
+        {"kind": "pickle", "at": "2026-08-05T15:42:00+05:30"},
+        Moment("pkbrokers_redis.consumers.files.atomic", "_sync_folder", 1),
+    ),
     ("day_snapshot", {"kind": "sqlite"}, Moment("os", "fsync")),
     ("day_snapshot", {"kind": "parquet"}, Moment("os", "fsync", 1)),
     ("sync_push", {}, Moment("pkbrokers_redis.jobs.sync", "_commit")),
@@ -138,7 +143,7 @@ def test_killed_in_the_middle_each_job_leaves_whole_files_and_comes_to_the_same_
         assert [line for line in problems(folder) if "missing" not in line] == [], name
         give_up_the_dead(queue, desk.keys, jobs[-1])
     assert repository.tip() == "" and not list(tmp_path.glob("pkb-sync-*"))
-    told = finish(workers, queue, jobs[-1], *jobs[:-1]).log  # a push refuses what the trim had half done
+    told = finish(workers, queue, jobs[-1], *jobs[:-1]).log
     [feed] = [id_ for id_ in jobs if fetch(queue, id_).get_status() != "finished"]
     assert feed.startswith("feed-") and "no worker reads Kite" in told  # which is right, nobody does
     assert problems(folder) == []

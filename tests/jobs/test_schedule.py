@@ -131,6 +131,18 @@ def test_a_feed_that_never_closes_has_a_minute_row_all_day() -> None:
     assert len(plan.times(plan.table[0], SUNDAY)) == 24 * 60
 
 
+def test_what_comes_before_midnight_of_a_feed_that_opens_then_is_due_then() -> None:
+    plan = Plan(load_sessions("always"), [0])
+    shown = {row["row"]: row["next"] for row in next_runs(plan, ms(WEDNESDAY, "23:00:00"))}
+    assert shown["login"] == "2026-08-05T23:15:00+05:30"
+    before = {run.row.name: run for run in plan.due(ms(WEDNESDAY, "23:14:59"))}
+    after = {run.row.name: run for run in plan.due(ms(WEDNESDAY, "23:20:30"))}
+    assert "login" not in before and not {"calendar", "capacity"} & after.keys()
+    assert after["login"].arguments == {"at": shown["login"], "day": "2026-08-06"}
+    midnight = {run.row.name: run for run in plan.due(ms(date(2026, 8, 6), "00:00:30"))}
+    assert midnight["login"].job_id == after["login"].job_id
+
+
 def test_it_looks_often_enough_to_meet_every_minute_of_a_rehearsal() -> None:
     assert step_seconds(Clock()) == 1.0
     assert step_seconds(Clock(0, 0, 60)) == pytest.approx(0.25)

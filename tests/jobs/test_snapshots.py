@@ -1,4 +1,4 @@
-"""Snapshots and back: what the files hold, and that a store filled from them is the same again."""
+"""Snapshots: what the files hold, what the manifest says of them, and what a kill leaves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import datetime as dt
 import json
 import pickle
 import threading
-from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import duckdb
@@ -15,61 +16,22 @@ import pytest
 import redis
 
 from pkbrokers_redis.consumers.database import LocalCandleDatabase
-from pkbrokers_redis.consumers.files import parquet
-from pkbrokers_redis.consumers.files.atomic import exclusively, sha256_of
+from pkbrokers_redis.consumers.files import atomic, parquet
+from pkbrokers_redis.consumers.files.atomic import FilesUnwritable, exclusively, sha256_of
 from pkbrokers_redis.consumers.files.manifest import problems, read_manifest
 from pkbrokers_redis.consumers.files.pickles import read_frames
 from pkbrokers_redis.consumers.store import CandleStore
 from pkbrokers_redis.core.errors import InputFileError, PkbError
-from pkbrokers_redis.jobs import snapshots
-from pkbrokers_redis.jobs.restore import restore, verify
+from pkbrokers_redis.jobs import progress, snapshots
+from pkbrokers_redis.jobs.progress import read_progress
 from pkbrokers_redis.jobs.snapshots import Run, open_run, snapshot
-from pkbrokers_redis.pipeline.aggregate import Aggregator
-from pkbrokers_redis.pipeline.replay import lag_entries
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.commit import load_functions
-from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.lease import lease_shards
 from pkbrokers_redis.store.meta import ensure_meta
-from tests.consumers.contract import INFY, NIFTY, OPEN_S, RELIANCE, push, row, write_master
+from tests.consumers.contract import INFY, MASTER, OPEN_S, RELIANCE, push, row
+from tests.jobs.stores import DAY_S, at_close, run, server_kind
 from tests.support import run_pkb, settings_env
 
-DAY_S = 86_400
-AFTER_CLOSE_S = OPEN_S + 7 * 3600
-
-
-@pytest.fixture(params=["valkey"])
-def server_kind(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def at_close(make_settings: Callable[..., Settings]) -> Settings:
-    """Settings at 16:15 on Monday, 2026-01-05."""
-    return make_settings(time_shift=f"{AFTER_CLOSE_S},{dt.datetime.now(dt.UTC).timestamp()},1")
-
-
-@pytest.fixture
-def run(client: redis.Redis, at_close: Settings) -> Iterator[Run]:
-    """A store with a few days and minutes of three instruments, and a run on it."""
-    keys = at_close.keys
-    ensure_meta(client, at_close, "2026-01-05T09:00:00+05:30")
-    write_master(client, keys)
-    for token, price in ((INFY, 1500.05), (RELIANCE, 1400.5)):
-        minutes = [row(OPEN_S + 60 * i, price + i / 4, 10 + i, oi=5, ticks=i + 1) for i in range(30)]
-        minutes[3] = row(OPEN_S + 180, price, 13, "gap", ticks=4)
-        push(client, keys, token, "1m", [row(OPEN_S - 3 * DAY_S + 22_440, price), *minutes])
-        push(client, keys, token, "day", [row(OPEN_S - DAY_S * n, price - n, 1000) for n in (4, 3)])
-        client.hset(keys.current(token), "day", row(OPEN_S, price + 1, 5000, ticks=77))
-    push(client, keys, NIFTY, "1m", [row(OPEN_S, 25_000.5, 0, oi=None)])
-    client.hset(keys.cursor(1), mapping={"id": "1767600000000-7", "epoch": 1})
-    with CandleStore(at_close, client) as store, open_run(at_close, store) as opened:
-        yield opened
-
-
-def rows_of(client: redis.Redis) -> dict[bytes, list[bytes]]:
-    """Every candle list there is."""
-    return {key: client.lrange(key, 0, -1) for key in client.scan_iter("pkb:*:candles:*", 1000)}  # type: ignore[misc]
+__all__ = ["at_close", "run", "server_kind"]  # fixtures
 
 
 def test_ticks_json_is_in_the_manifest(run: Run) -> None:
@@ -200,127 +162,94 @@ def test_an_unknown_kind_is_one_line(run: Run) -> None:
         snapshot("excel", run=run)
 
 
-def test_an_empty_store_has_empty_snapshots(client: redis.Redis, at_close: Settings) -> None:
+def test_a_store_without_rows_writes_no_files(client: redis.Redis, at_close: Settings) -> None:
     ensure_meta(client, at_close, "2026-01-05T09:00:00+05:30")
     with CandleStore(at_close, client) as store, open_run(at_close, store) as empty:
         for kind in snapshots.KINDS:
-            snapshot(kind, run=empty)
-        assert problems(empty.folder) == [] and read_frames(empty.folder / "daily_candles.pkl").frames == {}
+            assert snapshot(kind, run=empty)["files"] == {}
+        assert read_manifest(empty.folder) == {} and not list(empty.folder.glob("*.pkl"))
 
 
-# Back again
-
-
-def test_a_fresh_store_gets_the_same_rows(client: redis.Redis, run: Run) -> None:
-    intervals = list(run.store.intervals)
-    for name in intervals[1:-1]:
-        rows = [row(OPEN_S, 1500.5), row(OPEN_S + 3600, 1501, flag="partial")]
-        push(client, run.store.keys, INFY, name, rows)
-    snapshot("parquet", intervals=intervals, run=run)
-    before = rows_of(client)
-    assert verify(run=run) == []
+def test_a_store_that_was_emptied_keeps_yesterdays_files(client: redis.Redis, run: Run) -> None:
+    for kind in snapshots.KINDS:
+        snapshot(kind, run=run)
+    before = read_manifest(run.folder)
     client.flushall()
-    told = restore(run=run)
-    assert sum(told.rows.values()) == sum(len(rows) for rows in before.values()) and told.left_alone == 0
-    after = rows_of(client)
-    assert {key: [json.loads(text) for text in rows] for key, rows in after.items()} == {
-        key: [json.loads(text) for text in rows] for key, rows in before.items()
+    ensure_meta(client, run.settings, "2026-01-05T09:00:00+05:30")
+    client.hset(run.store.keys.cursor(1), mapping={"id": "1767600000000-9", "epoch": 1})
+    for kind in snapshots.KINDS:
+        snapshot(kind, run=run)
+    after = read_manifest(run.folder)
+    assert {name: entry.rows for name, entry in after.items()} == {
+        name: entry.rows for name, entry in before.items()
     }
-    assert verify(run=run) == []
-    assert run.store.resolve("RELIANCE") == (RELIANCE, "NSE:RELIANCE")
-    assert all(client.get(run.store.keys.lease(shard)) is None for shard in range(run.store.keys.shards))
+    assert problems(run.folder) == []
 
 
-def test_an_aggregator_goes_on_behind_what_was_restored(client: redis.Redis, run: Run) -> None:
-    settings, keys = run.settings, run.settings.keys
-    before = rows_of(client)
-    snapshot("parquet", run=run)
-    client.flushall()
-    ensure_meta(client, settings, "2026-01-06T09:00:00+05:30")
-    write_master(client, keys)
-    restore(run=run)
-    open_s = OPEN_S + DAY_S  # Tuesday
-    aggregator = Aggregator(lambda: connect(settings), settings, now_ms=lambda: (open_s + 600) * 1000)
-    aggregator.start()
-    try:
-        for seq, (second, price, volume) in enumerate([(-5, 1500, 10), (5, 1501, 30), (65, 1502, 45)]):
-            at = (open_s + second) * 1000
-            ticks = [[INFY, price, 1, volume, 5, 1500, 1502, 1500, at]]
-            fields = {"src": "t", "seq": seq, "at": at, "n": 1, "ticks": json.dumps(ticks)}
-            client.xadd(keys.ticks(keys.shard_of(INFY)), fields)
-        while aggregator.step(block_ms_max=1) or lag_entries(client, keys):
-            pass
-    finally:
-        aggregator.close()
-    minutes = keys.candles(INFY, "1m")
-    rows = [json.loads(text) for text in client.lrange(minutes, 0, -1)]  # type: ignore[union-attr]
-    restored = [json.loads(text) for text in before[minutes.encode()]]
-    assert rows[: len(restored)] == restored
-    assert [(each[0], each[5]) for each in rows[len(restored) :]] == [(open_s, 20), (open_s + 60, 15)]
+def test_pickles_are_named_after_the_session_not_the_night_they_are_made_in(run: Run) -> None:
+    told = snapshot("pickle", day="2026-01-02", run=run)
+    assert {"stock_data_02012026.pkl", "intraday_stock_data_02012026.pkl"} <= set(told["files"])
+    assert "stock_data_05012026.pkl" not in told["files"]
 
 
-def test_longer_intervals_are_made_from_the_minutes(client: redis.Redis, run: Run) -> None:
-    snapshot("parquet", run=run)
-    client.flushall()
-    restore(run=run)
-    candles = run.store.get_candles("INFY", "5m")
-    assert [candle.start - OPEN_S for candle in candles] == [
-        -3 * DAY_S + 22_200,
-        0,
-        300,
-        600,
-        900,
-        1200,
-        1500,
-    ]
-    first = candles[1]
-    assert (first.open, first.close, first.volume, first.ticks, first.flag) == (
-        1500.05,
-        1501.05,
-        60,
-        15,
-        "gap",
-    )
-    assert run.store.get_candles("INFY", "60m")[-1].volume == sum(10 + i for i in range(30))
+class Killed(BaseException):
+    """Nobody catches it, as nobody catches kill -9."""
 
 
-def test_rows_that_are_there_are_left_alone(client: redis.Redis, run: Run) -> None:
-    snapshot("parquet", run=run)
-    key = run.store.keys.candles(INFY, "1m")
-    client.delete(key, run.store.keys.candles(RELIANCE, "1m"))
-    push(client, run.store.keys, INFY, "1m", [row(OPEN_S, 1.5)])
-    told = restore(run=run)
-    assert client.llen(key) == 1 and told.rows["1m"] == 31 and told.left_alone > 0
-    assert any("NSE:INFY 1m" in line for line in verify(run=run))
+@pytest.mark.parametrize("kind", snapshots.KINDS)
+def test_a_kill_right_after_any_rename_leaves_files_that_are_as_their_manifest_says(
+    client: redis.Redis, run: Run, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = atomic._sync_folder
+    snapshot(kind, run=run)
+    left = 0
+
+    def deadly(folder: Path) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        real(folder)
+
+    monkeypatch.setattr(atomic, "_sync_folder", deadly)
+    for renames in range(50):
+        client.lset(run.store.keys.candles(INFY, "1m"), 5, row(OPEN_S + 240, 1500 + renames))
+        client.lset(run.store.keys.candles(INFY, "day"), 0, row(OPEN_S - 4 * DAY_S, 1500 + renames))
+        client.hset(run.store.keys.current(INFY), "day", row(OPEN_S, 1500 + renames))
+        left = renames
+        try:
+            snapshot(kind, full=True, run=run)
+        except Killed:
+            assert problems(run.folder) == []
+        else:
+            break
+    assert renames >= 3 and problems(run.folder) == []
+    assert "coming" not in json.loads((run.folder / "manifest.json").read_text())
 
 
-def test_while_an_aggregator_is_at_work_nothing_is_written(client: redis.Redis, run: Run) -> None:
-    snapshot("parquet", run=run)
-    client.flushall()
-    load_functions(client)
-    lease_shards(client, run.store.keys, [3], "aggregator-1", 60_000)
-    with pytest.raises(PkbError, match="aggregators are at work"):
-        restore(run=run)
-    assert rows_of(client) == {} and client.get(run.store.keys.lease(0)) is None
+def test_a_listener_hears_of_all_instruments(run: Run) -> None:
+    for kind, passes in (("ticks", 1), ("pickle", 2), ("sqlite", 2), ("parquet", 2)):
+        heard: list[tuple[int, int]] = []
+        run.listener = lambda done, total, _, heard=heard: heard.append((done, total))  # type: ignore[misc]
+        snapshot(kind, run=run)
+        assert heard[-1] == (passes * len(MASTER), passes * len(MASTER)) and heard == sorted(heard), kind
 
 
-def test_a_damaged_snapshot_is_not_restored(client: redis.Redis, run: Run) -> None:
-    with pytest.raises(InputFileError, match="no Parquet snapshot"):
-        restore(run=run)
-    snapshot("parquet", run=run)
-    path = parquet.partition_path(run.folder, "1m", dt.date(2026, 1, 5))
-    path.write_bytes(path.read_bytes()[:-1])
-    client.flushall()
-    with pytest.raises(InputFileError, match="damaged"):
-        restore(run=run)
-    assert rows_of(client) == {}
+def test_the_progress_of_a_job_is_in_redis(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "get_current_job", lambda: SimpleNamespace(id="snapshot-1"))
+    with open_run(run.settings, run.store) as job:
+        snapshot("pickle", run=job)
+    keys = run.store.keys
+    assert read_progress(run.store.client, keys, "snapshot-1") == (2 * len(MASTER), 2 * len(MASTER))
+    assert 0 < run.store.client.ttl(keys.job("snapshot-1")) <= 60  # type: ignore[operator]
 
 
-def test_differences_are_named(client: redis.Redis, run: Run) -> None:
-    snapshot("parquet", run=run)
-    client.lset(run.store.keys.candles(INFY, "1m"), 5, row(OPEN_S + 240, 1.5))
-    client.rpop(run.store.keys.candles(RELIANCE, "day"))
-    assert verify(run=run) == ["NSE:INFY 1m: rows differ", "NSE:RELIANCE day: 1 rows, the snapshot has 2"]
+@pytest.mark.parametrize("kind", snapshots.KINDS)
+def test_a_folder_that_takes_no_files_is_one_line(run: Run, kind: str) -> None:
+    run.folder.parent.mkdir(parents=True, exist_ok=True)
+    run.folder.touch()
+    with pytest.raises(FilesUnwritable, match=rf"{run.folder} cannot be written .*PKB_FILES_DIR"):
+        snapshot(kind, run=run)
 
 
 def test_the_command_writes_restores_and_checks(client: redis.Redis, run: Run) -> None:
@@ -333,5 +262,10 @@ def test_the_command_writes_restores_and_checks(client: redis.Redis, run: Run) -
     client.delete(run.store.keys.candles(INFY, "1m"))
     done = run_pkb("snapshot", "check", env=env)
     assert done.returncode == 1 and "NSE:INFY 1m: 0 rows, the snapshot has 31" in done.stdout
-    done = run_pkb("snapshot", "excel", env=env)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    for wrong, why in (
+        (["excel"], "unknown snapshot"),
+        (["ticks", "--enqueue", "--folder", "/tmp/x"], "--folder does not go with --enqueue"),
+        (["restore", "--enqueue"], "--enqueue does not go with restore"),
+    ):
+        done = run_pkb("snapshot", *wrong, env=env)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and why in done.stderr

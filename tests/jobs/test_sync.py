@@ -1,4 +1,4 @@
-"""Push and pull against a real repository: one rolling commit, nothing else touched, only whole files."""
+"""Push to a real repository: one rolling commit, nothing else touched."""
 
 from __future__ import annotations
 
@@ -7,65 +7,27 @@ import json
 import os
 import pickle
 import threading
+from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pkbrokers_redis.consumers.files.manifest import parse_manifest, problems, read_manifest
-from pkbrokers_redis.core.errors import InputFileError, RefusedPickle, SettingsError
+from pkbrokers_redis.consumers.files.manifest import Entry, parse_manifest, problems, read_manifest
+from pkbrokers_redis.core.errors import InputFileError
+from pkbrokers_redis.core.intervals import Interval
 from pkbrokers_redis.jobs import sync
-from pkbrokers_redis.jobs.github import GitFailed, RemoteAway, backoff_seconds
-from pkbrokers_redis.jobs.pull import pull
+from pkbrokers_redis.jobs.github import Git, GitFailed, backoff_seconds
+from pkbrokers_redis.jobs.selection import PARTITIONS_MAX, restorable
 from pkbrokers_redis.jobs.sync import FileTooLarge, PushConflict, push
 from pkbrokers_redis.jobs.target import Target, target_of
-from pkbrokers_redis.settings import Settings, load_settings
 from tests.cli.conftest import Pkb, pkb
-from tests.jobs.remotes import BRANCH, FOLDER, GitHost, Repository, snapshot
+from tests.jobs.remotes import BRANCH, FOLDER, GitHost, Repository, partition, snapshot, sync_settings
 
 __all__ = ["pkb"]  # a fixture
 
 TOKEN = "ghp_made_up"
-LATER = "2026-11-21T15:36:02+05:30"
-ENTRY = {
-    "sha256": "0",
-    "bytes": 1,
-    "rows": 1,
-    "instruments": 1,
-    "from": "",
-    "to": "",
-    "made_at": LATER,
-    "kind": "",
-}
 AT_S = 1_795_169_000.0  # 2026-11-20
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    return Repository(tmp_path / "remote" / "kite.git")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Our files."""
-    snapshot(tmp_path / "data" / "files", "ticks.json", b"{}")
-    snapshot(tmp_path / "data" / "files", "daily_candles.pkl", pickle.dumps({"INFY": [1.5]}))
-    return tmp_path / "data" / "files"
-
-
-@pytest.fixture
-def settings(repository: Repository, tmp_path: Path) -> Settings:
-    return sync_settings(repository, tmp_path / "data")
-
-
-def sync_settings(repository: Repository, data: Path, **more: Any) -> Settings:
-    options = {"github_url": f"file://{repository.path}", "github_branch": BRANCH, "github_path": FOLDER}
-    return load_settings(**{**options, "data_dir": data, **more})
-
-
-@pytest.fixture
-def target(settings: Settings) -> Target:
-    return target_of(settings)
 
 
 # --- push
@@ -193,8 +155,18 @@ def test_a_remote_that_refuses_is_no_conflict(repository: Repository, target: Ta
     hook = repository.path / "hooks" / "pre-receive"
     hook.write_text("#!/bin/sh\necho 'protected branch' >&2\nexit 1\n")
     hook.chmod(0o755)
-    with pytest.raises(GitFailed, match="git push failed"):
+    with pytest.raises(GitFailed, match=r"git push failed .*protected branch.*allow force pushes"):
         push(target, folder, sleep=lambda _: pytest.fail("nothing to wait for"))
+
+
+def test_a_branch_that_refuses_force_pushes_says_so_with_the_second_push(
+    repository: Repository, target: Target, folder: Path
+) -> None:
+    repository.git("config", "receive.denyNonFastForwards", "true")
+    push(target, folder)
+    snapshot(folder, "ticks.json", b"{ }")
+    with pytest.raises(GitFailed, match="allow force pushes to the branch data, or set PKB_GITHUB_BRANCH"):
+        push(target, folder)
 
 
 def test_a_file_that_is_too_large_stays_at_home_and_is_named_once_the_others_are_there(
@@ -228,6 +200,39 @@ def test_a_push_downloads_no_contents_of_the_branch(
     assert len(repository.log()) == 2 and len(repository.read("big.bin")) == 3_000_000
 
 
+@pytest.mark.parametrize("commits", [0, 1, 3])
+def test_what_the_branch_has_is_neither_stored_nor_sent_again(
+    repository: Repository, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commits: int
+) -> None:
+    stored: list[str] = []
+
+    class Watched(Git):
+        def __call__(self, *arguments: str, given: Any = None) -> str:
+            said = super().__call__(*arguments, given=given)
+            stored.extend([said] if arguments[0] == "hash-object" else [])
+            return said
+
+    monkeypatch.setattr(sync, "Git", Watched)
+    for number in range(commits):
+        repository.commit({"theirs": b"%d" % number})
+    large = os.urandom(3_000_000)
+    for name in ("stock_data_20112026.pkl", "daily_candles.pkl"):
+        snapshot(folder, name, large)
+    with GitHost(repository.path.parent, TOKEN) as host:
+        url = f"{host.url}/kite.git"
+        target = target_of(sync_settings(repository, tmp_path, github_url=url, github_token=TOKEN))
+        push(target, folder, at_s=AT_S)
+        assert len(stored) == 3  # ticks.json, both pickles at once, the manifest
+        taken, sent = host.bytes_taken, host.bytes_sent
+        for number in (1, 2):  # upon theirs, then in the place of our own
+            snapshot(folder, "ticks.json", b'{"%d": 1}' % number)
+            push(target, folder, at_s=AT_S + number)
+        assert len(stored) == 3 + 2 * 2
+        assert host.bytes_taken - taken < 100_000 and host.bytes_sent - sent < 100_000
+    assert_whole(repository)
+    assert len(repository.log()) == commits + 1 and "dangling blob" not in repository.git("fsck", "--full")
+
+
 def test_dated_files_of_last_month_leave_the_branch(
     repository: Repository, target: Target, folder: Path
 ) -> None:
@@ -240,6 +245,76 @@ def test_dated_files_of_last_month_leave_the_branch(
     assert "stock_data_01102026.pkl" not in names
     assert {"stock_data_19112026.pkl", "stock_data_01012020.pkl", "daily_candles.pkl"} <= names
     assert "stock_data_01102026.pkl" not in parse_manifest(repository.read(f"{FOLDER}/manifest.json"))
+
+
+def test_a_file_of_a_day_that_somebody_removed_holds_up_none_of_the_others(
+    repository: Repository, target: Target, folder: Path
+) -> None:
+    days = ("stock_data_18112026.pkl", "stock_data_19112026.pkl", partition("2026-11-19"))
+    for name in days:
+        snapshot(folder, name, name.encode())
+    push(target, folder, at_s=AT_S)
+    for name in days[1:]:
+        (folder / name).unlink()
+    snapshot(folder, "ticks.json", b"{ }")
+    assert push(target, folder, at_s=AT_S)["files"] == 3
+    assert {f"{FOLDER}/{name}" for name in days} < set(repository.names())  # there they have their time
+    assert repository.read(f"{FOLDER}/ticks.json") == b"{ }"
+
+
+def test_of_parquet_the_branch_has_what_a_restore_needs_and_no_more(
+    repository: Repository, target: Target, folder: Path
+) -> None:
+    """Each of these partitions has one row an instrument."""
+    intervals = (Interval("1m", 60, 2), Interval("day", 0, 3))
+    days = [f"2026-11-{day}" for day in (16, 17, 18, 19)]
+    names = [partition(day, interval) for interval in ("1m", "5m", "day") for day in days]
+    for name in names:
+        snapshot(folder, name, name.encode())
+
+    def partitions() -> list[str]:
+        return [name.removeprefix(f"{FOLDER}/") for name in repository.names() if "parquet" in name]
+
+    push(target, folder, intervals=intervals)
+    assert partitions() == [partition(day) for day in days[-2:]] + [
+        partition(day, "day") for day in days[-3:]
+    ]
+    snapshot(folder, partition("2026-11-20"), b"20")
+    push(target, folder, intervals=intervals)
+    assert partitions()[:2] == [partition("2026-11-19"), partition("2026-11-20")]
+    assert len(partitions()) == 2 + 3
+    push(target, folder, ["parquet/*"], intervals=intervals)  # asked for by name
+    assert len(partitions()) == len(names) + 1
+    push(target, folder, intervals=intervals)
+    assert len(partitions()) == 2 + 4 + 3  # those of an interval that we do not have are not ours to judge
+    assert_whole(repository)
+
+
+def test_partitions_with_few_rows_are_more_for_the_same_lists_and_never_without_end() -> None:
+    def entry(rows: int, instruments: int) -> Entry:
+        return Entry("", 1, rows, instruments, "", "", "", "parquet")
+
+    days = [str(date(2025, 1, 1) + timedelta(days=number)) for number in range(500)]
+    minutes = Interval("1m", 60, 390)
+    thin = {partition(day): entry(1_000, 10) for day in days}
+    assert restorable(thin, [minutes]) == [partition(day) for day in days[:-5:-1]]
+    whole = {partition(day): entry(3_750, 10) for day in days}
+    assert restorable(whole, [minutes]) == [partition(day) for day in days[:-3:-1]]
+    odd = {partition(day): entry(0, 0) for day in days}
+    assert len(restorable(odd, [Interval("1m", 60, 100_000)])) == PARTITIONS_MAX
+
+
+@pytest.mark.parametrize(
+    ("theirs", "in_the_way"),
+    [(FOLDER, FOLDER), ("results", "results"), (f"{FOLDER}/ticks.json/x", f"{FOLDER}/ticks.json")],
+)
+def test_a_file_with_the_name_of_our_folder_is_not_replaced_by_it(
+    repository: Repository, target: Target, folder: Path, theirs: str, in_the_way: str
+) -> None:
+    repository.commit({theirs: b"theirs"})
+    with pytest.raises(InputFileError, match=f"^{in_the_way} on the branch .*PKB_GITHUB_PATH"):
+        push(target, folder)
+    assert repository.read(theirs) == b"theirs" and len(repository.log()) == 1
 
 
 def test_what_is_pushed_is_what_its_manifest_says_though_the_file_is_replaced_meanwhile(
@@ -279,133 +354,6 @@ def test_nothing_to_push_and_a_damaged_file_are_one_line(
     (folder / "ticks.json").unlink()
     with pytest.raises(InputFileError, match="not in the folder"):
         push(target, folder)
-
-
-# --- pull
-
-
-@pytest.fixture
-def published(repository: Repository, target: Target, folder: Path) -> Repository:
-    push(target, folder)
-    return repository
-
-
-@pytest.fixture(params=["git", "https"])
-def source(request: pytest.FixtureRequest, published: Repository, tmp_path: Path) -> Any:
-    """Settings of another machine that pulls, both ways, and the folder it pulls into."""
-    here = tmp_path / "there"
-    if request.param == "git":
-        yield sync_settings(published, here), here / "files"
-        return
-    with GitHost(published.path.parent, TOKEN) as host:
-        base = f"{host.url}/raw/{BRANCH}/{FOLDER}"
-        yield sync_settings(published, here, files_url=base, github_token=TOKEN), here / "files"
-
-
-def test_a_pull_brings_whole_files_and_a_second_one_nothing(source: Any) -> None:
-    settings, there = source
-    found = pull(settings, there)
-    assert found["pulled"] == 2 and problems(there) == []
-    again = pull(settings, there)
-    assert again["pulled"] == 0 and (again["same"] == 2 or again["unchanged"])
-    (there / "ticks.json").unlink()
-    assert pull(settings, there)["pulled"] == 1 and problems(there) == []
-
-
-def test_newer_files_of_ours_stay_and_older_ones_go(source: Any, published: Repository) -> None:
-    settings, there = source
-    snapshot(there, "ticks.json", b"{  }", LATER)
-    snapshot(there, "daily_candles.pkl", pickle.dumps({}), "2026-11-01T15:36:02+05:30")
-    found = pull(settings, there)
-    assert (found["older"], found["pulled"]) == (1, 1)
-    assert (there / "ticks.json").read_bytes() == b"{  }"
-    assert pull(settings, there, force=True)["pulled"] == 2
-    assert (there / "ticks.json").read_bytes() == b"{}"
-
-
-def test_a_file_that_is_not_its_manifests_is_refused_and_ours_stays(
-    source: Any, published: Repository
-) -> None:
-    settings, there = source
-    snapshot(there, "ticks.json", b"{ }", "2026-11-01T15:36:02+05:30")
-    published.commit({f"{FOLDER}/ticks.json": b"[]"})
-    with pytest.raises(InputFileError, match=r"ticks\.json"):
-        pull(settings, there, ["ticks.json"])
-    assert (there / "ticks.json").read_bytes() == b"{ }" and problems(there) == []
-    assert not list(there.glob(".*.tmp"))
-
-
-def test_a_damaged_manifest_of_ours_is_no_obstacle(source: Any) -> None:
-    settings, there = source
-    there.mkdir(parents=True)
-    (there / "manifest.json").write_text("{")
-    assert pull(settings, there)["pulled"] == 2 and problems(there) == []
-
-
-class Nasty:
-    def __reduce__(self) -> Any:
-        return os.system, ("touch pwned",)
-
-
-def test_a_pickle_that_asks_for_more_than_tables_is_refused_by_name(
-    source: Any, published: Repository, target: Target, folder: Path
-) -> None:
-    settings, there = source
-    snapshot(folder, "daily_candles.pkl", pickle.dumps({"INFY": Nasty()}), LATER)
-    push(target, folder)
-    with pytest.raises(RefusedPickle, match="system"):
-        pull(settings, there)
-    assert not (there / "daily_candles.pkl").exists() and not Path("pwned").exists()
-
-
-@pytest.mark.parametrize(
-    "name", ["../up.pkl", "/etc/up.pkl", ".manifest.json.lock", "a/.hidden.pkl", "manifest.json"]
-)
-def test_a_manifest_cannot_name_a_file_outside_or_one_of_our_own(
-    source: Any, published: Repository, name: str
-) -> None:
-    settings, there = source
-    text = json.dumps({"version": 1, "files": {name: ENTRY}}).encode()
-    published.commit({f"{FOLDER}/manifest.json": text})
-    try:
-        assert pull(settings, there, ["*"])["pulled"] == 0
-    except InputFileError as error:
-        assert "manifest.json cannot be read" in str(error)
-    assert not list(there.glob("**/*.pkl"))
-
-
-def test_a_file_larger_than_we_take_is_refused_before_it_comes(source: Any, published: Repository) -> None:
-    settings, there = source
-    text = json.dumps({"version": 1, "files": {"ticks.json": {**ENTRY, "bytes": 1 << 40}}}).encode()
-    published.commit({f"{FOLDER}/manifest.json": text})
-    with pytest.raises(InputFileError, match="more than"):
-        pull(settings, there)
-
-
-def test_an_unchanged_manifest_is_not_sent_again(published: Repository, tmp_path: Path) -> None:
-    with GitHost(published.path.parent, TOKEN) as host:
-        base = f"{host.url}/raw/{BRANCH}/{FOLDER}"
-        settings = sync_settings(published, tmp_path, files_url=base, github_token=TOKEN)
-        pull(settings, tmp_path / "there")
-        before = host.bytes_sent
-        assert pull(settings, tmp_path / "there")["unchanged"]
-        assert host.bytes_sent == before
-        assert TOKEN not in " ".join(host.seen)
-
-
-def test_what_is_missing_or_away_is_one_line(repository: Repository, tmp_path: Path) -> None:
-    settings = sync_settings(repository, tmp_path)
-    with pytest.raises(InputFileError, match="no such branch"):
-        pull(settings, tmp_path / "there")
-    repository.commit({"x": b"1"})
-    with pytest.raises(InputFileError, match=r"no manifest\.json"):
-        pull(settings, tmp_path / "there")
-    away = sync_settings(repository, tmp_path, files_url="http://127.0.0.1:1/x", github_token=TOKEN)
-    with pytest.raises(RemoteAway) as error:
-        pull(away, tmp_path / "there")
-    assert TOKEN not in str(error.value)
-    with pytest.raises(SettingsError, match="PKB_FILES_URL"):
-        pull(settings, tmp_path / "there", via="https")
 
 
 # --- the command

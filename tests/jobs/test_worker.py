@@ -17,7 +17,7 @@ import psutil
 import pytest
 import redis
 from rq import Queue
-from rq.job import Job
+from rq.job import Job, JobStatus
 
 from pkbrokers_redis.core.errors import PkbError, RedisUnavailable, SettingsError
 from pkbrokers_redis.core.jobs import JOBS, job_id
@@ -198,6 +198,20 @@ def test_the_queue_is_listed_with_its_progress(queue: Queue, desk: Desk, pkb: Pk
     assert (rows[waiting]["state"], rows[waiting]["done"], rows[waiting]["total"]) == ("waiting", 0, 2)
     assert (rows[due_later]["job"], rows[due_later]["state"]) == ("warm_start", "scheduled")
     assert "0/2" in pkb("jobs", "--list").out
+
+
+def test_a_job_that_is_tried_again_has_all_its_tries(queue: Queue, desk: Desk) -> None:
+    id_ = enqueue(queue, "repair_gap", GAP) or ""
+    job = queue.fetch_job(id_)
+    assert job is not None
+    queue.remove(id_)
+    job.retries_left = 0
+    job.set_status(JobStatus.FAILED)
+    job.save()
+    queue.failed_job_registry.add(job, ttl=60)
+    assert view.retry(queue, "all") == [id_]
+    [row] = view.list_jobs(queue, desk.client, desk.keys)
+    assert (row["state"], row["retries_left"]) == ("waiting", len(JOBS["repair_gap"].retry_seconds))
 
 
 @pytest.mark.parametrize("role_env", [{"PKB_RQ_REDIS_URL": "redis://:geheim@127.0.0.1:1/0"}])

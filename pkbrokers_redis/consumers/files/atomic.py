@@ -6,6 +6,7 @@ write in that folder removes, or the day's trim (`sweep`).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -22,7 +23,30 @@ from pkbrokers_redis.core.errors import PkbError
 
 READ_BYTES = 1 << 20
 STALE_SECONDS = 3600  # no write of ours takes an hour: a temporary file that old has no writer left
+# What a disk answers that is full, read-only, broken, or too small for the file. Others name a path.
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp(-journal|-wal|-shm)?")  # SQLite's, beside its own
+
+
+class FilesUnwritable(PkbError):
+    """Raised when files cannot be written: disk full, read-only, no right. The old files stand."""
+
+    def __init__(self, folder: Path, error: OSError) -> None:
+        super().__init__(
+            f"the files in {folder} cannot be written ({error.strerror or error})",
+            "make room or give the right, or move PKB_FILES_DIR",
+        )
+
+
+@contextmanager
+def writing_into(folder: Path) -> Iterator[None]:
+    """A disk's error in the block becomes one line: FilesUnwritable."""
+    try:
+        yield
+    except OSError as error:  # not redis-py's; those of requests carry neither number nor path
+        if error.errno in DISK_ERRORS or error.filename is not None:
+            raise FilesUnwritable(folder, error) from error
+        raise
 
 
 class HashedFile:

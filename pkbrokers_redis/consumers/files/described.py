@@ -49,6 +49,11 @@ def refuse(what: str) -> RefusedPickle:
     return RefusedPickle(f"the pickle is damaged ({what})")
 
 
+def shown(value: Any, length: int) -> str:
+    """For messages. A text's beginning, of others the type: their own text may be longer than memory."""
+    return value[:length] if isinstance(value, str) else type(value).__name__
+
+
 class Dtype(Plain):
     """`numpy.dtype("f8", False, True)`; of the state only the byte order and a datetime's unit are heard."""
 
@@ -61,7 +66,7 @@ class Dtype(Plain):
         sized = isinstance(code, str) and code[:1] in "USV" and code[1:].isdecimal() and len(code) <= 9
         if not isinstance(code, str) or not (code in DTYPES or (sized and code[0] != "V")):
             raise RefusedPickle(
-                f"the pickle holds an array of {str(code)[:20]!r}", f"numpy.dtype({code!r:.20})"
+                f"the pickle holds an array of {shown(code, 20)!r}", f"numpy.dtype({shown(code, 20)!r})"
             )
         self = super().__new__(cls)
         self.code, self.order, self.unit = code, "<", "ns"
@@ -73,7 +78,7 @@ class Dtype(Plain):
         self.order = "<" if state[1] == "=" else state[1]
         if self.code in ("M8", "m8"):
             _, told = state[-1]
-            self.unit = told[0].decode() if isinstance(told[0], bytes) else str(told[0])
+            self.unit = told[0].decode() if isinstance(told[0], bytes) else shown(told[0], 9)
             if self.unit not in (*UNITS, "D") or told[1] != 1:
                 raise refuse("a time unit")
 
@@ -116,7 +121,8 @@ class Array(Plain):
             if not isinstance(content, list) or len(content) != prod(shape):
                 raise refuse("an array's length")
             flat: npt.NDArray[Any] = np.empty(len(content), object)
-            flat[:] = content
+            for i, each in enumerate(content):  # numpy would look into lists
+                flat[i] = each
         else:
             if not isinstance(content, bytes | bytearray) or len(content) != prod(shape) * kind.itemsize:
                 raise refuse("an array's length")
@@ -155,7 +161,7 @@ class Latin(Plain):
 
     def __new__(cls, text: Any = "", encoding: Any = "latin1") -> Any:
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-            raise RefusedPickle(f"the pickle asks for the codec {str(encoding)[:20]!r}", "_codecs.encode")
+            raise RefusedPickle(f"the pickle asks for the codec {shown(encoding, 20)!r}", "_codecs.encode")
         return text.encode("latin1")
 
 
@@ -198,7 +204,7 @@ class GetAttr(Plain):
         if owner is not Zone or name != "_unpickle":
             owned = getattr(owner, "__name__", type(owner).__name__)
             raise RefusedPickle(
-                f"the pickle asks for getattr({owned}, {str(name)[:40]!r})", "builtins.getattr"
+                f"the pickle asks for getattr({owned}, {shown(name, 40)!r})", "builtins.getattr"
             )
         return Zone
 
@@ -327,7 +333,7 @@ def made_zone(name: Any) -> dt.tzinfo:
             raise ValueError
         return ZoneInfo(name)
     except (ValueError, ZoneInfoNotFoundError, OSError):
-        raise refuse(f"a time zone {str(name)[:20]!r}") from None
+        raise refuse(f"a time zone {shown(name, 20)!r}") from None
 
 
 def zone_of(zone: Any) -> dt.tzinfo | None:

@@ -7,7 +7,8 @@
          "position": {"0": "1795152605000-0", …}}}}
 
 `position` is how far the store's aggregators were when the file was made: the cursor of each shard, an id of
-its tick stream. Paths are relative to the folder.
+its tick stream. Paths are relative to the folder. While files are being replaced a second table of entries
+stands beside `files`, `coming`: what a kill leaves there counts where the file is that one.
 """
 
 from __future__ import annotations
@@ -53,43 +54,38 @@ class Entry:
             return None
 
 
-def read_manifest(folder: Path) -> dict[str, Entry]:
+Entries = dict[str, Entry]
+
+
+def read_manifest(folder: Path) -> Entries:
     """File → entry; {} when there is no manifest. Raises InputFileError for a damaged one."""
-    try:
-        return parse_manifest((folder / NAME).read_bytes())
-    except FileNotFoundError:
-        return {}
+    files, coming = _read(folder)
+    return files | _arrived(folder, coming)
 
 
-def parse_manifest(data: bytes) -> dict[str, Entry]:
+def parse_manifest(data: bytes) -> Entries:
     """The same from its text."""
-    try:
-        tree = msgspec.json.decode(data)
-        files: dict[str, Any] = tree["files"]
-        if tree["version"] != VERSION or len(files) > FILES_MAX:
-            raise ValueError("another version")
-        return {_checked_name(name): _entry(told) for name, told in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputFileError(
-            f"{NAME} cannot be read ({str(error)[:80]})", "make the snapshots anew"
-        ) from error
+    return _parse(data)[0]
+
+
+def announce(folder: Path, coming: Mapping[str, Entry]) -> None:
+    """Say what is about to take these files' places; `update_manifest` says that it has.
+
+    In between, and for good after a kill there, an entry counts once its file is in place.
+    """
+    with _rewriting(folder) as (_, announced):
+        announced.update(coming)
 
 
 def update_manifest(folder: Path, changed: Mapping[str, Entry], gone: Iterable[str] = ()) -> None:
     """Put these entries in, take those out. Other writers wait their turn; a damaged file is begun anew."""
-    with _locked(folder):
-        try:
-            files = read_manifest(folder)
-        except InputFileError:
-            files = {}
+    with _rewriting(folder) as (files, announced):
         files.update(changed)
         for name in gone:
             files.pop(name, None)
-        told = {name: _told(files[name]) for name in sorted(files)}
-        with replacing(folder / NAME) as file:
-            file.write(
-                msgspec.json.format(msgspec.json.encode({"version": VERSION, "files": told}), indent=1)
-            )
+            announced.pop(name, None)
+        for name in changed:
+            announced.pop(name, None)
 
 
 def problems(folder: Path, names: Iterable[str] | None = None) -> list[str]:
@@ -106,6 +102,43 @@ def problems(folder: Path, names: Iterable[str] | None = None) -> list[str]:
             found.append(f"{name} has {path.stat().st_size:,} bytes, not {entry.bytes:,}")
         elif sha256_of(path) != entry.sha256:
             found.append(f"{name} has another sha256")
+    return found
+
+
+def _read(folder: Path) -> tuple[Entries, Entries]:
+    try:
+        return _parse((folder / NAME).read_bytes())
+    except FileNotFoundError:
+        return {}, {}
+
+
+def _parse(data: bytes) -> tuple[Entries, Entries]:
+    """(files, what is coming)"""
+    try:
+        tree = msgspec.json.decode(data)
+        tables: list[dict[str, Any]] = [tree["files"], tree.get("coming") or {}]
+        if tree["version"] != VERSION or any(len(table) > FILES_MAX for table in tables):
+            raise ValueError("another version")
+        files, coming = (
+            {_checked_name(name): _entry(told) for name, told in table.items()} for table in tables
+        )
+        return files, coming
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputFileError(
+            f"{NAME} cannot be read ({str(error)[:80]})", "make the snapshots anew"
+        ) from error
+
+
+def _arrived(folder: Path, coming: Entries) -> Entries:
+    """Those whose file is in place."""
+    found: Entries = {}
+    for name, entry in coming.items():
+        path = folder / name
+        try:
+            if path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256:
+                found[name] = entry
+        except OSError:
+            pass  # not there, or gone in this moment
     return found
 
 
@@ -144,3 +177,26 @@ def _locked(folder: Path) -> Iterator[None]:
     with (folder / f".{NAME}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def _rewriting(folder: Path) -> Iterator[tuple[Entries, Entries]]:
+    """(files, what is coming) to be changed in the block, then written."""
+    with _locked(folder):
+        try:
+            files, coming = _read(folder)
+        except InputFileError:
+            files, coming = {}, {}
+        for name, entry in _arrived(folder, coming).items():
+            files[name] = entry
+            del coming[name]
+        yield files, coming
+        tree: dict[str, Any] = {"version": VERSION, "files": _table(files)}
+        if coming:
+            tree["coming"] = _table(coming)
+        with replacing(folder / NAME) as file:
+            file.write(msgspec.json.format(msgspec.json.encode(tree), indent=1))
+
+
+def _table(entries: Entries) -> dict[str, Any]:
+    return {name: _told(entries[name]) for name in sorted(entries)}

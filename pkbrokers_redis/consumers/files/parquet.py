@@ -14,7 +14,7 @@ count), instruments in slices, so that memory stays small. What the store has dr
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pkbrokers_redis.consumers.bulk import Bulk
-from pkbrokers_redis.consumers.files.atomic import replacing_path
+from pkbrokers_redis.consumers.files.atomic import replacing_path, sha256_of
 from pkbrokers_redis.consumers.files.frames import KOLKATA_SECONDS, midnights
 from pkbrokers_redis.core.errors import InputFileError
 from pkbrokers_redis.core.model import CANDLE_FIELDS, FLAG_NAMES, TOKEN_MAX
@@ -85,6 +85,8 @@ class Written:
     instruments: int = 0
     first_s: int = 0
     last_s: int = 0
+    sha256: str = ""
+    bytes: int = 0
 
 
 def partition_path(folder: Path, interval: str, day: date) -> Path:
@@ -103,13 +105,15 @@ def partitions(folder: Path, interval: str) -> dict[date, Path]:
     return found
 
 
-def write_partitions(
+@contextmanager
+def writing_partitions(
     folder: Path, interval: str, slices: Iterable[Bulk], since: date | None
-) -> list[Written]:
+) -> Iterator[list[Written]]:
     """Bring the partitions of an interval up to date, from `since` on (None: all).
 
-    `slices` gives the store's candles in slices of instruments with ascending tokens. Returns what was
-    written. Raises OSError, and InputFileError for an old file that is damaged.
+    `slices` gives the store's candles in slices of instruments with ascending tokens. Yields what is written,
+    under temporary names; at the end of the block it takes its places. Raises OSError, and InputFileError
+    for an old file that is damaged.
     """
     with ExitStack() as stack:
         writers: dict[date, _Partition] = {}
@@ -128,7 +132,8 @@ def write_partitions(
             after = until
         for writer in writers.values():
             writer.add(Rows(np.empty(0, np.int64), np.empty((0, 8)), np.empty(0, np.int8)), {}, TOKEN_MAX)
-        return [writer.written for writer in writers.values()]
+            writer.finish()
+        yield [writer.written for writer in writers.values()]
 
 
 def _by_day(rows: Rows, since: date | None) -> Iterator[tuple[date, Rows]]:
@@ -140,7 +145,7 @@ def _by_day(rows: Rows, since: date | None) -> Iterator[tuple[date, Rows]]:
     bounds = [*first.tolist(), len(days)]
     for i in range(len(each) - 1, -1, -1):
         if since is None or each[i] >= midnight_s(since):
-            yield _date_of(int(each[i])), ordered.take(slice(bounds[i], bounds[i + 1]))
+            yield date_of(int(each[i])), ordered.take(slice(bounds[i], bounds[i + 1]))
 
 
 class _Partition:
@@ -157,8 +162,10 @@ class _Partition:
             path = self.written.path
             if path.exists():
                 self._old = stack.enter_context(_open(path))
-            temporary = stack.enter_context(replacing_path(path))
-            self._writer = stack.enter_context(pq.ParquetWriter(temporary, SCHEMA, compression=COMPRESSION))
+            self._temporary = stack.enter_context(replacing_path(path))
+            self._writer = stack.enter_context(
+                pq.ParquetWriter(self._temporary, SCHEMA, compression=COMPRESSION)
+            )
             self._stack = stack.pop_all()
         return self
 
@@ -181,6 +188,12 @@ class _Partition:
         told.last_s = max(told.last_s, int(starts.max()))
         told.rows += len(new)
         told.instruments += len(np.unique(new.tokens))
+
+    def finish(self) -> None:
+        """No more rows are to come: the file is whole."""
+        self._writer.close()
+        self.written.sha256 = sha256_of(self._temporary)
+        self.written.bytes = self._temporary.stat().st_size
 
 
 def of_bulk(bulk: Bulk) -> Rows:
@@ -219,6 +232,15 @@ def table_of(rows: Rows, names: dict[int, str]) -> pa.Table:
         pa.DictionaryArray.from_arrays(pa.array(rows.flags), pa.array(FLAG_NAMES)),
     ]
     return pa.Table.from_arrays(columns, schema=SCHEMA)
+
+
+def read_tokens(path: Path) -> Ints:
+    """The instruments of a partition, ascending. Raises InputFileError for what is none."""
+    with _open(path) as file:
+        try:
+            return np.unique(file.read(["token"])["token"].to_numpy())
+        except (pa.ArrowInvalid, OSError) as error:
+            raise _damaged(path, error) from error
 
 
 def read_rows(path: Path) -> Iterator[tuple[Rows, dict[int, str]]]:
@@ -287,5 +309,6 @@ def midnight_s(day: date) -> int:
     return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) - KOLKATA_SECONDS
 
 
-def _date_of(day_s: int) -> date:
+def date_of(day_s: int) -> date:
+    """The Kolkata date of a moment in epoch seconds."""
     return datetime.fromtimestamp(day_s + KOLKATA_SECONDS, UTC).date()

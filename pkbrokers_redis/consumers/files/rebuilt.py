@@ -14,20 +14,24 @@ from pkbrokers_redis.consumers.files.described import refuse
 
 DEPTH_MAX = 50
 COLUMNS_MAX = 10_000
+CELL_NODES_MAX = 1_000_000  # values in all lists and dicts that are cells of one column
 
 
-def rebuild(tree: Any) -> Any:
+def rebuild(tree: Any, nodes_max: int) -> Any:
     """A loaded pickle with every stand-in replaced by what it describes.
 
-    Objects that occur twice are built once, so that a file of references to references stays small.
-    Raises RefusedPickle for descriptions that do not fit together.
+    Objects that occur twice are built once, so that a file of references to references stays small. Who reads
+    it visits them each time, so they count each time: RefusedPickle beyond `nodes_max`, and for descriptions
+    that do not fit together.
     """
-    return _Builder().build(tree, 0)
+    return _Builder(nodes_max).build(tree, 0)
 
 
 class _Builder:
-    def __init__(self) -> None:
-        self._built: dict[int, tuple[Any, Any]] = {}  # id → (the object, kept alive; what became of it)
+    def __init__(self, nodes_max: int) -> None:
+        self._nodes, self._nodes_max = 0, nodes_max
+        # id → (the object, kept alive; what became of it; how many nodes it has)
+        self._built: dict[int, tuple[Any, Any, int]] = {}
 
     def build(self, node: Any, depth: int) -> Any:
         if depth > DEPTH_MAX:
@@ -40,10 +44,18 @@ class _Builder:
             return node
         known = self._built.get(id(node))
         if known is not None:
+            self._count(known[2])
             return known[1]
+        before = self._nodes
+        self._count(len(node) + 1 if isinstance(node, dict | list | tuple) else 1)
         made = self._make(node, depth)
-        self._built[id(node)] = (node, made)
+        self._built[id(node)] = (node, made, self._nodes - before)
         return made
+
+    def _count(self, nodes: int) -> None:
+        self._nodes += nodes
+        if self._nodes > self._nodes_max:
+            raise refuse("references to references without end")
 
     def _make(self, node: Any, depth: int) -> Any:
         if isinstance(node, dict):
@@ -250,6 +262,7 @@ def _array(array: Any) -> npt.NDArray[Any]:
 
 def _texts(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """An object array: what is missing in it as None; other descriptions are no values of a table."""
+    _Builder(CELL_NODES_MAX).build([each for each in values.flat if isinstance(each, dict | list | tuple)], 0)
     odd = [i for i, each in enumerate(values.ravel()) if isinstance(each, d.Plain | d.Sealed)]
     if not odd:
         return values

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pkbrokers_redis.consumers.files import described as d
-from pkbrokers_redis.consumers.files.preflight import check_opcodes
+from pkbrokers_redis.consumers.files.preflight import check_opcodes, nodes_max
 from pkbrokers_redis.consumers.files.rebuilt import rebuild
 from pkbrokers_redis.core.errors import InputFileError, RefusedPickle
 
@@ -88,7 +88,7 @@ class _TypeName(d.Plain):
     """`pyarrow.lib.type_for_alias("large_string")` → the alias."""
 
     def __new__(cls, alias: Any) -> Any:
-        return str(alias)
+        return d.shown(alias, 20)
 
 
 ALLOWED["pyarrow.lib", "type_for_alias"] = _TypeName
@@ -118,7 +118,7 @@ def load_pickle(source: Path | bytes, bytes_max: int = PICKLE_BYTES_MAX) -> Any:
         )
     check_opcodes(data)
     try:
-        return rebuild(_AllowList(io.BytesIO(data), encoding="latin1").load())
+        return rebuild(_AllowList(io.BytesIO(data), encoding="latin1").load(), nodes_max(len(data)))
     except InputFileError:
         raise
     except (RecursionError, MemoryError) as error:

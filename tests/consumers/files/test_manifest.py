@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from pkbrokers_redis.consumers.files.atomic import replacing
-from pkbrokers_redis.consumers.files.manifest import NAME, Entry, problems, read_manifest, update_manifest
+from pkbrokers_redis.consumers.files.manifest import (
+    NAME,
+    Entry,
+    announce,
+    parse_manifest,
+    problems,
+    read_manifest,
+    update_manifest,
+)
 from pkbrokers_redis.core.errors import InputFileError
 
 
@@ -37,6 +47,20 @@ def test_an_entry_can_go(tmp_path: Path) -> None:
     written(tmp_path, "a.pkl")
     update_manifest(tmp_path, {}, gone=["a.pkl"])
     assert read_manifest(tmp_path) == {}
+
+
+def test_an_announced_entry_counts_once_its_file_is_in_place(tmp_path: Path) -> None:
+    old = written(tmp_path, "a.pkl")
+    new = replace(old, sha256=hashlib.sha256(b"ROWS").hexdigest(), rows=7)
+    announce(tmp_path, {"a.pkl": new, "never.pkl": new})
+    other = written(tmp_path, "b.pkl")  # by another process, meanwhile
+    assert read_manifest(tmp_path) == {"a.pkl": old, "b.pkl": other} and problems(tmp_path) == []
+    (tmp_path / "a.pkl").write_bytes(b"ROWS")
+    assert read_manifest(tmp_path)["a.pkl"] == new and problems(tmp_path) == []
+    assert parse_manifest((tmp_path / NAME).read_bytes())["a.pkl"] == old
+    update_manifest(tmp_path, {}, gone=["never.pkl"])
+    assert parse_manifest((tmp_path / NAME).read_bytes())["a.pkl"] == new
+    assert "coming" not in json.loads((tmp_path / NAME).read_text())
 
 
 def test_what_is_not_as_written_is_named(tmp_path: Path) -> None:

@@ -251,10 +251,60 @@ def test_a_length_beyond_the_file_is_refused_before_it_is_allocated(opcode: byte
         load_pickle(b"\x80\x04" + opcode + b".")
 
 
-def test_references_to_references_are_not_unrolled() -> None:
-    levels = b"".join(b"(h" + bytes([i]) + b"h" + bytes([i]) + b"lq" + bytes([i + 1]) for i in range(100))
-    with pytest.raises(RefusedPickle, match="deeply"):
-        load_pickle(b"\x80\x02]q\x00" + levels + b".")
+def nested(make: bytes, levels: int = 60) -> bytes:
+    """A value that holds the one before it twice, and so on: 2^60 leaves."""
+    return b"K\x01" + b"".join(b"q" + bytes([i]) + b"h" + bytes([i]) + make for i in range(levels))
+
+
+def filled_backwards(levels: int = 45) -> bytes:
+    """A list that refers twice to a list that is empty yet, and so on; then they are filled."""
+    made = b"".join(b"]q" + bytes([i]) + b"0" for i in range(levels))
+    filled = b"".join(
+        b"h" + bytes([i]) + b"(" + 2 * (b"h" + bytes([i + 1])) + b"e0" for i in range(levels - 1)
+    )
+    return made + filled + b"h" + bytes([levels - 1]) + b"K\x01a0h\x00"
+
+
+WIDE = pickle.dumps(tuple(range(20_000)), 2)[2:-1] + b"q\xff0"  # a large tuple, in the memo
+UNROLLING: dict[str, bytes] = {
+    "a key of tuples": b"}" + nested(b"\x86") + b"Ns",
+    "a key of tuples, doubled on the stack": b"}K\x01" + b"2\x86" * 60 + b"Ns",
+    "a key of tuples in three": b"}K\x01" + b"22\x87" * 60 + b"Ns",
+    "a key of marked tuples": b"}(K\x01" + b"".join(b"q%ct(h%ch%c" % (i, i, i) for i in range(60)) + b"tNs",
+    "an element of a set": b"\x8f(" + nested(b"\x86") + b"\x90",
+    "a frozen set": b"(" + nested(b"\x86") + b"\x91",
+    "a key of slices": b"}cbuiltins\nslice\nq\xff0K\x01"
+    + b"".join(b"q%c0h\xffh%ch%c\x86R" % (i, i, i) for i in range(60)) + b"Ns",
+    "one large key many times": WIDE + b"}(" + b"h\xffN" * 10_000 + b"u",
+    "lists": nested(b"\x86") + b"0(" + b"".join(b"q%c(h%ch%cl" % (i, i, i) for i in range(60)) ,
+    "lists filled backwards": filled_backwards(),
+    "a table of lists": b"}X\x04\x00\x00\x00INFY" + filled_backwards() + b"s",
+    "an unknown dtype": b"cnumpy\ndtype\n" + filled_backwards() + b"\x85R",
+    "a zone": b"czoneinfo\nZoneInfo\n" + filled_backwards() + b"\x85R",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(UNROLLING))
+def test_references_to_references_are_not_unrolled(name: str) -> None:
+    with pytest.raises(RefusedPickle) as refused:
+        load_pickle(b"\x80\x04" + UNROLLING[name] + b".")
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 200
+
+
+def test_lists_in_a_cell_are_not_unrolled() -> None:
+    deep: list[Any] = [1.0]
+    for _ in range(45):
+        deep = [deep] * 10
+    cells = np.empty(1, object)
+    cells[0] = deep
+    with pytest.raises(RefusedPickle, match="without end"):
+        load_pickle(pickle.dumps({"INFY": pd.DataFrame({"Open": cells})}))
+
+
+def test_what_frames_share_is_no_unrolling() -> None:
+    one = frame(symbol="INFY")
+    tree = {f"S{i}": one for i in range(3_000)}
+    assert len(load_pickle(pickle.dumps((tree, tree, tuple(tree.values()))))[2]) == 3_000
 
 
 def test_a_file_above_the_limit_is_refused_unread(tmp_path: Path) -> None:
