@@ -16,9 +16,10 @@ from typing import Any
 from pydantic import SecretStr
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.core.errors import PkbError
 from pkbrokers_redis.core.india import KOLKATA
 from pkbrokers_redis.kite.parser import Tick, ZerodhaWebSocketParser
-from pkbrokers_redis.kite.socket import TOKENS_PER_CONNECTION_MAX
+from pkbrokers_redis.kite.socket import CONNECTIONS_PER_KEY_MAX, TOKENS_PER_CONNECTION_MAX
 from pkbrokers_redis.kite.socket import ZerodhaWebSocketClient as Socket
 from pkbrokers_redis.kite.urls import url_for
 from pkbrokers_redis.settings import Settings, load_settings
@@ -27,6 +28,7 @@ from pkbrokers_redis.store.auth import Session
 log = logs.get("kite")
 
 BATCH_TOKENS = 500  # upstream's batches
+TOKENS_MAX = TOKENS_PER_CONNECTION_MAX * CONNECTIONS_PER_KEY_MAX
 PUT_SECONDS = 1.0  # how long a full queue is waited for, before the tick is dropped and counted
 JOIN_SECONDS = 5.0
 POLL_SECONDS = 0.5
@@ -36,8 +38,9 @@ class ZerodhaWebSocketClient:
     """Ticks from Kite into `watcher_queue` (as `Tick` objects) and `db_conn.insert_ticks` (as dicts).
 
     `start` blocks until `stop`, or until `ws_stop_event` is set. Without `token_batches` it takes what
-    PKB_INSTRUMENTS names. A full queue drops ticks, which `dropped` counts. Ticks that are to become candles
-    go through `pkb ingest`, or from the queue into `TickProcessor`.
+    PKB_INSTRUMENTS names. A full queue drops ticks, which `dropped` counts; `inserts_failed` counts the calls
+    of `insert_ticks` that raised. Ticks that are to become candles go through `pkb ingest`, or from the queue
+    into `TickProcessor`.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class ZerodhaWebSocketClient:
         self.ws_stop_event = ws_stop_event
         self.stop_event = threading.Event()
         self.dropped = 0
+        self.inserts_failed = 0
         self.batch_last_tick_time: dict[int, float] = {}  # batch → when its last tick came, epoch seconds
         self._session = Session("", user_id or "", enctoken=SecretStr(enctoken)) if enctoken else None
         self._settings = settings or load_settings()
@@ -69,12 +73,20 @@ class ZerodhaWebSocketClient:
         self._threads: list[threading.Thread] = []
 
     def start(self) -> None:
-        """Connect and receive until stopped. Raises PkbError: no session, an unknown instrument."""
+        """Connect and receive until stopped.
+
+        Raises PkbError: no session, an unknown instrument, more than one api key may stream.
+        """
         url = url_for(self._settings, self._session)  # a missing session shows here, not in a thread
         if not self.token_batches:
             self.token_batches = self._build_batches()
         self._batch_of = {token: n for n, batch in enumerate(self.token_batches) for token in batch}
         tokens = list(self._batch_of)
+        if len(tokens) > TOKENS_MAX:
+            raise PkbError(
+                f"{len(tokens):,} instruments are more than one Kite api key may stream ({TOKENS_MAX:,})",
+                "give fewer in token_batches, or run `pkb ingest` with several api keys",
+            )
         for first in range(0, len(tokens), TOKENS_PER_CONNECTION_MAX):
             some = tokens[first : first + TOKENS_PER_CONNECTION_MAX]
             socket = Socket(url, some, "full", on_frame=self._on_frame)
@@ -127,7 +139,14 @@ class ZerodhaWebSocketClient:
                     if self._once.first("full"):
                         log.error("watcher_queue_full", mend="read it faster, or give it more room")
         if self.db_conn is not None and ticks:
-            self.db_conn.insert_ticks([database_row(tick) for tick in ticks])
+            try:
+                self.db_conn.insert_ticks([database_row(tick) for tick in ticks])
+            except Exception as error:
+                # Whatever a caller's database raises, the connection must go on.
+                self.inserts_failed += 1
+                why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                if self._once.first(why):
+                    log.error("insert_ticks_failed", why=why)
 
     def _build_batches(self) -> list[list[int]]:
         from pkbrokers_redis.store.connect import connect

@@ -161,7 +161,7 @@ def read_bulk(
     parts: list[tuple[Floats, npt.NDArray[np.int8]]] = []
     tokens = [token for token, _ in instruments]
     step = max(1, min(INSTRUMENTS_A_PIPELINE, ROWS_A_PIPELINE // max(count, 1)))
-    for first in range(0, len(tokens), step):
+    for first in range(0, len(tokens) if count > 0 else 0, step):
         some = tokens[first : first + step]
         lists = _fetch(client, keys, some, interval, count, include_current, tally)
         rows, flags, found = _parse(lists, tally)
@@ -197,7 +197,7 @@ def _fetch(
             # Before its list, not after: a candle that moves in between is then seen twice (and dropped
             # once), where the other order would miss it.
             pipe.hget(keys.current(token), interval)
-        pipe.lrange(keys.candles(token, interval), -max(count, 1), -1)
+        pipe.lrange(keys.candles(token, interval), -count, -1)
     replies = pipe.execute(raise_on_error=False)
     for i, reply in enumerate(replies):
         if isinstance(reply, Exception):

@@ -60,7 +60,7 @@ _UPSERT = {
 
 
 class LocalCandleDatabase:
-    """Day and intraday candles by symbol. Rows are upserted; odd ones are refused and counted.
+    """Day and intraday candles by symbol. Rows are upserted; odd ones (a remote's, too) are refused, counted.
 
     `base_path` is the folder (default: PKB_FILES_DIR). Threads of a process may share one, processes open
     their own. Raises CandleFileError when the file cannot be used.
@@ -86,14 +86,18 @@ class LocalCandleDatabase:
         if self.settings.turso_url:
             secret = self.settings.turso_token
             client = LibsqlClient(self.settings.turso_url, secret.get_secret_value() if secret else "")
-            self.remote = RemoteCandles(self._file, client, clock)
+            self.remote = RemoteCandles(self._file, client, self._good, clock)
 
     def close(self) -> None:
-        """Send what waits for the remote, then close the file."""
-        if self.remote is not None:
-            self.remote.sync()
-            self.remote.close()
-        self._file.close()
+        """Send what waits for the remote, then close the file. Again is no error."""
+        remote, self.remote = self.remote, None
+        try:
+            if remote is not None:
+                remote.sync()
+        finally:
+            if remote is not None:
+                remote.close()
+            self._file.close()
 
     def __enter__(self) -> LocalCandleDatabase:
         return self

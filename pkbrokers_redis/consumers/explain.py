@@ -15,11 +15,12 @@ import redis
 
 from pkbrokers_redis.consumers.follow import ENTRIES_A_READ, SCAN_MAX, parse_entry, parse_id
 from pkbrokers_redis.core.buckets import bucket_end_s, bucket_start_s
+from pkbrokers_redis.core.errors import PkbError
 from pkbrokers_redis.core.india import KOLKATA
 from pkbrokers_redis.core.intervals import Interval
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.model import Candle
-from pkbrokers_redis.core.sessions import Sessions
+from pkbrokers_redis.core.sessions import TIME_MS_MAX, TIME_MS_MIN, Sessions
 from pkbrokers_redis.store import read
 
 FLAG_WORDS = {
@@ -175,7 +176,14 @@ class Explanation:
 
 
 def explain_candle(store: Reader, token: int, symbol: str, interval: Interval, moment_s: int) -> Explanation:
-    """The candle of that instrument and interval that holds `moment_s`, which may be its start."""
+    """The candle of that instrument and interval that holds `moment_s`, which may be its start.
+
+    Raises PkbError for a moment outside 1970 to 2200.
+    """
+    if not TIME_MS_MIN <= moment_s * 1000 < TIME_MS_MAX:
+        raise PkbError(
+            f"{moment_s} is no time of a candle", "give epoch seconds, not milliseconds, of 1970 to 2200"
+        )
     rows = store.get_candles(token, interval.name, interval.keep, include_current=True)
     current = store.get_current_candle(token, interval.name)
     sessions, start = _bucket(store, token, interval, moment_s, {row.start for row in rows})

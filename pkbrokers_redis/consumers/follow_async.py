@@ -7,13 +7,20 @@ the other. On a cluster each stream has its own waiting read, because an XREAD c
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Collection
 from types import TracebackType
 from typing import Any
 
 from redis.exceptions import ResponseError
 
-from pkbrokers_redis.consumers.follow import BLOCK_MS, ENTRIES_A_READ, ClosedCandle, parse_entry
+from pkbrokers_redis.consumers.follow import (
+    BLOCK_MS,
+    CHECK_SECONDS,
+    ENTRIES_A_READ,
+    ClosedCandle,
+    parse_entry,
+)
 from pkbrokers_redis.consumers.position import Progress, Reader, text_of
 from pkbrokers_redis.core.errors import WrongKeyType
 from pkbrokers_redis.core.keys import Keys
@@ -46,8 +53,9 @@ class AsyncFollower(Reader):
         self._block_seconds = block_seconds
         self._progress = Progress(keys, tokens, position)
         self._has_begun = False
+        self._checked_at = 0.0  # monotonic seconds
         self._is_clustered = not hasattr(client, "connection_pool")
-        self._reads: dict[str, asyncio.Task[Any]] = {}  # cluster only: stream key → its pending XREAD
+        self._reads: dict[tuple[str, str], asyncio.Task[Any]] = {}  # cluster only: (key, id) → pending XREAD
 
     async def __aenter__(self) -> AsyncFollower:
         await self._begin()
@@ -88,11 +96,13 @@ class AsyncFollower(Reader):
         if not self._has_begun:
             self._progress.begin(await self._infos())
             self._has_begun = True
+            self._checked_at = time.monotonic()
 
     async def _read(self, wait_seconds: float) -> bool:
-        if self._progress.checks_due:
+        if self._progress.checks_due or time.monotonic() - self._checked_at > CHECK_SECONDS:
             self._progress.count_missed(await self._infos())
-            self._progress.checks_due -= 1
+            self._progress.checks_due = max(self._progress.checks_due - 1, 0)
+            self._checked_at = time.monotonic()
         ids = self._progress.ids()
         if not ids:
             await asyncio.sleep(wait_seconds)
@@ -111,16 +121,18 @@ class AsyncFollower(Reader):
 
     async def _read_each(self, ids: dict[str, str], wait_seconds: float) -> list[Any]:
         """An XREAD a stream, all at once; those that found nothing go on waiting until the next call."""
+        for place in self._reads.keys() - ids.items():  # of a stream that is read from its beginning again
+            self._reads.pop(place).cancel()
         for key, after in ids.items():
-            if key not in self._reads:
-                self._reads[key] = asyncio.create_task(self._xread({key: after}, BLOCK_MS))
+            if (key, after) not in self._reads:
+                self._reads[key, after] = asyncio.create_task(self._xread({key: after}, BLOCK_MS))
         await asyncio.wait(
             self._reads.values(), timeout=wait_seconds or None, return_when=asyncio.FIRST_COMPLETED
         )
         if not wait_seconds:  # a look without waiting: let each see its stream once
             await asyncio.wait(self._reads.values())
-        done = [key for key, read in self._reads.items() if read.done()]
-        return [batch for key in done for batch in self._reads.pop(key).result()]
+        done = [place for place, read in self._reads.items() if read.done()]
+        return [batch for place in done for batch in self._reads.pop(place).result()]
 
     async def _xread(self, ids: dict[str, str], block_ms: int) -> list[Any]:
         found: Any = await self._client.xread(dict(ids), count=ENTRIES_A_READ, block=block_ms or None)

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import requests
+import urllib3
 
 from pkbrokers_redis.core.errors import PkbError
 
@@ -90,7 +91,7 @@ class LibsqlClient:
             ) as answer:
                 body = answer.raw.read(ANSWER_BYTES_MAX + 1, decode_content=True)
                 status = answer.status_code
-        except (requests.RequestException, OSError) as error:
+        except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             raise RemoteDown(
                 f"the remote database does not answer ({type(error).__name__})", _MEND
             ) from error

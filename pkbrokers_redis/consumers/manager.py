@@ -1,8 +1,9 @@
 """`InstrumentDataManager`: a year of days of every symbol, from whoever has them, with upstream's methods.
 
 Sources are asked in an order that depends on the market's hours (`sources/table.py`), each only for what is
-still missing: days before today, or today's row, as fresh as the hour demands. A source that fails is skipped
-and the report says so. Of the days before today the first answer counts, of today the one that was true last.
+still missing: the days before, or the last session's row, as fresh as the hour demands. A source that fails
+is skipped and the report says so. Of the days before the last session the first answer counts, of its own
+day the one that was true last.
 """
 
 from __future__ import annotations
@@ -224,33 +225,39 @@ class InstrumentDataManager:
 
     def _missing(self, symbols: Sequence[str] | None, source: Source) -> list[str] | None:
         """The symbols to ask this source for; None: all it has; []: nothing."""
-        expected = self._expected_day()
+        expected, true_ms = self._expected_day(), self._true_ms_min()
         if symbols is None:
             if not self._frames:
                 return None
-            done = sum(self._is_current(symbol, expected) for symbol in self._frames)
+            done = sum(self._is_current(symbol, expected, true_ms) for symbol in self._frames)
             history = any(len(frame) > 1 for frame in self._frames.values())
             return [] if done >= COVERED * len(self._frames) and (history or not source.has_history) else None
         return [
             symbol
             for symbol in symbols
-            if not self._is_current(symbol, expected)
+            if not self._is_current(symbol, expected, true_ms)
             or (source.has_history and len(self._frames.get(symbol, ())) <= 1)
         ]
 
-    def _is_current(self, symbol: str, expected: date) -> bool:
-        """Whether the symbol's last row is that of the last session, in market hours of the last minutes."""
+    def _is_current(self, symbol: str, expected: date, true_ms: float) -> bool:
+        """Whether the symbol's last row is that of the last session, and was true at `true_ms` or later."""
         frame = self._frames.get(symbol)
         if frame is None or frame.index[-1].date() < expected:
             return False
-        if not self._is_open():
-            return True
-        return self._now_ms() - self._provenance[symbol].as_of_ms <= FRESH_SECONDS * 1000
+        return self._provenance[symbol].as_of_ms >= true_ms
+
+    def _true_ms_min(self) -> float:
+        """From when on the last session's row is its last word: its end, in market hours minutes ago."""
+        if self._is_open():
+            return self._now_ms() - FRESH_SECONDS * 1000
+        sessions, schedule = self._calendar()
+        windows = sessions.on_date(schedule, self._expected_day()).windows
+        return float(windows[-1][1]) if windows else 0.0
 
     def _merge(self, source: Source, frames: Frames) -> float:
         """Lay an answer beside what is there. When its newest data was true, epoch ms."""
         told_ms = source.as_of_ms()
-        today = self._today()
+        since = self._expected_day()
         newest_ms = 0.0
         for symbol, frame in frames.items():
             row_ms = frame.index[-1].timestamp() * 1000
@@ -264,7 +271,7 @@ class InstrumentDataManager:
             fresher = as_of_ms > self._provenance[symbol].as_of_ms
             if fresher and frame.index[-1] >= known.index[-1]:
                 self._provenance[symbol] = Provenance(source.name, as_of_ms)
-            self._frames[symbol] = _merged(known, frame, today, fresher)
+            self._frames[symbol] = _merged(known, frame, since, fresher)
         return newest_ms
 
     def _today(self) -> date:
@@ -291,13 +298,10 @@ class InstrumentDataManager:
         return self._sessions, self._sessions.schedule_of(NSE_SEGMENT)
 
 
-def _merged(known: pd.DataFrame, new: pd.DataFrame, today: date, fresher: bool) -> pd.DataFrame:
-    """Both tables' days; of one that both have, ours, but of today the fresher one's."""
-    ours = (
-        known
-        if not fresher or not len(cut(new, today, today))
-        else cut(known, None, today - timedelta(days=1))
-    )
+def _merged(known: pd.DataFrame, new: pd.DataFrame, since: date, fresher: bool) -> pd.DataFrame:
+    """Both tables' days; of one that both have, ours, but from `since` on the fresher one's."""
+    is_newer = fresher and len(cut(new, since, None)) > 0
+    ours = cut(known, None, since - timedelta(days=1)) if is_newer else known
     both = pd.concat([ours, new[~new.index.isin(ours.index)]]).sort_index()
     both["volume"] = whole(both["volume"].astype(float))
     return both

@@ -6,6 +6,7 @@ asks sees the same. What differs, and why: docs/migrating.md.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -26,7 +27,7 @@ from pkbrokers_redis.core.errors import PkbError, UnknownInterval, UnknownSymbol
 from pkbrokers_redis.core.intervals import DAY, find_interval
 from pkbrokers_redis.core.model import SEGMENT_INDICES, SEGMENTS, Candle
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.symbols import save_instruments
+from pkbrokers_redis.store.symbols import read_names, save_instruments
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 log = logs.get("store")
 
 MAX_DAILY_ROWS = 251  # of an export, as upstream
-NAMES_SECONDS = 30.0  # how long the list of symbols is believed
+NAMES_SECONDS = 30.0  # how long the list of symbols is believed, and that there is no such symbol
+UNKNOWN_MAX = 10_000  # names remembered as unknown
 INDEX_EXCHANGE = "NSE"  # of an index that nobody named an exchange for
 
 
@@ -65,6 +67,8 @@ class InMemoryCandleStore:
         self.lock = threading.RLock()
         self._stats = StoreStats(self.store)
         self._names: tuple[float, dict[int, str], dict[str, int]] | None = None
+        self._unknown: dict[str, float] = {}  # names that nobody has → looked for at, monotonic seconds
+        self._once = logs.Once()
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -78,31 +82,41 @@ class InMemoryCandleStore:
     def process_ticks_batch(self, ticks: Sequence[dict[str, Any]]) -> int:
         """Send many at once, which is far cheaper than one by one; returns how many were taken."""
         taken, _ = self._input.put(ticks)
-        for tick in ticks:
-            symbol = tick.get("trading_symbol") if isinstance(tick, Mapping) else None
-            token = tick.get("instrument_token") if symbol else None
-            if isinstance(symbol, str) and isinstance(token, int) and token not in self._registered:
-                self.register_instrument(token, symbol)
         self._stats.sent += taken
+        if not self._input.waiting:  # else Redis is away, and a later tick brings the name
+            self._register_names(ticks)
         return taken
 
+    def _register_names(self, ticks: Sequence[Any]) -> None:
+        """The names that ticks carry; raises nothing, as the ticks are taken."""
+        try:
+            for tick in ticks:
+                symbol = tick.get("trading_symbol") if isinstance(tick, Mapping) else None
+                token = tick.get("instrument_token") if symbol else None
+                if isinstance(symbol, str) and isinstance(token, int) and token not in self._registered:
+                    self.register_instrument(token, symbol)
+        except (PkbError, redis.RedisError) as error:
+            if self._once.first("name"):
+                log.warning("name_not_registered", why=" ".join(str(error).split())[:200])
+
     def register_instrument(self, instrument_token: int, trading_symbol: str) -> None:
-        """Give a token its name; one that the instrument master knows under it already stays as it is."""
+        """Give a token its name. A token or a name that the instrument master has stays as it is there."""
         exchange, _, symbol = trading_symbol.rpartition(":")
         if not exchange:
             segment = instrument_token & 0xFF
             exchange = INDEX_EXCHANGE if segment == SEGMENT_INDICES else SEGMENTS.get(segment, "NSE")
         full = f"{exchange.upper()}:{symbol}"
-        known: Any = self.store.client.hget(self.store.keys.symbols(), full)
-        if known != str(instrument_token).encode():
+        client, keys = self.store.client, self.store.keys
+        if not client.exists(keys.instrument(instrument_token)) and not client.hexists(keys.symbols(), full):
             row = {
                 "instrument_token": instrument_token,
                 "tradingsymbol": symbol,
                 "exchange": exchange.upper(),
                 "segment": SEGMENTS.get(instrument_token & 0xFF, exchange.upper()),
             }
-            save_instruments(self.store.client, self.store.keys, [row])
+            save_instruments(client, keys, [row])
             self._names = None
+            self._unknown.clear()
         self._registered.add(instrument_token)
 
     def clear(self) -> None:
@@ -192,6 +206,22 @@ class InMemoryCandleStore:
     def get_all_instrument_tokens(self) -> list[int]:
         """Their tokens."""
         return list(self.instrument_symbols)
+
+    def known_of(self, symbols: Sequence[str]) -> list[str]:
+        """Those of the symbols that are known; of many unknown ones one look at all names finds out."""
+        moment = time.monotonic()
+        asked = [symbol for symbol in symbols if not self._is_unknown(symbol, moment)]
+        try:
+            self.store.resolve_all(asked)
+        except UnknownSymbol:
+            parts = [name.upper().partition(":") for name in read_names(self.store.client, self.store.keys)]
+            names = {part for exchange, _, symbol in parts for part in (f"{exchange}:{symbol}", symbol)}
+            for symbol in asked:
+                spelt = ":".join(part.strip() for part in str(symbol).upper().split(":", 1))
+                if not spelt.isdecimal() and spelt not in names:
+                    self._note_unknown(symbol, moment)
+            return [symbol for symbol in asked if self._resolve(None, symbol) is not None]
+        return asked
 
     def has_recent_data(self, max_age_seconds: int = 300) -> bool:
         """Whether a tick came within that time."""
@@ -284,13 +314,27 @@ class InMemoryCandleStore:
             return instrument_token
         if not trading_symbol:
             return None
-        known = self._names and self._names[2].get(trading_symbol)
-        if known is not None:
-            return known
+        moment = time.monotonic()
+        if self._names is not None and moment - self._names[0] <= NAMES_SECONDS:
+            known = self._names[2].get(trading_symbol)
+            if known is not None:
+                return known
+        if self._is_unknown(trading_symbol, moment):
+            return None
         try:
             return self.store.resolve(trading_symbol)[0]
         except UnknownSymbol:
+            self._note_unknown(trading_symbol, moment)
             return None
+
+    def _is_unknown(self, symbol: str, moment: float) -> bool:
+        """Whether it was so lately: to find out takes a look at all names of the master."""
+        return moment - self._unknown.get(symbol, -math.inf) <= NAMES_SECONDS
+
+    def _note_unknown(self, symbol: str, moment: float) -> None:
+        if len(self._unknown) >= UNKNOWN_MAX:
+            self._unknown.clear()
+        self._unknown[symbol] = moment
 
     def _window(
         self,

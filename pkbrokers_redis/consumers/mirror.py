@@ -23,7 +23,7 @@ import redis
 from pkbrokers_redis import logs
 from pkbrokers_redis.consumers.bulk import Bulk, read_bulk
 from pkbrokers_redis.consumers.follow import Follower
-from pkbrokers_redis.consumers.mirror_feed import apply_entries, refresh_currents
+from pkbrokers_redis.consumers.mirror_feed import apply_entries, moved_names, refresh_currents
 from pkbrokers_redis.consumers.mirror_process import Machinery
 from pkbrokers_redis.consumers.mirror_rows import NO_ROWS, MirrorRows
 from pkbrokers_redis.consumers.ring import Floats, Ring
@@ -39,6 +39,7 @@ HOT_SECONDS = 10.0  # a current candle nobody asked for in so long is no longer 
 HOT_A_ROUND = 500  # refreshed at once, so that one mirror costs Redis 2,000 reads a second at most
 CURRENT_SECONDS = 0.5  # how old a current candle may be
 FRESHEN_SECONDS_MAX = 0.5  # how long a read waits for its current candle behind other work
+NAMES_SECONDS = 30.0  # how often the master is asked whether a name has moved to another token
 BYTES_MAX = 2**30  # of rows; 2,000 instruments × 10 intervals × 100 rows take 160 MB
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 5.0  # between tries while Redis is away
 
@@ -167,6 +168,8 @@ class Mirror:
     def add(self, symbols: Iterable[str | int] | None, interval: str, count: int = 100) -> None:
         """Mirror these too, in one bulk read; at least `count` rows are then kept of the whole interval.
 
+        What cannot be added changes nothing.
+
         Raises UnknownSymbol, UnknownInterval, redis-py's errors, and PkbError beyond `bytes_max`.
         """
         name = find_interval(self.store.settings.intervals, interval).name
@@ -176,17 +179,16 @@ class Mirror:
         with now.work:
             if now.follower is None:
                 self._follow(now)
+            there, keep = memory.rings.get(name, {}), memory.keep.get(name, 0)
+            if count > keep:
+                fresh = [*memory.named(there), *named]  # more rows of those that are there
+            else:
+                fresh = [pair for pair in named if pair[0] not in there]
+            self._fill(now, name, fresh, max(count, keep))
             if texts is None:
                 memory.whole.add(name)
             else:
                 memory.tokens.update(zip(texts, (token for token, _ in named), strict=True))
-            there = memory.rings.get(name, {})
-            if count > memory.keep.get(name, 0):
-                memory.keep[name] = count
-                named = [*memory.named(there), *named]  # more rows of those that are there
-            else:
-                named = [pair for pair in named if pair[0] not in there]
-            self._fill(now, name, named)
 
     def poll(self, block_seconds: float = 0.0) -> int:
         """Take in what is new; returns how many announcements. For those who start no thread.
@@ -256,6 +258,9 @@ class Mirror:
                 return len(entries)
             taken = apply_entries(self.store, self.memory, entries)
             self._refresh_hot()
+            if began - now.named_at > NAMES_SECONDS:
+                now.named_at = began
+                self._follow_names(now)
             if has_all:
                 # What was announced before the read began is in it: it ended with nothing behind it.
                 now.complete_at = max(now.complete_at, began)
@@ -275,17 +280,25 @@ class Mirror:
             self.resyncs += 1
             for name, rings in list(self.memory.rings.items()):
                 known = self.store.instruments() if name in self.memory.whole else []
-                self._fill(now, name, [*self.memory.named(rings), *known])
+                self._fill(now, name, [*self.memory.named(rings), *known], self.memory.keep[name])
             now.is_broken = False
             return follower
 
-    def _fill(self, now: Machinery, name: str, named: list[tuple[int, str]]) -> None:
+    def _follow_names(self, now: Machinery) -> None:
+        """Names that the master has given to other tokens: these are mirrored where those were."""
+        moved = moved_names(self.store, self.memory)
+        for name, rings in list(self.memory.rings.items()) if moved else ():
+            fresh = [pair for token, pair in moved.items() if token in rings and pair[0] not in rings]
+            self._fill(now, name, fresh, self.memory.keep[name])
+        self.memory.rename(moved)
+
+    def _fill(self, now: Machinery, name: str, named: list[tuple[int, str]], keep: int) -> None:
         began = time.monotonic()
         instruments = list(dict(named).items())
-        self.memory.check_size(name, {token for token, _ in instruments})
-        bulk = read_bulk(self.store.client, self.store.keys, instruments, name, self.memory.keep[name])
+        self.memory.check_size(name, {token for token, _ in instruments}, keep)
+        bulk = read_bulk(self.store.client, self.store.keys, instruments, name, keep)
         self.store.tally.rows_refused += bulk.rows_refused
-        self.memory.put_all(bulk)
+        self.memory.put_all(bulk, keep)
         now.complete_at = now.complete_at or began
 
     def _interval(self, interval: str) -> str:

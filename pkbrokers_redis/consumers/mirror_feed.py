@@ -1,4 +1,4 @@
-"""What comes into a mirror: announced candles, and the candles that form, in batches."""
+"""What comes into a mirror: announced candles, the candles that form in batches, and names that moved."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pkbrokers_redis.consumers.ring import Floats
 from pkbrokers_redis.consumers.store import CandleStore
 from pkbrokers_redis.core.model import FLAG_NAMES
 from pkbrokers_redis.store.read import parse_candle
+from pkbrokers_redis.store.symbols import read_tokens
 
 RINGS_A_PIPELINE = 500
 TAIL_ROWS = 3  # completed while nobody looked, and not announced yet: at most the grace's worth
@@ -74,6 +75,20 @@ def refresh_currents(store: CandleStore, memory: MirrorRows, wanted: Sequence[tu
                     rolled.append((token, interval))
         if rolled:
             _fetch_tails(store, memory, rolled)
+
+
+def moved_names(store: CandleStore, memory: MirrorRows) -> dict[int, tuple[int, str]]:
+    """Mirrored token → (token, symbol): the other one that the master gives its symbol to by now.
+
+    Raises redis-py's errors.
+    """
+    symbols = dict(memory.symbols)
+    tokens = read_tokens(store.client, store.keys, list(symbols.values()))
+    return {
+        token: (tokens[symbol], symbol)
+        for token, symbol in symbols.items()
+        if tokens.get(symbol, token) != token
+    }
 
 
 def _fetch_tails(store: CandleStore, memory: MirrorRows, rolled: Sequence[tuple[int, str]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 from pkbrokers_redis.consumers.follow import Follower
 
@@ -20,3 +21,4 @@ class Machinery:
         self.thread: threading.Thread | None = None
         self.is_broken = False  # Redis was away since the last fill
         self.complete_at = 0.0  # when we last had everything, monotonic seconds
+        self.named_at = time.monotonic()  # when the master was last asked who has which name

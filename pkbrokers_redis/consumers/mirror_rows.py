@@ -35,7 +35,7 @@ class MirrorRows:
         """Whether `count` rows of it are here, or all there are."""
         token = self.tokens.get(symbol)
         rings = self.rings.get(interval)
-        return rings is not None and token is not None and token in rings and self.keep[interval] >= count
+        return rings is not None and token in rings and self.keep.get(interval, 0) >= count
 
     def ring_of(self, token: int, interval: str, symbol: str = "") -> Ring | None:
         """Where a row of that instrument goes; a new ring where all instruments are wanted."""
@@ -54,14 +54,23 @@ class MirrorRows:
         for name in (token, str(token), symbol, symbol.removeprefix("NSE:")):
             self.tokens.setdefault(name, token)
 
+    def rename(self, moved: dict[int, tuple[int, str]]) -> None:
+        """Symbols go to other instruments; those that had them go by their number from now on."""
+        with self.lock:
+            for name, token in self.tokens.items():
+                if token in moved and not str(name).isdecimal():
+                    self.tokens[name] = moved[token][0]
+            self.symbols.update({token: str(token) for token in moved})
+            for token, symbol in moved.values():
+                self.name(token, symbol)
+
     def named(self, tokens: Iterable[int]) -> list[tuple[int, str]]:
         """`(token, symbol)` of each."""
         return [(token, self.symbols.get(token, str(token))) for token in tokens]
 
-    def put_all(self, bulk: Bulk) -> None:
-        """New rings from a bulk, instead of those that were there."""
-        interval, keep = bulk.interval, self.keep[bulk.interval]
-        offsets = bulk.offsets.tolist()
+    def put_all(self, bulk: Bulk, keep: int) -> None:
+        """New rings of `keep` rows from a bulk, instead of those that were there."""
+        interval, offsets = bulk.interval, bulk.offsets.tolist()
         fresh = {
             token: Ring(keep, bulk.rows[offsets[n] : offsets[n + 1]], bulk.flags[offsets[n] : offsets[n + 1]])
             for n, token in enumerate(bulk.tokens.tolist())
@@ -70,19 +79,20 @@ class MirrorRows:
             for token, symbol in zip(fresh, bulk.symbols, strict=True):
                 self.name(token, symbol)
             self.rings[interval] = {**self.rings.get(interval, {}), **fresh}
+            self.keep[interval] = keep  # after the rows: `has` takes no lock
 
-    def check_size(self, interval: str, fresh: set[int]) -> None:
-        """Raises PkbError if rings of these instruments would exceed the bound."""
+    def check_size(self, interval: str, fresh: set[int], keep: int) -> None:
+        """Raises PkbError if rings of `keep` rows of these instruments would exceed the bound."""
         staying = sum(
             len(ring.rows)
             for name, rings in self.rings.items()
             for token, ring in rings.items()
             if name != interval or token not in fresh
         )
-        wanted = (staying + len(fresh) * self.keep[interval] * 5 // 4) * BYTES_A_ROW
+        wanted = (staying + len(fresh) * keep * 5 // 4) * BYTES_A_ROW
         if wanted > self._bytes_max:
             raise PkbError(
-                f"a mirror of {len(fresh):,} instruments × {self.keep[interval]} rows of {interval} would "
+                f"a mirror of {len(fresh):,} instruments × {keep} rows of {interval} would "
                 f"exceed {self._bytes_max / 2**20:,.0f} MB",
                 "mirror fewer instruments, intervals or rows, or raise bytes_max",
             )

@@ -22,6 +22,8 @@ from pkbrokers_redis.store.read import Tally
 
 NOW = "$"
 BEGINNING = "0"
+REDIS_NUMBERS = 2**64  # both halves of an id, and an ordinal, are below it
+NO_STREAM: Mapping[str, Any] = {"entries-added": 0, "length": 0, "last-generated-id": "0-0"}
 
 Id = tuple[int, int]
 Fields = dict[bytes, bytes]
@@ -46,7 +48,7 @@ class Progress:
     """A reader's marks, the entries it has read and not given out, and what was trimmed before it came.
 
     `pending` is bounded by what one read may return. `missed` is exact once the reader has caught up.
-    `restarts` counts streams that were found made anew.
+    `restarts` counts streams that were found made anew; what such a one has trimmed counts as missed.
     """
 
     def __init__(self, keys: Keys, tokens: Collection[int] | None, position: str | None) -> None:
@@ -86,13 +88,14 @@ class Progress:
 
     def count_missed(self, infos: Mapping[int, Mapping[str, Any]]) -> None:
         """Compare each mark with what its stream has trimmed. Only while nothing is pending."""
-        for shard, info in infos.items():
-            mark = self._marks[shard]
+        for shard in self.shards:
+            mark, info = self._marks[shard], infos.get(shard, NO_STREAM)
             added, length = info["entries-added"], info["length"]
             last = parse_id(info["last-generated-id"])
-            if last < mark.id:
+            if last < mark.id or added < mark.ordinal:
                 # Another stream under the old name: the store was made anew. Read it from its beginning.
                 self.restarts += 1
+                self.missed += added - length
                 self._set(shard, Mark((0, 0), added - length))
                 continue
             # With the last entry read, the ordinal is known; before it, only how far the trimming came.
@@ -150,6 +153,8 @@ def parse_position(text: str | None, shards: int) -> list[Mark]:
     try:
         cells = [tuple(int(cell or "0", 36) for cell in part.split(".")) for part in parts]
         marks = [Mark((ms, sequence), ordinal) for ms, sequence, ordinal in cells]
+        if not all(0 <= number < REDIS_NUMBERS for cell in cells for number in cell):
+            raise ValueError("no numbers of Redis'")
     except ValueError:
         raise PkbError(f"{(text or '')[:40]!r} is no position", "give one that a candle carried") from None
     if len(marks) != shards:
@@ -164,7 +169,7 @@ _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 
 def _base36(number: int) -> str:
-    """Digits and letters, nothing at all for 0."""
+    """Digits and letters of a number from 0 on, nothing at all for 0."""
     digits = ""
     while number:
         number, digit = divmod(number, 36)

@@ -14,7 +14,7 @@ from pkbrokers_redis.consumers import frames
 from pkbrokers_redis.consumers.memory_store import InMemoryCandleStore, get_candle_store
 from pkbrokers_redis.consumers.mirror import Mirror
 from pkbrokers_redis.consumers.tick_processor import TickProcessor
-from pkbrokers_redis.core.errors import UnknownInterval, UnknownSymbol
+from pkbrokers_redis.core.errors import UnknownInterval
 from pkbrokers_redis.core.intervals import DAY, find_interval
 
 if TYPE_CHECKING:
@@ -104,16 +104,5 @@ class HighPerformanceDataProvider:
             return ""
         with self._adding:
             wanted = [symbol for symbol in symbols if not self.mirror.has(symbol, name, count)]
-            try:
-                self.mirror.add(wanted, name, count)
-            except UnknownSymbol:
-                known = [symbol for symbol in wanted if self._exists(symbol)]
-                self.mirror.add(known, name, count)
+            self.mirror.add(self.candle_store.known_of(wanted), name, count)
         return name if len(symbols) > 1 or self.mirror.has(symbols[0], name, count) else ""
-
-    def _exists(self, symbol: str) -> bool:
-        try:
-            self.candle_store.store.resolve(symbol)
-        except UnknownSymbol:
-            return False
-        return True

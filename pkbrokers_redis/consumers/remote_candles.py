@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.consumers.candle_file import CandleFile, set_mark
@@ -46,15 +47,23 @@ _CELLS = ("open", "high", "low", "close", "volume")
 
 
 class RemoteCandles:
-    """The remote half of a LocalCandleDatabase. `clock` is machine time in seconds, for the pauses."""
+    """The remote half of a LocalCandleDatabase. `clock` is machine time in seconds, for the pauses.
+
+    `good` takes records and how many of their cells are keys, and gives those that are candles.
+    """
 
     def __init__(
-        self, file: CandleFile, client: LibsqlClient, clock: Callable[[], float] = time.monotonic
+        self,
+        file: CandleFile,
+        client: LibsqlClient,
+        good: Callable[[Iterable[Sequence[Any]], int], Iterator[list[Any]]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state = "not asked yet"
         self.outbox_dropped = 0
         self._file = file
         self._client = client
+        self._good = good
         self._clock = clock
         self._quiet_until = 0.0
         self._has_schema = False
@@ -145,16 +154,14 @@ class RemoteCandles:
             f"WHERE ({columns}) > ({', '.join('?' * len(position))}) ORDER BY {columns} LIMIT {ROWS_A_PULL}",
             position,
         )
-        good = [
-            row
-            for row in rows
-            if len(row) == len(names) + 6 and all(type(key) is str for key in row[: len(names) + 1])
-        ]
-        if not good:
+        size = len(position) + len(_CELLS)
+        keyed = [row for row in rows if len(row) == size and all(type(key) is str for key in row[:-5])]
+        if not keyed:
             return False
+        taken = [[*cells, row[0]] for row in keyed for cells in self._good([row[1:]], len(names))]
         with self._file.writing() as connection:
-            connection.executemany(_take_over(table), [[*row[1:], row[0]] for row in good])
-            set_mark(connection, mark, "\t".join(str(key) for key in good[-1][: len(position)]))
+            connection.executemany(_take_over(table), taken)
+            set_mark(connection, mark, "\t".join(str(key) for key in keyed[-1][: len(position)]))
         return len(rows) == ROWS_A_PULL
 
 

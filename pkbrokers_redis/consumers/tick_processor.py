@@ -11,6 +11,8 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import redis
+
 from pkbrokers_redis import logs
 from pkbrokers_redis.consumers.memory_store import InMemoryCandleStore, get_candle_store
 from pkbrokers_redis.core.errors import PkbError
@@ -92,20 +94,28 @@ class TickProcessor:
         good = [tick for tick in map(_as_dict, ticks) if tick is not None]
         try:
             taken = self.candle_store.process_ticks_batch(good) if good else 0
-        except PkbError as error:
-            self.stats["errors"] += 1
-            if self._once.first(str(error)):
-                log.error("ticks_refused", why=str(error))
+        except (PkbError, redis.RedisError) as error:
+            self._refuse(error)
             return 0
         self.stats["ticks_processed"] += taken
         return taken
+
+    def _refuse(self, error: Exception) -> None:
+        self.stats["errors"] += 1
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        if self._once.first(why):
+            log.error("ticks_refused", why=why)
 
     def _process_loop(self) -> None:
         while not self._stop_event.is_set() or not self._is_empty():
             some = self._take()
             if some:
                 self.stats["ticks_received"] += len(some)
-                self.process_ticks_batch(some)
+                try:
+                    self.process_ticks_batch(some)
+                except Exception as error:
+                    # A queue holds anybody's objects: whatever these do, the next must still be sent.
+                    self._refuse(error)
             elif self._stop_event.is_set():
                 return
 
@@ -121,8 +131,10 @@ class TickProcessor:
                 some.append(self.data_queue.get_nowait())
         except queue.Empty:
             pass
-        except (OSError, EOFError, ValueError):  # the other side of a multiprocessing queue is gone
-            self.stats["errors"] += 1
+        except (
+            Exception
+        ) as error:  # the other side of a multiprocessing queue is gone, or sent what is unreadable
+            self._refuse(error)
             self._stop_event.wait(WAIT_SECONDS)
         return some
 

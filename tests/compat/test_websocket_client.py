@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import sqlite3
 import threading
 import time
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import redis
 
 from pkbrokers_redis import ZerodhaWebSocketClient
 from pkbrokers_redis.compat.websocket_client import database_row
-from pkbrokers_redis.core.errors import LoginNeeded
+from pkbrokers_redis.core.errors import LoginNeeded, PkbError
 from pkbrokers_redis.kite.parser import DepthEntry, Tick
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market
@@ -114,6 +115,39 @@ def test_a_full_queue_drops_ticks_and_counts_them(kite: Any, monkeypatch: pytest
     wait_until(lambda: ours.dropped > 3, what="ticks to be dropped")
     ours.stop()
     thread.join(timeout=20)
+
+
+def test_a_database_that_raises_ends_no_connection(kite: Any) -> None:
+    class Locked(Database):
+        calls = 0
+
+        def insert_ticks(self, rows: list[dict[str, Any]]) -> None:
+            self.calls += 1
+            if self.calls <= 2:
+                raise sqlite3.OperationalError("database is locked")
+            super().insert_ticks(rows)
+
+    database = Locked()
+    ours = ZerodhaWebSocketClient(
+        "e",
+        "u",
+        token_batches=[kite.market.tokens.tolist()],
+        db_conn=database,
+        settings=load_settings(kite_ws_url=kite.url),
+    )
+    thread = started(ours)
+    wait_until(lambda: database.rows, what="rows after the refused ones")
+    ours.stop()
+    thread.join(timeout=20)
+    assert ours.inserts_failed == 2
+
+
+def test_more_than_a_key_may_stream_is_one_line() -> None:
+    batches = [[n << 8 | 1 for n in range(first, first + 500)] for first in range(1, 9_002, 500)]
+    settings = load_settings(kite_ws_url="ws://127.0.0.1:1")
+    with pytest.raises(PkbError, match=r"9,500 instruments are more than .* \(9,000\): give fewer") as told:
+        ZerodhaWebSocketClient("e", "u", token_batches=batches, settings=settings).start()
+    assert "\n" not in str(told.value)
 
 
 def test_no_session_is_one_line() -> None:

@@ -10,10 +10,17 @@ from typing import Any
 from aiohttp import web
 
 TOKEN = "secret-token"
+BREAKS = {
+    "short": "Content-Length: 5000",
+    "cut chunk": "Transfer-Encoding: chunked",
+    "no gzip": "Content-Encoding: gzip\r\nContent-Length: 5",
+    "stall": "Content-Length: 5000",
+}
 
 
 class FakeLibsql:
-    """`with FakeLibsql() as remote:` its `url`; `mode` is `ok`, `blocked`, `quota`, `garbage` or `broken`."""
+    """`with FakeLibsql() as remote:` its `url`; `mode` is `ok`, `blocked`, `quota`, `garbage`, `broken`,
+    or a way in which its answer breaks off."""
 
     def __init__(self) -> None:
         self.mode = "ok"
@@ -62,7 +69,7 @@ class FakeLibsql:
         await site.start()
         self.port = self._runner.addresses[0][1]
 
-    async def _answer(self, request: web.Request) -> web.Response:
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         self.requests += 1
         if request.headers.get("Authorization") != f"Bearer {TOKEN}":
             return web.json_response({"error": "unauthorized"}, status=401)
@@ -72,10 +79,22 @@ class FakeLibsql:
             return web.Response(text="<html>Bad gateway</html>")
         if self.mode == "broken":
             return web.Response(status=502, text="no")
+        if self.mode in BREAKS:
+            return await self._break_off(request, BREAKS[self.mode])
         told = await request.json()
         return web.json_response(
             {"baton": None, "base_url": None, "results": [self._one(each) for each in told["requests"]]}
         )
+
+    async def _break_off(self, request: web.Request, headers: str) -> web.StreamResponse:
+        """An answer by hand, whose body is not what its headers say."""
+        await request.read()
+        transport = request.transport
+        assert isinstance(transport, asyncio.Transport)
+        transport.write(f"HTTP/1.1 200 OK\r\n{headers}\r\n\r\n".encode() + b"10\r\n{")
+        if self.mode != "stall":
+            transport.close()
+        return web.StreamResponse()
 
     def _one(self, request: dict[str, Any]) -> dict[str, Any]:
         kind = request["type"]

@@ -44,6 +44,18 @@ def test_rows_lie_one_instrument_after_the_other(client: redis.Redis, store: Can
         found.of("SENSEX")
 
 
+@pytest.mark.parametrize("count", [0, -5])
+@pytest.mark.parametrize("include_current", [False, True])
+def test_a_count_below_one_gives_no_rows(
+    client: redis.Redis, store: CandleStore, count: int, include_current: bool
+) -> None:
+    push(client, store.keys, INFY, "5m", [row(OPEN_S + 300 * i, 10 + i) for i in range(4)])
+    client.hset(store.keys.current(INFY), "5m", row(OPEN_S + 1200, 99))
+    found = store.bulk(["INFY", "RELIANCE"], "5m", count, include_current)
+    assert found.symbols == ["NSE:INFY", "NSE:RELIANCE"] and found.offsets.tolist() == [0, 0, 0]
+    assert len(found.rows) == len(found.to_pandas()) == 0
+
+
 def test_a_grid_is_right_aligned(client: redis.Redis, store: CandleStore) -> None:
     push(client, store.keys, INFY, "5m", [row(OPEN_S + 300 * i, 10 + i) for i in range(3)])
     push(client, store.keys, RELIANCE, "5m", [row(OPEN_S + 600, 7)])

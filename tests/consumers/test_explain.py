@@ -120,6 +120,13 @@ def test_unknown_names_are_the_usual_errors(store: CandleStore) -> None:
 
 
 @VALKEY
+@pytest.mark.parametrize("moment", [OPEN_S * 1000, -1, 10**15, 2**63])
+def test_what_is_no_epoch_second_is_one_line(store: CandleStore, moment: int) -> None:
+    with pytest.raises(PkbError, match="no time of a candle: give epoch seconds, not milliseconds"):
+        store.explain("INFY", "1m", moment)
+
+
+@VALKEY
 def test_the_command_prints_it(fed: InMemoryCandleStore, settings: Settings) -> None:
     env = settings_env(settings)
     done = run_pkb("explain", "INFY", "1m", "2026-01-05T09:15:30", env=env)

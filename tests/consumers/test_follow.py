@@ -152,6 +152,22 @@ def test_a_store_made_anew_is_read_from_its_beginning(store: CandleStore) -> Non
     assert numbers(list(store.follow(position=position, block_seconds=0))) == [42]
 
 
+def test_a_store_made_anew_at_a_later_moment_is_read_from_its_beginning_too(store: CandleStore) -> None:
+    for i in range(20):
+        say(store, i)
+    position = [*store.follow(position="0", block_seconds=0)][-1].position
+    stream = store.keys.closed(store.keys.shard_of(INFY))
+    store.client.delete(stream)
+    for i in range(12):
+        say(store, 100 + i)  # with later ids than the position's
+    store.client.xtrim(stream, maxlen=5, approximate=False)
+    follower = store.follow(position=position, block_seconds=0)
+    assert numbers(list(follower)) == [107, 108, 109, 110, 111]
+    assert (follower.missed, follower.restarts) == (7, 1)
+    again = store.follow(position=follower.position, block_seconds=0)
+    assert (list(again), again.missed, again.restarts) == ([], 0, 0)
+
+
 def test_entries_that_hold_no_candle_are_counted_and_passed(store: CandleStore) -> None:
     stream = store.keys.closed(store.keys.shard_of(INFY))
     follower = store.follow(block_seconds=0)
@@ -171,7 +187,11 @@ def test_a_stream_of_another_type_is_named(store: CandleStore) -> None:
         store.last_closed(5)
 
 
-@pytest.mark.parametrize("text", ["", "x", "a.b.c", ";;;;;;;", "1.1.1;2", "!.0.0;" * 8])
+@pytest.mark.parametrize(
+    "text",
+    ["", "x", "a.b.c", ";;;;;;;", "1.1.1;2", "!.0.0;" * 8]
+    + [";".join([part] + ["..0"] * 7) for part in ("-1.0.0", "..-1", ".-z.0", "z" * 30 + "..0")],
+)
 def test_a_position_that_is_none_is_refused(store: CandleStore, text: str) -> None:
     with pytest.raises(PkbError, match="position"):
         store.follow(position=text)
@@ -296,3 +316,37 @@ def test_a_reader_that_keeps_up_looks_for_losses_now_and_then(
         say(store, i)
     store.client.xtrim(store.keys.closed(store.keys.shard_of(INFY)), maxlen=2, approximate=False)
     assert numbers(list(follower)) == [7, 8] and follower.missed == 7
+
+
+def test_an_async_reader_that_keeps_up_looks_for_losses_now_and_then(
+    store: CandleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pkbrokers_redis.consumers.follow_async.CHECK_SECONDS", -1)
+
+    async def follow() -> tuple[list[int], int]:
+        async with store.follow_async(block_seconds=0) as follower:
+            for i in range(9):
+                say(store, i)
+            store.client.xtrim(store.keys.closed(store.keys.shard_of(INFY)), maxlen=2, approximate=False)
+            return numbers([closed async for closed in follower]), follower.missed
+
+    assert asyncio.run(follow()) == ([7, 8], 7)
+
+
+def test_an_async_reader_with_a_read_a_stream_begins_anew_with_a_store_made_anew(
+    store: CandleStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def follow() -> tuple[list[int], int]:
+        async with store.follow_async(block_seconds=0.05) as follower:
+            follower._is_clustered = True
+            for i in range(9):
+                say(store, i)
+            assert [(await anext(follower)).candle.close for _ in range(9)]
+            store.client.delete(store.keys.closed(store.keys.shard_of(INFY)))
+            say(store, 50)
+            assert numbers([closed async for closed in follower]) == [50]  # and its reads go on waiting
+            monkeypatch.setattr("pkbrokers_redis.consumers.follow_async.CHECK_SECONDS", -1)
+            say(store, 51)
+            return numbers([closed async for closed in follower]), follower.restarts
+
+    assert asyncio.run(follow()) == ([50, 51], 1)

@@ -6,6 +6,7 @@ import datetime as dt
 import hashlib
 import http.server
 import json
+import os
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -181,6 +182,29 @@ def test_nobody_has_anything(at: Callable[..., Settings]) -> None:
         assert all(answer.reason for answer in manager.answers if answer.status != "used")
 
 
+@pytest.mark.parametrize(("asked_s", "symbols"), [(AFTER_HOURS, None), (OPEN_S + 23 * 3600, ["INFY"])])
+def test_a_pickle_made_at_noon_is_not_the_day_s_last_word(
+    at: Callable[..., Settings],
+    client: redis.Redis,
+    tmp_path: Path,
+    asked_s: int,
+    symbols: list[str] | None,
+) -> None:
+    settings = at(asked_s)  # that evening, or next morning before the open
+    write_master(client, settings.keys)
+    ensure_meta(client, settings, "2026-01-05T09:00:00+05:30")
+    path = write_pickle(tmp_path, {"INFY": days(1, 2, until=MONDAY)})
+    os.utime(path, (OPEN_S + 3 * 3600,) * 2)
+    push(client, settings.keys, INFY, "day", [row(OPEN_S - 86_400 * 3, 7.0), row(OPEN_S, 9.5)])
+    with InstrumentDataManager(settings, CandleStore(settings, client)) as manager:
+        assert manager.execute(symbols=symbols)
+        assert closes(manager)[-1] == 9.5 and told(manager)["ticks.json"] == "not needed"
+    os.utime(path, (OPEN_S + 7 * 3600,) * 2)
+    with InstrumentDataManager(settings, CandleStore(settings, client)) as manager:
+        assert manager.execute(symbols=symbols)
+        assert closes(manager) == [1, 2] and told(manager)["store"] == "not needed"
+
+
 def test_last_fridays_pickle_is_current_until_mondays_open(
     at: Callable[..., Settings], tmp_path: Path
 ) -> None:
@@ -329,7 +353,7 @@ def test_a_file_that_is_not_the_manifests_is_refused(
 
 
 @pytest.mark.parametrize(
-    "url", ["http://127.0.0.1:1", "http://[", "http://127.0.0.1:1/%zz", "nonsense://x", "/no/such/folder"]
+    "url", ["http://127.0.0.1:1", "http://127.0.0.1:1/%zz", "nonsense://x", "/no/such/folder"]
 )
 def test_a_server_that_is_away_or_no_url_is_a_reason(at: Callable[..., Settings], url: str) -> None:
     with InstrumentDataManager(at(AFTER_HOURS, files_url=url)) as manager:

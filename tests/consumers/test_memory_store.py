@@ -200,27 +200,6 @@ def test_exports_have_upstream_s_shapes(
     assert frame["volume"].dtype == "int64"
 
 
-def test_names_are_registered_once_and_a_master_s_row_is_left_alone(
-    store: InMemoryCandleStore, client: redis.Redis
-) -> None:
-    client.hset(store.store.keys.instrument(INFY), "lot_size", "1")
-    store.register_instrument(INFY, "INFY")
-    assert client.hget(store.store.keys.instrument(INFY), "lot_size") == b"1"
-    store.register_instrument(2953217, "TCS")
-    store.register_instrument(128083204, "BSE:RELIANCE")
-    store.register_instrument(260105, "NIFTY BANK")
-    assert store.store.resolve("TCS") == (2953217, "NSE:TCS")
-    assert store.store.resolve("BSE:RELIANCE") == (128083204, "BSE:RELIANCE")
-    assert store.symbol_to_token["NIFTY BANK"] == 260105 and store.instrument_symbols[2953217] == "TCS"
-    assert {"INFY", "TCS", "BSE:RELIANCE"} <= set(store.get_all_symbols())
-    assert 2953217 in store.get_all_instrument_tokens() and 2953217 in store.instruments
-
-
-def test_a_tick_s_own_symbol_is_registered(store: InMemoryCandleStore, drain: Callable[[], None]) -> None:
-    assert store.process_tick(tick(1, 10, 1, token=2953217, trading_symbol="TCS"))
-    assert store.store.resolve("TCS")[0] == 2953217
-
-
 def test_one_may_reach_into_the_instruments_as_upstream_s_users_do(traded: InMemoryCandleStore) -> None:
     with traded.lock:
         instrument = traded.instruments[INFY]

@@ -180,6 +180,23 @@ def test_a_store_made_anew_is_noticed(store: CandleStore) -> None:
 
 
 @VALKEY
+def test_a_store_that_was_cleared_is_noticed(store: CandleStore) -> None:
+    for number in range(9):
+        close(store, number, 100 + number)
+    mirror = Mirror(store, ["INFY"], ["5m"])
+    gone = store.keys.closed(store.keys.shard_of(INFY)), store.keys.candles(INFY, "5m")
+    store.client.delete(*gone)
+    close(store, 20, 42)  # announced with a later id
+    mirror.poll()
+    mirror._now.follower._progress.checks_due = 1  # type: ignore[union-attr]
+    wait_until(lambda: mirror.poll() >= 0 and prices(mirror) == [42], what="only the new store's row")
+    store.client.delete(*gone)
+    mirror._now.follower._progress.checks_due = 1  # type: ignore[union-attr]
+    wait_until(lambda: mirror.poll() >= 0 and prices(mirror) == [], what="no rows")
+    assert mirror.resyncs == 2
+
+
+@VALKEY
 def test_what_is_no_candle_is_counted_and_costs_nothing_else(store: CandleStore) -> None:
     mirror = Mirror(store, ["INFY"], ["5m"], current_seconds=0)
     stream = store.keys.closed(store.keys.shard_of(INFY))
@@ -215,6 +232,47 @@ def test_its_memory_is_bounded(store: CandleStore) -> None:
         close(store, number, 1)
         mirror.poll()
     assert mirror.size_bytes <= 20 * 64 * 3
+
+
+@VALKEY
+def test_what_cannot_be_added_changes_nothing(store: CandleStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(store.client, store.keys, INFY, "5m", [row(at(n), n + 1) for n in range(9)])
+    mirror = Mirror(store, ["INFY"], ["5m"], count=2, bytes_max=100_000)
+    with pytest.raises(PkbError, match="would exceed"):
+        mirror.add(["INFY"], "5m", 10_000_000)
+    with pytest.raises(PkbError, match="would exceed"):
+        mirror.add(None, "5m", 1_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "client", redis.Redis(port=1))
+        patch.setattr(store, "resolve_all", lambda texts: [(INFY, "NSE:INFY")])
+        with pytest.raises(redis.ConnectionError):
+            mirror.add(["INFY"], "5m", 4)
+    assert prices(mirror) == [8, 9] and not mirror.has("INFY", "5m", 3) and not mirror.memory.whole
+    mirror.add(["RELIANCE"], "5m", 2)
+    mirror._now.is_broken = True
+    mirror.poll()
+    assert mirror.resyncs == 1 and prices(mirror) == [8, 9]
+    mirror.add(["INFY"], "5m", 4)
+    assert prices(mirror) == [6, 7, 8, 9]
+
+
+@VALKEY
+@pytest.mark.parametrize("is_whole", [False, True])
+def test_a_name_that_moves_to_another_token_is_followed(
+    store: CandleStore, monkeypatch: pytest.MonkeyPatch, is_whole: bool
+) -> None:
+    close(store, 0, 10)
+    mirror = Mirror(store, None if is_whole else ["INFY", "infy", INFY], ["5m"])
+    store.client.hset(store.keys.symbols(), "NSE:INFY", 2953217)
+    close(store, 0, 55, token=2953217)
+    mirror.poll()
+    assert prices(mirror) == [10]
+    monkeypatch.setattr("pkbrokers_redis.consumers.mirror.NAMES_SECONDS", -1)
+    mirror.poll()
+    assert prices(mirror) == prices(mirror, "NSE:INFY") == prices(mirror, "infy") == [55]
+    assert prices(mirror, str(INFY)) == [10] and {str(INFY), "NSE:INFY"} <= set(mirror.symbols)
+    close(store, 1, 56, token=2953217)
+    assert mirror.poll() == 1 and prices(mirror) == [55, 56]
 
 
 @VALKEY

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -83,6 +84,23 @@ def test_many_are_one_bulk_read(provider: HighPerformanceDataProvider) -> None:
     for symbol, frame in found.items():
         pd.testing.assert_frame_equal(frame, provider.get_stock_data(symbol, "5m", 3))
     assert provider.get_stocks_data(["INFY"], "7m") == provider.get_stocks_data([], "5m") == {}
+
+
+def test_unknown_symbols_cost_few_looks_at_the_whole_master(
+    provider: HighPerformanceDataProvider, store: CandleStore
+) -> None:
+    def looks() -> int:
+        stats: Any = store.client.info("commandstats")
+        return int(stats.get("cmdstat_hscan", {"calls": 0})["calls"])
+
+    asked = ["INFY", *(f"NOBODY{n}" for n in range(20)), "RELIANCE"]
+    before = looks()
+    assert list(provider.get_stocks_data(asked, "5m")) == ["INFY", "RELIANCE"]
+    after = looks()
+    assert after - before <= 2
+    assert list(provider.get_stocks_data(asked, "5m")) == ["INFY", "RELIANCE"]
+    assert provider.get_stock_data("NOBODY7", "1m").empty and provider.get_current_price("NOBODY7") is None
+    assert looks() == after
 
 
 def test_what_is_not_known_is_an_empty_frame(provider: HighPerformanceDataProvider) -> None:

@@ -14,10 +14,11 @@ import redis
 from pkbrokers_redis.consumers.memory_store import InMemoryCandleStore
 from pkbrokers_redis.consumers.tick_processor import TickProcessor
 from pkbrokers_redis.kite.parser import Tick
-from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.store.read import read_ticks
 from tests.consumers.contract import INFY, OPEN_S, RELIANCE, write_master
 from tests.consumers.feeding import aggregating, tick
-from tests.support import wait_until
+from tests.support import running_server, wait_until
 
 pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
 
@@ -71,6 +72,56 @@ def test_other_messages_are_no_ticks(processor: TickProcessor) -> None:
     assert not processor.process_tick(None) and not processor.process_tick("tick")
     assert processor.process_tick({"instrument_token": INFY, "last_price": 1})
     assert processor.process_ticks_batch([tick(1, 1, 1), tick(2, 2, 2), 5]) == 2
+
+
+def test_what_a_queue_holds_ends_no_thread(processor: TickProcessor) -> None:
+    class Odd:
+        def _asdict(self) -> dict[str, Any]:
+            raise RuntimeError("odd")
+
+    class Queue(queue.Queue[Any]):
+        def get(self, block: bool = True, timeout: float | None = None) -> Any:
+            found = super().get(block, timeout)
+            if found == "unreadable":
+                raise pickle.UnpicklingError(found)
+            return found
+
+    ticks = Queue()
+    processor.set_data_queue(ticks)
+    processor.start()
+    for odd in (Odd(), "unreadable"):
+        ticks.put(odd)
+        wait_until(ticks.empty, what="the odd one to be taken")
+    ticks.put(tick(1, 100, 1000))
+    wait_until(lambda: processor.stats["ticks_processed"] == 1, what="the tick behind them")
+    processor.stop()
+    assert processor.stats["errors"] == 2
+
+
+def test_ticks_and_a_new_name_wait_for_a_redis_that_is_away(
+    server_kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pkbrokers_redis.consumers.tick_input.PAUSE_SECONDS", 0.01)
+    folder, ticks = tmp_path / "server", queue.Queue[Any]()
+    with running_server(folder, "--appendonly", "yes") as port:
+        settings = load_settings(redis_url=f"redis://127.0.0.1:{port}", data_dir=tmp_path / "data")
+        processor = TickProcessor(ticks, candle_store=InMemoryCandleStore(settings=settings))
+        processor.start()
+        ticks.put(tick(0, 1, 1, token=2953217))
+        wait_until(lambda: processor.stats["ticks_processed"] == 1, what="the first tick")
+    for n in (2, 3):
+        ticks.put(tick(n, n, n, token=2953217, trading_symbol="TCS"))
+        wait_until(lambda n=n: processor.stats["ticks_processed"] == n, what="a tick that waits")
+    with running_server(folder, "--appendonly", "yes", "--port", str(port)), redis.Redis(port=port) as client:
+
+        def are_all_sent() -> bool:
+            ticks.put(tick(4, 4, 4, token=2953217, trading_symbol="TCS"))
+            return bool(client.hexists(settings.keys.symbols(), "NSE:TCS"))
+
+        wait_until(are_all_sent, what="the name")
+        processor.stop()
+        prices = [each.last_price for each in read_ticks(client, settings.keys, 2953217, 1_000)]
+        assert prices[:4] == [1, 2, 3, 4] and processor.stats["errors"] == 0
 
 
 def test_exports_write_files_and_say_whether_they_could(
