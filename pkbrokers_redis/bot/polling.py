@@ -62,10 +62,13 @@ class Poller:
                 if self.away_since is not None:
                     log.info("telegram_back")
                     self.away_since = None
-                wait_seconds = FIRST_WAIT_SECONDS
+                offset = self._offset
                 for each in raw if isinstance(raw, list) else [raw]:
                     await self._take(each)
-                continue
+                if self._offset != offset or raw == []:
+                    wait_seconds = FIRST_WAIT_SECONDS
+                if self._offset != offset:
+                    continue  # else nothing was confirmed, and the next answer may come at once
             except RetryAfter as error:
                 after: Any = error.retry_after  # seconds, or a timedelta by a switch of the library's
                 wait_seconds = after.total_seconds() if isinstance(after, timedelta) else float(after)
@@ -97,8 +100,6 @@ class Poller:
         update_id = raw.get("update_id") if isinstance(raw, dict) else None
         if type(update_id) is not int:
             self._refuse(raw)
-            if self._offset == 0:
-                await asyncio.sleep(FIRST_WAIT_SECONDS)  # cannot be confirmed, and will come again
             return
         if not await asyncio.to_thread(self._claim, update_id):
             self.counts["repeated"] += 1

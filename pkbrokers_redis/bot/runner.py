@@ -30,7 +30,7 @@ from pkbrokers_redis.bot.dispatch import Dispatcher
 from pkbrokers_redis.bot.operators import Monitor
 from pkbrokers_redis.bot.polling import LONGEST_WAIT_SECONDS, Poller
 from pkbrokers_redis.bot.registry import commands
-from pkbrokers_redis.bot.sending import make_bot
+from pkbrokers_redis.bot.sending import insist, make_bot
 from pkbrokers_redis.bot.services import Services
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.consumers.store import CandleStore
@@ -106,7 +106,7 @@ class _Runner:
         wait_seconds = 0.5
         while True:
             try:
-                await self._bot.initialize()
+                await insist(self._bot.initialize)
                 return True
             except InvalidToken:
                 # The library's own text holds the token.
@@ -136,7 +136,8 @@ class _Runner:
         reader = await asyncio.to_thread(_reader, settings)
         store = CandleStore(settings, reader)
         loop = asyncio.get_running_loop()
-        outbox = Outbox(self._bot, self._client, settings.keys)
+        access = access_of(settings)
+        outbox = Outbox(self._bot, self._client, settings.keys, access.chats)
         worker = AlertWorker(
             lambda: connect(settings, for_reading=False, socket_timeout_seconds=REDIS_SECONDS_MAX),
             settings,
@@ -146,7 +147,7 @@ class _Runner:
             settings,
             self._client,
             store,
-            access_of(settings),
+            access,
             market_clock(settings),
             AlertBook(self._client, settings.keys),
             ChartPool(),

@@ -3,6 +3,7 @@
 429 RetryAfter   the rate limiter waits as told and sends again (`AIORateLimiter`)
 5xx, no network  tried again here, a few times
 400, 403         the message itself is refused: no other try would help
+200, and no sense in it: TelegramError, as for any other answer that cannot be read
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from telegram.error import BadRequest, NetworkError, TimedOut
+from telegram.error import BadRequest, NetworkError, TelegramError, TimedOut
 from telegram.request import HTTPXRequest
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
@@ -29,6 +30,7 @@ CONNECTIONS_MAX = 32
 CONNECT_SECONDS_MAX = 10.0
 ANSWER_SECONDS_MAX = 30.0  # generous: a request given up may have been carried out
 UPLOAD_SECONDS_MAX = 300.0
+NONSENSE = (AttributeError, LookupError, TypeError, ValueError)  # by the library's readers of answers
 
 
 def may_heal(error: BaseException) -> bool:
@@ -48,7 +50,10 @@ async def insist(request: Callable[[], Awaitable[T]]) -> T:
         reraise=True,
     ):
         with attempt:
-            return await request()
+            try:
+                return await request()
+            except NONSENSE as error:
+                raise TelegramError(f"an answer without sense ({type(error).__name__})") from error
     raise AssertionError("unreachable: the last attempt raises")
 
 

@@ -6,7 +6,8 @@
 
 Speaks what the bot uses: getMe, setMyCommands, getUpdates (long poll; an offset confirms; a second poller
 ends the first one's with 409), sendMessage, editMessageText, sendPhoto, sendDocument (multipart),
-answerCallbackQuery. `misbehave` makes a method fail, refuse by 429, or dawdle.
+answerCallbackQuery. `misbehave` makes a method fail, refuse by 429, or dawdle; `moved` are groups that became
+supergroups (old id → new), messages to `broken` chats fail.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Telegram:
         self.answered: list[dict[str, Any]] = []
         self.commands: list[dict[str, Any]] = []
         self.faults: dict[str, list[Fault]] = {}
+        self.moved: dict[int, int] = {}
+        self.broken: set[int] = set()
         self.conflicts = 0
         self._updates: list[Any] = []
         self._next_update, self._next_message = 700, 1
@@ -240,6 +243,12 @@ class Telegram:
         return list(self._updates[:100])
 
     async def _sendMessage(self, fields: dict[str, Any]) -> Any:  # noqa: N802
+        chat_id = int(fields["chat_id"])
+        if chat_id in self.moved:
+            more = {"parameters": {"migrate_to_chat_id": self.moved[chat_id]}}
+            return self._refuse(400, "Bad Request: group chat was upgraded to a supergroup chat", **more)
+        if chat_id in self.broken:
+            return self._refuse(500, "Internal Server Error")
         return self._note("sendMessage", fields, fields["text"])
 
     async def _editMessageText(self, fields: dict[str, Any]) -> Any:  # noqa: N802

@@ -226,6 +226,20 @@ def test_the_quote_is_the_first_tick_of_an_alert() -> None:
     assert watch_of(alert("volume", 5), volume).tick(100, 60, NAN, NAN, T0 + 1000)
 
 
+def test_a_quote_without_a_trade_time_is_a_first_tick_of_its_receipt() -> None:
+    received = {"received_at": "2026-01-05T09:15:00.250+05:30"}
+    for more in ({"mode": "ltp"}, {"mode": "quote", "volume": 5}, {"last_trade_time": None, "volume": 5}):
+        state = first_state(alert("above", 100), {"last_price": 99.0, **received, **more}, [])
+        assert watch_of(alert("above", 100), state).tick(100, 6, NAN, NAN, T0 + 300), more
+
+
+@pytest.mark.parametrize("stated", ["2027-02-09T10:00:00+05:30", "2500-01-01T00:00:00+05:30"])
+def test_a_quote_of_the_future_is_a_first_tick_of_its_receipt(stated: str) -> None:
+    quote = {"last_price": 99.0, "last_trade_time": stated, "received_at": "2026-01-05T09:15:00.250+05:30"}
+    state = first_state(alert("above", 100), quote, [])
+    assert watch_of(alert("above", 100), state).tick(100, 6, NAN, NAN, T0 + 300)
+
+
 def test_a_state_of_a_foreign_hand_begins_anew() -> None:
     for state in ([1], [1, 2], ["x", "y", 1, 2], [None, None, None], [1, 2, "a"]):
         for kind in ("above", "move", "volume", "high"):

@@ -29,14 +29,14 @@ T0 = 1_767_584_700_000
 ticks_sent = itertools.count(1)
 
 
-def tick(client: redis.Redis, settings: Settings, price: float, token: int = INFY) -> None:
-    """One frame with one tick, a second after the one before."""
+def tick(client: redis.Redis, settings: Settings, price: float, token: int = INFY, ahead_ms: int = 0) -> None:
+    """One frame with one tick, a second after the one before, and half a second before it is received."""
     n = next(ticks_sent)
-    row = [token, price, 1, n, None, None, None, None, T0 + n * 1000]
+    row = [token, price, 1, n, None, None, None, None, T0 + n * 1000 + ahead_ms]
     fields: dict[Any, Any] = {
         "src": "t",
         "seq": n,
-        "at": int(time.time() * 1000),
+        "at": T0 + n * 1000 + 500,
         "n": 1,
         "ticks": json.dumps([row]),
     }
@@ -184,6 +184,21 @@ def test_a_restart_neither_repeats_nor_loses_a_crossing(client: redis.Redis, bot
     assert ["102.00" in text for text in outbox(client, bot_settings)] == [False, True]
 
 
+def test_a_trade_time_in_the_future_mutes_nothing(client: redis.Redis, bot_settings: Settings) -> None:
+    """It counts as of its receipt, and as such it is remembered."""
+    number = add(client, bot_settings, "above", 100).id
+    with Reader(bot_settings):
+        for price, ahead_ms in ((99.0, 0), (98.0, 400 * 86_400_000), (101.0, 0)):
+            tick(client, bot_settings, price, ahead_ms=ahead_ms)
+        wait_until(lambda: len(outbox(client, bot_settings)) == 1)
+        tick(client, bot_settings, 97.0, ahead_ms=400 * 86_400_000)
+        wait_until(lambda: armed(client, bot_settings, number)[2], what="armed to be kept")
+    with Reader(bot_settings):
+        tick(client, bot_settings, 102.0)
+        wait_until(lambda: len(outbox(client, bot_settings)) == 2)
+    assert ["102.00" in text for text in outbox(client, bot_settings)] == [False, True]
+
+
 def test_what_was_read_and_not_committed_is_read_again_with_the_same_result(
     client: redis.Redis, bot_settings: Settings
 ) -> None:
@@ -296,6 +311,9 @@ def test_rubbish_in_the_streams_and_in_the_hashes_costs_only_itself(
         tick(client, bot_settings, 99.0)
         client.xadd(keys.ticks(keys.shard_of(INFY)), {"hello": "world"})
         client.xadd(keys.ticks(keys.shard_of(INFY)), {"src": "t", "seq": 1, "ticks": "[[408065,1],[408065"})
+        for price, time_ms in ((99, "null"), ("null", T0 + 999_000), (0, T0 + 999_000), (99, 2**52)):
+            row = f"[[{INFY},{price},1,999,null,null,null,null,{time_ms}]]"
+            client.xadd(keys.ticks(keys.shard_of(INFY)), {"src": "t", "seq": 1, "ticks": row})
         tick(client, bot_settings, 101.0)
         wait_until(lambda: worker.counts["alerts_fired"])
         assert worker.counts["odd_entries"] == 1

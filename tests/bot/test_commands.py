@@ -188,15 +188,24 @@ def test_a_watch_edits_itself_and_stops(
     assert last.message_id == message.message_id and not last.buttons
 
 
+def test_a_watch_that_cannot_begin_says_so(
+    running: None, telegram: Telegram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pkbrokers_redis.bot.services.BACKGROUND_MAX", 0)
+    message = telegram.ask(BOB, "/watch INFY")
+    last = telegram.wait(lambda m: "try again in a minute" in m.text)
+    assert last.message_id == message.message_id and not last.buttons
+
+
 # --- files
 
 
-def put_file(settings: Settings, name: str, kind: str, content: bytes) -> None:
-    """A snapshot as `pkb snapshot` leaves it: the file and its entry in the manifest."""
+def put_file(settings: Settings, name: str, kind: str, content: bytes, made_at: str = "") -> None:
+    """A snapshot as `pkb snapshot` leaves it, by default now: the file and its entry in the manifest."""
     path = settings.files_folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
-    now = datetime.now(UTC).isoformat()
+    now = made_at or datetime.now(UTC).isoformat()
     digest = hashlib.sha256(content).hexdigest()
     update_manifest(settings.files_folder, {name: Entry(digest, len(content), 7, 1, "", "", now, kind)})
 

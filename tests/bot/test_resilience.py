@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import redis
+from telegram import Update
+from telegram.ext import ExtBot
 
+from pkbrokers_redis.bot.polling import Poller
 from pkbrokers_redis.bot.runner import bot
 from pkbrokers_redis.core.errors import SettingsError
 from pkbrokers_redis.settings import Settings
@@ -69,6 +73,51 @@ def test_polling_survives_what_telegram_does(running: None, telegram: Telegram) 
     assert "market" in telegram.ask(BOB, "/start").text
 
 
+class OddApi:
+    """Answers getUpdates at once, as told; then Over."""
+
+    class Over(Exception): ...
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = list(answers)
+
+    async def do_api_request(self, *_: Any, **__: Any) -> Any:
+        if not self.answers:
+            raise self.Over
+        return self.answers.pop(0)
+
+
+def test_an_answer_that_confirms_nothing_is_waited_for(
+    client: redis.Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    async def take(_: Update) -> None: ...
+
+    update = {"update_id": 700}
+    odd = OddApi([update], {"x": 1}, [5], [[]], [], [update], [{"update_id": 701}], [{"update_id": True}])
+    monkeypatch.setattr("pkbrokers_redis.bot.polling.asyncio.sleep", sleep)
+    poller = Poller(cast("ExtBot[Any]", odd), client, settings.keys, take)
+    with pytest.raises(OddApi.Over):
+        asyncio.run(poller.run())
+    first, second, third, nothing, again, none = waits
+    assert first < second < third and again > nothing == none == first
+    assert poller.counts == {"updates": 2, "malformed": 4, "repeated": 1}
+
+
+def test_an_answer_without_sense_costs_only_its_message(running: None, telegram: Telegram) -> None:
+    for body in ('{"ok": true}', '{"ok": true, "result": 5}', '{"ok": true, "result": []}', "[]"):
+        telegram.misbehave("sendMessage", body=body)
+        telegram.say(BOB, "/start")
+        wait_until(lambda: not telegram.faults.get("sendMessage"), what="the senseless answer")
+        telegram.ask(ALICE, "/start")
+    assert "market" in telegram.ask(BOB, "/start").text
+    assert len(telegram.messages(BOB)) == 1
+
+
 def test_an_answer_survives_5xx_and_429(running: None, telegram: Telegram) -> None:
     telegram.misbehave("sendMessage", status=500)
     telegram.misbehave("sendMessage", status=429, retry_after=1)
@@ -110,6 +159,7 @@ def test_the_process_says_no_token_in_one_line(bot_settings: Settings) -> None:
 
 def test_telegram_that_is_away_at_the_start_is_waited_for(bot_settings: Settings, telegram: Telegram) -> None:
     telegram.misbehave("getMe", status=502, times=2)
+    telegram.misbehave("getMe", body="{}")
     with running_bot(bot_settings):
         assert "market" in telegram.ask(BOB, "/start").text
 

@@ -90,6 +90,8 @@ def test_an_unknown_symbol_is_404_with_the_nearest_names(web: Web) -> None:
         assert answer.json["symbol"] == "INFI" and "NSE:INFY" in answer.json["nearest"]
 
 
+REST = ";..0" * 7  # of a store with eight shards
+POSITIONS_THAT_CANNOT_BE = ["-1.0.0" + REST, "0.-1.0" + REST, "0.0.-1" + REST, "z" * 30 + ".0.0" + REST]
 CANNOT_BE = [
     "/api/candles/INFY/7m",
     "/api/candles/INFY/5m?count=0",
@@ -105,6 +107,7 @@ CANNOT_BE = [
     "/api/closed?intervals=7m",
     "/api/closed?position=nonsense",
     "/api/closed?position=1.2.3",
+    *(f"/api/closed?position={position}" for position in POSITIONS_THAT_CANNOT_BE),
 ]
 
 
@@ -117,7 +120,10 @@ def test_what_cannot_be_is_400_in_one_line(web: Web) -> None:
 
 
 def test_the_position_of_a_follower_is_checked_before_the_stream_begins(web: Web) -> None:
-    assert web.get("/api/closed", **{"Last-Event-ID": "zzz"}).status == 400
+    for position in ("zzz", *POSITIONS_THAT_CANNOT_BE):
+        answer = web.get("/api/closed", **{"Last-Event-ID": position})
+        assert answer.status == 400, position
+        assert "is no position" in answer.json["error"] and "\n" not in answer.json["error"]
 
 
 def test_unknown_paths_and_other_methods_are_refused(web: Web) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 from pkbrokers_redis.bot.alerts.model import Alert, Kind
 from pkbrokers_redis.bot.text import count, money, percent
 from pkbrokers_redis.core.india import IST_MS
+from pkbrokers_redis.core.tables import FUTURE_MAX_MS, TIME_MAX_MS, TIME_MIN_MS
 
 MINUTE_MS = 60_000
 DAY_MS = 86_400_000
@@ -222,7 +223,7 @@ def first_state(alert: Alert, quote: dict[str, Any], minutes: Sequence[float]) -
     """
     price, volume = quote.get("last_price"), quote.get("volume") or 0
     time_ms = _time_of(quote)
-    if not isinstance(price, float) or not isinstance(volume, int) or time_ms <= 0:
+    if not isinstance(price, float) or not isinstance(volume, int) or not time_ms:
         return []
     watch = watch_of(alert)
     high, low = (
@@ -236,14 +237,28 @@ def first_state(alert: Alert, quote: dict[str, Any], minutes: Sequence[float]) -
     return cells
 
 
+def trade_time(time_ms: float, at_ms: float) -> float:
+    """The time a tick counts for, as the aggregator has it: its receipt's where its own is still to come."""
+    return at_ms if at_ms >= TIME_MIN_MS and time_ms > at_ms + FUTURE_MAX_MS else time_ms
+
+
 def _time_of(quote: dict[str, Any]) -> float:
-    """When the quote's trade was, as the tick rows have it: an index has no last trade. 0: unknown."""
-    for name in ("last_trade_time", "exchange_time"):
-        try:
-            return datetime.fromisoformat(str(quote.get(name))).timestamp() * 1000
-        except (ValueError, OverflowError, OSError):
-            continue
-    return 0.0
+    """When the quote's trade was, as the tick rows have it. 0: unknown.
+
+    An index has no last trade, and modes `ltp` and `quote` only the time of their receipt.
+    """
+    received = _milliseconds(quote.get("received_at"))
+    stated = _milliseconds(quote.get("last_trade_time")) or _milliseconds(quote.get("exchange_time"))
+    return trade_time(stated or received, received)
+
+
+def _milliseconds(text: Any) -> float:
+    """Epoch ms of an ISO text; 0 for what is no time of a tick."""
+    try:
+        time_ms = datetime.fromisoformat(str(text)).timestamp() * 1000
+    except (ValueError, OverflowError, OSError):
+        return 0.0
+    return time_ms if TIME_MIN_MS <= time_ms < TIME_MAX_MS else 0.0
 
 
 def _day(time_ms: float) -> int:

@@ -22,8 +22,9 @@ from pkbrokers_redis.bot.alerts.book import AlertBook
 from pkbrokers_redis.bot.alerts.commit import Picture, Told, commit, load_armed, load_picture
 from pkbrokers_redis.bot.alerts.feed import FeedWatch
 from pkbrokers_redis.bot.alerts.model import Alert
-from pkbrokers_redis.bot.alerts.rules import Watch, watch_of
+from pkbrokers_redis.bot.alerts.rules import Watch, trade_time, watch_of
 from pkbrokers_redis.bot.text import clock_time, escape
+from pkbrokers_redis.core.candles import is_bad
 from pkbrokers_redis.core.errors import PkbError
 from pkbrokers_redis.core.keys import Keys
 from pkbrokers_redis.core.model import AT_MS, DAY_HIGH, DAY_LOW, LAST_PRICE, TIME_MS, TOKEN, VOLUME, TickArray
@@ -62,6 +63,7 @@ class AlertWorker:
         self._connect, self._settings, self._keys = connect, settings, settings.keys
         self._on_fired, self._monotonic = on_fired, monotonic
         self.counts = {"alert_ticks": 0, "alerts_fired": 0, "odd_entries": 0, "odd_rows": 0}
+        self._by_wall_clock = settings.clock == "wall"  # else a tick's own time is believed
         self._odd = logs.Once()
         self._decoder = EntryDecoder(self.counts, self._tell_odd)
         self._feed = FeedWatch(settings, monotonic)
@@ -172,16 +174,19 @@ class AlertWorker:
         return told
 
     def _ask(self, ticks: TickArray, state: _State) -> list[Told]:
-        """Ticks → what fired."""
+        """Ticks → what fired. One that the aggregator would not take fires nothing and is not remembered."""
         places = np.searchsorted(state.tokens, ticks[:, TOKEN])
         places[places == len(state.tokens)] = 0
-        mine = state.tokens[places] == ticks[:, TOKEN]
+        mine = np.flatnonzero(state.tokens[places] == ticks[:, TOKEN])
+        mine = mine[np.array([not is_bad(tick) for tick in ticks[mine]], bool)]
         rows = ticks[mine][:, COLUMNS].tolist()
         self.counts["alert_ticks"] += len(rows)
         told: list[Told] = []
         for place, (price, volume, high, low, time_ms, at_ms) in zip(
             places[mine].tolist(), rows, strict=True
         ):
+            if self._by_wall_clock:
+                time_ms = trade_time(time_ms, at_ms)
             for watch in state.watches[place]:
                 what = watch.tick(price, volume, high, low, time_ms)
                 if what is not None and watch.alert.id not in state.gone:

@@ -32,7 +32,9 @@ async def watch(ask: Ask) -> None:
     tokens = await ask.read(resolve_words, ask.services.store, ask.words)
     text = await _text(ask, tokens)
     message = await ask.reply(text, STOP)
-    ask.services.start(f"watch {ask.chat_id} {message.message_id}", _follow(ask, tokens, message, text))
+    name = f"watch {ask.chat_id} {message.message_id}"
+    if not ask.services.start(name, _follow(ask, tokens, message, text)):
+        await ask.edit(message, f"{text}\n\n<i>not watched: too much runs here, try again in a minute</i>")
 
 
 async def _text(ask: Ask, tokens: list[tuple[int, str]]) -> str:

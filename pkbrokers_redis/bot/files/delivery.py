@@ -10,14 +10,16 @@ from contextlib import ExitStack
 from telegram import Message
 from telegram.constants import ParseMode
 
-from pkbrokers_redis.bot.alerts.feed import FeedWatch
+from pkbrokers_redis.bot.alerts.feed import EQUITY_TOKEN
 from pkbrokers_redis.bot.ask import Ask
 from pkbrokers_redis.bot.files.making import make
 from pkbrokers_redis.bot.files.parcel import Parcel, packed
-from pkbrokers_redis.bot.files.shelf import KINDS, Found, Kind, is_fresh, newest
+from pkbrokers_redis.bot.files.shelf import KINDS, Found, Kind, Market, is_fresh, market_at, newest
 from pkbrokers_redis.bot.sending import insist
 from pkbrokers_redis.bot.text import count, day_time, duration, escape, size
 from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.store.master import load_derivative_tokens
 
 PROGRESS_EVERY_SECONDS = 3.0  # an edit each: Telegram allows a chat about one a second
 
@@ -43,8 +45,8 @@ async def deliver(ask: Ask, name: str) -> None:
 async def _find(ask: Ask, kind: Kind, progress: Message) -> Found:
     folder = ask.services.settings.files_folder
     found = await ask.read(newest, folder, kind)
-    is_open = await ask.read(lambda: FeedWatch(ask.services.settings, time.monotonic).open_seconds() > 0)
-    if found is not None and is_fresh(found, kind, ask.services.market() / 1000, is_open):
+    now_s = ask.services.market() / 1000
+    if found is not None and is_fresh(found, kind, now_s, await ask.read(_market, ask, now_s)):
         return found
     began = time.monotonic()
     making = asyncio.create_task(make(ask.services.settings, kind.snapshot))
@@ -65,6 +67,16 @@ async def _find(ask: Ask, kind: Kind, progress: Message) -> Found:
     if found is None:
         raise NoFile(f"there is no {kind.title} yet", "try again once candles have been made (/status)")
     return found
+
+
+def _market(ask: Ask, now_s: float) -> Market:
+    """The market of all instruments of which there were ticks; NSE's hours before any."""
+    settings, store = ask.services.settings, ask.services.store
+    sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
+    derivatives = load_derivative_tokens(store.client, store.keys)
+    tokens = store.tokens_seen() or {EQUITY_TOKEN}
+    schedules = {sessions.schedule_of(token, token in derivatives) for token in tokens}
+    return market_at(sessions, schedules, now_s)
 
 
 async def _send(ask: Ask, kind: Kind, found: Found, parcel: Parcel, progress: Message) -> None:

@@ -5,11 +5,16 @@ Only looks, and believes the manifest only: `pkb snapshot` writes it last, so th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import NamedTuple
 
 from pkbrokers_redis.consumers.files.manifest import read_manifest
+from pkbrokers_redis.core.sessions import Sessions
+from pkbrokers_redis.jobs.schedule import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +37,16 @@ KINDS: dict[str, Kind] = {
     "candles": Kind("candles", "parquet", ("parquet/*.parquet",), 900, is_folder=True),
     "instrument_history": Kind("instrument_history.db", "sqlite", ("stock_data.db",), 3600),
 }
-AGE_SECONDS_MAX_CLOSED = 12 * 3600.0  # outside market hours nothing changes
+AGE_SECONDS_MAX_CLOSED = 12 * 3600.0  # outside market hours little changes
+LOOK_BACK_DAYS = 30  # no exchange closes longer
+CLOSING_SECONDS = 60.0  # after a close: until its candles are whole, and what was begun before is written
+
+
+class Market(NamedTuple):
+    """Whether anything that is streamed trades, and when that last ended: epoch seconds, 0 for not lately."""
+
+    is_open: bool
+    closed_at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +83,22 @@ def newest(folder: Path, kind: Kind) -> Found | None:
     )
 
 
-def is_fresh(found: Found | None, kind: Kind, now_s: float, market_is_open: bool) -> bool:
-    """Whether it can be sent as it is."""
+def market_at(sessions: Sessions, schedules: Iterable[int], now_s: float) -> Market:
+    """The market of these trading hours at a moment."""
+    plan, now_ms = Plan(sessions, schedules), int(now_s * 1000)
+    today = sessions.date_of(now_ms)
+    is_open = any(opened <= now_ms < closed for opened, closed in plan.windows(today))
+    for days in range(LOOK_BACK_DAYS):
+        ended = [closed for _, closed in plan.windows(today - timedelta(days)) if closed <= now_ms]
+        if ended:
+            return Market(is_open, ended[-1] / 1000)
+    return Market(is_open, 0.0)
+
+
+def is_fresh(found: Found | None, kind: Kind, now_s: float, market: Market) -> bool:
+    """Whether it can be sent as it is: in market hours a young one, after them one from after the close."""
     if found is None:
         return False
-    limit = kind.age_seconds_max if market_is_open else AGE_SECONDS_MAX_CLOSED
-    return now_s - found.made_at <= limit
+    if market.is_open:
+        return now_s - found.made_at <= kind.age_seconds_max
+    return found.made_at >= max(market.closed_at + CLOSING_SECONDS, now_s - AGE_SECONDS_MAX_CLOSED)
