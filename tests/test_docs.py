@@ -99,6 +99,7 @@ def test_every_key_the_code_can_build_is_in_the_table() -> None:
         keys.login_lock(),
         keys.master(),
         keys.derivatives(),
+        keys.expired(),
         keys.watch(),
         keys.limit("history"),
         keys.job("J"),
