@@ -79,8 +79,10 @@ def measure(kind: str, url: str, folder: str, shift: str, told: Any) -> None:
         found = snapshot(kind, run=run)
         cpu = time.process_time() - cpu
         again = snapshot(kind, run=run)["seconds"]
-    size = sum((Path(folder) / name).stat().st_size for name in set(found["files"]))
-    rows = sum(found["files"].values())
+    # A pickle has two names.
+    files = {(Path(folder) / name).stat().st_ino: name for name in found["files"]}
+    size = sum((Path(folder) / name).stat().st_size for name in files.values())
+    rows = sum(found["files"][name] for name in files.values())
     figures = (
         f"{found['seconds']:.2f}",
         f"{cpu:.2f}",
