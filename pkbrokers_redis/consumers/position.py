@@ -48,7 +48,8 @@ class Progress:
     """A reader's marks, the entries it has read and not given out, and what was trimmed before it came.
 
     `pending` is bounded by what one read may return. `missed` is exact once the reader has caught up.
-    `restarts` counts streams that were found made anew; what such a one has trimmed counts as missed.
+    `restarts` counts streams that were found made anew and are read from their beginning; what such a one has
+    trimmed counts as missed.
     """
 
     def __init__(self, keys: Keys, tokens: Collection[int] | None, position: str | None) -> None:
@@ -92,16 +93,19 @@ class Progress:
             mark, info = self._marks[shard], infos.get(shard, NO_STREAM)
             added, length = info["entries-added"], info["length"]
             last = parse_id(info["last-generated-id"])
-            if last < mark.id or added < mark.ordinal:
-                # Another stream under the old name: the store was made anew. Read it from its beginning.
+            first = info.get("first-entry")
+            # Fewer entries than we have seen, all of them later: the store was made anew. Where older ones are
+            # left, a failover lost some.
+            is_another = first is not None and added < mark.ordinal and parse_id(first[0]) > mark.id
+            if is_another or last < mark.id:
                 self.restarts += 1
-                self.missed += added - length
+                self.missed += added - length if is_another else 0
                 self._set(shard, Mark((0, 0), added - length))
                 continue
             # With the last entry read, the ordinal is known; before it, only how far the trimming came.
             lost = (added if last == mark.id else added - length) - mark.ordinal
-            if lost > 0:
-                self.missed += lost
+            if lost > 0 or last == mark.id:
+                self.missed += max(lost, 0)
                 self._set(shard, Mark(mark.id, mark.ordinal + lost))
 
     def take(self, batches: list[tuple[bytes, list[Any]]], entries_a_read: int) -> bool:
