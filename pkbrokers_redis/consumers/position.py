@@ -94,8 +94,8 @@ class Progress:
             added, length = info["entries-added"], info["length"]
             last = parse_id(info["last-generated-id"])
             first = info.get("first-entry")
-            # Fewer entries than we have seen, all of them later: the store was made anew. Where older ones are
-            # left, a failover lost some.
+            # Fewer entries than we have seen, all of them later: the store was made anew. Where older ones
+            # are left, a failover lost some.
             is_another = first is not None and added < mark.ordinal and parse_id(first[0]) > mark.id
             if is_another or last < mark.id:
                 self.restarts += 1
