@@ -68,6 +68,7 @@ class Progress:
             [Mark() for _ in range(keys.shards)] if self.is_fresh else parse_position(position, keys.shards)
         )
         self._parts = [str(mark) for mark in self._marks]
+        self._looked = [mark.id for mark in self._marks]  # where each was at the last look at its stream
 
     @property
     def position(self) -> str:
@@ -94,9 +95,10 @@ class Progress:
             added, length = info["entries-added"], info["length"]
             last = parse_id(info["last-generated-id"])
             first = info.get("first-entry")
-            # Fewer entries than we have seen, all of them later: the store was made anew. Where older ones
-            # are left, a failover lost some.
-            is_another = first is not None and added < mark.ordinal and parse_id(first[0]) > mark.id
+            looked, self._looked[shard] = self._looked[shard], mark.id
+            # Fewer entries than we have seen, all of them later than the last look: the store was made anew.
+            # Where older ones are left, a failover lost some.
+            is_another = first is not None and added < mark.ordinal and parse_id(first[0]) > looked
             if is_another or last < mark.id:
                 self.restarts += 1
                 self.missed += added - length if is_another else 0
@@ -141,7 +143,7 @@ class Progress:
         return popped
 
     def _set(self, shard: int, mark: Mark) -> None:
-        self._marks[shard] = mark
+        self._marks[shard], self._looked[shard] = mark, mark.id
         self._parts[shard] = str(mark)
 
 
