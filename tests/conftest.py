@@ -7,6 +7,7 @@ neither starts no server. One kind only: `@pytest.mark.parametrize("server_kind"
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -45,6 +46,9 @@ warm_up(DEFAULT_INTERVALS)
 
 def pytest_configure(config: pytest.Config) -> None:
     """Compile the kernels once, before three processes would: a rehearsal's clock does not wait for them."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # As a shell's background job has it, and so would all commands that tests start and interrupt.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     is_first = not hasattr(config, "workerinput")  # xdist's processes have one
     if is_first and compiled.folder and not any(Path(compiled.folder).rglob("*.nbi")):
         subprocess.run([sys.executable, "-c", WARM_UP], cwd=REPOSITORY, check=False)

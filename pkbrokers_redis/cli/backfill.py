@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-from collections.abc import Iterator
 from datetime import date
 from typing import Annotated, Any
 
 import typer
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.cli.bar import bar
 from pkbrokers_redis.cli.output import AsJson, dump, note, say_enqueued
 from pkbrokers_redis.core.errors import SettingsError
 from pkbrokers_redis.core.jobs import job_id
 from pkbrokers_redis.jobs.backfill import kept_interval, repair_day
 from pkbrokers_redis.jobs.desk import Desk, open_desk
-from pkbrokers_redis.jobs.progress import Listener, read_progress
+from pkbrokers_redis.jobs.progress import read_progress
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.queue import enqueue, open_queue
 from pkbrokers_redis.store.symbols import resolve_all
@@ -65,7 +63,7 @@ def backfill(
         before = read_progress(desk.client, desk.keys, job_id("repair_day", arguments))
         if before is not None:
             note(f"going on where an earlier run ended: {before[0]:,} of {before[1]:,} instruments are done")
-        with _bar(len(tokens), hidden=as_json) as listener:
+        with bar(hidden=as_json) as listener:
             found = repair_day(**arguments, desk=desk, listener=listener, seconds_max=None)
     if as_json:
         print(dump({"day": arguments["day"], "interval": interval, "dry_run": dry_run, **found}))
@@ -92,21 +90,6 @@ def _date(desk: Desk, token: int, text: str) -> date:
         return date.fromisoformat(text)
     except ValueError:
         raise SettingsError(f"--day {text!r} is no date", "write it as 2026-11-20") from None
-
-
-@contextlib.contextmanager
-def _bar(total: int, *, hidden: bool) -> Iterator[Listener | None]:
-    """A progress bar on a terminal; nothing elsewhere."""
-    if hidden or not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("instruments"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done, all_, _part: bar.update(task, completed=done, total=all_)
 
 
 def _summary(found: dict[str, Any], day: str, interval: str, dry_run: bool) -> str:

@@ -48,24 +48,8 @@ def send_gap(
     """
     if not to_ms > from_ms:
         return 0
-    of_shard: dict[int, list[int]] = {}
-    for token in tokens:
-        of_shard.setdefault(keys.shard_of(token), []).append(int(token))
-    pipeline = client.pipeline(transaction=False)
-    entries = 0
-    for shard, group in of_shard.items():
-        for first in range(0, len(group), TOKENS_MAX):
-            fields = {
-                "kind": "gap",
-                "from": int(from_ms),
-                "to": int(to_ms),
-                "tokens": msgspec.json.encode(group[first : first + TOKENS_MAX]),
-                "why": why,
-            }
-            pipeline.xadd(keys.repairs(shard), fields, maxlen=ENTRIES_MAX, approximate=True)  # type: ignore[arg-type]
-            entries += 1
-    pipeline.execute()
-    return entries
+    span = {"from": int(from_ms), "to": int(to_ms)}
+    return _send_tokens(client, keys, tokens, TOKENS_MAX, {"kind": "gap", **span, "why": why})
 
 
 def send_forget(client: redis.Redis, keys: Keys, tokens: Iterable[int], why: str) -> int:
@@ -73,16 +57,22 @@ def send_forget(client: redis.Redis, keys: Keys, tokens: Iterable[int], why: str
 
     Their next ticks are a first sight. Twice is as once. Raises redis' errors.
     """
+    return _send_tokens(client, keys, tokens, FORGET_MAX, {"kind": "forget", "why": why})
+
+
+def _send_tokens(
+    client: redis.Redis, keys: Keys, tokens: Iterable[int], most: int, fields: Mapping[str, Any]
+) -> int:
+    """Entries with these fields and at most so many tokens each; returns how many were written."""
     of_shard: dict[int, list[int]] = {}
     for token in tokens:
         of_shard.setdefault(keys.shard_of(token), []).append(int(token))
     pipeline = client.pipeline(transaction=False)
     entries = 0
     for shard, group in of_shard.items():
-        for first in range(0, len(group), FORGET_MAX):
-            text = msgspec.json.encode(group[first : first + FORGET_MAX])
-            fields = {"kind": "forget", "tokens": text, "why": why}
-            pipeline.xadd(keys.repairs(shard), fields, maxlen=ENTRIES_MAX, approximate=True)  # type: ignore[arg-type]
+        for first in range(0, len(group), most):
+            told: Any = {**fields, "tokens": msgspec.json.encode(group[first : first + most])}
+            pipeline.xadd(keys.repairs(shard), told, maxlen=ENTRIES_MAX, approximate=True)
             entries += 1
     pipeline.execute()
     return entries

@@ -80,3 +80,4 @@ def test_the_last_of_a_full_outbox_does_not_wait_for_all_others(
     put(client, bot_settings, BOB, "for Bob")
     with running_bot(bot_settings):
         telegram.wait(lambda m: m.chat_id == BOB and m.text == "for Bob")
+    assert not telegram.messages(GROUP)
