@@ -60,6 +60,12 @@ class Settings(BaseSettings):
     embedded_server: str = Field(
         "valkey", description="`valkey` (shipped), `redis` (redis-server 7 on PATH), or a path to a binary"
     )
+    embedded_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="embedded server: TCP port on 127.0.0.1, with a password; 0 takes any; unset: no TCP",
+    )
     compact: bool = Field(False, description="embedded server: smaller lists, 1.7-2 times slower bulk reads")
     stream_retention_seconds: float = Field(
         120, gt=0, allow_inf_nan=False, description="age at which applied ticks are trimmed"

@@ -1,14 +1,19 @@
 // Closed candles in Node, with nothing installed: `node follow.mjs redis://127.0.0.1:6379 1m,5m`
+// A unix socket, as the embedded server has it: `node follow.mjs unix:///path/to/pkb.sock 1m,5m`
 //
 // Redis speaks RESP over a socket: a command is an array of strings, a reply says its type with its first byte.
 // With the `redis` package from npm the same is `client.xRead(streams, { BLOCK: 1000, COUNT: 500 })`.
 
 import net from "node:net";
 
-const url = new URL(process.argv[2] ?? process.env.PKB_REDIS_URL ?? "redis://127.0.0.1:6379");
+const place = process.argv[2] ?? process.env.PKB_REDIS_URL ?? "redis://127.0.0.1:6379";
+// `unix://:password@/path` is no URL to Node, which wants a host behind a password.
+const url = new URL(place.replace(/^unix:\/\/([^/@]*@)?\//, "unix://$1localhost/"));
 const wanted = process.argv[3]?.split(",");
 const prefix = process.env.PKB_PREFIX ?? "pkb";
-const socket = net.connect(Number(url.port || 6379), url.hostname);
+const socket = url.protocol === "unix:"
+  ? net.connect(decodeURIComponent(url.pathname))
+  : net.connect(Number(url.port || 6379), url.hostname);
 
 let unread = Buffer.alloc(0);
 let waiting;

@@ -21,7 +21,9 @@ def key(
         token, name = store.resolve(symbol)
         keys, interval = store.keys, store.intervals[0]
         shard = keys.shard_of(token)
-        options, _ = cli_arguments(store.client)
+        options, secrets = cli_arguments(store.client)
+        # The lines show no password. Where one is needed, `pkb redis-cli` knows it.
+        program = ["pkb", "redis-cli"] if secrets else ["redis-cli", *options]
         names = {
             "instrument": keys.instrument(token),
             "quote": keys.quote(token),
@@ -40,7 +42,7 @@ def key(
             ("the newest frame of its shard", ["XREVRANGE", keys.ticks(shard), "+", "-", "COUNT", "1"]),
             ("candles as they close", ["XREAD", "BLOCK", "0", "STREAMS", keys.closed(shard), "$"]),
         ]
-    lines = [(what, shlex.join(["redis-cli", *options, *words])) for what, words in examples]
+    lines = [(what, shlex.join([*program, *words])) for what, words in examples]
     if as_json:
         document: dict[str, Any] = {"token": token, "symbol": name, "shard": shard, "keys": names}
         print(dump({**document, "examples": [line for _, line in lines]}))

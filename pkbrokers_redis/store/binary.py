@@ -17,7 +17,7 @@ VERSION_SECONDS_MAX = 10.0
 
 
 def server_options(folder: Path, socket_path: Path, *, compact: bool) -> list[str]:
-    """Server arguments; the keeper adds the port."""
+    """Return the server's arguments. The keeper adds the port; `bind` counts only where there is one."""
     listpack_size, compress_depth = ("24", "1") if compact else ("-2", "0")
     options = {
         "bind": "127.0.0.1",

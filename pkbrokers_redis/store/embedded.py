@@ -8,6 +8,9 @@ by all, stopped when the last one has gone, however it went. Its data stays. `ke
         pkb.sock                 0700; in a 0700 folder of the temp dir where this path would be too long
         server.json, server.log  what runs here, and what it said
         *.lock                   see keeper.py
+
+Other users of the machine reach every port of 127.0.0.1, so the server listens on its socket only. With
+`PKB_EMBEDDED_PORT` it listens on TCP too, and then asks every client for the password in server.json (0600).
 """
 
 from __future__ import annotations
@@ -22,11 +25,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
 
+from pkbrokers_redis import logs
 from pkbrokers_redis.core.errors import RedisUnavailable
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import keeper
@@ -36,6 +40,9 @@ LINGER_SECONDS = 1.0  # how long the server outlives its last user
 SILENCE_SECONDS_MAX = 30.0  # a starting server that does not even say LOADING for so long is given up
 ATTACH_SECONDS_MAX = 600.0  # the whole wait, for a server that loads many gigabytes
 SOCKET_PATH_BYTES_MAX = 100  # sun_path holds 104 (macOS) or 108 (Linux), the final NUL included
+STOP_TRIES_MAX = 3  # the keeper holds users.lock for an instant ten times a second
+
+log = logs.get("store")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +50,27 @@ class EmbeddedInfo:
     """A running embedded server."""
 
     pid: int
-    tcp_port: int
+    tcp_port: int  # 0: no TCP
     socket_path: Path
     kind: str
+    password: str = field(default="", repr=False)  # empty: the server has none
 
     @property
     def url(self) -> str:
-        """For redis-py; for redis-cli use `-s <socket_path>` or `-p <tcp_port>`."""
-        return f"unix://{quote(str(self.socket_path))}"
+        """Return the URL for redis-py, with the password. `pkb redis-cli` opens a shell."""
+        login = f":{quote(self.password, safe='')}@" if self.password else ""
+        return f"unix://{login}{quote(str(self.socket_path))}"
+
+    @property
+    def is_open_to_all(self) -> bool:
+        """Whether other users of the machine get in: earlier releases had a port without a password."""
+        return self.tcp_port != 0 and not self.password
+
+    def listens_as(self, port: int | None) -> bool:
+        """Whether the server listens as `PKB_EMBEDDED_PORT` states."""
+        if port is None:
+            return self.tcp_port == 0
+        return bool(self.password) and self.tcp_port != 0 and port in (0, self.tcp_port)
 
 
 class EmbeddedServer:
@@ -71,7 +91,12 @@ class EmbeddedServer:
 
     @property
     def tcp_port(self) -> int:
+        """The port on 127.0.0.1; 0 is no TCP."""
         return self.info.tcp_port
+
+    @property
+    def password(self) -> str:
+        return self.info.password
 
     @property
     def pid(self) -> int:
@@ -111,12 +136,13 @@ def reader_data_dir(settings: Settings) -> tuple[Path, bool]:
 def running(data_dir: Path) -> EmbeddedInfo | None:
     """The embedded server of that folder where one answers; starts none and holds none."""
     found = keeper.read_server_file(store_folder(data_dir))
-    if found is None:
+    if found is None or not found["pid"]:
         return None
-    reply = keeper.ask(found["socket_path"], b"PING")
-    if not reply or reply.startswith(b"-LOADING"):
+    if not keeper.answers(keeper.ask(found["socket_path"], b"PING", found["password"])):
         return None
-    return EmbeddedInfo(found["pid"], found["tcp_port"], Path(found["socket_path"]), found["kind"])
+    return EmbeddedInfo(
+        found["pid"], found["tcp_port"], Path(found["socket_path"]), found["kind"], found["password"]
+    )
 
 
 def attach(
@@ -124,8 +150,11 @@ def attach(
 ) -> EmbeddedServer:
     """Use the embedded server, and start it where none runs.
 
-    Raises RedisUnavailable when it cannot start (no binary, no right to the folder, broken data) and
-    RedisUnsuitable when the chosen binary is a Redis before 7.
+    A running server that nobody uses is restarted where `PKB_EMBEDDED_PORT` has changed. One in use is
+    taken as it is, with a warning.
+
+    Raises RedisUnavailable when it cannot start (no binary, no right to the folder, broken data) or when it
+    runs with a port and no password, and RedisUnsuitable when the chosen binary is a Redis before 7.
     """
     data_dir = data_dir or settings.data_dir
     folder = store_folder(data_dir)
@@ -154,12 +183,15 @@ def _attach_locked(
     try:
         # One at a time; and with users.lock shared no keeper is stopping its server, nor will begin to.
         _lock_within(start_lock, fcntl.LOCK_EX, deadline, folder)
+        _stop_if_unused(settings, data_dir, users_lock)
         _lock_within(users_lock, fcntl.LOCK_SH, deadline, folder)
         reattached = True
         silent_since = time.monotonic()
         while True:
             info = running(data_dir)
             if info is not None:
+                if reattached:
+                    _check_port(settings, info, folder)
                 return info, reattached
             if keeper.try_lock(keeper_lock, fcntl.LOCK_SH):
                 fcntl.flock(keeper_lock, fcntl.LOCK_UN)
@@ -179,6 +211,35 @@ def _attach_locked(
         os.close(keeper_lock)
 
 
+def _stop_if_unused(settings: Settings, data_dir: Path, users_lock: int) -> None:
+    """End a server that nobody uses and that listens otherwise than stated. May leave `users_lock` locked."""
+    info = running(data_dir)
+    if info is None or info.listens_as(settings.embedded_port):
+        return
+    for _ in range(STOP_TRIES_MAX):
+        if keeper.try_lock(users_lock, fcntl.LOCK_EX):
+            keeper.ask(str(info.socket_path), b"SHUTDOWN", info.password)
+            return
+        time.sleep(0.005)
+
+
+def _check_port(settings: Settings, info: EmbeddedInfo, folder: Path) -> None:
+    """Refuse a server that other users of the machine can use; warn of one that listens otherwise."""
+    if info.is_open_to_all:
+        raise RedisUnavailable(
+            f"the embedded server in {folder} has a TCP port and no password (an earlier release's)",
+            f"stop the programs that use it, or run `kill {info.pid}`; then start again",
+        )
+    if not info.listens_as(settings.embedded_port):
+        stated = "unset" if settings.embedded_port is None else settings.embedded_port
+        actual = f"listens on port {info.tcp_port}" if info.tcp_port else "has no TCP port"
+        log.warning(
+            "embedded_port_not_applied",
+            reason=f"PKB_EMBEDDED_PORT is {stated}, the running server {actual}",
+            hint="stop all programs that use it, then start again",
+        )
+
+
 def _lock_within(descriptor: int, operation: int, deadline: float, folder: Path) -> None:
     while not keeper.try_lock(descriptor, operation):
         if time.monotonic() > deadline:
@@ -196,6 +257,7 @@ def _launch(settings: Settings, folder: Path, linger_seconds: float, deadline: f
         binary=str(find_binary(settings.embedded_server)),
         kind=settings.embedded_server,
         socket_path=str(socket_path),
+        tcp_port=settings.embedded_port,
         options=server_options(folder, socket_path, compact=settings.compact),
         linger_seconds=linger_seconds,
     )
@@ -236,6 +298,8 @@ def _failure(reason: str, folder: Path) -> RedisUnavailable:
     if "base.rdb: make a backup" in reason or "RDB format version" in reason or "Wrong signature" in reason:
         reason = "its data is damaged, or was written by another kind of server"
         mend = f"correct PKB_EMBEDDED_SERVER, or move {folder} away"
+    if reason.startswith("TCP port"):
+        mend = "choose another PKB_EMBEDDED_PORT, or 0 for any that is free"
     return RedisUnavailable(f"the embedded server did not start ({reason or 'it said nothing'})", mend)
 
 

@@ -29,6 +29,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -45,26 +46,32 @@ ORPHAN_SECONDS_MAX = 20.0  # how long a server without its keeper may take to en
 CRASHES_MAX = 5  # restarts within CRASH_WINDOW_SECONDS; then there is no point in another
 CRASH_WINDOW_SECONDS = 60.0
 PORT_TRIES_MAX = 5
+REPLY_BYTES_MAX = 1024  # of what `ask` reads
 LOG_BYTES_MAX = 4 << 20  # at a start a longer server.log becomes server.log.1
 
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
+# What `secrets.token_urlsafe(32)` makes: safe in a configuration line, an inline command and a URL.
+_password = re.compile(r"[A-Za-z0-9_-]{43}")
+
 
 class Plan(TypedDict):
-    """What to run; `embedded.attach` writes it, as JSON in argv."""
+    """What to run; `embedded.attach` writes it, as JSON in argv. It holds no secret: `ps` shows it."""
 
     binary: str
     kind: str
     socket_path: str
+    tcp_port: int | None  # None: no TCP. 0: any free port
     options: list[str]
     linger_seconds: float
 
 
 class ServerFile(TypedDict):
-    """`server.json`. Only a hint: the truth is who holds the locks and who answers on the socket."""
+    """`server.json`, mode 0600. A hint: the truth is who holds the locks and who answers on the socket."""
 
-    pid: int
-    tcp_port: int
+    pid: int  # 0 while the server starts
+    tcp_port: int  # 0: no TCP
+    password: str  # empty without TCP; earlier releases had none with TCP either
     socket_path: str
     kind: str
 
@@ -83,29 +90,46 @@ def open_lock(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
-def ask(socket_path: str, command: bytes, timeout_seconds: float = 1.0) -> bytes:
-    """The first line a server answers to an inline command; empty when there is none to answer."""
+def ask(socket_path: str, command: bytes, password: str = "", timeout_seconds: float = 1.0) -> bytes:
+    """Return the first line of a server's reply to an inline command; empty when no server answers."""
+    commands = [f"AUTH {password}".encode(), command] if password else [command]
+    reply = b""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_seconds)
         try:
             connection.connect(socket_path)
-            connection.sendall(command + b"\r\n")
-            return connection.recv(512).partition(b"\r\n")[0]
+            connection.sendall(b"".join(each + b"\r\n" for each in commands))
+            while reply.count(b"\r\n") < len(commands) and len(reply) < REPLY_BYTES_MAX:
+                chunk = connection.recv(REPLY_BYTES_MAX)
+                if not chunk:
+                    break
+                reply += chunk
         except OSError:
             return b""
+    lines = reply.split(b"\r\n")
+    return lines[len(commands) - 1] if len(lines) >= len(commands) else b""
+
+
+def answers(reply: bytes) -> bool:
+    """Whether a reply to PING comes from a server that takes our commands."""
+    return bool(reply) and not reply.startswith((b"-LOADING", b"-NOAUTH"))
 
 
 def read_server_file(folder: Path) -> ServerFile | None:
     """What `server.json` says, or None when it is absent, torn or not ours."""
     try:
         found = json.loads((folder / "server.json").read_bytes())
+        password = str(found.get("password", ""))
+        if password and not _password.fullmatch(password):
+            return None
         return ServerFile(
             pid=int(found["pid"]),
             tcp_port=int(found["tcp_port"]),
+            password=password,
             socket_path=str(found["socket_path"]),
             kind=str(found["kind"]),
         )
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
@@ -118,6 +142,7 @@ class Keeper:
         self.log_path = folder / "server.log"
         self.end_asked = False
         self.port = 0  # of the last run, once read; kept where it is free
+        self.password = ""  # stays the same while anybody may hold it
         self.users_lock = open_lock(folder / "users.lock")
         self.keeper_lock = open_lock(folder / "keeper.lock")
         self.server_lock = open_lock(folder / "server.lock")
@@ -130,6 +155,7 @@ class Keeper:
         if not self._end_orphan():
             self._report("failed", "a server from an earlier run does not end")
             return 1
+        self.password = "" if self.plan["tcp_port"] is None else self._password()
         self._cap_log()
         try:
             return self._keep()
@@ -159,24 +185,32 @@ class Keeper:
         while not try_lock(self.server_lock, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 return False
-            ask(self.plan["socket_path"], b"SHUTDOWN")
+            last = read_server_file(self.folder)
+            ask(self.plan["socket_path"], b"SHUTDOWN", last["password"] if last else "")
             time.sleep(0.01)
         return True
+
+    def _password(self) -> str:
+        """Return the last run's password, so that a client that reconnects still has the right one."""
+        import secrets  # its import takes longer than the rest of a start without TCP
+
+        last = read_server_file(self.folder)
+        return (last["password"] if last else "") or secrets.token_urlsafe(32)
 
     def _start(self) -> subprocess.Popen[bytes] | None:
         """A server that answers, or None after `failed` has been reported (or nobody waits any more)."""
         for _ in range(PORT_TRIES_MAX):
             log_offset = self.log_path.stat().st_size if self.log_path.exists() else 0
-            port = self._free_port()
-            # Before the server can answer: nobody may take an earlier one's pid for this one's.
-            (self.folder / "server.json").unlink(missing_ok=True)
+            self.port = self._choose_port()
+            # Before the server can answer: nobody may take an earlier one's pid for this one's, and
+            # whoever has to end this server, should we be killed, needs its password.
+            self._write_server_file(0)
             try:
-                server = self._spawn(port)
+                server = self._spawn()
             except OSError as error:
                 self._report("failed", f"cannot run {self.plan['binary']}: {error.strerror}")
                 return None
             if self._wait_until_ready(server):
-                self.port = port
                 self._write_server_file(server.pid)
                 self._report("ready", "")
                 return server
@@ -184,10 +218,13 @@ class Keeper:
             if "ddress already in use" not in complaint and "Failed listening" not in complaint:
                 self._report("failed", complaint)
                 return None
+            if self.plan["tcp_port"]:
+                self._report("failed", f"TCP port {self.port} on 127.0.0.1 is in use")
+                return None
         self._report("failed", "no free TCP port on 127.0.0.1")
         return None
 
-    def _spawn(self, port: int) -> subprocess.Popen[bytes]:
+    def _spawn(self) -> subprocess.Popen[bytes]:
         keeper_pid = os.getpid()
 
         def in_the_child() -> None:
@@ -195,23 +232,28 @@ class Keeper:
             if os.getppid() != keeper_pid:  # killed between fork and prctl: no signal would ever come
                 os._exit(1)
 
+        # `-`: the configuration comes from stdin. Arguments can be read in `ps` by everybody.
         with self.log_path.open("ab") as log:
-            return subprocess.Popen(
-                [self.plan["binary"], "--port", str(port), *self.plan["options"]],
-                stdin=subprocess.DEVNULL,
+            server = subprocess.Popen(
+                [self.plan["binary"], "-", "--port", str(self.port), *self.plan["options"]],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
                 cwd=self.folder,
                 pass_fds=(self.server_lock,),
                 preexec_fn=in_the_child,  # safe: this process has one thread
             )
+        assert server.stdin is not None  # noqa: S101  stdin=PIPE
+        with contextlib.suppress(BrokenPipeError), server.stdin as configuration:  # it has ended already
+            configuration.write(f"requirepass {self.password}\n".encode() if self.password else b"")
+        return server
 
     def _wait_until_ready(self, server: subprocess.Popen[bytes]) -> bool:
         """True when it answers. A server that loads a long AOF is waited for while anyone waits with us."""
         reported = 0.0
         while server.poll() is None:
-            reply = ask(self.plan["socket_path"], b"PING")
-            if reply and not reply.startswith(b"-LOADING"):
+            reply = ask(self.plan["socket_path"], b"PING", self.password)
+            if answers(reply):
                 return True
             now = time.monotonic()
             if reply and now - reported > 1:
@@ -255,8 +297,13 @@ class Keeper:
             server.wait()
         return 0
 
-    def _free_port(self) -> int:
-        """The port of the last run where it is free, so that a redis-cli in a shell's history still works."""
+    def _choose_port(self) -> int:
+        """Return the port to listen on; 0 is no TCP.
+
+        For "any free port" the last run's is preferred: a redis-cli in a shell's history still works.
+        """
+        if self.plan["tcp_port"] is None or self.plan["tcp_port"]:
+            return self.plan["tcp_port"] or 0
         last = read_server_file(self.folder)
         for port in (self.port or (last["tcp_port"] if last else 0), 0):
             with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
@@ -268,10 +315,17 @@ class Keeper:
 
     def _write_server_file(self, pid: int) -> None:
         content = ServerFile(
-            pid=pid, tcp_port=self.port, socket_path=self.plan["socket_path"], kind=self.plan["kind"]
+            pid=pid,
+            tcp_port=self.port,
+            password=self.password,
+            socket_path=self.plan["socket_path"],
+            kind=self.plan["kind"],
         )
         fresh = self.folder / "server.json.new"
-        fresh.write_text(json.dumps(content) + "\n")
+        fresh.unlink(missing_ok=True)  # a leftover would keep its mode
+        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(descriptor, "w", encoding="utf-8") as file:  # noqa: PTH123  a descriptor
+            file.write(json.dumps(content) + "\n")
         fresh.replace(self.folder / "server.json")
 
     def _complaint(self, log_offset: int) -> str:

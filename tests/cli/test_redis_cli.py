@@ -14,7 +14,9 @@ from pkbrokers_redis.cli import redis_cli
 from pkbrokers_redis.cli.redis_cli import cli_arguments
 from pkbrokers_redis.cli.redis_shell import pretty, raw
 from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.embedded import attach
+from pkbrokers_redis.store.meta import ensure_meta
 from tests.cli.conftest import Pkb
 from tests.consumers.contract import INFY, OPEN_S, push, row
 
@@ -68,6 +70,19 @@ def test_the_embedded_server_is_reached_too(pkb: Pkb, either_shell: str) -> None
     with attach(load_settings()):
         assert pkb("redis-cli", "SET", "a", "1").out == "OK\n"
         assert pkb("redis-cli", "GET", "a").out == "1\n"
+
+
+def test_the_embedded_servers_password_is_found_and_not_shown(
+    pkb: Pkb, monkeypatch: pytest.MonkeyPatch, either_shell: str
+) -> None:
+    monkeypatch.setenv("PKB_EMBEDDED_PORT", "0")
+    with attach(load_settings()) as server, connect(load_settings()) as client:
+        assert pkb("redis-cli", "SET", "a", "1").out == "OK\n"
+        ensure_meta(client, load_settings(), "2026-01-05T09:00:00+05:30")
+        for words in (["key", "408065"], ["config"]):
+            ended = pkb(*words)
+            assert ended.code == 0 and server.password not in ended.out + ended.err
+        assert "pkb redis-cli LRANGE" in pkb("key", "408065").out
 
 
 def test_a_password_goes_by_the_environment_not_by_arguments() -> None:

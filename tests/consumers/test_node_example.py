@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
@@ -18,9 +19,16 @@ EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "examples" / "follow.mj
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")
-def test_the_node_example_follows_closed_candles(tmp_path: Path) -> None:
-    with running_server(tmp_path / "server", "--requirepass", "p@ss") as port:
-        url = f"redis://:p%40ss@127.0.0.1:{port}"
+@pytest.mark.parametrize(
+    "form",
+    ["redis://:p%40ss@127.0.0.1:{port}", "unix://:p%40ss@{path}", "unix://{path}"],
+    ids=["tcp", "socket-password", "socket"],
+)
+def test_the_node_example_follows_closed_candles(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "a socket"
+    options = ["--unixsocket", str(path), *(["--requirepass", "p@ss"] if "@" in form else [])]
+    with running_server(tmp_path / "server", *options) as port:
+        url = form.format(port=port, path=quote(str(path)))
         settings = load_settings(redis_url=url, data_dir=tmp_path, shards=3)
         client = connect(settings)
         ensure_meta(client, settings, "2026-01-05T09:00:00+05:30")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import signal
@@ -100,14 +101,30 @@ def user_process(data_dir: Path) -> Iterator[tuple[int, int, bool]]:
         yield process.pid, int(server_pid), reattached == "True"
 
 
-def test_it_answers_on_a_private_socket_and_on_loopback(use: Attach, server_kind: str) -> None:
+def listening_on(server: EmbeddedServer) -> list[tuple[str, int]]:
+    """The TCP addresses that the server's process listens on."""
+    return [
+        tuple(each.laddr)
+        for each in psutil.Process(server.pid).net_connections("inet")
+        if each.status == psutil.CONN_LISTEN
+    ]
+
+
+def as_an_earlier_release(server: EmbeddedServer) -> None:
+    """Make a server with a TCP port what earlier releases started: one without a password."""
+    with client_of(server) as client:
+        client.config_set("requirepass", "")
+    path = server.socket_path.parent / "server.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "password"}))
+
+
+def test_it_answers_on_a_private_socket_only(use: Attach, server_kind: str) -> None:
     server = use(embedded_server=server_kind)
     with client_of(server) as client:
         assert client.ping()
-        bound = client.config_get("bind")["bind"].split()
-    with redis.Redis(port=server.tcp_port) as over_tcp:
-        assert over_tcp.info("server")["process_id"] == server.pid
-    assert bound == ["127.0.0.1"]
+        assert client.config_get("port") == {"port": "0"}
+    assert listening_on(server) == []
+    assert (server.tcp_port, server.password) == (0, "")
     assert not server.reattached
     assert stat.S_IMODE(server.socket_path.stat().st_mode) == 0o700
     assert stat.S_IMODE(server.socket_path.parent.stat().st_mode) == 0o700
@@ -181,7 +198,117 @@ def test_the_data_stays_between_runs(use: Attach, server_kind: str) -> None:
     with client_of(again) as client:
         assert client.llen("kept") == 1000
     assert not again.reattached
-    assert again.tcp_port == server.tcp_port
+
+
+def test_tcp_where_it_is_asked_for_wants_the_password(use: Attach, server_kind: str) -> None:
+    server = use(embedded_server=server_kind, embedded_port=0)
+    assert listening_on(server) == [("127.0.0.1", server.tcp_port)]
+    with redis.Redis(port=server.tcp_port) as client, pytest.raises(redis.AuthenticationError):
+        client.ping()
+    bare = redis.Redis(unix_socket_path=str(server.socket_path))
+    with bare as client, pytest.raises(redis.AuthenticationError):
+        client.ping()
+    with redis.Redis(port=server.tcp_port, password=server.password) as client:
+        assert client.info("server")["process_id"] == server.pid
+    with client_of(server) as client:
+        assert client.ping()
+    assert use(embedded_server=server_kind, embedded_port=0).reattached
+
+
+def test_the_password_is_in_a_private_file_and_on_no_command_line(use: Attach) -> None:
+    server = use(embedded_port=0)
+    path = server.socket_path.parent / "server.json"
+    assert len(server.password) == 43
+    assert json.loads(path.read_text())["password"] == server.password
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for process in (psutil.Process(server.pid), keeper_of(server)):
+        assert not any(server.password in word for word in process.cmdline())
+    assert server.password not in repr(server.info)
+    assert server.password not in (path.parent / "server.log").read_text()
+
+
+def test_a_leftover_of_server_json_lends_it_no_mode(use: Attach, data_dir: Path) -> None:
+    folder = store_folder(data_dir)
+    folder.mkdir(parents=True)
+    (folder / "server.json.new").touch(0o666)
+    use(embedded_port=0)
+    assert stat.S_IMODE((folder / "server.json").stat().st_mode) == 0o600
+
+
+def test_a_client_with_the_password_survives_the_end_of_server_and_keeper(use: Attach) -> None:
+    server = use(embedded_port=0)
+    os.kill(server.pid, signal.SIGKILL)
+
+    def new_pid() -> int:
+        with contextlib.suppress(redis.ConnectionError), client_of(server) as client:
+            return int(client.info("server")["process_id"])
+        return 0
+
+    assert wait_until(new_pid, what="the restarted server") != server.pid
+    second = use(embedded_port=0)
+    keeper_of(second).kill()
+    gone(second.pid)
+    third = use(embedded_port=0)
+    assert (third.password, third.tcp_port) == (server.password, server.tcp_port)
+    with client_of(server) as client:
+        assert client.ping()
+
+
+def test_an_orphan_with_a_password_is_ended_by_a_keeper_without(use: Attach, data_dir: Path) -> None:
+    server = use(embedded_port=0)
+    keeper, orphan = keeper_of(server), psutil.Process(server.pid)
+    orphan.suspend()  # SIGTERM by PDEATHSIG waits
+    keeper.kill()
+    gone(keeper.pid)
+    successor = threading.Thread(target=use)
+    successor.start()
+    wait_until(lambda: keepers_in(data_dir), what="the successor's keeper")
+    orphan.resume()
+    successor.join()
+    assert listening_on(use()) == []
+
+
+def test_a_fixed_port_is_taken_or_refused_in_one_line(use: Attach) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = int(taken.getsockname()[1])
+        error = refusal(use, embedded_port=port)
+    assert str(port) in str(error) and "PKB_EMBEDDED_PORT" in error.mend
+    assert use(embedded_port=port).tcp_port == port
+
+
+def test_a_server_in_use_keeps_its_port_and_the_difference_is_one_line(
+    use: Attach, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = use()
+    assert use(embedded_port=0).pid == server.pid
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "embedded_port_not_applied" in line and "has no TCP port" in line
+    assert listening_on(server) == []
+
+
+def test_a_server_that_only_lingers_is_restarted_for_another_port(data_dir: Path) -> None:
+    with attach(load_settings(data_dir=data_dir), linger_seconds=600) as first:
+        pass
+    with attach(load_settings(data_dir=data_dir, embedded_port=0), linger_seconds=0) as second:
+        assert second.pid != first.pid and second.tcp_port and not second.reattached
+    gone(second.pid)
+
+
+def test_an_open_server_of_an_earlier_release_is_refused_while_it_is_used(use: Attach) -> None:
+    server = use(embedded_port=0)
+    as_an_earlier_release(server)
+    for port in (None, 0, server.tcp_port):
+        assert f"kill {server.pid}" in refusal(use, embedded_port=port).mend
+
+
+def test_an_open_server_of_an_earlier_release_that_lingers_is_restarted(use: Attach, data_dir: Path) -> None:
+    with attach(load_settings(data_dir=data_dir, embedded_port=0), linger_seconds=600) as old:
+        as_an_earlier_release(old)
+    server = use()
+    assert server.pid != old.pid
+    assert listening_on(server) == []
 
 
 def test_looking_starts_nothing_and_holds_nothing(use: Attach, data_dir: Path) -> None:
@@ -322,6 +449,7 @@ def test_whoever_attaches_while_it_stops_gets_one_that_stays(use: Attach) -> Non
         b'{"pid": "x"}',
         b'{"pid": OUR_PID, "tcp_port": 1, "socket_path": "/nowhere", "kind": "valkey"}',
         b'{"pid": 1, "tcp_port": 99999999, "socket_path": "", "kind": ""}',
+        b'{"pid": 1, "tcp_port": 1, "password": "x y\\n", "socket_path": "", "kind": ""}',
     ],
 )
 def test_leftovers_of_another_life_are_in_nobodys_way(
@@ -343,14 +471,14 @@ def test_leftovers_of_another_life_are_in_nobodys_way(
 
 
 def test_the_last_port_is_left_to_whoever_has_it_now(use: Attach) -> None:
-    server = use()
+    server = use(embedded_port=0)
     server.close()
     gone(server.pid)
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", server.tcp_port))
         taken.listen()
-        assert use().tcp_port != server.tcp_port
+        assert use(embedded_port=0).tcp_port not in (0, server.tcp_port)
 
 
 def test_a_torn_end_of_the_append_only_file_costs_no_more_than_the_end(use: Attach, data_dir: Path) -> None:
