@@ -38,7 +38,8 @@ def test_a_dead_worker_is_told_once_and_that_another_lives(
     with running_bot(bot_settings):
         told = telegram.wait(lambda m: "no worker reads Kite" in m.text)
         assert told.chat_id == ALICE and told.text.startswith("❌")
-        wait_until(lambda: client.hexists(bot_settings.keys.bot_troubles(), "ingest"))
+        for trouble in ("ingest", "session"):  # told, and remembered
+            wait_until(lambda trouble=trouble: client.hexists(bot_settings.keys.bot_troubles(), trouble))
     with running_bot(bot_settings):  # a restart of the bot is no news
         beat(client, bot_settings, "ingest")
         telegram.wait(lambda m: "<b>ingest</b>: well again, after" in m.text)
