@@ -18,8 +18,8 @@ ENV PATH=/opt/pkb/bin:$PATH PYTHONUNBUFFERED=1 PKB_DATA_DIR=/data
 ENV NUMBA_CACHE_DIR=/home/pkb/.cache/numba
 USER pkb
 # Compile the candle rules now (20 s), not in each new container. Another processor compiles them once more.
-RUN python -c "from pkbrokers_redis.core.intervals import DEFAULT_INTERVALS; \
-from pkbrokers_redis.pipeline.warm import warm_up, warm_up_writer; \
+RUN python -c "from pkbrokers_redis.candles.model import DEFAULT_INTERVALS; \
+from pkbrokers_redis.runtime.warmup import warm_up, warm_up_writer; \
 warm_up_writer(); warm_up(DEFAULT_INTERVALS)"
 VOLUME /data
 HEALTHCHECK --interval=30s --timeout=20s --start-period=60s --retries=3 CMD ["pkb", "status", "--here"]

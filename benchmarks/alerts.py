@@ -29,10 +29,10 @@ from benchmarks.harness import (
 )
 from pkbrokers_redis.bot.alerts.book import AlertBook
 from pkbrokers_redis.bot.alerts.model import Alert
-from pkbrokers_redis.core.model import LAST_PRICE, TOKEN
+from pkbrokers_redis.candles.model import LAST_PRICE, TOKEN
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.pipe import Pipe
-from pkbrokers_redis.store.ticks import queue_frames
+from pkbrokers_redis.store.cluster import Pipe
+from pkbrokers_redis.store.streams import queue_frames
 from tests.bot.telegram import TOKEN as BOT_TOKEN
 from tests.bot.telegram import Telegram
 

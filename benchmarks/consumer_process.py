@@ -13,8 +13,8 @@ import sys
 import threading
 from typing import Any
 
-from pkbrokers_redis.consumers.mirror import Mirror
-from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.client.mirror import Mirror
+from pkbrokers_redis.client.store import CandleStore
 
 BULK_EVERY_SECONDS = 5.0
 ASK_EVERY_SECONDS = 0.1

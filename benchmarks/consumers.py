@@ -40,9 +40,9 @@ from benchmarks.harness import (
     worker_env,
 )
 from benchmarks.memory_and_bulk import fill
-from pkbrokers_redis.consumers.memory_store import InMemoryCandleStore
-from pkbrokers_redis.consumers.provider import HighPerformanceDataProvider
-from pkbrokers_redis.kite.wire import encode_full
+from pkbrokers_redis.compat.candle_store import InMemoryCandleStore
+from pkbrokers_redis.compat.data_provider import HighPerformanceDataProvider
+from pkbrokers_redis.kite.protocol import encode_full
 from pkbrokers_redis.settings import Settings
 
 LIVE_INSTRUMENTS = 9_000

@@ -15,7 +15,7 @@ import time
 from websockets.asyncio.server import ServerConnection, serve
 
 from benchmarks.harness import INSTRUMENTS, tick_stream
-from pkbrokers_redis.kite.wire import encode_full
+from pkbrokers_redis.kite.protocol import encode_full
 
 
 def frames(ticks: int, packets: int, ticks_per_second: float) -> list[bytes]:

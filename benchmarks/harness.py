@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 import redis
 
-from pkbrokers_redis.core.model import TickArray
+from pkbrokers_redis.candles.model import TickArray
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
 

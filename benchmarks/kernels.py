@@ -13,13 +13,12 @@ import numpy as np
 from kiteconnect import KiteTicker
 
 from benchmarks.harness import INSTRUMENTS, Row, machine, private_store, tick_stream
-from pkbrokers_redis.core.book import Book
-from pkbrokers_redis.core.intervals import DEFAULT_INTERVALS
-from pkbrokers_redis.core.model import TickArray
-from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.core.text import tick_texts
-from pkbrokers_redis.kite.wire import encode_full, parse_frame
-from pkbrokers_redis.pipeline.ingest import TickWriter
+from pkbrokers_redis.candles.calendar import load_sessions
+from pkbrokers_redis.candles.codec import tick_texts
+from pkbrokers_redis.candles.model import DEFAULT_INTERVALS, TickArray
+from pkbrokers_redis.candles.state import Book
+from pkbrokers_redis.ingest.worker import TickWriter
+from pkbrokers_redis.kite.protocol import encode_full, parse_frame
 from pkbrokers_redis.store.connect import connect
 
 FRAME_PACKETS = 400

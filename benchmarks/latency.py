@@ -30,9 +30,9 @@ from benchmarks.harness import (
     wait_for,
     worker_env,
 )
-from pkbrokers_redis.kite.wire import encode_full
-from pkbrokers_redis.pipeline.warm import settle_heap
-from pkbrokers_redis.store.pipe import Pipe
+from pkbrokers_redis.kite.protocol import encode_full
+from pkbrokers_redis.runtime.warmup import settle_heap
+from pkbrokers_redis.store.cluster import Pipe
 
 TICKS_PER_SECOND = 9_000
 FRAME_PACKETS = 90  # a frame every 10 ms

@@ -13,7 +13,7 @@ import numpy as np
 import redis
 
 from benchmarks.harness import INSTRUMENTS, Row, machine, private_store, tokens
-from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.meta import ensure_meta
 from pkbrokers_redis.store.symbols import save_instruments

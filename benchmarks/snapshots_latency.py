@@ -30,10 +30,10 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 
 from benchmarks.harness import committed, running, tick_stream, tokens, wait_for, worker_env
-from pkbrokers_redis.kite.wire import encode_full
-from pkbrokers_redis.pipeline.warm import settle_heap
+from pkbrokers_redis.kite.protocol import encode_full
+from pkbrokers_redis.runtime.warmup import settle_heap
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.pipe import Pipe
+from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.queue import OVER, enqueue, open_queue
 
 INSTRUMENTS = 9_000

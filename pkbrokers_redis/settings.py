@@ -19,9 +19,9 @@ from dotenv import dotenv_values
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from pkbrokers_redis.core.errors import SettingsError
-from pkbrokers_redis.core.intervals import DEFAULT_INTERVALS, Interval, parse_intervals
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.candles.model import DEFAULT_INTERVALS, Interval, parse_intervals
+from pkbrokers_redis.errors import SettingsError
+from pkbrokers_redis.keys import Keys
 
 SECRETS_DIR = Path("/run/secrets")  # where Docker and Kubernetes mount them; a file's name is the variable's
 

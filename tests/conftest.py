@@ -19,9 +19,9 @@ import pytest
 import redis
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-from pkbrokers_redis import compiled
+from pkbrokers_redis.candles import compiled
 from pkbrokers_redis.settings import Settings, load_settings
-from pkbrokers_redis.store.embedded import EmbeddedServer, attach
+from pkbrokers_redis.store.embedded.server import EmbeddedServer, attach
 from tests.support import redis_server_binary
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -37,8 +37,8 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "dev")
 
 
 WARM_UP = """
-from pkbrokers_redis.core.intervals import DEFAULT_INTERVALS
-from pkbrokers_redis.pipeline.warm import warm_up, warm_up_writer
+from pkbrokers_redis.candles.model import DEFAULT_INTERVALS
+from pkbrokers_redis.runtime.warmup import warm_up, warm_up_writer
 warm_up_writer()
 warm_up(DEFAULT_INTERVALS)
 """

@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from pkbrokers_redis.bot import registry
-from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.settings import Settings
 
 ADDING = (Path(__file__).parents[1] / "docs" / "adding.md").read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from pkbrokers_redis.clock import Clock, market_clock
-from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.settings import load_settings
 
 

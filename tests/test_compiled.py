@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pkbrokers_redis import compiled as module
+from pkbrokers_redis.candles import compiled as module
 
 PACKAGE = "kernels_of_a_test"
 KERNEL = f"""

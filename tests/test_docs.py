@@ -12,12 +12,12 @@ import pytest
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from pkbrokers_redis.candles.model import CANDLE_FIELDS, FLAG_NAMES, TICK_FIELDS
 from pkbrokers_redis.cli.main import COMMANDS
-from pkbrokers_redis.consumers.explain import FLAG_WORDS
-from pkbrokers_redis.core.keys import KEY_TABLE, Keys
-from pkbrokers_redis.core.model import CANDLE_FIELDS, FLAG_NAMES, TICK_FIELDS
-from pkbrokers_redis.jobs.schedule import DAY
+from pkbrokers_redis.client.explain import FLAG_WORDS
+from pkbrokers_redis.jobs.cron import DAY
 from pkbrokers_redis.jobs.snapshots import KINDS
+from pkbrokers_redis.keys import KEY_TABLE, Keys
 from pkbrokers_redis.settings import Settings, env_name
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import redis
 
-from pkbrokers_redis.kite.wire import encode_full
-from pkbrokers_redis.pipeline.aggregate import Aggregator
-from pkbrokers_redis.pipeline.replay import lag_entries
-from pkbrokers_redis.pipeline.writer import TickWriter
+from pkbrokers_redis.aggregate.worker import Aggregator
+from pkbrokers_redis.client.replay import lag_entries
+from pkbrokers_redis.ingest.writer import TickWriter
+from pkbrokers_redis.kite.protocol import encode_full
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.meta import ensure_meta

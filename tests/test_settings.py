@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.settings import URL_SCHEMES, env_name, load_settings
 
 NO_URLS = ["nonsense", "ftp://h", "http://[::1", "://h", "ws://", "wss://", "https://", "libsql://", "http://h:99999",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pkbrokers_redis import settings as settings_module
-from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.settings import load_settings
 
 

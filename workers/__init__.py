@@ -1,1 +1,1 @@
-"""The processes, one file a role; each only hands over to `pkbrokers_redis.pipeline.roles`."""
+"""The processes, one file a role; each only hands over to `pkbrokers_redis.runtime.roles`."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from pkbrokers_redis.jobs.role import jobs
-from pkbrokers_redis.pipeline import roles
+from pkbrokers_redis.jobs.worker import jobs
+from pkbrokers_redis.runtime import roles
 
 if __name__ == "__main__":
     sys.exit(roles.main(jobs, sys.argv[1:]))

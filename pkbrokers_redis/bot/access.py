@@ -8,7 +8,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.settings import Settings
 
 K = TypeVar("K")

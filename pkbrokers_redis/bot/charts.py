@@ -15,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
 from pkbrokers_redis.bot.text import clock_time, count, day_time, money, percent
-from pkbrokers_redis.core.model import Candle
+from pkbrokers_redis.candles.model import Candle
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

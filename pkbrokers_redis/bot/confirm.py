@@ -10,7 +10,7 @@ import secrets
 import msgspec
 import redis
 
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.keys import Keys
 
 SECONDS = 60
 YES, NO = "yes", "no"

@@ -35,7 +35,7 @@ from pkbrokers_redis.bot.ask import Ask
 from pkbrokers_redis.bot.registry import Command, commands
 from pkbrokers_redis.bot.services import Services
 from pkbrokers_redis.bot.text import escape
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.store.connect import describe, explain
 
 log = logs.get("bot")

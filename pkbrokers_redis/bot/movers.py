@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.india import IST_SECONDS
+from pkbrokers_redis.candles.calendar import IST_SECONDS
+from pkbrokers_redis.client.store import CandleStore
 
 AGE_SECONDS_MAX = 5.0  # a picture serves all who ask meanwhile
 QUOTES_A_PIPELINE = 1_000

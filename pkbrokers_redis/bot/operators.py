@@ -24,11 +24,10 @@ from pkbrokers_redis.bot.alerts.worker import AlertWorker
 from pkbrokers_redis.bot.sending import insist
 from pkbrokers_redis.bot.services import Services
 from pkbrokers_redis.bot.text import duration, escape, size
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.kite.urls import session_in
-from pkbrokers_redis.pipeline.facts import Facts, gather
-from pkbrokers_redis.pipeline.health import BEAT_AGE_MS_MAX, STATUS, Finding, judge
-from pkbrokers_redis.pipeline.health_around import FAILED_JOBS, jobs_well
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.kite.rest import session_in
+from pkbrokers_redis.runtime.cluster_state import Facts, gather
+from pkbrokers_redis.runtime.health import BEAT_AGE_MS_MAX, FAILED_JOBS, STATUS, Finding, jobs_well, judge
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.auth import load_session
 from pkbrokers_redis.store.connect import describe
@@ -66,7 +65,7 @@ def _session(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
     try:
         session = load_session(client, settings.keys)
     except PkbError as error:
-        yield Finding("session", "warn", error.message, error.mend)
+        yield Finding("session", "warn", error.message, error.hint)
         return
     if session is None and session_in(settings) is None:
         refused = client.hexists(settings.keys.auth(), "refused")
@@ -108,7 +107,7 @@ def _jobs(services: Services) -> Iterator[Finding]:
                 services.jobs_client = connect_queue(settings)
             client = services.jobs_client
         except PkbError as error:
-            yield Finding("jobs", "warn", error.message, error.mend)
+            yield Finding("jobs", "warn", error.message, error.hint)
             return
     try:
         failed: Any = client.zcard(FAILED_JOBS)
@@ -158,7 +157,7 @@ class Monitor:
             if (known is None or is_worse) and self._seen[check] >= LOOKS_BEFORE_TOLD:
                 since = time.time() if known is None else known.since
                 text = f"{PROBLEM[finding.level]} <b>{escape(check)}</b>: {escape(finding.what)}"
-                text += f"\n{escape(finding.mend)}" if finding.mend else ""
+                text += f"\n{escape(finding.hint)}" if finding.hint else ""
                 if await self.tell(text):
                     await self._note(check, Trouble(finding.level, finding.what, since))
         for check in told.keys() - worst.keys():

@@ -21,7 +21,7 @@ from telegram.error import Conflict, RetryAfter, TelegramError
 from telegram.ext import ExtBot
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.keys import Keys
 
 log = logs.get("bot")
 

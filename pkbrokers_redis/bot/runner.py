@@ -32,11 +32,11 @@ from pkbrokers_redis.bot.polling import LONGEST_WAIT_SECONDS, Poller
 from pkbrokers_redis.bot.registry import commands
 from pkbrokers_redis.bot.sending import insist, make_bot
 from pkbrokers_redis.bot.services import Services
+from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.clock import market_clock
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.errors import PkbError, SettingsError
-from pkbrokers_redis.pipeline.heartbeat import Heartbeat
-from pkbrokers_redis.pipeline.roles import now_ms, open_store, worker_id
+from pkbrokers_redis.errors import PkbError, SettingsError
+from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import connect, describe

@@ -14,9 +14,9 @@ from pkbrokers_redis.bot.access import Access
 from pkbrokers_redis.bot.alerts.book import AlertBook
 from pkbrokers_redis.bot.charts import ChartPool
 from pkbrokers_redis.bot.movers import Movers
+from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.clock import Clock
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings
 
 log = logs.get("bot")

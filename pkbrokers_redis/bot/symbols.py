@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.errors import PkbError, UnknownSymbol
-from pkbrokers_redis.core.intervals import find_interval
+from pkbrokers_redis.candles.model import find_interval
+from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.errors import PkbError, UnknownSymbol
 
 
 class NotFound(PkbError):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from html import escape as html_escape
 
-from pkbrokers_redis.core.india import IST
+from pkbrokers_redis.candles.calendar import IST
 
 MESSAGE_CHARS_MAX = 4096  # Telegram's limit, after its entities are parsed
 TABLE_CHARS_MAX = 3_600  # leaves room for a title and tags

@@ -25,8 +25,8 @@ from pkbrokers_redis.bot.movers import Movers
 from pkbrokers_redis.bot.runner import bot
 from pkbrokers_redis.bot.services import Services
 from pkbrokers_redis.bot.text import clock_time, money, table
+from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.clock import market_clock
-from pkbrokers_redis.consumers.store import CandleStore
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
 

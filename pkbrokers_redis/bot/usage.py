@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 
 
 class UsageError(PkbError):

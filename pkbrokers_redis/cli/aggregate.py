@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from pkbrokers_redis.pipeline import roles
+from pkbrokers_redis.runtime import roles
 
 
 def aggregate() -> None:

@@ -10,15 +10,15 @@ import typer
 from pkbrokers_redis import logs
 from pkbrokers_redis.cli.bar import bar
 from pkbrokers_redis.cli.output import AsJson, dump, note, say_enqueued
-from pkbrokers_redis.core.errors import SettingsError
-from pkbrokers_redis.core.jobs import job_id
+from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.jobs.backfill import kept_interval, repair_day
-from pkbrokers_redis.jobs.desk import Desk, open_desk
+from pkbrokers_redis.jobs.context import Desk, open_desk
 from pkbrokers_redis.jobs.progress import read_progress
 from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.store.instrument_list import instrument_list
+from pkbrokers_redis.store.job_names import job_id
 from pkbrokers_redis.store.queue import enqueue, open_queue
 from pkbrokers_redis.store.symbols import resolve_all
-from pkbrokers_redis.store.watch import instrument_list
 
 WORDS = {
     "matched": "equal",

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pkbrokers_redis.cli.output import AsJson
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 
 
 def bench(

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from pkbrokers_redis.candles.calendar import Sessions, load_sessions
+from pkbrokers_redis.candles.model import SEGMENTS
 from pkbrokers_redis.cli.output import AsCsv, AsJson, Form, choose, dump, emit, iso
 from pkbrokers_redis.clock import market_clock
-from pkbrokers_redis.core.errors import SettingsError
-from pkbrokers_redis.core.model import SEGMENTS
-from pkbrokers_redis.core.sessions import Sessions, load_sessions
+from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.settings import load_settings
 
 COLUMNS = ("schedule", "segments", "session", "windows", "why", "previous", "next")

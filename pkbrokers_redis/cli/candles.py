@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from pkbrokers_redis.candles.model import CANDLE_FIELDS
 from pkbrokers_redis.cli.output import AsCsv, AsJson, candle_row, choose, emit, note
 from pkbrokers_redis.cli.reader import open_store
-from pkbrokers_redis.core.model import CANDLE_FIELDS
 
 COLUMNS = ("time", *CANDLE_FIELDS, "flag")
 

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from pkbrokers_redis.candles.model import CANDLE_FIELDS
 from pkbrokers_redis.cli.output import AsCsv, AsJson, candle_row, choose, emit, emit_each, note
 from pkbrokers_redis.cli.reader import open_store
-from pkbrokers_redis.consumers.follow import ClosedCandle, Follower
-from pkbrokers_redis.core.model import CANDLE_FIELDS
+from pkbrokers_redis.client.follow import ClosedCandle, Follower
 
 COLUMNS = ("time", "token", "symbol", "interval", *CANDLE_FIELDS, "flag", "rev")
 PEOPLE = tuple(name for name in COLUMNS if name not in ("token", "start", "oi"))

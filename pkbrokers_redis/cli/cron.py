@@ -6,16 +6,15 @@ from typing import Annotated
 
 import typer
 
+from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.cli.output import AsJson, choose, emit
 from pkbrokers_redis.clock import market_clock
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.jobs.cron import NSE_TOKEN, cron, schedules_of
-from pkbrokers_redis.jobs.schedule import Plan, next_runs
-from pkbrokers_redis.pipeline import roles
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.jobs.cron import NSE_TOKEN, Plan, cron, next_runs, schedules_of
+from pkbrokers_redis.runtime import roles
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.embedded import running
+from pkbrokers_redis.store.embedded.server import running
 
 COLUMNS = ("row", "next", "when", "job", "does")
 

@@ -19,16 +19,16 @@ import typer
 from pkbrokers_redis import logs
 from pkbrokers_redis.cli.demo_view import DemoSummary, View
 from pkbrokers_redis.cli.output import dump
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.pipeline.supervise import RoleSpec, Supervisor, worker_argv
-from pkbrokers_redis.pipeline.volume_check import check_volumes
+from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.runtime.health import check_volumes
+from pkbrokers_redis.runtime.supervisor import RoleSpec, Supervisor, worker_argv
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.embedded import LINGER_SECONDS, attach, running, store_folder
+from pkbrokers_redis.store.embedded.server import LINGER_SECONDS, attach, running, store_folder
 from pkbrokers_redis.store.meta import ensure_meta
 from pkbrokers_redis.store.symbols import save_instruments
 

@@ -14,8 +14,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.model import Candle
+from pkbrokers_redis.candles.model import Candle
+from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.settings import Settings
 
 PLAIN_EVERY_SECONDS = 5.0  # without a terminal: a line now and then

@@ -14,29 +14,32 @@ from pkbrokers_redis.cli.health_view import console, line
 from pkbrokers_redis.cli.output import AsJson, dump
 from pkbrokers_redis.cli.reader import require_store
 from pkbrokers_redis.clock import market_clock
-from pkbrokers_redis.core.errors import PkbError, RedisUnavailable
-from pkbrokers_redis.pipeline.facts import each_server, gather
-from pkbrokers_redis.pipeline.health import (
+from pkbrokers_redis.errors import PkbError, RedisUnavailable
+from pkbrokers_redis.runtime.cluster_state import each_server, gather
+from pkbrokers_redis.runtime.health import (
     EXIT_CODES,
+    FAILED_JOBS,
     SETUP,
     STATUS,
     Finding,
+    as_dict,
+    check_volumes,
     functions_there,
     health_of,
+    jobs_well,
     judge,
+    master_well,
     meta_agrees,
     moves,
     streams_small,
+    widest,
 )
-from pkbrokers_redis.pipeline.health_around import FAILED_JOBS, jobs_well, master_well
-from pkbrokers_redis.pipeline.status import as_dict
-from pkbrokers_redis.pipeline.volume_check import check_volumes, widest
 from pkbrokers_redis.settings import Settings, load_settings, unknown_names
 from pkbrokers_redis.store import commit, lease
 from pkbrokers_redis.store.connect import connect, describe
-from pkbrokers_redis.store.master import read_manifest
+from pkbrokers_redis.store.instrument_list import instrument_list
+from pkbrokers_redis.store.instruments import read_manifest
 from pkbrokers_redis.store.meta import adopt_meta, check_meta
-from pkbrokers_redis.store.watch import instrument_list
 
 LOOK_SECONDS = 1.0  # between the two looks that show whether shards move
 LIBRARY = "pkbrokers"
@@ -61,7 +64,7 @@ def doctor(as_json: AsJson = False) -> None:
             try:
                 settings = adopt_meta(client, settings)
             except PkbError as error:
-                findings.append(Finding("meta", "fail", error.message, error.mend))
+                findings.append(Finding("meta", "fail", error.message, error.hint))
             earlier = gather(client, settings.keys, "")
             time.sleep(LOOK_SECONDS)
             facts = gather(client, settings.keys, describe(settings, for_reading=True), stream_bytes=True)
@@ -72,7 +75,7 @@ def doctor(as_json: AsJson = False) -> None:
             findings += _quotes(client, settings)
             findings += _around(client, settings)
     except RedisUnavailable as error:
-        findings.append(Finding("redis", "fail", error.message, error.mend))
+        findings.append(Finding("redis", "fail", error.message, error.hint))
     if as_json:
         print(dump(as_dict(facts, findings)))
     else:
@@ -84,8 +87,8 @@ def doctor(as_json: AsJson = False) -> None:
 def _misspelt() -> Iterator[Finding]:
     """Variables that look like settings of ours and are none."""
     for name, meant in unknown_names().items():
-        mend = f"did you mean {meant}?" if meant else "unset it; pkb config lists the settings"
-        yield Finding("settings", "warn", f"{name} is no setting", mend)
+        hint = f"did you mean {meant}?" if meant else "unset it; pkb config lists the settings"
+        yield Finding("settings", "warn", f"{name} is no setting", hint)
 
 
 def _around(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
@@ -102,8 +105,8 @@ def _around(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
     except ResponseError:
         return  # our user may not ask
     except (PkbError, redis.ConnectionError) as error:
-        mend = getattr(error, "mend", "") or "start it, or correct PKB_RQ_REDIS_URL"
-        yield Finding("jobs", "warn", str(getattr(error, "message", "their Redis does not answer")), mend)
+        hint = getattr(error, "hint", "") or "start it, or correct PKB_RQ_REDIS_URL"
+        yield Finding("jobs", "warn", str(getattr(error, "message", "their Redis does not answer")), hint)
 
 
 def _meta(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
@@ -139,8 +142,8 @@ def _volumes(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
         )
     if found.wrong:
         some = ", ".join(map(str, sorted(found.wrong)[:NAMES_MAX]))
-        mend = f"look at {some}: backfill them; if they were never touched by hand, report it"
-        yield Finding("volumes", "fail", what, mend)
+        hint = f"look at {some}: backfill them; if they were never touched by hand, report it"
+        yield Finding("volumes", "fail", what, hint)
     else:
         yield Finding("volumes", "ok", what)
 
@@ -153,7 +156,7 @@ def _quotes(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
     try:
         instruments = instrument_list(client, settings)
     except PkbError as error:
-        yield Finding("quotes", "warn", error.message, error.mend)
+        yield Finding("quotes", "warn", error.message, error.hint)
         return
     without: list[str] = []
     for first in range(0, len(instruments), KEYS_AT_ONCE):

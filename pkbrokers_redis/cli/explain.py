@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
+from pkbrokers_redis.candles.calendar import KOLKATA
+from pkbrokers_redis.candles.model import CANDLE_FIELDS
 from pkbrokers_redis.cli.output import AsJson, candle_row, dump, emit, iso
 from pkbrokers_redis.cli.reader import open_store
 from pkbrokers_redis.clock import market_clock
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.core.india import KOLKATA
-from pkbrokers_redis.core.model import CANDLE_FIELDS
+from pkbrokers_redis.errors import PkbError
 
 EPOCH_DIGITS_MIN = 9  # 1973; what is shorter is no time in epoch seconds
 

@@ -10,9 +10,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from pkbrokers_redis.pipeline.facts import Facts, Server, Worker
-from pkbrokers_redis.pipeline.health import Finding, Health, health_of
-from pkbrokers_redis.pipeline.status import counters
+from pkbrokers_redis.runtime.cluster_state import Facts, Server, Worker
+from pkbrokers_redis.runtime.health import Finding, Health, counters, health_of
 
 STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 STYLE_OF: dict[Health, str] = {"healthy": "green", "degraded": "yellow", "down": "red"}
@@ -38,9 +37,9 @@ def view(facts: Facts, findings: Iterable[Finding]) -> Group:
 
 def line(finding: Finding) -> Text:
     """One finding: level, what was looked at, what was found, the mend."""
-    mend = f": {finding.mend}" if finding.mend else ""
+    hint = f": {finding.hint}" if finding.hint else ""
     return Text.assemble(
-        (f"{finding.level:<5}", STYLES[finding.level]), f"{finding.check:<12} {finding.what}{mend}"
+        (f"{finding.level:<5}", STYLES[finding.level]), f"{finding.check:<12} {finding.what}{hint}"
     )
 
 

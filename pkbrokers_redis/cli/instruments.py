@@ -63,8 +63,8 @@ def search(
     as_csv: AsCsv = False,
 ) -> None:
     """Find instruments by symbol or company name; names what is spelt alike when nothing matches."""
-    from pkbrokers_redis.core.errors import UnknownSymbol
-    from pkbrokers_redis.store.search import search_instruments
+    from pkbrokers_redis.errors import UnknownSymbol
+    from pkbrokers_redis.store.instruments import search_instruments
     from pkbrokers_redis.store.symbols import SYNC
 
     form = choose(as_json, as_csv)
@@ -75,8 +75,8 @@ def search(
         found = search_instruments(client, settings.keys, wanted, exchange=exchange, limit=n)
         if not found.rows:
             empty = not client.hlen(settings.keys.symbols())
-            mend = SYNC if empty else "try a shorter part of its name, or another --exchange"
-            raise UnknownSymbol(wanted[:40], [], f"the instrument master is empty: {mend}" if empty else mend)
+            hint = SYNC if empty else "try a shorter part of its name, or another --exchange"
+            raise UnknownSymbol(wanted[:40], [], f"the instrument master is empty: {hint}" if empty else hint)
     if not found.exact:
         note(f"nothing holds {wanted[:40]!r}; spelt alike:")
     emit(found.rows, SEARCH_COLUMNS, form)
@@ -87,7 +87,7 @@ def search(
 @app.command("list")
 def list_(as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """Print what is streamed: PKB_INSTRUMENTS as the master has it, with the live changes."""
-    from pkbrokers_redis.store.watch import ADD, instrument_list, load_watch
+    from pkbrokers_redis.store.instrument_list import ADD, instrument_list, load_watch
 
     form = choose(as_json, as_csv)
     settings = load_settings()
@@ -114,7 +114,7 @@ def remove(symbols: Symbols) -> None:
 
 
 def _edit(*, add: list[str] | None = None, remove: list[str] | None = None) -> None:
-    from pkbrokers_redis.store.watch import edit_watch, instrument_list
+    from pkbrokers_redis.store.instrument_list import edit_watch, instrument_list
 
     settings = load_settings()
     with connect(settings) as client:

@@ -8,8 +8,8 @@ import typer
 
 from pkbrokers_redis.cli.output import AsJson, choose, emit, iso
 from pkbrokers_redis.cli.reader import require_store
-from pkbrokers_redis.jobs import role, view
-from pkbrokers_redis.pipeline import roles
+from pkbrokers_redis.jobs import view, worker
+from pkbrokers_redis.runtime import roles
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.queue import has_queue, open_queue
@@ -33,7 +33,7 @@ def jobs(
     One role in the foreground, as `python -m workers.jobs`. Several share the queue.
     """
     if not (listed or failed or retry):
-        raise typer.Exit(roles.main(role.jobs))
+        raise typer.Exit(roles.main(worker.jobs))
     settings = load_settings()
     form = choose(as_json, False)
     require_store(settings)

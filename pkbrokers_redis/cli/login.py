@@ -10,12 +10,12 @@ from typing import Annotated
 
 import typer
 
+from pkbrokers_redis.candles.calendar import IST
 from pkbrokers_redis.cli.output import AsJson, dump, note
 from pkbrokers_redis.cli.reader import require_store
-from pkbrokers_redis.core.errors import LoginNeeded
-from pkbrokers_redis.core.india import IST
+from pkbrokers_redis.errors import LoginNeeded
+from pkbrokers_redis.kite.rest import session_in
 from pkbrokers_redis.kite.session import KiteAuthenticator, SessionKeeper
-from pkbrokers_redis.kite.urls import session_in
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.auth import Session, load_login_state, load_session
 from pkbrokers_redis.store.connect import connect
@@ -96,7 +96,7 @@ def _print_status(settings: Settings, as_json: bool) -> None:
         name = "PKB_KITE_ACCESS_TOKEN" if session.kind == "access_token" else "PKB_KITE_ENCTOKEN"
         print(f"the token in {name}; nobody knows its age")
     if state.refused and not as_json:
-        note(f"the last login by itself: {state.refused}: {state.mend}")
+        note(f"the last login by itself: {state.refused}: {state.hint}")
     if session is None:
         raise typer.Exit(EXIT_NO_SESSION)
 

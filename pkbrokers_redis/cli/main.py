@@ -18,7 +18,7 @@ from typer.core import TyperGroup
 from typer.main import get_command as make_command
 
 from pkbrokers_redis import __version__
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 
 # name → module:function below pkbrokers_redis.cli, in the order of `pkb --help`
 COMMANDS = {

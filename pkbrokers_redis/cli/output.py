@@ -15,8 +15,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 import typer
 
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.core.model import Candle
+from pkbrokers_redis.candles.calendar import IST
+from pkbrokers_redis.candles.model import Candle
 
 Form = Literal["table", "tsv", "csv", "json"]
 Row = Mapping[str, Any]

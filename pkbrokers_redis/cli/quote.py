@@ -8,7 +8,7 @@ import typer
 
 from pkbrokers_redis.cli.output import AsCsv, AsJson, choose, dump, emit, note
 from pkbrokers_redis.cli.reader import open_store
-from pkbrokers_redis.store.read import read_quote
+from pkbrokers_redis.store.rows import read_quote
 
 SHORT = ("symbol", "last_price", "change", "open", "high", "low", "close", "volume", "oi", "exchange_time")
 ALL = (

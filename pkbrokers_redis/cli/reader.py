@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from pkbrokers_redis.cli.output import note
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.errors import RedisUnavailable
+from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.errors import RedisUnavailable
 from pkbrokers_redis.settings import Settings, load_settings
-from pkbrokers_redis.store.embedded import reader_data_dir, store_folder
+from pkbrokers_redis.store.embedded.server import reader_data_dir, store_folder
 
 
 def require_store(settings: Settings) -> None:

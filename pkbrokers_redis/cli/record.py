@@ -9,13 +9,13 @@ from typing import Annotated
 
 import typer
 
-from pkbrokers_redis.core.errors import PkbError, SettingsError
+from pkbrokers_redis.errors import PkbError, SettingsError
 from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter
-from pkbrokers_redis.kite.socket import ZerodhaWebSocketClient
-from pkbrokers_redis.kite.urls import session_in, url_for
+from pkbrokers_redis.kite.rest import session_in, url_for
+from pkbrokers_redis.kite.websocket import ZerodhaWebSocketClient
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.auth import Session, load_session
-from pkbrokers_redis.store.embedded import reader_data_dir, store_folder
+from pkbrokers_redis.store.embedded.server import reader_data_dir, store_folder
 
 
 class SessionRefused(PkbError):
@@ -74,7 +74,7 @@ def _tokens(settings: Settings) -> list[int]:
         )
     if all(key.isdecimal() for key in keys):
         return [int(key) for key in keys]
-    from pkbrokers_redis.store.connect import connect  # numbers need no Redis
+    from pkbrokers_redis.store.connect import connect
     from pkbrokers_redis.store.symbols import resolve_many
 
     return [token for token, _ in resolve_many(connect(settings), settings.keys, settings.instruments)]

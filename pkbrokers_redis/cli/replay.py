@@ -11,9 +11,9 @@ import typer
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.cli.output import dump
-from pkbrokers_redis.core.errors import SettingsError
-from pkbrokers_redis.pipeline.replay import Replay
-from pkbrokers_redis.pipeline.roles import open_store
+from pkbrokers_redis.client.replay import Replay
+from pkbrokers_redis.errors import SettingsError
+from pkbrokers_redis.runtime.roles import open_store
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect
 

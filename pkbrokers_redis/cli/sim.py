@@ -10,9 +10,8 @@ from typing import Annotated, Any
 import requests
 import typer
 
-from pkbrokers_redis.core.errors import PkbError, SettingsError
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.candles.calendar import IST, load_sessions
+from pkbrokers_redis.errors import PkbError, SettingsError
 from pkbrokers_redis.simulator.fault_text import parse_fault
 from pkbrokers_redis.simulator.faults import Faults
 from pkbrokers_redis.simulator.kite import SimulatedKite

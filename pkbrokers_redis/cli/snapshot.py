@@ -11,13 +11,13 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.cli.bar import bar
 from pkbrokers_redis.cli.output import AsJson, dump, note, say_enqueued
 from pkbrokers_redis.cli.reader import require_store
-from pkbrokers_redis.consumers.files.manifest import problems, read_manifest
-from pkbrokers_redis.core.errors import SettingsError
-from pkbrokers_redis.core.jobs import job_id
+from pkbrokers_redis.errors import SettingsError
+from pkbrokers_redis.files.manifest import problems, read_manifest
 from pkbrokers_redis.jobs.restore import restore, verify
 from pkbrokers_redis.jobs.snapshots import KINDS, open_run
 from pkbrokers_redis.jobs.snapshots import snapshot as write_snapshot
 from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.store.job_names import job_id
 from pkbrokers_redis.store.queue import enqueue, open_queue
 
 EXIT_DIFFERENT = 1

@@ -12,10 +12,9 @@ import typer
 from pkbrokers_redis.cli.health_view import console, line, view
 from pkbrokers_redis.cli.output import AsJson, dump
 from pkbrokers_redis.cli.reader import require_store
-from pkbrokers_redis.core.errors import RedisUnavailable
-from pkbrokers_redis.pipeline.facts import read_workers
-from pkbrokers_redis.pipeline.health import EXIT_CODES, Finding, health_of, here
-from pkbrokers_redis.pipeline.status import as_dict, look
+from pkbrokers_redis.errors import RedisUnavailable
+from pkbrokers_redis.runtime.cluster_state import read_workers
+from pkbrokers_redis.runtime.health import EXIT_CODES, Finding, as_dict, health_of, here, look
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.meta import adopt_meta
@@ -39,7 +38,7 @@ def status(
     except RedisUnavailable as error:
         if not as_json:
             raise
-        print(dump(as_dict(None, [Finding("redis", "fail", error.message, error.mend)])))
+        print(dump(as_dict(None, [Finding("redis", "fail", error.message, error.hint)])))
         raise typer.Exit(EXIT_CODES["down"]) from None
     with client:
         if only_here:

@@ -10,12 +10,12 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.cli.bar import bar
 from pkbrokers_redis.cli.output import AsJson, dump, say_enqueued
 from pkbrokers_redis.clock import market_clock
-from pkbrokers_redis.core.errors import SettingsError
-from pkbrokers_redis.core.jobs import job_id
+from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.jobs import pull as pulling
 from pkbrokers_redis.jobs import sync as syncing
-from pkbrokers_redis.jobs.target import target_of
+from pkbrokers_redis.jobs.github import target_of
 from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.store.job_names import job_id
 from pkbrokers_redis.store.queue import enqueue, open_queue
 
 app = typer.Typer(

@@ -8,7 +8,7 @@ import typer
 
 from pkbrokers_redis.cli.output import AsCsv, AsJson, choose, emit, emit_each, iso, note
 from pkbrokers_redis.cli.reader import open_store
-from pkbrokers_redis.store.read import Tick
+from pkbrokers_redis.store.rows import Tick
 
 COLUMNS = ("time", *Tick._fields)
 PEOPLE = ("time", "last_price", "last_quantity", "volume", "oi", "day_open", "day_high", "day_low")

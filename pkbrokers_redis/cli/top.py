@@ -15,9 +15,9 @@ from rich.live import Live
 
 from pkbrokers_redis.cli.health_view import console, line, view
 from pkbrokers_redis.cli.reader import require_store
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.pipeline.facts import Facts, gather
-from pkbrokers_redis.pipeline.health import STATUS, Finding, health_of, judge
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.runtime.cluster_state import Facts, gather
+from pkbrokers_redis.runtime.health import STATUS, Finding, health_of, judge
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect, describe, explain
 from pkbrokers_redis.store.meta import adopt_meta
@@ -70,7 +70,7 @@ def top(
 
 def _away(error: Exception, settings: Settings) -> Finding:
     told = explain(error, describe(settings, for_reading=True))
-    return Finding("redis", "fail", told.message, told.mend)
+    return Finding("redis", "fail", told.message, told.hint)
 
 
 def _picture(facts: Facts | None, findings: list[Finding]) -> RenderableType:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.pipeline.supervise import RoleSpec, Supervisor, worker_argv
+from pkbrokers_redis.runtime.supervisor import RoleSpec, Supervisor, worker_argv
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.queue import has_queue
@@ -44,7 +44,7 @@ def up(
     with connect(settings):
         log = logs.get("up")
         if jobs and not has_queue(settings):
-            log.warning("no_jobs", why="RQ does not run on a Redis Cluster", mend="set PKB_RQ_REDIS_URL")
+            log.warning("no_jobs", why="RQ does not run on a Redis Cluster", hint="set PKB_RQ_REDIS_URL")
             jobs = 0
         with_cron = with_cron and jobs > 0
         with_bot = with_bot and settings.telegram_token is not None

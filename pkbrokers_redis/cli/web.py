@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from pkbrokers_redis.cli.reader import require_store
-from pkbrokers_redis.pipeline import roles
+from pkbrokers_redis.runtime import roles
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.web import runner
 

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from zoneinfo import ZoneInfo
 
 from pkbrokers_redis import __version__
-from pkbrokers_redis.core.intervals import DAY, DEFAULT_INTERVALS
+from pkbrokers_redis.candles.model import DAY, DEFAULT_INTERVALS
 
 VERSION = f"{__version__}+redis"
 Imports = {"kiteconnect": find_spec("kiteconnect") is not None}
@@ -20,7 +20,7 @@ SUPPORTED_INTERVALS |= {alias: SUPPORTED_INTERVALS[name] for alias, name in _ALI
 MAX_CANDLES = {each.name: each.keep for each in DEFAULT_INTERVALS}
 MAX_CANDLES |= {alias: MAX_CANDLES[name] for alias, name in _ALIASES.items()}
 
-# The cash market's continuous session in India, for programs that ask; our own hours are core/calendar.json.
+# The cash market's continuous session in India, for programs that ask for it; the pipeline reads candles/calendar.json.
 MARKET_OPEN_HOUR, MARKET_OPEN_MINUTE = 9, 15
 MARKET_CLOSE_HOUR, MARKET_CLOSE_MINUTE = 15, 30
 

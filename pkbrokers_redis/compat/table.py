@@ -6,9 +6,9 @@ comes from an installed PKBrokers, where there is one.
 
 from __future__ import annotations
 
-_STORE = "pkbrokers_redis.consumers.memory_store"
-_VIEWS = "pkbrokers_redis.consumers.instrument_views"
-_PROCESSOR = "pkbrokers_redis.consumers.tick_processor"
+_STORE = "pkbrokers_redis.compat.candle_store"
+_VIEWS = "pkbrokers_redis.compat.instrument_views"
+_PROCESSOR = "pkbrokers_redis.compat.tick_processor"
 _CONSTANTS = "pkbrokers_redis.compat.constants"
 
 _INDICES = {
@@ -19,8 +19,8 @@ _BATCHES = {"OPTIMAL_TOKEN_BATCH_SIZE": f"{_CONSTANTS}:OPTIMAL_TOKEN_BATCH_SIZE"
 _HOURS = ("MARKET_OPEN_HOUR", "MARKET_OPEN_MINUTE", "MARKET_CLOSE_HOUR", "MARKET_CLOSE_MINUTE")
 
 _TICKS = {
-    "Tick": "pkbrokers_redis.kite.parser:Tick",
-    "DepthEntry": "pkbrokers_redis.kite.parser:DepthEntry",
+    "Tick": "pkbrokers_redis.compat.websocket:Tick",
+    "DepthEntry": "pkbrokers_redis.compat.websocket:DepthEntry",
 }
 
 MODULES: dict[str, dict[str, str]] = {
@@ -42,7 +42,7 @@ MODULES: dict[str, dict[str, str]] = {
         "KOLKATA_TZ": f"{_CONSTANTS}:KOLKATA_TZ",
         "TickProcessor": f"{_PROCESSOR}:TickProcessor",
         "get_tick_processor": f"{_PROCESSOR}:get_tick_processor",
-        "HighPerformanceDataProvider": "pkbrokers_redis.consumers.provider:HighPerformanceDataProvider",
+        "HighPerformanceDataProvider": "pkbrokers_redis.compat.data_provider:HighPerformanceDataProvider",
     },
     "pkbrokers.kite.candleAggregator": {
         "CandleAggregator": "pkbrokers_redis:CandleAggregator",
@@ -62,7 +62,7 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "pkbrokers.kite.instruments": {
         "KiteInstruments": "pkbrokers_redis:KiteInstruments",
-        "Instrument": "pkbrokers_redis.kite.instrument:Instrument",
+        "Instrument": "pkbrokers_redis.kite.instruments:Instrument",
         "NIFTY_50": f"{_CONSTANTS}:NIFTY_50",
         "BSE_SENSEX": f"{_CONSTANTS}:BSE_SENSEX",
     },
@@ -75,12 +75,12 @@ MODULES: dict[str, dict[str, str]] = {
     },
     "pkbrokers.kite.ticks": _TICKS,
     "pkbrokers.kite.zerodhaWebSocketClient": {
-        "ZerodhaWebSocketClient": "pkbrokers_redis.compat.websocket_client:ZerodhaWebSocketClient",
+        "ZerodhaWebSocketClient": "pkbrokers_redis.compat.websocket:ZerodhaWebSocketClient",
         **_BATCHES,
         **_TICKS,
     },
     "pkbrokers.kite.zerodhaWebSocketParser": {
-        "ZerodhaWebSocketParser": "pkbrokers_redis.kite.parser:ZerodhaWebSocketParser",
+        "ZerodhaWebSocketParser": "pkbrokers_redis.compat.websocket:ZerodhaWebSocketParser",
         **_INDICES,
         **_TICKS,
     },

@@ -1,1 +1,1 @@
-"""What RQ carries out. `schedule.py` is the trading day, `core/jobs.py` the table of jobs."""
+"""What RQ carries out. `schedule.py` is the trading day, `store/job_names.py` the table of jobs."""

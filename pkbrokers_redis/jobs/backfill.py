@@ -1,4 +1,6 @@
-"""Candles from Kite's history: the minutes of an outage, a late start's morning, a day that is checked.
+"""Our rows against Kite's, one by one. Pure.
+
+Candles from Kite's history: the minutes of an outage, a late start's morning, a day that is checked.
 
     ingest was deaf 10:31:12–10:33:40  ─►  repair_gap   waits until 10:33 is over, asks for 10:31 … 10:33
     a new instrument, a fresh Redis    ─►  warm_start   the session's minutes so far, a year of days
@@ -15,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from rq import get_current_job
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.core.buckets import bucket_start_s
-from pkbrokers_redis.core.errors import (
+from pkbrokers_redis.candles.model import DAY, Candle, Interval, bucket_start_s, find_interval
+from pkbrokers_redis.errors import (
     KiteError,
     KiteThrottled,
     KiteUnavailable,
@@ -29,17 +31,58 @@ from pkbrokers_redis.core.errors import (
     PkbError,
     SessionExpired,
 )
-from pkbrokers_redis.core.intervals import DAY, Interval, find_interval
-from pkbrokers_redis.core.jobs import job_id
-from pkbrokers_redis.core.model import Candle
-from pkbrokers_redis.jobs.compare import compare
-from pkbrokers_redis.jobs.desk import Desk, open_desk
+from pkbrokers_redis.jobs.context import Desk, open_desk
 from pkbrokers_redis.jobs.progress import Figures, Listener, Progress
-from pkbrokers_redis.jobs.slices import SLICE_SECONDS, come_again, current_job_id, run_parts
-from pkbrokers_redis.kite.history_rows import KITE_INTERVALS, HistoryRow, kite_interval
+from pkbrokers_redis.jobs.time_slicing import SLICE_SECONDS, come_again, current_job_id, run_parts
+from pkbrokers_redis.kite.history_requests import KITE_INTERVALS, HistoryRow, kite_interval
+from pkbrokers_redis.store.job_names import job_id
 from pkbrokers_redis.store.queue import enqueue, queue_of
-from pkbrokers_redis.store.read import read_window
 from pkbrokers_redis.store.repairs import send_rows, wait_applied
+from pkbrokers_redis.store.rows import read_window
+
+PRICE_EPSILON = 1e-7  # prices have at most seven decimals on the wire
+
+
+class Comparison(NamedTuple):
+    """How many rows: Kite's in all, equal, different, only Kite's, only ours; and equal ones of ours that are
+    marked as not whole."""
+
+    rows: int
+    matched: int
+    changed: int
+    missing: int
+    extra: int
+    marked: int
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether there is nothing to send. Rows of ours that Kite lacks stay, whatever is sent."""
+        return not (self.changed or self.missing or self.marked)
+
+
+def compare(ours: Sequence[Candle], theirs: Sequence[HistoryRow]) -> Comparison:
+    """Both of the same instrument, interval and span."""
+    mine = {candle.start: candle for candle in ours}
+    matched = changed = missing = marked = 0
+    for row in theirs:
+        candle = mine.pop(row.start, None)
+        if candle is None:
+            missing += 1
+        elif is_equal(candle, row):
+            matched += 1
+            marked += candle.flag in ("gap", "partial")
+        else:
+            changed += 1
+    return Comparison(len(theirs), matched, changed, missing, len(mine), marked)
+
+
+def is_equal(candle: Candle, row: HistoryRow) -> bool:
+    """Prices and volume; open interest changes without trades, and Kite samples it elsewhere."""
+    return candle.volume == row.volume and all(
+        abs(getattr(candle, name) - getattr(row, name)) < PRICE_EPSILON
+        for name in ("open", "high", "low", "close")
+    )
+
 
 APPLIED_SECONDS_MAX = (
     20.0  # an aggregator takes milliseconds; for one that is away the rows wait in the stream
@@ -97,7 +140,7 @@ def repair_gap(
             return come_again(seconds)
         sender = Sender(desk, why)
 
-        def mend(part: str) -> Figures:
+        def hint(part: str) -> Figures:
             token = int(part)
             from_s, to_s = desk.span_s(token, from_ms, to_ms)
             begins_s = max(from_s, desk.kept_since_s(token))
@@ -113,7 +156,7 @@ def repair_gap(
 
         arguments = {"tokens": list(tokens), "from_ms": from_ms, "to_ms": to_ms, "why": why}
         progress = Progress(desk.client, desk.keys, current_job_id(job_id("repair_gap", arguments)))
-        return _finish(sender, progress, run_parts(progress, _parts(desk, tokens), mend), len(tokens))
+        return _finish(sender, progress, run_parts(progress, _parts(desk, tokens), hint), len(tokens))
 
 
 def warm_start(tokens: Sequence[int], why: str = "warm", *, desk: Desk | None = None) -> Any:

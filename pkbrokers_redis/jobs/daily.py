@@ -23,29 +23,28 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.candles.calendar import load_sessions
+from pkbrokers_redis.candles.model import DAY as DAY_INTERVAL
 from pkbrokers_redis.clock import market_clock
-from pkbrokers_redis.consumers.files.atomic import sweep, writing_into
-from pkbrokers_redis.consumers.files.manifest import Entry, read_manifest, update_manifest
-from pkbrokers_redis.core.errors import PkbError, SessionExpired
-from pkbrokers_redis.core.intervals import DAY as DAY_INTERVAL
-from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.jobs import backfill, pull, selection, snapshots, sync
+from pkbrokers_redis.errors import PkbError, SessionExpired
+from pkbrokers_redis.files.atomic import sweep, writing_into
+from pkbrokers_redis.files.manifest import Entry, read_manifest, update_manifest
+from pkbrokers_redis.ingest.feeds import feeds_needed, sessions_of
+from pkbrokers_redis.jobs import backfill, pull, retention, snapshots, sync
+from pkbrokers_redis.jobs.github import target_of
 from pkbrokers_redis.jobs.locks import Busy, alone
 from pkbrokers_redis.jobs.progress import job_listener
-from pkbrokers_redis.jobs.slices import come_again
-from pkbrokers_redis.jobs.target import target_of
+from pkbrokers_redis.jobs.time_slicing import come_again
 from pkbrokers_redis.kite.instruments import KiteInstruments
 from pkbrokers_redis.kite.rest import open_kite
 from pkbrokers_redis.kite.session import SessionKeeper
-from pkbrokers_redis.pipeline.assign import sessions_of
-from pkbrokers_redis.pipeline.cut import feeds_needed
-from pkbrokers_redis.pipeline.facts import gather, read_servers
-from pkbrokers_redis.pipeline.health import STATUS, health_of, judge
+from pkbrokers_redis.runtime.cluster_state import gather, read_servers
+from pkbrokers_redis.runtime.health import STATUS, health_of, judge
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect, describe
+from pkbrokers_redis.store.instrument_list import instrument_list
 from pkbrokers_redis.store.meta import adopt_meta
 from pkbrokers_redis.store.queue import OVER, KnownJob
-from pkbrokers_redis.store.watch import instrument_list
 
 LOOK_AGAIN_SECONDS = 1.0, 60.0  # for a job we wait for, for a lock: a fifth of the time it has taken so far
 SUPERSEDED_SECONDS = 60  # a ticks.json this much younger than what was planned does its work
@@ -140,10 +139,10 @@ def capacity(at: str, day: str) -> Any:
 
 def _day_bytes(files: Mapping[str, Entry]) -> int:
     """What a day writes: of Parquet the two newest partitions, and a dated pickle is its undated one."""
-    written = [name for name in files if not selection.is_of_a_day(name)]
+    written = [name for name in files if not retention.is_of_a_day(name)]
     partitions: dict[str, list[str]] = {}
     for name in sorted(files):
-        if told := selection.PARTITION.fullmatch(name):
+        if told := retention.PARTITION.fullmatch(name):
             partitions.setdefault(told[1], []).append(name)
     written += [name for names in partitions.values() for name in names[-PARTITIONS_A_DAY:]]
     return sum(files[name].bytes for name in written)
@@ -162,7 +161,7 @@ def feed(at: str, day: str) -> Any:
         health = health_of(findings)
         if health == "down":
             first = next(each for each in findings if each.level == "fail")
-            raise NotReady(first.what, first.mend or "`pkb doctor` says more")
+            raise NotReady(first.what, first.hint or "`pkb doctor` says more")
         return {"health": health, "findings": [each.what for each in findings]}
 
 
@@ -229,11 +228,11 @@ def trim(at: str, day: str, after: Sequence[str] = ()) -> Any:
             return work.must_wait
         folder = work.settings.files_folder
         listed = read_manifest(folder)
-        old = selection.outdated(listed, date.fromisoformat(day))
+        old = retention.outdated(listed, date.fromisoformat(day))
         # The files first: one that the manifest no longer names would be found by no later trim.
         for name in old:
             (folder / name).unlink(missing_ok=True)
-        update_manifest(folder, {}, gone={*old, *selection.gone(folder, listed)})
+        update_manifest(folder, {}, gone={*old, *retention.gone(folder, listed)})
         return {"removed": len(old), "swept": sweep(folder)}
 
 

@@ -20,8 +20,8 @@ import redis
 from redis.exceptions import ResponseError
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.lease import release_lease, try_lease
 

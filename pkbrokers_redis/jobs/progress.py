@@ -16,7 +16,7 @@ import msgspec
 import redis
 from rq import get_current_job
 
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.keys import Keys
 
 TTL_SECONDS = 86_400
 LISTENER_TTL_SECONDS = 3600, 60  # of a job that always begins anew: while it works, once it is done

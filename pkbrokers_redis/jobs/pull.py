@@ -19,17 +19,16 @@ import requests
 import requests.auth
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.consumers.files.atomic import replacing_path
-from pkbrokers_redis.consumers.files.manifest import NAME as MANIFEST
-from pkbrokers_redis.consumers.files.manifest import Entry, parse_manifest, read_manifest, update_manifest
-from pkbrokers_redis.consumers.files.ticks_json import read_ticks_json
-from pkbrokers_redis.consumers.files.unpickler import load_pickle
-from pkbrokers_redis.consumers.sources.published import MANIFEST_BYTES_MAX, folder_of
-from pkbrokers_redis.core.errors import InputFileError, SettingsError
-from pkbrokers_redis.jobs.github import Git, GitFailed, RemoteAway, fetch
+from pkbrokers_redis.errors import InputFileError, SettingsError
+from pkbrokers_redis.files.atomic import replacing_path
+from pkbrokers_redis.files.manifest import NAME as MANIFEST
+from pkbrokers_redis.files.manifest import Entry, parse_manifest, read_manifest, update_manifest
+from pkbrokers_redis.files.published import MANIFEST_BYTES_MAX, folder_of
+from pkbrokers_redis.files.ticks_json import read_ticks_json
+from pkbrokers_redis.files.unpickler import load_pickle
+from pkbrokers_redis.jobs.github import LOOPBACK, Git, GitFailed, RemoteAway, fetch, target_of
 from pkbrokers_redis.jobs.progress import Listener
-from pkbrokers_redis.jobs.selection import chosen
-from pkbrokers_redis.jobs.target import LOOPBACK, target_of
+from pkbrokers_redis.jobs.retention import chosen
 from pkbrokers_redis.settings import Settings
 
 Via = Literal["auto", "https", "git"]

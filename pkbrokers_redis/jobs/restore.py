@@ -23,21 +23,19 @@ import numpy.typing as npt
 import redis
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.consumers.aggregator import bucket_starts_of
-from pkbrokers_redis.consumers.bulk import read_bulk
-from pkbrokers_redis.consumers.files import manifest, parquet
-from pkbrokers_redis.consumers.files.frames import midnights
-from pkbrokers_redis.consumers.files.manifest import Entry
-from pkbrokers_redis.consumers.files.parquet import Rows
-from pkbrokers_redis.core.buckets import bucket_end_s
-from pkbrokers_redis.core.errors import InputFileError, PkbError
-from pkbrokers_redis.core.intervals import DAY, Interval
-from pkbrokers_redis.core.model import FLAG_NAMES
-from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.candles.calendar import load_sessions
+from pkbrokers_redis.candles.model import DAY, FLAG_NAMES, Interval, bucket_end_s
+from pkbrokers_redis.client.bulk import read_bulk
+from pkbrokers_redis.errors import InputFileError, PkbError
+from pkbrokers_redis.files import manifest, parquet
+from pkbrokers_redis.files.frames import midnights
+from pkbrokers_redis.files.manifest import Entry
+from pkbrokers_redis.files.parquet import Rows
+from pkbrokers_redis.files.resample import bucket_starts_of
 from pkbrokers_redis.jobs.snapshots import Run, open_run
 from pkbrokers_redis.store.commit import load_functions
+from pkbrokers_redis.store.instruments import load_derivative_tokens
 from pkbrokers_redis.store.lease import lease_shards, release_shards
-from pkbrokers_redis.store.master import load_derivative_tokens
 from pkbrokers_redis.store.meta import ensure_meta
 from pkbrokers_redis.store.symbols import save_instruments
 
@@ -123,8 +121,8 @@ def _checked(folder: Path) -> dict[str, dict[Path, Entry]]:
         name: entry for name, entry in manifest.read_manifest(folder).items() if entry.kind == "parquet"
     }
     if not entries:
-        mend = "run `pkb snapshot parquet` or `pkb sync pull`"
-        raise InputFileError(f"there is no Parquet snapshot in {folder}", mend)
+        hint = "run `pkb snapshot parquet` or `pkb sync pull`"
+        raise InputFileError(f"there is no Parquet snapshot in {folder}", hint)
     wrong = manifest.problems(folder, entries)
     if wrong:
         raise InputFileError(f"the snapshot in {folder} is damaged ({wrong[0]})", "pull it again")

@@ -27,12 +27,13 @@ from typing import Any, TypeVar
 import numpy as np
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.candles.model import DAY, find_interval
+from pkbrokers_redis.client.bulk import Bulk, read_bulk
+from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.clock import Clock, market_clock
-from pkbrokers_redis.consumers.bulk import Bulk, read_bulk
-from pkbrokers_redis.consumers.candle_file import NAME as CANDLE_DB
-from pkbrokers_redis.consumers.database import LocalCandleDatabase
-from pkbrokers_redis.consumers.files import parquet, pickles, ticks_json
-from pkbrokers_redis.consumers.files.atomic import (
+from pkbrokers_redis.errors import InputFileError, PkbError
+from pkbrokers_redis.files import parquet, pickles, ticks_json
+from pkbrokers_redis.files.atomic import (
     exclusively,
     linked,
     replacing,
@@ -40,12 +41,11 @@ from pkbrokers_redis.consumers.files.atomic import (
     sha256_of,
     writing_into,
 )
-from pkbrokers_redis.consumers.files.frames import KOLKATA_SECONDS, Floats, file_symbol
-from pkbrokers_redis.consumers.files.manifest import Entry, announce, read_manifest, update_manifest
-from pkbrokers_redis.consumers.files.pickles import DAILY_ROWS_MAX, PickledDict, Shape
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.errors import InputFileError, PkbError
-from pkbrokers_redis.core.intervals import DAY, find_interval
+from pkbrokers_redis.files.candle_file import NAME as CANDLE_DB
+from pkbrokers_redis.files.frames import KOLKATA_SECONDS, Floats, file_symbol
+from pkbrokers_redis.files.manifest import Entry, announce, read_manifest, update_manifest
+from pkbrokers_redis.files.pickles import DAILY_ROWS_MAX, PickledDict, Shape
+from pkbrokers_redis.files.sqlite import LocalCandleDatabase
 from pkbrokers_redis.jobs.progress import Listener, job_listener
 from pkbrokers_redis.settings import Settings, load_settings
 

@@ -22,14 +22,13 @@ from typing import IO, Any
 import msgspec
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.consumers.files.manifest import NAME as MANIFEST
-from pkbrokers_redis.consumers.files.manifest import VERSION, Entry, parse_manifest, read_manifest
-from pkbrokers_redis.core.errors import InputFileError, PkbError
-from pkbrokers_redis.core.intervals import DEFAULT_INTERVALS, Interval
-from pkbrokers_redis.jobs.github import Git, GitFailed, RemoteAway, backoff_seconds, fetch, head_of
+from pkbrokers_redis.candles.model import DEFAULT_INTERVALS, Interval
+from pkbrokers_redis.errors import InputFileError, PkbError
+from pkbrokers_redis.files.manifest import NAME as MANIFEST
+from pkbrokers_redis.files.manifest import VERSION, Entry, parse_manifest, read_manifest
+from pkbrokers_redis.jobs.github import Git, GitFailed, RemoteAway, Target, backoff_seconds, fetch, head_of
 from pkbrokers_redis.jobs.progress import Listener
-from pkbrokers_redis.jobs.selection import chosen, gone, outdated, surplus
-from pkbrokers_redis.jobs.target import Target
+from pkbrokers_redis.jobs.retention import chosen, gone, outdated, surplus
 
 FILE_BYTES_MAX = 100 << 20  # GitHub refuses larger ones
 FILE_BYTES_WARN = 50 << 20  # and warns from here

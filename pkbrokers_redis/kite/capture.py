@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import IO, cast
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.core.errors import InputFileError
+from pkbrokers_redis.errors import InputFileError
 
 log = logs.get("capture")
 

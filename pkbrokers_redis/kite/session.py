@@ -21,9 +21,9 @@ import redis
 from redis.exceptions import ResponseError
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.core.errors import KiteUnavailable, LoginNeeded, LoginRefused, PkbError, RedisUnavailable
-from pkbrokers_redis.kite.authenticator import KiteAuthenticator
-from pkbrokers_redis.kite.urls import session_in
+from pkbrokers_redis.errors import KiteUnavailable, LoginNeeded, LoginRefused, PkbError, RedisUnavailable
+from pkbrokers_redis.kite.auth import KiteAuthenticator
+from pkbrokers_redis.kite.rest import session_in
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import auth
 from pkbrokers_redis.store.auth import Session
@@ -157,7 +157,7 @@ class SessionKeeper:
         now = self._now()
         state = self._ask(lambda client: auth.load_login_state(client, self._keys, now))
         if state.refused:
-            raise LoginRefused(state.refused, state.mend)
+            raise LoginRefused(state.refused, state.hint)
         if failed is not None and failed.login_at and now - failed.login_at > LASTED_SECONDS:
             state = replace(state, attempts=0)
         if state.attempts >= ATTEMPTS_MAX:
@@ -174,7 +174,7 @@ class SessionKeeper:
         except LoginRefused as error:
             refusal = error
             self._ask(lambda client: auth.note_refusal(client, self._keys, refusal, self._now()))
-            log.error("login_refused", why=error.message, mend=error.mend)
+            log.error("login_refused", why=error.message, hint=error.hint)
             raise
         except PkbError as error:
             log.warning("login_failed", why=error.message, attempt=state.attempts + 1, of=ATTEMPTS_MAX)

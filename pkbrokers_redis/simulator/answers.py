@@ -20,7 +20,7 @@ from typing import Any, Final
 import msgspec
 from aiohttp import web
 
-from pkbrokers_redis.core.india import IST
+from pkbrokers_redis.candles.calendar import IST
 
 ERROR_TYPES: Final = {
     400: "InputException",

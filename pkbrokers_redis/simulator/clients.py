@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from websockets.asyncio.server import ServerConnection
 
-from pkbrokers_redis.core.india import IST
+from pkbrokers_redis.candles.calendar import IST
 
 QUEUE_FRAMES_MAX = 512  # of one client, ~30 MB at worst; then it is disconnected
 STEPS_MAX = 600  # of one round, when market time runs fast or we were held up; the next round goes on

@@ -18,7 +18,7 @@ from dataclasses import asdict
 import msgspec
 from aiohttp import web
 
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.simulator.answers import Refused, success
 from pkbrokers_redis.simulator.clients import ServerStats
 from pkbrokers_redis.simulator.faults import Side

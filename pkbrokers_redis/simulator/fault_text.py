@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.simulator.faults import KINDS
 
 _READERS: Final[dict[str, Callable[[str], Any]]] = {

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from pkbrokers_redis.kite.encode import encode_records
-from pkbrokers_redis.kite.layout import DTYPES, FULL, INDEX_FULL, INDEX_QUOTE, LTP, QUOTE
+from pkbrokers_redis.kite.protocol import DTYPES, FULL, INDEX_FULL, INDEX_QUOTE, LTP, QUOTE, encode_records
 from pkbrokers_redis.simulator.market import Ints, Market
 
 NONE, MODE_LTP, MODE_QUOTE, MODE_FULL = range(4)  # a client's mode of each row

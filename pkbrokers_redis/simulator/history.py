@@ -19,8 +19,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from pkbrokers_redis.core.india import IST, IST_MS
-from pkbrokers_redis.kite.layout import PRICE_DIVISOR_OF
+from pkbrokers_redis.candles.calendar import IST, IST_MS
+from pkbrokers_redis.kite.protocol import PRICE_DIVISOR_OF
 from pkbrokers_redis.simulator.hours import Hours, Ints
 from pkbrokers_redis.simulator.market import DAY_MS, Market
 from pkbrokers_redis.simulator.past import CLOSE, HIGH, LOW, OI, OPEN, START, VOLUME, Past

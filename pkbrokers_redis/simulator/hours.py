@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from pkbrokers_redis.core.sessions import Day, Sessions
+from pkbrokers_redis.candles.calendar import Day, Sessions
 
 Ints = npt.NDArray[np.int64]
 

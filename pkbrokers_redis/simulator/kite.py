@@ -17,8 +17,8 @@ from typing import Any
 
 from aiohttp import web
 
+from pkbrokers_redis.candles.calendar import Sessions, load_sessions
 from pkbrokers_redis.clock import Clock
-from pkbrokers_redis.core.sessions import Sessions, load_sessions
 from pkbrokers_redis.kite.capture import CaptureWriter
 from pkbrokers_redis.simulator.accounts import Accounts
 from pkbrokers_redis.simulator.clients import ServerStats

@@ -16,15 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pkbrokers_redis.core.india import IST_MS
-from pkbrokers_redis.core.model import SEGMENT_INDICES
-from pkbrokers_redis.kite.layout import (
-    DEPTH_LEVELS,
-    DTYPES,
-    FULL,
-    INDEX_FULL,
-    PRICE_DIVISORS,
-)
+from pkbrokers_redis.candles.calendar import IST_MS
+from pkbrokers_redis.candles.model import SEGMENT_INDICES
+from pkbrokers_redis.kite.protocol import DEPTH_LEVELS, DTYPES, FULL, INDEX_FULL, PRICE_DIVISORS
 from pkbrokers_redis.simulator.hours import AUCTION, CLOSED, TEMPO, Hours
 
 INTERVAL_MS = 1000  # Kite's usual conflation

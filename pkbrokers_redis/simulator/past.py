@@ -12,9 +12,8 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pkbrokers_redis.core.india import IST_MS
-from pkbrokers_redis.core.sessions import Day
-from pkbrokers_redis.kite.layout import PRICE_DIVISORS
+from pkbrokers_redis.candles.calendar import IST_MS, Day
+from pkbrokers_redis.kite.protocol import PRICE_DIVISORS
 from pkbrokers_redis.simulator.hours import DERIVATIVE_KINDS, Hours, Ints
 from pkbrokers_redis.simulator.market import DAY_MS, Opening
 

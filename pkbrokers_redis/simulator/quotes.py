@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from pkbrokers_redis.kite.layout import PRICE_DIVISOR_OF
+from pkbrokers_redis.kite.protocol import PRICE_DIVISOR_OF
 from pkbrokers_redis.simulator.answers import local_text
 from pkbrokers_redis.simulator.market import BAND, Market
 

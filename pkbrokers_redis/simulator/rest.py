@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
-from pkbrokers_redis.core.india import IST
+from pkbrokers_redis.candles.calendar import IST
 from pkbrokers_redis.simulator import rest_faults
 from pkbrokers_redis.simulator.accounts import Account, Accounts
 from pkbrokers_redis.simulator.answers import Refused, failure, local_text, success

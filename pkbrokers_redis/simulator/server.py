@@ -22,7 +22,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.kite.capture import KIND_BINARY, KIND_TEXT, CaptureWriter
 from pkbrokers_redis.simulator.clients import Client, ServerStats, greetings, steps_between, text_frame
 from pkbrokers_redis.simulator.faults import STATUS_KINDS, Faults

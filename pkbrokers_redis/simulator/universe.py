@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.errors import SettingsError
 
 INSTRUMENTS_MAX = 100_000
 _SIM_EXCHANGE_TOKEN = 100_000  # NSE's own stay below

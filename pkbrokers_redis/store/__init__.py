@@ -1,1 +1,1 @@
-"""Knows Redis: connecting, streams, rows, leases, the atomic commit. Key names are in `core/keys.py`."""
+"""Knows Redis: connecting, streams, rows, leases, the atomic commit. Key names are in `keys.py`."""

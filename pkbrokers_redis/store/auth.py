@@ -21,9 +21,9 @@ import redis
 from pydantic import SecretStr
 from redis.exceptions import ResponseError
 
-from pkbrokers_redis.core.errors import LoginRefused, WrongKeyType
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.candles.calendar import IST
+from pkbrokers_redis.errors import LoginRefused, WrongKeyType
+from pkbrokers_redis.keys import Keys
 
 EXPIRES_AT_HOUR = 6  # Kite's docs: tokens are flushed at 06:00. Some die earlier: the 403 decides, not this
 OUTAGE_SECONDS = 3600.0  # attempts older than this belong to another outage
@@ -92,7 +92,7 @@ def save_session(client: redis.Redis, keys: Keys, session: Session) -> Session:
     pipe.hset(keys.auth(), mapping=fields)
     pipe.expireat(keys.auth(), int(saved.expires_at))
     pipe.execute()
-    client.hdel(keys.login(), "refused", "mend", "refused_at")
+    client.hdel(keys.login(), "refused", "hint", "refused_at")
     return saved
 
 
@@ -136,7 +136,7 @@ class LoginState:
     attempts: int = 0
     attempted_at: float = 0.0
     refused: str = ""  # why Kite refused our credentials: a person must act
-    mend: str = ""  # and how
+    hint: str = ""  # and how
     refused_at: float = 0.0
     totp_window: int = 0  # the last half minute (since the epoch) whose TOTP was used
 
@@ -150,7 +150,7 @@ def load_login_state(client: redis.Redis, keys: Keys, now: float) -> LoginState:
         _count(found.get("attempts", "")) if recent else 0,
         attempted_at,
         found.get("refused", ""),
-        found.get("mend", ""),
+        found.get("hint", ""),
         _epoch(found.get("refused_at", "")),
         _count(found.get("totp_window", "")),
     )
@@ -163,13 +163,13 @@ def note_attempt(client: redis.Redis, keys: Keys, state: LoginState, now: float)
 
 def note_refusal(client: redis.Redis, keys: Keys, error: LoginRefused, now: float) -> None:
     """Kite refused our credentials: nobody tries them again before `pkb login`."""
-    fields = {"refused": error.message, "mend": error.mend, "refused_at": _iso(now)}
+    fields = {"refused": error.message, "hint": error.hint, "refused_at": _iso(now)}
     client.hset(keys.login(), mapping=fields)  # type: ignore[arg-type]  # dict is invariant
 
 
 def clear_outage(client: redis.Redis, keys: Keys) -> None:
     """Attempts and refusals are forgotten: a person takes over."""
-    client.hdel(keys.login(), "attempts", "attempted_at", "refused", "mend", "refused_at")
+    client.hdel(keys.login(), "attempts", "attempted_at", "refused", "hint", "refused_at")
 
 
 def note_totp_window(client: redis.Redis, keys: Keys, window: int) -> None:

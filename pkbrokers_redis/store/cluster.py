@@ -11,6 +11,19 @@ TRYAGAIN, CLUSTERDOWN, and exceptions that are not even RedisErrors. Workers kno
     XREAD of several shards' streams    `store.streams.StreamReader`
     hot pipelines                       `store.pipe.Pipe`
     FUNCTION LOAD, SCAN                 redis-py asks every master
+
+A pipeline for the hot paths: packed in one piece, sent with one write, replies read in order.
+
+redis-py's own looks at every argument in Python and writes in pieces of 6 KB; for a commit of five thousand
+arguments that took longer than Redis took to carry it out (docs/decisions/0004). Retries are the caller's.
+
+On a cluster the commands go to the masters that have their keys, one write a master, and all masters work
+at once; the replies come back in the order of the commands.
+
+An asyncio client of the same store as a client that is there: one server, Sentinel or Cluster.
+
+`connect` has read the URL, probed the server and explained what was wrong with it; what it found is taken
+from its client, so that there is one way from settings to a server.
 """
 
 from __future__ import annotations
@@ -21,12 +34,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import redis
+import redis.asyncio
+import redis.asyncio.connection
+import redis.asyncio.sentinel
+from hiredis import pack_command
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialBackoff
 from redis.crc import key_slot
 from redis.exceptions import (
     AskError,
     ClusterError,
     CrossSlotTransactionError,
     RedisClusterException,
+    ResponseError,
     TryAgainError,
 )
 
@@ -138,3 +158,215 @@ def refresh(client: redis.RedisCluster) -> None:
     """Ask for the topology anew; in vain while no node answers, which the next command will say."""
     with contextlib.suppress(redis.RedisError, RedisClusterException, OSError):
         client.nodes_manager.initialize()
+
+
+# Where a command has its (first) key; 1 for those that are not here. XREAD is `XREAD COUNT n STREAMS key id`.
+_KEY_AT = {"FCALL": 3, "FCALL_RO": 3, "XGROUP": 2, "XINFO": 2, "XREAD": 4}
+
+
+class Pipe:
+    """Collects commands; `execute` sends them all. Arguments are bytes, str, int or float.
+
+    A command's key stands behind its name, or where `_KEY_AT` says. Between MULTI and EXEC all keys must be
+    of one slot.
+    """
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._cluster = cluster_of(client)
+        self._pool: Any = None if self._cluster else client.connection_pool
+        self._connection: Any = None  # held from the first flush to execute
+        self._sent = 0
+        self._parts: list[bytes] = []
+        self._keys: list[Any] = []  # cluster only: the key that says where each part goes
+
+    def __len__(self) -> int:
+        return self._sent + len(self._parts)
+
+    @property
+    def is_clustered(self) -> bool:
+        """Whether the commands go to a cluster."""
+        return self._cluster is not None
+
+    def add(self, *command: Any) -> None:
+        """Append a command: its name and arguments."""
+        self._parts.append(pack_command(command))
+        if self._cluster is not None:
+            self._note_key(command)
+
+    def _note_key(self, command: tuple[Any, ...]) -> None:
+        if command[0] == "MULTI":
+            self._keys.append(None)  # goes where the next command goes
+            return
+        key = self._keys[-1] if command[0] == "EXEC" else command[_KEY_AT.get(command[0], 1)]
+        if self._keys and self._keys[-1] is None:
+            self._keys[-1] = key
+        self._keys.append(key)
+
+    def execute(self) -> list[Any]:
+        """Send everything and return the raw replies, errors of single commands as exceptions in the list.
+
+        Raises redis.ConnectionError or TimeoutError when a connection failed, or when a cluster's slots are
+        elsewhere by now: then nobody knows which commands were carried out.
+        """
+        if self._cluster is not None:
+            parts, self._parts = self._parts, []
+            keys, self._keys = self._keys, []
+            return _execute_on_masters(self._cluster, parts, keys) if parts else []
+        self.flush()
+        connection, self._connection = self._connection, None
+        sent, self._sent = self._sent, 0
+        if connection is None:
+            return []
+        try:
+            return [_reply(connection) for _ in range(sent)]
+        except BaseException:
+            connection.disconnect()  # unread replies must not meet the next caller
+            raise
+        finally:
+            self._pool.release(connection)
+
+    def flush(self) -> None:
+        """Send what was added so far without waiting for replies, so that the server can begin.
+
+        Then `execute` must follow. On a cluster nothing happens before `execute`.
+        """
+        if self._cluster is not None or not self._parts:
+            return
+        parts, self._parts = self._parts, []
+        if self._connection is None:
+            self._connection = self._pool.get_connection()
+        try:
+            self._connection.send_packed_command([b"".join(parts)])
+        except BaseException:
+            connection, self._connection, self._sent = self._connection, None, 0
+            connection.disconnect()
+            self._pool.release(connection)
+            raise
+        self._sent += len(parts)
+
+
+def _execute_on_masters(cluster: redis.RedisCluster, parts: list[bytes], keys: list[Any]) -> list[Any]:
+    groups: dict[Any, list[int]] = {}  # pool of a master → numbers of its commands
+    pools: dict[Any, Any] = {}
+    replies: list[Any] = [None] * len(parts)
+    taken: list[tuple[Any, Any, list[int]]] = []
+    try:
+        for n, key in enumerate(keys):
+            if key not in pools:
+                pools[key] = master_pool(cluster, key)
+            groups.setdefault(pools[key], []).append(n)
+        for pool, numbers in groups.items():
+            taken.append((pool, pool.get_connection(), numbers))
+        for _, connection, numbers in taken:
+            connection.send_packed_command([b"".join([parts[n] for n in numbers])])
+        for _, connection, numbers in taken:
+            for n in numbers:
+                replies[n] = _reply(connection)
+    except BaseException as error:
+        for _, connection, _ in taken:
+            connection.disconnect()  # unread replies must not meet the next caller
+        if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
+            refresh(cluster)
+        raise
+    finally:
+        for pool, connection, _ in taken:
+            pool.release(connection)
+    moved = next((reply for reply in replies if isinstance(reply, AWAY)), None)
+    if moved is not None:
+        refresh(cluster)
+        raise redis.ConnectionError(f"the cluster is changing or a part is away ({moved})") from moved
+    return replies
+
+
+def _reply(connection: Any) -> Any:
+    try:
+        return connection.read_response()
+    except redis.ConnectionError:
+        raise
+    except ResponseError as error:
+        return error
+
+
+RETRIES = 3
+
+AsyncClient = Any  # redis.asyncio.Redis or redis.asyncio.RedisCluster, which share no base class
+
+# What a connection is made of; all else among redis-py's arguments is its own machinery, sync or async.
+_SHARED = {
+    "client_name",
+    "credential_provider",
+    "db",
+    "health_check_interval",
+    "host",
+    "password",
+    "path",
+    "port",
+    "protocol",
+    "socket_connect_timeout",
+    "socket_keepalive",
+    "socket_timeout",
+    "username",
+}
+_SCHEMES: dict[type, type] = {
+    redis.connection.UnixDomainSocketConnection: redis.asyncio.UnixDomainSocketConnection,
+    redis.connection.SSLConnection: redis.asyncio.SSLConnection,
+}
+
+
+def async_client_of(client: redis.Redis) -> AsyncClient:
+    """A new asyncio client of the client's store; it connects with its first command. `aclose` it."""
+    cluster = cluster_of(client)
+    if cluster is not None:
+        return _of_cluster(cluster)
+    pool: Any = client.connection_pool
+    if isinstance(pool, redis.sentinel.SentinelConnectionPool):
+        return _of_sentinel(pool)
+    kind = next(
+        (async_ for sync, async_ in _SCHEMES.items() if issubclass(pool.connection_class, sync)),
+        redis.asyncio.Connection,
+    )
+    arguments = {**_shared(pool.connection_kwargs), "retry": _retry()}
+    return redis.asyncio.Redis(
+        connection_pool=redis.asyncio.ConnectionPool(connection_class=kind, **arguments)
+    )
+
+
+def _of_cluster(cluster: Any) -> AsyncClient:
+    manager = cluster.nodes_manager
+    nodes = [
+        redis.asyncio.cluster.ClusterNode(node.host, node.port)
+        for node in (*manager.nodes_cache.values(), *manager.startup_nodes.values())
+    ]
+    arguments = _shared(manager.connection_kwargs)
+    for of_a_node in ("host", "port", "path", "db"):
+        arguments.pop(of_a_node, None)
+    if manager.connection_kwargs.get("ssl"):
+        arguments["ssl"] = True
+    return redis.asyncio.RedisCluster(startup_nodes=nodes, retry=_retry(), **arguments)
+
+
+def _of_sentinel(pool: Any) -> AsyncClient:
+    manager = pool.sentinel_manager
+    hosts = [
+        (each.connection_pool.connection_kwargs["host"], each.connection_pool.connection_kwargs["port"])
+        for each in manager.sentinels
+    ]
+    sentinel_kwargs = _shared(manager.sentinel_kwargs)
+    make: Any = redis.asyncio.sentinel.Sentinel  # redis-py's has no types
+    sentinel = make(hosts, sentinel_kwargs={**sentinel_kwargs, "retry": _retry()})
+    arguments = _shared(pool.connection_kwargs)
+    if issubclass(pool.connection_class, redis.connection.SSLConnection):
+        arguments["ssl"] = True
+    return sentinel.master_for(pool.service_name, **arguments, retry=_retry())
+
+
+def _shared(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in arguments.items()
+        if (name in _SHARED or name.startswith("ssl_")) and value is not None
+    }
+
+
+def _retry() -> Retry:
+    return Retry(ExponentialBackoff(cap=1.0, base=0.05), RETRIES)

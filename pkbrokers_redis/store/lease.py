@@ -18,8 +18,8 @@ from typing import Any
 import redis
 from redis.exceptions import ResponseError
 
-from pkbrokers_redis.core.errors import PkbError, WrongKeyType
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.errors import PkbError, WrongKeyType
+from pkbrokers_redis.keys import Keys
 
 LEASE, RELEASE, HOLD = "pkb_lease", "pkb_release", "pkb_hold"
 ANNOUNCE, MEMBERS = "pkb_announce", "pkb_members"

@@ -17,9 +17,9 @@ from typing import Any, cast
 import redis
 from redis.exceptions import ResponseError
 
-from pkbrokers_redis.core.errors import MetaMismatch, PkbError, SettingsError, WrongKeyType
-from pkbrokers_redis.core.intervals import parse_intervals
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.candles.model import parse_intervals
+from pkbrokers_redis.errors import MetaMismatch, PkbError, SettingsError, WrongKeyType
+from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings
 
 SCHEMA = "1"

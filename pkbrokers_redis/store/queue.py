@@ -3,8 +3,8 @@
     queue = open_queue(settings)
     enqueue(queue, "repair_gap", {"tokens": [408065], "from_ms": …, "to_ms": …})
 
-Arguments and results are JSON, and only functions of the table in `core/jobs.py` are run: what somebody else
-writes into the queue is data to us, no code.
+Arguments and results are JSON, and only functions of the table in `store/job_names.py` are run: what somebody
+else writes into the queue is data to us, no code.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ from rq.exceptions import DuplicateJobError, NoSuchJobError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
-from pkbrokers_redis.core.errors import PkbError, SettingsError
-from pkbrokers_redis.core.jobs import JOBS, PATHS, QUEUE, job_id
+from pkbrokers_redis.errors import PkbError, SettingsError
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.connect import CONNECT_SECONDS_MAX, HEALTH_CHECK_SECONDS, connect, explain
-from pkbrokers_redis.store.openers import open_url, place_of
+from pkbrokers_redis.store.connect import (
+    CONNECT_SECONDS_MAX,
+    HEALTH_CHECK_SECONDS,
+    connect,
+    explain,
+    open_url,
+    place_of,
+)
+from pkbrokers_redis.store.job_names import JOBS, PATHS, QUEUE, job_id
 
 SOCKET_SECONDS_MAX = 30.0
 OURS, JOBS_OWN = "PKB_REDIS_URL", "PKB_RQ_REDIS_URL"
@@ -72,7 +78,7 @@ def connect_queue(settings: Settings) -> redis.Redis:
         client.ping()
     except (PkbError, redis.RedisError, OSError, UnicodeError) as error:
         told = explain(error, place_of(own.get_secret_value()))
-        told.message, told.mend = (text.replace(OURS, JOBS_OWN) for text in (told.message, told.mend))
+        told.message, told.hint = (text.replace(OURS, JOBS_OWN) for text in (told.message, told.hint))
         raise told from (None if told is error else error)
     return client
 

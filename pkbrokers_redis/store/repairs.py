@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import msgspec
 import redis
 
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.core.keys import Keys
-from pkbrokers_redis.core.model import TOKEN_MAX
-from pkbrokers_redis.store.ids import id_order
+from pkbrokers_redis.candles.model import TOKEN_MAX
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.streams import id_order
 
 ENTRIES_MAX = 10_000  # of a shard's stream, applied or not; a day's repairs of 10,000 instruments on 8 shards
 TOKENS_MAX = 5_000  # named in one entry; more are sent as more entries

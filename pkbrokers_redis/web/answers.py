@@ -9,14 +9,14 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
-from pkbrokers_redis.core.errors import (
+from pkbrokers_redis.candles.model import CANDLE_FIELDS, Candle
+from pkbrokers_redis.errors import (
     PkbError,
     RedisUnavailable,
     RedisUnsuitable,
     UnknownInterval,
     UnknownSymbol,
 )
-from pkbrokers_redis.core.model import CANDLE_FIELDS, Candle
 from pkbrokers_redis.web.questions import Mistake
 from pkbrokers_redis.web.reading import REDIS_ERRORS, Busy
 from pkbrokers_redis.web.services import Services

@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.web.answers import error_answer, json_answer
 from pkbrokers_redis.web.reading import REDIS_ERRORS
 from pkbrokers_redis.web.services import Services

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from aiohttp import web
 
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 
 COUNT_MAX = 5_000  # rows per instrument
 SYMBOLS_MAX = 500

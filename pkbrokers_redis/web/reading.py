@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 import redis
 from redis.exceptions import RedisClusterException
 
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.pipeline.facts import Facts
-from pkbrokers_redis.pipeline.health import Finding
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.runtime.cluster_state import Facts
+from pkbrokers_redis.runtime.health import Finding
 
 T = TypeVar("T")
 
@@ -88,6 +88,6 @@ class Picture:
                     self._seen = await self._reading(self._look)
                 except (PkbError, *REDIS_ERRORS) as error:
                     told = self._explain(error)
-                    self._seen = None, [Finding("redis", "fail", told.message, told.mend)]
+                    self._seen = None, [Finding("redis", "fail", told.message, told.hint)]
                 self._at = time.monotonic()
             return self._seen

@@ -15,10 +15,10 @@ import redis
 from aiohttp import web
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.pipeline.heartbeat import Heartbeat
-from pkbrokers_redis.pipeline.roles import now_ms, worker_id
+from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.roles import now_ms, worker_id
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import connect, describe
@@ -63,7 +63,7 @@ async def _serve(settings: Settings, client: redis.Redis, stop: threading.Event)
         url = await _listen(runner, settings)
         log.info("started", store=describe(settings, for_reading=True), url=url)
         if settings.web_token is None and not _is_local(settings.web_host):
-            log.warning("open_to_all", host=settings.web_host, mend="set PKB_WEB_TOKEN")
+            log.warning("open_to_all", host=settings.web_host, hint="set PKB_WEB_TOKEN")
         beats = asyncio.create_task(_beat(services, client, url))
         while not stop.is_set():  # noqa: ASYNC110  a signal handler sets it, in whichever thread
             await asyncio.sleep(STOP_LOOK_SECONDS)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.pipeline.facts import Facts
-from pkbrokers_redis.pipeline.health import Finding
-from pkbrokers_redis.pipeline.status import look
+from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.runtime.cluster_state import Facts
+from pkbrokers_redis.runtime.health import Finding, look
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import describe, explain
 from pkbrokers_redis.web.reading import Picture, Reading

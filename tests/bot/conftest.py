@@ -15,7 +15,7 @@ from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.bot.telegram import ALICE, BOB, GROUP, TOKEN, Telegram
-from tests.consumers.contract import write_master
+from tests.client.contract import write_master
 from tests.support import wait_until
 
 

@@ -10,7 +10,7 @@ import redis
 from pkbrokers_redis.bot import confirm
 from pkbrokers_redis.bot.access import REFUSAL, SLOW_DOWN, Access, Pace, Remembered, access_of
 from pkbrokers_redis.bot.registry import commands
-from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.settings import Settings, load_settings
 from tests.bot.conftest import running_bot
 from tests.bot.telegram import ALICE, BOB, GROUP, MALLORY, TOKEN, Telegram

@@ -69,7 +69,7 @@ def test_an_alert_is_understood(text: str, symbol: str, kind: str, value: float,
 def test_what_is_no_alert_is_told_with_the_usage(text: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse(text.split())
-    assert "above 1600" in caught.value.mend
+    assert "above 1600" in caught.value.hint
 
 
 @pytest.mark.parametrize("kind", get_args(Kind))

@@ -15,12 +15,12 @@ from pkbrokers_redis.bot.alerts.book import ALERTS_A_CHAT_MAX, AlertBook
 from pkbrokers_redis.bot.alerts.commit import Told, commit, load_picture
 from pkbrokers_redis.bot.alerts.model import FORMS, Alert, Kind
 from pkbrokers_redis.bot.alerts.worker import AlertWorker
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
 from tests.bot.conftest import running_bot
 from tests.bot.telegram import ALICE, BOB, GROUP, Telegram
-from tests.consumers.contract import INFY, RELIANCE
+from tests.client.contract import INFY, RELIANCE
 from tests.support import running_python, settings_env, wait_until
 
 pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)

@@ -9,10 +9,10 @@ import redis
 from matplotlib import image
 
 from pkbrokers_redis.bot.charts import BACKGROUND, DOWN, FLAT, UP, ChartPool, draw, png
-from pkbrokers_redis.core.model import Candle
+from pkbrokers_redis.candles.model import Candle
 from pkbrokers_redis.settings import Settings
 from tests.bot.telegram import BOB, Telegram
-from tests.consumers.contract import INFY, OPEN_S, push, row
+from tests.client.contract import INFY, OPEN_S, push, row
 
 DAY = 86_400
 OVERNIGHT = [

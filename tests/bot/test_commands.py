@@ -18,12 +18,12 @@ import redis
 
 from pkbrokers_redis.bot.files import making
 from pkbrokers_redis.bot.registry import NAMES, Command, commands
-from pkbrokers_redis.consumers.files.manifest import Entry, update_manifest
+from pkbrokers_redis.files.manifest import Entry, update_manifest
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.auth import Session, save_session
 from tests.bot.conftest import running_bot
 from tests.bot.telegram import ALICE, BOB, GROUP, Telegram
-from tests.consumers.contract import INFY, NIFTY, OPEN_S, RELIANCE, push, row
+from tests.client.contract import INFY, NIFTY, OPEN_S, RELIANCE, push, row
 from tests.support import wait_until
 
 pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)

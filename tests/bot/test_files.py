@@ -9,13 +9,12 @@ import pytest
 import redis
 
 from pkbrokers_redis.bot.files.shelf import KINDS, Found, is_fresh, market_at
-from pkbrokers_redis.core.india import KOLKATA
-from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.candles.calendar import KOLKATA, load_sessions
 from pkbrokers_redis.settings import Settings
 from tests.bot.conftest import running_bot
 from tests.bot.telegram import BOB, Telegram
 from tests.bot.test_commands import put_day, put_file
-from tests.consumers.contract import INFY
+from tests.client.contract import INFY
 
 NSE, NIFTY_FUTURE, CRUDE = INFY, 256 + 2, 256 + 7  # tokens: the low byte is the segment
 

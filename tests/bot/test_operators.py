@@ -8,8 +8,8 @@ import pytest
 import redis
 
 from pkbrokers_redis.bot import operators
-from pkbrokers_redis.pipeline.heartbeat import Heartbeat
-from pkbrokers_redis.pipeline.restart import RoleStop, ask_restart, heed, redis_ms
+from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.roles import RoleStop, ask_restart, heed, redis_ms
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer

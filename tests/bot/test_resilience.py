@@ -17,7 +17,7 @@ from telegram.ext import ExtBot
 
 from pkbrokers_redis.bot.polling import Poller
 from pkbrokers_redis.bot.runner import bot
-from pkbrokers_redis.core.errors import SettingsError
+from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.settings import Settings
 from tests.bot.conftest import running_bot
 from tests.bot.telegram import ALICE, BOB, TOKEN, Telegram

@@ -12,7 +12,7 @@ from pkbrokers_redis import PKTickBot
 from pkbrokers_redis.settings import Settings
 from tests.bot.telegram import BOB, TOKEN, Telegram
 from tests.bot.test_commands import put_day
-from tests.consumers.contract import INFY
+from tests.client.contract import INFY
 
 pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
 

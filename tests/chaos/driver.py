@@ -28,9 +28,9 @@ from typing import Any
 
 import redis
 
-from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.pipeline.aggregate import Aggregator
-from pkbrokers_redis.pipeline.replay import lag_entries
+from pkbrokers_redis.aggregate.worker import Aggregator
+from pkbrokers_redis.candles.calendar import load_sessions
+from pkbrokers_redis.client.replay import lag_entries
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.faults import Faults
 from pkbrokers_redis.simulator.market import Market

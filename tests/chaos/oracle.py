@@ -10,8 +10,8 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from pkbrokers_redis.core.intervals import Interval
-from pkbrokers_redis.core.sessions import Sessions
+from pkbrokers_redis.candles.calendar import Sessions
+from pkbrokers_redis.candles.model import Interval
 
 Row = list[Any]
 Rows = dict[tuple[int, str], dict[int, Row]]  # (token, interval) → start → row

@@ -22,8 +22,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from pkbrokers_redis.core.intervals import Interval
-from pkbrokers_redis.core.sessions import Sessions
+from pkbrokers_redis.candles.calendar import Sessions
+from pkbrokers_redis.candles.model import Interval
 from pkbrokers_redis.simulator.market import Ints, Market
 from tests.chaos.oracle import TOKEN, VOLUME, Entry, Row, Rows
 

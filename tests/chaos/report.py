@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from pkbrokers_redis.core.model import CANDLE_FIELDS
+from pkbrokers_redis.candles.model import CANDLE_FIELDS
 
 
 @dataclass

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pkbrokers_redis.core.intervals import parse_intervals
-from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.candles.calendar import load_sessions
+from pkbrokers_redis.candles.model import parse_intervals
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.universe import universe
 from tests.chaos.oracle import Row, Rows

@@ -11,7 +11,7 @@ import redis
 
 from pkbrokers_redis.cli import main
 from pkbrokers_redis.settings import Settings
-from tests.consumers.contract import write_master
+from tests.client.contract import write_master
 from tests.support import settings_env
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.candles.calendar import load_sessions
 from tests.cli.conftest import Pkb
 
 

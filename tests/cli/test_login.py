@@ -114,7 +114,7 @@ def test_the_status_of_a_fixed_token_and_of_a_refusal(
 ) -> None:
     settings = login_with(kite_api_key="key", kite_access_token="geheim")
     assert "PKB_KITE_ACCESS_TOKEN" in pkb("login", "--status").out
-    client.hset(settings.keys.login(), mapping={"refused": "wrong password", "mend": "mend it"})
+    client.hset(settings.keys.login(), mapping={"refused": "wrong password", "hint": "mend it"})
     ended = pkb("login", "--status")
     assert "wrong password: mend it" in ended.err and "geheim" not in ended.out + ended.err
 

@@ -14,7 +14,7 @@ import redis
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
 from tests.cli.conftest import Pkb
-from tests.consumers.contract import INFY, OPEN_S, RELIANCE, announce, push, row, tick_frame, write_master
+from tests.client.contract import INFY, OPEN_S, RELIANCE, announce, push, row, tick_frame, write_master
 from tests.support import PKB, running_process, settings_env
 
 pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)

@@ -15,10 +15,10 @@ from pkbrokers_redis.cli.redis_cli import cli_arguments
 from pkbrokers_redis.cli.redis_shell import pretty, raw
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.embedded import attach
+from pkbrokers_redis.store.embedded.server import attach
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.cli.conftest import Pkb
-from tests.consumers.contract import INFY, OPEN_S, push, row
+from tests.client.contract import INFY, OPEN_S, push, row
 
 needs_redis_cli = pytest.mark.skipif(not shutil.which("redis-cli"), reason="no redis-cli on PATH")
 

@@ -10,10 +10,10 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from pkbrokers_redis.core.keys import AGGREGATOR_GROUP
-from pkbrokers_redis.pipeline import status as status_module
-from pkbrokers_redis.pipeline.heartbeat import Heartbeat
-from pkbrokers_redis.pipeline.volume_check import widest
+from pkbrokers_redis.keys import AGGREGATOR_GROUP
+from pkbrokers_redis.runtime import health as status_module
+from pkbrokers_redis.runtime.health import widest
+from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import lease
 from pkbrokers_redis.store.commit import load_functions

@@ -73,12 +73,12 @@ def test_from_import_star_and_unknown_names_work_as_in_any_module() -> None:
         "from pkbrokers_redis import InMemoryCandleStore as ours; print(ours is InMemoryCandleStore)\n"
     )
     out = run(print_it).split()
-    assert out == ["pkbrokers_redis.consumers.memory_store", "7", "False", "True"]
+    assert out == ["pkbrokers_redis.compat.candle_store", "7", "False", "True"]
 
 
 def test_one_environment_variable_is_enough() -> None:
     code = "from pkbrokers.kite.tickProcessor import HighPerformanceDataProvider as P; print(P.__module__)"
-    assert run(code, shim()).strip() == "pkbrokers_redis.consumers.provider"
+    assert run(code, shim()).strip() == "pkbrokers_redis.compat.data_provider"
 
 
 def test_what_python_path_had_stays_in_it() -> None:
@@ -93,7 +93,7 @@ def test_children_have_it_too() -> None:
         "code = 'import pkbrokers.kite.inMemoryCandleStore as m; print(m.get_candle_store.__module__)'\n"
         "print(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout)\n"
     )
-    assert run(code, shim()).strip() == "pkbrokers_redis.consumers.memory_store"
+    assert run(code, shim()).strip() == "pkbrokers_redis.compat.candle_store"
 
 
 @pytest.mark.parametrize("by_variable", [True, False])
@@ -109,7 +109,7 @@ def test_ours_wins_over_an_installed_pkbrokers_which_keeps_its_other_modules(
         out = run(code, shim(), installed)
     else:
         out = run("import pkbrokers_redis.compat\n" + code, installed)
-    assert out.split() == ["theirs", "True", "pkbrokers_redis.consumers.memory_store"]
+    assert out.split() == ["theirs", "True", "pkbrokers_redis.compat.candle_store"]
 
 
 def test_a_module_that_is_nowhere_is_the_usual_error() -> None:
@@ -129,5 +129,5 @@ def test_modules_imported_before_are_warned_of_and_replaced_for_the_others(insta
         "print(early, late.__module__)"
     )
     out = run(code, installed)
-    assert "theirs pkbrokers_redis.consumers.memory_store" in out
+    assert "theirs pkbrokers_redis.compat.candle_store" in out
     assert "pkbrokers.kite.inMemoryCandleStore had been imported before pkbrokers_redis.compat" in out

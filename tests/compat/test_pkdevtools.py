@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from pkbrokers_redis.settings import Settings
-from tests.consumers.contract import INFY, RELIANCE, push, row, tick_frame, write_master
+from tests.client.contract import INFY, RELIANCE, push, row, tick_frame, write_master
 from tests.support import settings_env
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -30,13 +30,13 @@ from typing import Any, get_args
 import pytest
 import redis
 
-from pkbrokers_redis.consumers.files.pickles import Shape
-from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.files.pickles import Shape
 from pkbrokers_redis.jobs.snapshots import open_run, snapshot
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.meta import ensure_meta
+from tests.client.contract import INFY, NIFTY, OPEN_S, RELIANCE, SENSEX, push, row, write_master
 from tests.compat.published import Published
-from tests.consumers.contract import INFY, NIFTY, OPEN_S, RELIANCE, SENSEX, push, row, write_master
 
 INSTALL_SECONDS_MAX = 240
 # All that the modules which read files import, at PKScreener's pins; its other forty are for screening.

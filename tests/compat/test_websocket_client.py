@@ -13,9 +13,8 @@ import pytest
 import redis
 
 from pkbrokers_redis import ZerodhaWebSocketClient
-from pkbrokers_redis.compat.websocket_client import database_row
-from pkbrokers_redis.core.errors import LoginNeeded, PkbError
-from pkbrokers_redis.kite.parser import DepthEntry, Tick
+from pkbrokers_redis.compat.websocket import DepthEntry, Tick, database_row
+from pkbrokers_redis.errors import LoginNeeded, PkbError
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer
@@ -103,7 +102,7 @@ def test_without_batches_it_takes_the_configured_instruments(
 
 
 def test_a_full_queue_drops_ticks_and_counts_them(kite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pkbrokers_redis.compat.websocket_client.PUT_SECONDS", 0.001)
+    monkeypatch.setattr("pkbrokers_redis.compat.websocket.PUT_SECONDS", 0.001)
     ours = ZerodhaWebSocketClient(
         "e",
         "u",

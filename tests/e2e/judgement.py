@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from pkbrokers_redis.core.buckets import bucket_end_s, bucket_start_s
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.core.intervals import Interval
-from pkbrokers_redis.kite.history_rows import KITE_INTERVALS
-from pkbrokers_redis.store.read import read_candles
+from pkbrokers_redis.candles.calendar import IST
+from pkbrokers_redis.candles.model import Interval, bucket_end_s, bucket_start_s
+from pkbrokers_redis.kite.history_requests import KITE_INTERVALS
+from pkbrokers_redis.store.rows import read_candles
 from tests.support import run_pkb
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from typing import Any
 
 import redis
 
-from pkbrokers_redis.core.keys import Keys
-from pkbrokers_redis.pipeline.replay import lag_entries
+from pkbrokers_redis.client.replay import lag_entries
+from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer

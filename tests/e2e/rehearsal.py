@@ -26,16 +26,15 @@ from typing import Any
 
 import redis
 
+from pkbrokers_redis.candles.calendar import IST, load_sessions
+from pkbrokers_redis.candles.model import Interval
 from pkbrokers_redis.clock import Clock
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.core.intervals import Interval
-from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
-from pkbrokers_redis.store.embedded import attach
+from pkbrokers_redis.store.embedded.server import attach
 from pkbrokers_redis.store.queue import open_queue
-from pkbrokers_redis.store.read import read_candles
+from pkbrokers_redis.store.rows import read_candles
 from tests.e2e.judgement import doctor, judge, kites
 from tests.support import run_pkb, settings_env, wait_until
 

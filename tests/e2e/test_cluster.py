@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.pipeline.volume_check import check_volumes
+from pkbrokers_redis.candles.calendar import load_sessions
+from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.runtime.health import check_volumes
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect
 from tests.chaos import oracle

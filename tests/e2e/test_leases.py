@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import redis
 
-from pkbrokers_redis.core.model import TickArray
-from pkbrokers_redis.pipeline.aggregate import Aggregator
-from pkbrokers_redis.pipeline.replay import lag_entries
-from pkbrokers_redis.pipeline.shard_worker import SETTLED_ENTRIES, SOURCES_MAX
+from pkbrokers_redis.aggregate.shard import SETTLED_ENTRIES, SOURCES_MAX
+from pkbrokers_redis.aggregate.worker import Aggregator
+from pkbrokers_redis.candles.model import TickArray
+from pkbrokers_redis.client.replay import lag_entries
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.pipe import Pipe
-from pkbrokers_redis.store.ticks import queue_frames
+from pkbrokers_redis.store.cluster import Pipe
+from pkbrokers_redis.store.streams import queue_frames
 from tests.e2e.conftest import drain
 from tests.support import running_process, settings_env, wait_until
 

@@ -19,10 +19,10 @@ import numpy as np
 import pytest
 import redis
 
-from pkbrokers_redis.core.intervals import Interval
+from pkbrokers_redis.candles.model import Interval
+from pkbrokers_redis.client.replay import lag_entries
 from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter, read_capture
-from pkbrokers_redis.kite.wire import decode
-from pkbrokers_redis.pipeline.replay import lag_entries
+from pkbrokers_redis.kite.protocol import decode
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.frames import MODE_FULL, frames_for
 from pkbrokers_redis.simulator.market import Market

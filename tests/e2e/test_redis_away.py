@@ -18,17 +18,17 @@ import numpy as np
 import pytest
 import redis
 
-from pkbrokers_redis.kite.wire import encode_full
-from pkbrokers_redis.pipeline.aggregate import Aggregator
-from pkbrokers_redis.pipeline.ingest import open_inbox, pump
-from pkbrokers_redis.pipeline.replay import lag_entries
-from pkbrokers_redis.pipeline.writer import TickWriter
+from pkbrokers_redis.aggregate.worker import Aggregator
+from pkbrokers_redis.client.replay import lag_entries
+from pkbrokers_redis.ingest.worker import open_inbox, pump
+from pkbrokers_redis.ingest.writer import TickWriter
+from pkbrokers_redis.kite.protocol import encode_full
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
-from pkbrokers_redis.store.binary import find_binary
 from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.embedded.binary import find_binary
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.support import running_process, running_python, settings_env, wait_until
 

@@ -17,12 +17,12 @@ from zoneinfo import ZoneInfo
 import pytest
 import redis
 
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.pipeline.aggregate import Aggregator
-from pkbrokers_redis.pipeline.replay import Replay, lag_entries
-from pkbrokers_redis.pipeline.trades import read_trades
-from pkbrokers_redis.pipeline.writer import TickWriter
+from pkbrokers_redis.aggregate.worker import Aggregator
+from pkbrokers_redis.candles.calendar import load_sessions
+from pkbrokers_redis.client.replay import Replay, lag_entries
+from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.client.trade_files import read_trades
+from pkbrokers_redis.ingest.writer import TickWriter
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
 from tests.e2e.conftest import drain

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.pipeline.volume_check import check_volumes
+from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.runtime.health import check_volumes
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect
 from tests.e2e.pipelines import is_drained, running_pipeline, wait_for_entries

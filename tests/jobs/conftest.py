@@ -13,19 +13,18 @@ from pathlib import Path
 import pytest
 import redis
 
+from pkbrokers_redis.aggregate.worker import Aggregator
+from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.clock import Clock
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.jobs.desk import Desk
-from pkbrokers_redis.jobs.target import Target, target_of
+from pkbrokers_redis.jobs.context import Desk
+from pkbrokers_redis.jobs.github import Target, target_of
 from pkbrokers_redis.kite.history import KiteTickerHistory
-from pkbrokers_redis.pipeline.aggregate import Aggregator
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.limiter import Limiter
 from pkbrokers_redis.store.meta import ensure_meta
+from pkbrokers_redis.store.rate_limit import Limiter
 from pkbrokers_redis.store.symbols import save_instruments
 from tests.jobs.remotes import Repository, snapshot, sync_settings
 from tests.support import wait_until

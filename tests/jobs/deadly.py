@@ -115,8 +115,6 @@ def deadly_workers(folder: Path) -> Iterator[Workers]:
 
 
 def main() -> None:
-    from pkbrokers_redis.jobs import daily, role  # noqa: F401  what the workers would import one by one
-    from pkbrokers_redis.pipeline import roles  # noqa: F401
 
     for line in sys.stdin:
         asked = json.loads(line)
@@ -132,8 +130,8 @@ def main() -> None:
 
 
 def _be_a_worker(how: dict[str, Any]) -> None:
-    from pkbrokers_redis.jobs.role import jobs
-    from pkbrokers_redis.pipeline import roles
+    from pkbrokers_redis.jobs.worker import jobs
+    from pkbrokers_redis.runtime import roles
 
     said = os.open(how["said"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from pkbrokers_redis.consumers.files.atomic import replacing
-from pkbrokers_redis.consumers.files.manifest import Entry, update_manifest
+from pkbrokers_redis.files.atomic import replacing
+from pkbrokers_redis.files.manifest import Entry, update_manifest
 from pkbrokers_redis.settings import Settings, load_settings
 
 MADE_AT = "2026-11-20T15:36:02+05:30"

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 import pytest
 import redis
 
-from pkbrokers_redis.consumers.store import CandleStore
+from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.jobs.snapshots import Run, open_run
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.meta import ensure_meta
-from tests.consumers.contract import INFY, NIFTY, OPEN_S, RELIANCE, push, row, write_master
+from tests.client.contract import INFY, NIFTY, OPEN_S, RELIANCE, push, row, write_master
 
 DAY_S = 86_400
 AFTER_CLOSE_S = OPEN_S + 7 * 3600

@@ -12,14 +12,14 @@ import pytest
 import redis
 from rq import Retry
 
-from pkbrokers_redis.core.errors import KiteUnavailable, PkbError, UnknownInterval
+from pkbrokers_redis.errors import KiteUnavailable, PkbError, UnknownInterval
 from pkbrokers_redis.jobs.backfill import repair_day, repair_gap, warm_start
-from pkbrokers_redis.jobs.desk import HISTORY_LAG_SECONDS, Desk
+from pkbrokers_redis.jobs.context import HISTORY_LAG_SECONDS, Desk
 from pkbrokers_redis.jobs.progress import Progress, read_progress
-from pkbrokers_redis.jobs.slices import run_parts
+from pkbrokers_redis.jobs.time_slicing import run_parts
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
-from pkbrokers_redis.store.read import read_candles
+from pkbrokers_redis.store.rows import read_candles
 from tests.jobs.conftest import KNOWN_S, NOW, NOW_S, OPENED_S, ROWS, MovableClock
 
 pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pkbrokers_redis.core.model import Candle
-from pkbrokers_redis.jobs.compare import compare
-from pkbrokers_redis.kite.history_rows import HistoryRow
+from pkbrokers_redis.candles.model import Candle
+from pkbrokers_redis.jobs.backfill import compare
+from pkbrokers_redis.kite.history_requests import HistoryRow
 
 
 def candle(start: int, close: float = 100.0, volume: float = 5, flag: str = "") -> Candle:

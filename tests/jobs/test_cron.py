@@ -14,11 +14,9 @@ import pytest
 import redis
 from rq import Queue
 
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.jobs.cron import Cron, schedules_of
+from pkbrokers_redis.candles.calendar import IST, load_sessions
+from pkbrokers_redis.jobs.cron import Cron, Plan, schedules_of
 from pkbrokers_redis.jobs.locks import Busy, alone
-from pkbrokers_redis.jobs.schedule import Plan
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.queue import open_queue

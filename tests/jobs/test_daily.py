@@ -17,15 +17,13 @@ from pydantic import SecretStr
 from rq import Queue
 from rq.job import Job
 
-from pkbrokers_redis.consumers.files.atomic import FilesUnwritable
-from pkbrokers_redis.consumers.files.manifest import Entry, problems, read_manifest, update_manifest
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.candles.calendar import IST, load_sessions
+from pkbrokers_redis.files.atomic import FilesUnwritable
+from pkbrokers_redis.files.manifest import Entry, problems, read_manifest, update_manifest
 from pkbrokers_redis.jobs import daily, view
-from pkbrokers_redis.jobs.cron import schedules_of
-from pkbrokers_redis.jobs.desk import Desk
+from pkbrokers_redis.jobs.context import Desk
+from pkbrokers_redis.jobs.cron import Plan, schedules_of
 from pkbrokers_redis.jobs.restore import restore, verify
-from pkbrokers_redis.jobs.schedule import Plan
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.store.auth import Session, load_session, save_session

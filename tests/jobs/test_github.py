@@ -11,11 +11,10 @@ from typing import Any
 import psutil
 import pytest
 
-from pkbrokers_redis.core.errors import PkbError, SettingsError
+from pkbrokers_redis.errors import PkbError, SettingsError
 from pkbrokers_redis.jobs import github
-from pkbrokers_redis.jobs.github import Git, GitFailed, RemoteAway
+from pkbrokers_redis.jobs.github import Git, GitFailed, RemoteAway, Target, target_of
 from pkbrokers_redis.jobs.sync import push
-from pkbrokers_redis.jobs.target import Target, target_of
 from pkbrokers_redis.settings import load_settings
 from tests.jobs.remotes import BRANCH, FOLDER, GitHost, Repository, snapshot, words
 

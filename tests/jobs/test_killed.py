@@ -16,12 +16,12 @@ import redis
 from rq import Queue
 from rq.job import Job
 
-from pkbrokers_redis.consumers.files.manifest import problems, read_manifest
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.files.manifest import problems, read_manifest
 from pkbrokers_redis.jobs import daily, locks
-from pkbrokers_redis.jobs.desk import Desk
+from pkbrokers_redis.jobs.context import Desk
+from pkbrokers_redis.jobs.github import Target, target_of
 from pkbrokers_redis.jobs.sync import push
-from pkbrokers_redis.jobs.target import Target, target_of
+from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.kite import session
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
@@ -41,7 +41,7 @@ WHEN = {"at": "2026-08-05T15:41:00+05:30", "day": "2026-08-05"}
 TOKEN = "ghp_made_up"
 LARGE = 1 << 20  # bytes of a file whose way takes more than one packet
 
-MASTER = "pkbrokers_redis.store.master"
+MASTER = "pkbrokers_redis.store.instruments"
 MOMENTS = [
     # job, its arguments, where it is killed
     ("calendar", {}, Moment("pkbrokers_redis.jobs.daily", "load_sessions")),
@@ -50,7 +50,7 @@ MOMENTS = [
     (
         "instruments",
         {"at": "2026-08-05T08:35:00+05:30"},
-        Moment("pkbrokers_redis.store.master", "_swap_derivatives"),
+        Moment("pkbrokers_redis.store.instruments", "_swap_derivatives"),
     ),
     ("feed", {}, Moment("pkbrokers_redis.jobs.daily", "gather")),
     ("settle", {}, Moment("pkbrokers_redis.jobs.progress", "Progress.note", 3)),
@@ -59,7 +59,7 @@ MOMENTS = [
     (
         "day_snapshot",
         {"kind": "pickle", "at": "2026-08-05T15:42:00+05:30"},
-        Moment("pkbrokers_redis.consumers.files.atomic", "_sync_folder", 1),
+        Moment("pkbrokers_redis.files.atomic", "_sync_folder", 1),
     ),
     ("day_snapshot", {"kind": "sqlite"}, Moment("os", "fsync")),
     ("day_snapshot", {"kind": "parquet"}, Moment("os", "fsync", 1)),

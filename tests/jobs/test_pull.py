@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from pkbrokers_redis.consumers.files.manifest import problems
-from pkbrokers_redis.core.errors import InputFileError, RefusedPickle, SettingsError
-from pkbrokers_redis.jobs.github import RemoteAway
+from pkbrokers_redis.errors import InputFileError, RefusedPickle, SettingsError
+from pkbrokers_redis.files.manifest import problems
+from pkbrokers_redis.jobs.github import RemoteAway, Target
 from pkbrokers_redis.jobs.pull import pull
 from pkbrokers_redis.jobs.sync import push
-from pkbrokers_redis.jobs.target import Target
 from pkbrokers_redis.settings import load_settings
 from tests.jobs.remotes import BRANCH, FOLDER, GitHost, Repository, partition, snapshot, sync_settings
 

@@ -11,18 +11,18 @@ from typing import cast
 import pytest
 import redis
 
+from pkbrokers_redis.aggregate.worker import Aggregator
+from pkbrokers_redis.client.replay import lag_entries
 from pkbrokers_redis.clock import Clock
-from pkbrokers_redis.consumers.files import parquet
-from pkbrokers_redis.core.errors import InputFileError, PkbError
+from pkbrokers_redis.errors import InputFileError, PkbError
+from pkbrokers_redis.files import parquet
 from pkbrokers_redis.jobs.restore import _newest, restore, verify
 from pkbrokers_redis.jobs.snapshots import Run, snapshot
-from pkbrokers_redis.pipeline.aggregate import Aggregator
-from pkbrokers_redis.pipeline.replay import lag_entries
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.lease import lease_shards
 from pkbrokers_redis.store.meta import ensure_meta
-from tests.consumers.contract import INFY, OPEN_S, RELIANCE, push, row, write_master
+from tests.client.contract import INFY, OPEN_S, RELIANCE, push, row, write_master
 from tests.jobs.stores import DAY_S, at_close, rows_of, run, server_kind
 
 __all__ = ["at_close", "run", "server_kind"]  # fixtures

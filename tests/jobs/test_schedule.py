@@ -7,12 +7,10 @@ from itertools import pairwise
 
 import pytest
 
+from pkbrokers_redis.candles.calendar import IST, Sessions, load_sessions
 from pkbrokers_redis.clock import Clock
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.core.jobs import JOBS
-from pkbrokers_redis.core.sessions import Sessions, load_sessions
-from pkbrokers_redis.jobs.cron import step_seconds
-from pkbrokers_redis.jobs.schedule import DAY, Plan, Row, next_runs
+from pkbrokers_redis.jobs.cron import DAY, Plan, Row, next_runs, step_seconds
+from pkbrokers_redis.store.job_names import JOBS
 
 NSE, MCX = 1, 7  # segments
 WEDNESDAY, SUNDAY, HOLIDAY, MUHURAT = (

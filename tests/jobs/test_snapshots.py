@@ -15,19 +15,19 @@ import polars as pl
 import pytest
 import redis
 
-from pkbrokers_redis.consumers.database import LocalCandleDatabase
-from pkbrokers_redis.consumers.files import atomic, parquet
-from pkbrokers_redis.consumers.files.atomic import FilesUnwritable, exclusively, sha256_of
-from pkbrokers_redis.consumers.files.manifest import problems, read_manifest
-from pkbrokers_redis.consumers.files.pickles import read_frames
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.errors import InputFileError, PkbError
+from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.errors import InputFileError, PkbError
+from pkbrokers_redis.files import atomic, parquet
+from pkbrokers_redis.files.atomic import FilesUnwritable, exclusively, sha256_of
+from pkbrokers_redis.files.manifest import problems, read_manifest
+from pkbrokers_redis.files.pickles import read_frames
+from pkbrokers_redis.files.sqlite import LocalCandleDatabase
 from pkbrokers_redis.jobs import progress, snapshots
 from pkbrokers_redis.jobs.progress import read_progress
 from pkbrokers_redis.jobs.snapshots import Run, open_run, snapshot
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.meta import ensure_meta
-from tests.consumers.contract import INFY, MASTER, OPEN_S, RELIANCE, push, row
+from tests.client.contract import INFY, MASTER, OPEN_S, RELIANCE, push, row
 from tests.jobs.stores import DAY_S, at_close, run, server_kind
 from tests.support import run_pkb, settings_env
 

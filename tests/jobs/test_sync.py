@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 
-from pkbrokers_redis.consumers.files.manifest import Entry, parse_manifest, problems, read_manifest
-from pkbrokers_redis.core.errors import InputFileError
-from pkbrokers_redis.core.intervals import Interval
+from pkbrokers_redis.candles.model import Interval
+from pkbrokers_redis.errors import InputFileError
+from pkbrokers_redis.files.manifest import Entry, parse_manifest, problems, read_manifest
 from pkbrokers_redis.jobs import sync
-from pkbrokers_redis.jobs.github import Git, GitFailed, backoff_seconds
-from pkbrokers_redis.jobs.selection import PARTITIONS_MAX, restorable
+from pkbrokers_redis.jobs.github import Git, GitFailed, Target, backoff_seconds, target_of
+from pkbrokers_redis.jobs.retention import PARTITIONS_MAX, restorable
 from pkbrokers_redis.jobs.sync import FileTooLarge, PushConflict, push
-from pkbrokers_redis.jobs.target import Target, target_of
 from tests.cli.conftest import Pkb, pkb
 from tests.jobs.remotes import BRANCH, FOLDER, GitHost, Repository, partition, snapshot, sync_settings
 

@@ -19,13 +19,13 @@ import redis
 from rq import Queue
 from rq.job import Job, JobStatus
 
-from pkbrokers_redis.core.errors import PkbError, RedisUnavailable, SettingsError
-from pkbrokers_redis.core.jobs import JOBS, job_id
+from pkbrokers_redis.errors import PkbError, RedisUnavailable, SettingsError
 from pkbrokers_redis.jobs import view
-from pkbrokers_redis.jobs.desk import Desk
+from pkbrokers_redis.jobs.context import Desk
 from pkbrokers_redis.jobs.progress import Progress
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
+from pkbrokers_redis.store.job_names import JOBS, job_id
 from pkbrokers_redis.store.queue import connect_queue, enqueue, open_queue, queue_of
 from tests.cli.conftest import Pkb, pkb
 from tests.jobs.conftest import OPENED_S, ROWS
@@ -249,7 +249,7 @@ def test_a_wrong_url_of_the_queue_names_the_right_setting(settings: Settings) ->
 
 def test_the_worker_lives_in_indias_time(settings: Settings, client: redis.Redis) -> None:
     program = (
-        "import time\nfrom pkbrokers_redis.jobs.role import live_in_india\n"
+        "import time\nfrom pkbrokers_redis.jobs.worker import live_in_india\n"
         "live_in_india()\nprint(time.tzname[0])"
     )
     env = {**os.environ, "TZ": "America/New_York"}

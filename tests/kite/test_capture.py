@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.core.errors import InputFileError
+from pkbrokers_redis.errors import InputFileError
 from pkbrokers_redis.kite.capture import KIND_BINARY, KIND_TEXT, MAGIC, CaptureWriter, read_capture
 
 RECORDS = [
@@ -81,7 +81,7 @@ def test_another_file_is_refused_in_one_line(tmp_path: Path, content: bytes, nam
         with pytest.raises(InputFileError) as caught:
             list(read_capture(path))
         assert "\n" not in str(caught.value)
-        assert caught.value.mend
+        assert caught.value.hint
     if content:
         with pytest.raises(InputFileError):
             CaptureWriter(path)
@@ -106,6 +106,6 @@ def test_no_bytes_whatever_raise_anything_else(
     try:
         records = list(read_capture(path))
     except InputFileError as error:
-        assert error.mend
+        assert error.hint
     else:
         assert sum(13 + len(frame) for _, _, frame in records) <= len(content)

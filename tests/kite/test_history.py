@@ -15,27 +15,16 @@ import pytest
 import redis
 from pydantic import SecretStr
 
+from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.clock import Clock
-from pkbrokers_redis.core.errors import (
-    KiteError,
-    KiteThrottled,
-    KiteUnavailable,
-    PkbError,
-    SessionExpired,
-)
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.kite.history import KiteTickerHistory
-from pkbrokers_redis.kite.history_cache import HistoryCache
-from pkbrokers_redis.kite.history_rows import (
-    KITE_INTERVALS,
-    BadRequest,
-)
+from pkbrokers_redis.errors import KiteError, KiteThrottled, KiteUnavailable, PkbError, SessionExpired
+from pkbrokers_redis.kite.history import HistoryCache, KiteTickerHistory
+from pkbrokers_redis.kite.history_requests import KITE_INTERVALS, BadRequest
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.store.auth import Session, load_session, save_session
-from pkbrokers_redis.store.limiter import Limiter
+from pkbrokers_redis.store.rate_limit import Limiter
 
 pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
 

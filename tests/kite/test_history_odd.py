@@ -12,10 +12,10 @@ from typing import Any, cast
 import pytest
 import redis
 
-from pkbrokers_redis.core.errors import KiteError, KiteUnavailable
+from pkbrokers_redis.errors import KiteError, KiteUnavailable
 from pkbrokers_redis.kite.history import KiteTickerHistory
 from pkbrokers_redis.settings import load_settings
-from pkbrokers_redis.store.limiter import Limiter
+from pkbrokers_redis.store.rate_limit import Limiter
 
 INFY = 408065
 NOW_MS = 1_795_400_000_000.0  # 2026-11-23

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.core.errors import KiteUnavailable, UnknownInterval
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.kite.history_rows import (
+from pkbrokers_redis.candles.calendar import IST
+from pkbrokers_redis.errors import KiteUnavailable, UnknownInterval
+from pkbrokers_redis.kite.history_requests import (
     KITE_INTERVALS,
     Historical_Interval,
     epoch_of,

@@ -13,14 +13,13 @@ from typing import Any
 import pytest
 import redis
 
-from pkbrokers_redis.core.errors import KiteUnavailable, PkbError, SettingsError
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.kite.instruments import KiteInstruments
-from pkbrokers_redis.kite.instruments_csv import Parsed, parse_instruments
+from pkbrokers_redis.candles.calendar import IST
+from pkbrokers_redis.errors import KiteUnavailable, PkbError, SettingsError
+from pkbrokers_redis.kite.instruments import KiteInstruments, Parsed, parse_instruments
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
-from pkbrokers_redis.store.master import (
+from pkbrokers_redis.store.instruments import (
     MasterShrunk,
     load_derivative_tokens,
     load_derivatives,

@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from kiteconnect import KiteTicker
 
-from pkbrokers_redis.core.errors import FrameError
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.kite.parser import DepthEntry, ZerodhaWebSocketParser
-from pkbrokers_redis.kite.wire import decode, encode_frame, encode_packet, quote_fields
+from pkbrokers_redis.candles.calendar import IST
+from pkbrokers_redis.compat.websocket import DepthEntry, ZerodhaWebSocketParser
+from pkbrokers_redis.errors import FrameError
+from pkbrokers_redis.kite.protocol import decode, encode_frame, encode_packet, quote_fields
 from tests.support import SHARED_DATA
 
 AT_MS = 1_625_461_888_045

@@ -10,16 +10,9 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from pkbrokers_redis.core.errors import (
-    KiteError,
-    KiteThrottled,
-    KiteUnavailable,
-    PkbError,
-    SessionExpired,
-)
-from pkbrokers_redis.kite.authenticator import KiteAuthenticator
+from pkbrokers_redis.errors import KiteError, KiteThrottled, KiteUnavailable, PkbError, SessionExpired
+from pkbrokers_redis.kite.auth import KiteAuthenticator, WebLogin
 from pkbrokers_redis.kite.rest import open_kite
-from pkbrokers_redis.kite.web_login import WebLogin
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.store.auth import Session

@@ -14,7 +14,7 @@ from pydantic import SecretStr
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from pkbrokers_redis.core.errors import (
+from pkbrokers_redis.errors import (
     KiteThrottled,
     KiteUnavailable,
     LoginNeeded,

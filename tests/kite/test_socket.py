@@ -14,19 +14,18 @@ import msgspec
 import pytest
 from pydantic import SecretStr
 
-from pkbrokers_redis.core.errors import PkbError, SettingsError
-from pkbrokers_redis.kite import socket as socket_module
-from pkbrokers_redis.kite.layout import MODE_OF_LENGTH
-from pkbrokers_redis.kite.socket import (
+from pkbrokers_redis.errors import PkbError, SettingsError
+from pkbrokers_redis.kite import websocket as socket_module
+from pkbrokers_redis.kite.protocol import MODE_OF_LENGTH, encode_frame, encode_packet, parse_frame
+from pkbrokers_redis.kite.rest import address_of
+from pkbrokers_redis.kite.websocket import (
     BACKOFF_CAP_SECONDS,
     TOKENS_PER_CONNECTION_MAX,
+    TextEvent,
     ZerodhaWebSocketClient,
     backoff_seconds,
     url_for,
 )
-from pkbrokers_redis.kite.text_frames import TextEvent
-from pkbrokers_redis.kite.urls import address_of
-from pkbrokers_redis.kite.wire import encode_frame, encode_packet, parse_frame
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer

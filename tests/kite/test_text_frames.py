@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.kite.text_frames import (
+from pkbrokers_redis.kite.websocket import (
     EVIDENCE_CHARS_MAX,
     TEXT_KINDS,
     AppCode,

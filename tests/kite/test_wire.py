@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.core import model
-from pkbrokers_redis.kite.wire import decode, encode_frame, encode_full, encode_packet, parse_frame
+from pkbrokers_redis.candles import model
+from pkbrokers_redis.kite.protocol import decode, encode_frame, encode_full, encode_packet, parse_frame
 from tests.support import SHARED_DATA
 
 AT_MS = 1_700_000_000_123

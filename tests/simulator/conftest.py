@@ -8,8 +8,7 @@ from datetime import datetime
 import pytest
 from kiteconnect import KiteConnect
 
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.core.sessions import load_sessions
+from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
 

@@ -17,9 +17,9 @@ import requests
 
 from pkbrokers_redis.cli.record import SessionRefused, record
 from pkbrokers_redis.cli.sim import sim
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.kite.capture import KIND_BINARY, read_capture
-from pkbrokers_redis.kite.wire import parse_frame
+from pkbrokers_redis.kite.protocol import parse_frame
 from pkbrokers_redis.simulator.server import SimulatorServer
 from tests.support import running_python, wait_until
 
@@ -159,7 +159,7 @@ def test_what_cannot_be_recorded_is_told_before_anything_starts(
 
 def test_the_kite_packages_need_no_redis_and_no_asyncio_to_be_imported() -> None:
     code = (
-        "import json, sys; import pkbrokers_redis.kite.wire, pkbrokers_redis.kite.parser;"
+        "import json, sys; import pkbrokers_redis.kite.protocol, pkbrokers_redis.compat.websocket;"
         "print(json.dumps(sorted({'redis', 'asyncio', 'websockets', 'pandas'} & set(sys.modules))))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,9 +14,9 @@ import websocket
 from kiteconnect import KiteConnect
 from kiteconnect import exceptions as kite_errors
 
-from pkbrokers_redis.core import model
-from pkbrokers_redis.core.errors import SettingsError
-from pkbrokers_redis.kite.wire import parse_frame
+from pkbrokers_redis.candles import model
+from pkbrokers_redis.errors import SettingsError
+from pkbrokers_redis.kite.protocol import parse_frame
 from pkbrokers_redis.simulator.fault_text import parse_fault
 from pkbrokers_redis.simulator.faults import FAULTS_MAX, KINDS, Faults
 from pkbrokers_redis.simulator.kite import SimulatedKite

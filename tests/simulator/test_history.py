@@ -8,16 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pkbrokers_redis.core import model
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.kite.wire import parse_frame
+from pkbrokers_redis.candles import model
+from pkbrokers_redis.candles.calendar import IST, load_sessions
+from pkbrokers_redis.kite.protocol import parse_frame
 from pkbrokers_redis.simulator.frames import MODE_FULL, frames_for
 from pkbrokers_redis.simulator.history import SECONDS
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.universe import universe
-from tests.core.test_candles import Market as BookReader
+from tests.candles.test_candles import Market as BookReader
 
 ROWS = universe(60)
 INFY, NIFTY, SBIN, SIM1 = 408065, 256265, 779521, (100_001 << 8) | 1

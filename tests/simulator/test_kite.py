@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 import websocket
 
+from pkbrokers_redis.candles import model
+from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.clock import market_clock
-from pkbrokers_redis.core import model
-from pkbrokers_redis.core.india import IST
-from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter, read_capture
-from pkbrokers_redis.kite.wire import parse_frame
+from pkbrokers_redis.kite.protocol import parse_frame
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.simulator.clients import STEPS_MAX, steps_between
 from pkbrokers_redis.simulator.kite import SimulatedKite

@@ -7,10 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pkbrokers_redis.core import model
-from pkbrokers_redis.core.india import IST_MS
-from pkbrokers_redis.kite.layout import FULL, INDEX_FULL, INDEX_QUOTE, LTP, QUOTE
-from pkbrokers_redis.kite.wire import decode, parse_frame
+from pkbrokers_redis.candles import model
+from pkbrokers_redis.candles.calendar import IST_MS
+from pkbrokers_redis.kite.protocol import FULL, INDEX_FULL, INDEX_QUOTE, LTP, QUOTE, decode, parse_frame
 from pkbrokers_redis.simulator.frames import MODE_FULL, MODES, frames_for
 from pkbrokers_redis.simulator.market import DAY_MS, Market
 from pkbrokers_redis.simulator.universe import universe

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import websocket
 
-from pkbrokers_redis.core import model
+from pkbrokers_redis.candles import model
 from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter, read_capture
-from pkbrokers_redis.kite.wire import decode, parse_frame
+from pkbrokers_redis.kite.protocol import decode, parse_frame
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorFailed, SimulatorServer
 from pkbrokers_redis.simulator.universe import universe

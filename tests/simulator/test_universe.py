@@ -6,8 +6,8 @@ import csv
 
 import pytest
 
-from pkbrokers_redis.core.errors import SettingsError
-from pkbrokers_redis.core.model import SEGMENTS
+from pkbrokers_redis.candles.model import SEGMENTS
+from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.simulator.universe import INSTRUMENTS_MAX, expired_contracts, universe
 from tests.support import SHARED_DATA
 

@@ -18,16 +18,16 @@ import pytest
 import redis
 import rq
 
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.errors import RedisUnavailable
-from pkbrokers_redis.core.keys import Keys
-from pkbrokers_redis.pipeline.replay import lag_entries
+from pkbrokers_redis.client.replay import lag_entries
+from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.errors import RedisUnavailable
+from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.master import swap_master
+from pkbrokers_redis.store.instruments import swap_master
 from pkbrokers_redis.store.symbols import save_instruments
 from tests.store.test_connect import SECRET, refusal
 from tests.support import redis_server_binary, running_python, running_server, settings_env, wait_until
@@ -213,6 +213,6 @@ def test_tls_with_a_named_certificate_works_and_without_is_one_line(tls_port: tu
         assert len(client.xrange(KEYS.ticks(0))[0][1][b"a"]) == 200_000  # type: ignore[index]
     error = refusal(f"rediss://ingest:{SECRET}@localhost:{port}")
     assert isinstance(error, RedisUnavailable)
-    assert "certificate we do not trust" in str(error) and "ssl_ca_certs" in error.mend
+    assert "certificate we do not trust" in str(error) and "ssl_ca_certs" in error.hint
     error = refusal(f"rediss://ingest:{SECRET}@127.0.0.1:{port}?ssl_ca_certs={quote(certificate)}")
-    assert "certificate" in str(error) and "host name" in error.mend
+    assert "certificate" in str(error) and "host name" in error.hint

@@ -9,8 +9,8 @@ import pytest
 import redis
 from pydantic import SecretStr
 
-from pkbrokers_redis.core.errors import LoginRefused, WrongKeyType
-from pkbrokers_redis.core.india import IST
+from pkbrokers_redis.candles.calendar import IST
+from pkbrokers_redis.errors import LoginRefused, WrongKeyType
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import auth
 from pkbrokers_redis.store.auth import Session, expires_at, forget_session, load_session, save_session
@@ -125,7 +125,7 @@ def test_attempts_count_within_an_hour_and_a_login_ends_a_refusal(
     auth.note_refusal(client, keys, LoginRefused("wrong password", "mend it"), NOW)
     auth.note_totp_window(client, keys, 59_000_000)
     state = auth.load_login_state(client, keys, NOW + 60)
-    assert (state.attempts, state.refused, state.mend) == (2, "wrong password", "mend it")
+    assert (state.attempts, state.refused, state.hint) == (2, "wrong password", "mend it")
     assert auth.load_login_state(client, keys, NOW + auth.OUTAGE_SECONDS + 1).attempts == 0
     save_session(client, keys, session())
     state = auth.load_login_state(client, keys, NOW)

@@ -13,13 +13,14 @@ import pytest
 import redis
 from redis.crc import key_slot
 
-from pkbrokers_redis.consumers.store import CandleStore
-from pkbrokers_redis.core.errors import PkbError, RedisUnavailable, SettingsError
-from pkbrokers_redis.core.keys import Keys
-from pkbrokers_redis.pipeline.heartbeat import Heartbeat
-from pkbrokers_redis.pipeline.replay import lag_entries
+from pkbrokers_redis.client.replay import lag_entries
+from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.errors import PkbError, RedisUnavailable, SettingsError
+from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import streams
+from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import (
     Move,
     ensure_groups,
@@ -31,10 +32,8 @@ from pkbrokers_redis.store.commit import (
 from pkbrokers_redis.store.connect import connect, describe, explain
 from pkbrokers_redis.store.lease import lease_shards
 from pkbrokers_redis.store.meta import adopt_meta, ensure_meta
-from pkbrokers_redis.store.pipe import Pipe
-from pkbrokers_redis.store.streams import StreamReader
+from pkbrokers_redis.store.streams import StreamReader, enforce_cap, trim
 from pkbrokers_redis.store.symbols import resolve_many, save_instruments
-from pkbrokers_redis.store.ticks import enforce_cap, trim
 from tests.store.test_connect import SECRET, refusal
 from tests.support import running_server, wait_until
 from tests.topologies import Cluster, running_cluster

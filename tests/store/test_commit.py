@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from pkbrokers_redis.core.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
+from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import (
     Move,
     Position,
@@ -26,7 +27,6 @@ from pkbrokers_redis.store.commit import (
     settle_commit,
 )
 from pkbrokers_redis.store.lease import lease_shards
-from pkbrokers_redis.store.pipe import Pipe
 
 KEYS = Keys("pkb", 1)
 TOKEN, OTHER = 408065, 738561
@@ -287,7 +287,7 @@ def test_a_cursor_of_another_type_is_named_with_its_mend(client: redis.Redis, ow
     assert everything(client) == before
     with pytest.raises(WrongKeyType) as error:
         own(client)
-    assert error.value.key == CURSOR and "DEL" in error.value.mend
+    assert error.value.key == CURSOR and "DEL" in error.value.hint
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ import redis
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.core.errors import PkbError, RedisUnavailable, RedisUnsuitable, SettingsError
+from pkbrokers_redis.errors import PkbError, RedisUnavailable, RedisUnsuitable, SettingsError
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import connect as connecting
 from pkbrokers_redis.store.connect import connect, describe, explain
-from pkbrokers_redis.store.embedded import running, store_folder
+from pkbrokers_redis.store.embedded.server import running, store_folder
 from tests.support import Impostor, running_server, wait_until
 
 SECRET = "s3cr3t-Pa55"
@@ -33,7 +33,7 @@ def refusal(url: str, **arguments: Any) -> PkbError:
     with pytest.raises(PkbError) as caught:
         connect(load_settings(redis_url=url), **arguments)
     error = caught.value
-    assert "\n" not in str(error) and error.mend
+    assert "\n" not in str(error) and error.hint
     links: list[BaseException] = [error]
     while links[-1].__cause__ is not None:
         links.append(links[-1].__cause__)
@@ -174,7 +174,7 @@ def test_a_redis_without_functions_is_refused(for_reading: bool) -> None:
     with Impostor(redis_6) as server:
         error = refusal(f"redis://127.0.0.1:{server.port}", for_reading=for_reading)
     assert isinstance(error, RedisUnsuitable)
-    assert "Functions" in str(error) and "Redis 7" in error.mend
+    assert "Functions" in str(error) and "Redis 7" in error.hint
 
 
 def test_a_server_that_loads_is_waited_for() -> None:
@@ -295,7 +295,7 @@ def test_any_error_of_the_client_library_can_be_explained() -> None:
         OSError(),
     ):
         explained = explain(error, "here")
-        assert isinstance(explained, PkbError) and explained.mend and "here" in str(explained)
+        assert isinstance(explained, PkbError) and explained.hint and "here" in str(explained)
     assert "replica" in str(
         explain(redis.ReadOnlyError("You can't write against a read only replica."), "here")
     )

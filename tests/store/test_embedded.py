@@ -20,23 +20,23 @@ import psutil
 import pytest
 import redis
 
-from pkbrokers_redis.core.errors import PkbError, RedisUnavailable, RedisUnsuitable
+from pkbrokers_redis.errors import PkbError, RedisUnavailable, RedisUnsuitable
 from pkbrokers_redis.settings import load_settings
-from pkbrokers_redis.store.binary import find_binary
-from pkbrokers_redis.store.embedded import (
+from pkbrokers_redis.store.embedded.binary import find_binary
+from pkbrokers_redis.store.embedded.monitor import REWRITE_NICENESS
+from pkbrokers_redis.store.embedded.server import (
     EmbeddedServer,
     attach,
     reader_data_dir,
     running,
     store_folder,
 )
-from pkbrokers_redis.store.keeper import REWRITE_NICENESS
 from tests.support import is_alive, redis_server_binary, running_process, wait_until
 
 USER = """
 import sys, time
 from pkbrokers_redis.settings import load_settings
-from pkbrokers_redis.store.embedded import attach
+from pkbrokers_redis.store.embedded.server import attach
 server = attach(load_settings(data_dir=sys.argv[1]), linger_seconds=0)
 print(server.pid, server.reattached, flush=True)
 time.sleep(600)
@@ -274,7 +274,7 @@ def test_a_fixed_port_is_taken_or_refused_in_one_line(use: Attach) -> None:
         taken.listen()
         port = int(taken.getsockname()[1])
         error = refusal(use, embedded_port=port)
-    assert str(port) in str(error) and "PKB_EMBEDDED_PORT" in error.mend
+    assert str(port) in str(error) and "PKB_EMBEDDED_PORT" in error.hint
     assert use(embedded_port=port).tcp_port == port
 
 
@@ -300,7 +300,7 @@ def test_an_open_server_of_an_earlier_release_is_refused_while_it_is_used(use: A
     server = use(embedded_port=0)
     as_an_earlier_release(server)
     for port in (None, 0, server.tcp_port):
-        assert f"kill {server.pid}" in refusal(use, embedded_port=port).mend
+        assert f"kill {server.pid}" in refusal(use, embedded_port=port).hint
 
 
 def test_an_open_server_of_an_earlier_release_that_lingers_is_restarted(use: Attach, data_dir: Path) -> None:
@@ -548,7 +548,7 @@ def refusal(use: Attach, **overrides: Any) -> PkbError:
     with pytest.raises(PkbError) as caught:
         use(**overrides)
     assert "\n" not in str(caught.value)
-    assert caught.value.mend
+    assert caught.value.hint
     return caught.value
 
 
@@ -588,14 +588,14 @@ def test_data_of_another_kind_of_server_is_named_as_such(use: Attach) -> None:
         client.set("a", "1")
     server.close()
     gone(server.pid)
-    assert "PKB_EMBEDDED_SERVER" in refusal(use, embedded_server="redis").mend
+    assert "PKB_EMBEDDED_SERVER" in refusal(use, embedded_server="redis").hint
     with client_of(use(embedded_server="valkey")) as client:
         assert client.get("a") == b"1"
 
 
 def test_a_data_folder_that_is_a_file_is_one_line(use: Attach, tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
-    assert "PKB_DATA_DIR" in refusal(use).mend
+    assert "PKB_DATA_DIR" in refusal(use).hint
 
 
 def test_readers_see_the_demo_only_where_no_real_store_was_ever_made(tmp_path: Path) -> None:

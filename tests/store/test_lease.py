@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import redis
 
-from pkbrokers_redis.core.errors import CommitRefused, PkbError, WrongKeyType
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.errors import CommitRefused, PkbError, WrongKeyType
+from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import (
     Move,
     Position,
@@ -25,7 +26,6 @@ from pkbrokers_redis.store.lease import (
     survey,
     try_lease,
 )
-from pkbrokers_redis.store.pipe import Pipe
 from tests.support import wait_until
 
 KEYS = Keys("pkb", 4)
@@ -143,7 +143,7 @@ def test_a_foreign_hands_key_refuses_its_shard_alone(client: redis.Redis, name: 
 def test_an_epoch_that_is_no_number_is_named(client: redis.Redis) -> None:
     client.hset(KEYS.cursor(0), "epoch", "first")
     _, refused = lease_shards(client, KEYS, [0], "a", LONG_MS)
-    assert isinstance(refused[0], PkbError) and "HDEL" in refused[0].mend
+    assert isinstance(refused[0], PkbError) and "HDEL" in refused[0].hint
 
 
 # -- members -----------------------------------------------------------------------------------------

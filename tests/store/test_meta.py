@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from pkbrokers_redis.core.errors import MetaMismatch, SettingsError, WrongKeyType
-from pkbrokers_redis.core.intervals import DEFAULT_INTERVALS
+from pkbrokers_redis.candles.model import DEFAULT_INTERVALS
+from pkbrokers_redis.errors import MetaMismatch, SettingsError, WrongKeyType
 from pkbrokers_redis.settings import DEFAULT_INTERVALS_TEXT, Settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.meta import adopt_meta, ensure_meta, read_meta
@@ -69,7 +69,7 @@ def test_a_worker_that_disagrees_is_told_the_field(
     before = client.hgetall("pkb:meta")
     with pytest.raises(MetaMismatch) as caught:
         ensure_meta(client, make_settings(**overrides), NOW)
-    assert caught.value.field == field and field in str(caught.value) and caught.value.mend
+    assert caught.value.field == field and field in str(caught.value) and caught.value.hint
     assert client.hgetall("pkb:meta") == before
 
 

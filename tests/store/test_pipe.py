@@ -6,9 +6,9 @@ import pytest
 import redis
 from redis.crc import key_slot
 
-from pkbrokers_redis.core.keys import Keys
-from pkbrokers_redis.store.embedded import EmbeddedServer
-from pkbrokers_redis.store.pipe import Pipe
+from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.cluster import Pipe
+from pkbrokers_redis.store.embedded.server import EmbeddedServer
 from tests.topologies import Cluster
 
 KEYS = Keys()

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import redis
 
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.core.keys import Keys
-from pkbrokers_redis.pipeline.aggregate import Aggregator
+from pkbrokers_redis.aggregate.worker import Aggregator
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import repairs
 from pkbrokers_redis.store.connect import connect

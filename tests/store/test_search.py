@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.search import search_instruments
+from pkbrokers_redis.store.instruments import search_instruments
 from pkbrokers_redis.store.symbols import save_instruments
 
 

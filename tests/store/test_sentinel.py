@@ -9,10 +9,10 @@ import pytest
 import redis
 
 from pkbrokers_redis.cli.redis_cli import cli_arguments
-from pkbrokers_redis.core.errors import RedisUnavailable
+from pkbrokers_redis.errors import RedisUnavailable
 from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.connect import connect, describe
-from pkbrokers_redis.store.pipe import Pipe
 from pkbrokers_redis.store.streams import StreamReader
 from tests.store.test_connect import SECRET, refusal
 from tests.support import wait_until
@@ -59,7 +59,7 @@ def test_a_service_nobody_knows_is_one_line(guarded: SentinelSet) -> None:
 def test_sentinels_that_want_a_password_say_so_in_one_line(guarded: SentinelSet) -> None:
     url = url_of(guarded, query="").replace("127.0.0.1:1,", "")
     for query in ("", f"?sentinel_password={SECRET}x"):
-        assert "sentinel_password" in refusal(url + query).mend
+        assert "sentinel_password" in refusal(url + query).hint
 
 
 def test_no_sentinel_there_is_one_line() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from pkbrokers_redis.core.errors import InputFileError, PkbError, UnknownSymbol
+from pkbrokers_redis.errors import InputFileError, PkbError, UnknownSymbol
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.symbols import (
     load_symbols,
@@ -17,7 +17,7 @@ from pkbrokers_redis.store.symbols import (
     resolve_many,
     save_instruments,
 )
-from tests.consumers.contract import INFY, NIFTY, RELIANCE, SENSEX, write_master
+from tests.client.contract import INFY, NIFTY, RELIANCE, SENSEX, write_master
 
 
 @pytest.fixture(autouse=True)

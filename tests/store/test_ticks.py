@@ -12,12 +12,11 @@ import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.core.keys import AGGREGATOR_GROUP, Keys
-from pkbrokers_redis.core.model import TickArray
+from pkbrokers_redis.candles.model import TickArray
+from pkbrokers_redis.keys import AGGREGATOR_GROUP, Keys
+from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import ensure_groups
-from pkbrokers_redis.store.ids import id_order
-from pkbrokers_redis.store.pipe import Pipe
-from pkbrokers_redis.store.ticks import enforce_cap, queue_frames, trim
+from pkbrokers_redis.store.streams import enforce_cap, id_order, queue_frames, trim
 
 KEYS = Keys("pkb", 2)
 INFY, RELIANCE = 408065, 738561  # shards 0 and 1 of 2

@@ -14,11 +14,11 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 
-from pkbrokers_redis.pipeline import status as status_module
+from pkbrokers_redis.runtime import health as status_module
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.meta import ensure_meta
 from pkbrokers_redis.web.runner import serve
-from tests.consumers.contract import INFY, OPEN_S, RELIANCE, push, row, write_master
+from tests.client.contract import INFY, OPEN_S, RELIANCE, push, row, write_master
 from tests.support import wait_until
 
 

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pytest
 import redis
 
-from pkbrokers_redis.pipeline.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.lease import announce
 from pkbrokers_redis.web.routes import bulk as bulk_module
-from tests.consumers.contract import INFY, OPEN_S, RELIANCE
+from tests.client.contract import INFY, OPEN_S, RELIANCE
 from tests.web.conftest import Serving, Web
 
 pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)

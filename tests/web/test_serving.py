@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import redis
 
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.web import answers
 from pkbrokers_redis.web.registry import routes
 from pkbrokers_redis.web.routes import closed as closed_module
 from pkbrokers_redis.web.runner import serve
-from tests.consumers.contract import INFY, OPEN_S, RELIANCE, announce, row
+from tests.client.contract import INFY, OPEN_S, RELIANCE, announce, row
 from tests.support import running_python, running_server, settings_env, wait_until
 from tests.topologies import free_ports
 from tests.web.conftest import Serving, Web, url_of

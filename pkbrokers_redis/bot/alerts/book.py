@@ -14,8 +14,8 @@ import redis
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.bot.alerts.model import Alert
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.keys import Keys
 
 log = logs.get("bot")
 

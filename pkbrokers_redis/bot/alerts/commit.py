@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import msgspec
 import redis
 
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.keys import Keys
 
 OUTBOX_MAX = 10_000  # messages that wait for Telegram; the oldest go first beyond it
 

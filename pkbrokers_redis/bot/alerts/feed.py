@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from pkbrokers_redis.bot.alerts.commit import Told
 from pkbrokers_redis.bot.alerts.model import Alert
 from pkbrokers_redis.bot.text import clock_time, duration
+from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.clock import market_clock
-from pkbrokers_redis.core.sessions import load_sessions
 from pkbrokers_redis.settings import Settings
 
 EQUITY_TOKEN = 1  # segment NSE: whose hours decide whether silence means anything

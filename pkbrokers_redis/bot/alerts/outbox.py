@@ -19,7 +19,7 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.bot.alerts.commit import OUTBOX_MAX
 from pkbrokers_redis.bot.sending import insist
 from pkbrokers_redis.bot.text import MESSAGE_CHARS_MAX
-from pkbrokers_redis.core.keys import Keys
+from pkbrokers_redis.keys import Keys
 
 log = logs.get("bot")
 

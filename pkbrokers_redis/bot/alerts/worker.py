@@ -18,17 +18,26 @@ import numpy as np
 import redis
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.aggregate.shard import EntryDecoder
 from pkbrokers_redis.bot.alerts.book import AlertBook
 from pkbrokers_redis.bot.alerts.commit import Picture, Told, commit, load_armed, load_picture
 from pkbrokers_redis.bot.alerts.feed import FeedWatch
 from pkbrokers_redis.bot.alerts.model import Alert
 from pkbrokers_redis.bot.alerts.rules import Watch, trade_time, watch_of
 from pkbrokers_redis.bot.text import clock_time, escape
-from pkbrokers_redis.core.candles import is_bad
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.core.keys import Keys
-from pkbrokers_redis.core.model import AT_MS, DAY_HIGH, DAY_LOW, LAST_PRICE, TIME_MS, TOKEN, VOLUME, TickArray
-from pkbrokers_redis.pipeline.entries import EntryDecoder
+from pkbrokers_redis.candles.model import (
+    AT_MS,
+    DAY_HIGH,
+    DAY_LOW,
+    LAST_PRICE,
+    TIME_MS,
+    TOKEN,
+    VOLUME,
+    TickArray,
+)
+from pkbrokers_redis.candles.rules import is_bad
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.streams import Batch, StreamReader
 

@@ -7,7 +7,7 @@ from pkbrokers_redis.bot.registry import Command
 from pkbrokers_redis.bot.symbols import resolve_words, split_interval
 from pkbrokers_redis.bot.text import escape, money
 from pkbrokers_redis.bot.usage import UsageError
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 
 CANDLES_MAX = 90  # more are too thin on a phone
 

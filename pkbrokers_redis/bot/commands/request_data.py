@@ -6,7 +6,7 @@ from pkbrokers_redis.bot.ask import Ask
 from pkbrokers_redis.bot.files.delivery import deliver
 from pkbrokers_redis.bot.registry import Command
 from pkbrokers_redis.bot.text import escape
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 
 FILES = ("daily_pkl", "intraday_pkl", "db", "instrument_history")
 

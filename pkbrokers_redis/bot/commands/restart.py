@@ -6,8 +6,8 @@ from pkbrokers_redis.bot.ask import Ask
 from pkbrokers_redis.bot.commands.refresh_token import renew
 from pkbrokers_redis.bot.registry import Command
 from pkbrokers_redis.bot.text import escape
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.pipeline.restart import ask_restart
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.runtime.roles import ask_restart
 
 ROLE = "ingest"
 

@@ -7,8 +7,8 @@ from pkbrokers_redis.bot.files.shelf import KINDS, newest
 from pkbrokers_redis.bot.operators import look
 from pkbrokers_redis.bot.registry import Command
 from pkbrokers_redis.bot.text import count, day_time, duration, escape, size
-from pkbrokers_redis.pipeline.facts import Facts
-from pkbrokers_redis.pipeline.health import Finding, health_of
+from pkbrokers_redis.runtime.cluster_state import Facts
+from pkbrokers_redis.runtime.health import Finding, health_of
 
 MARKS = {"ok": "✅", "warn": "⚠️", "fail": "❌"}
 

@@ -43,7 +43,7 @@ def _added(ask: Ask) -> dict[int, int]:
 
 
 def _rates(ask: Ask) -> list[tuple[str, float]]:
-    from pkbrokers_redis.pipeline.facts import read_workers
+    from pkbrokers_redis.runtime.cluster_state import read_workers
 
     workers = read_workers(ask.services.client, ask.services.keys, time.time() * 1000)
     return [(each.id, each.number("ticks_per_second")) for each in workers if each.role == "ingest"]

@@ -7,7 +7,7 @@ import time
 from pkbrokers_redis.bot.ask import Ask
 from pkbrokers_redis.bot.registry import Command
 from pkbrokers_redis.bot.text import day_time, duration, escape
-from pkbrokers_redis.kite.urls import session_in
+from pkbrokers_redis.kite.rest import session_in
 from pkbrokers_redis.store.auth import load_session
 
 

@@ -17,9 +17,9 @@ from pkbrokers_redis.bot.files.parcel import Parcel, packed
 from pkbrokers_redis.bot.files.shelf import KINDS, Found, Kind, Market, is_fresh, market_at, newest
 from pkbrokers_redis.bot.sending import insist
 from pkbrokers_redis.bot.text import count, day_time, duration, escape, size
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.core.sessions import load_sessions
-from pkbrokers_redis.store.master import load_derivative_tokens
+from pkbrokers_redis.candles.calendar import load_sessions
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.store.instruments import load_derivative_tokens
 
 PROGRESS_EVERY_SECONDS = 3.0  # an edit each: Telegram allows a chat about one a second
 

@@ -8,7 +8,7 @@ import os
 import sys
 from contextlib import suppress
 
-from pkbrokers_redis.core.errors import PkbError
+from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.settings import Settings, env_name
 
 MAKE_SECONDS_MAX = 600.0

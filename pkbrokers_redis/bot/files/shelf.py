@@ -12,9 +12,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from pkbrokers_redis.consumers.files.manifest import read_manifest
-from pkbrokers_redis.core.sessions import Sessions
-from pkbrokers_redis.jobs.schedule import Plan
+from pkbrokers_redis.candles.calendar import Sessions
+from pkbrokers_redis.files.manifest import read_manifest
+from pkbrokers_redis.jobs.cron import Plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,7 +72,7 @@ async function showStatus() {
   }));
   $("findings").replaceChildren(...found.findings.filter((each) => each.level !== "ok").map((each) => {
     const line = make("li", `${each.check}: ${each.what}`, each.level);
-    if (each.mend) line.append(make("small", each.mend));
+    if (each.hint) line.append(make("small", each.hint));
     return line;
   }));
   $("workers").tBodies[0].replaceChildren(...workers.map((each) => {

@@ -8,9 +8,8 @@ import msgspec
 import numpy as np
 from aiohttp import web
 
-from pkbrokers_redis.consumers.bulk import Bulk
-from pkbrokers_redis.core.intervals import find_interval
-from pkbrokers_redis.core.model import CANDLE_FIELDS, FLAG_NAMES
+from pkbrokers_redis.candles.model import CANDLE_FIELDS, FLAG_NAMES, find_interval
+from pkbrokers_redis.client.bulk import Bulk
 from pkbrokers_redis.web.answers import send_whole
 from pkbrokers_redis.web.questions import Mistake, flag_of, list_of, number_of, word_of
 from pkbrokers_redis.web.reading import Busy

@@ -6,8 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from pkbrokers_redis.core.intervals import find_interval
-from pkbrokers_redis.core.model import CANDLE_FIELDS
+from pkbrokers_redis.candles.model import CANDLE_FIELDS, find_interval
 from pkbrokers_redis.web.answers import json_answer, row_of
 from pkbrokers_redis.web.questions import flag_of, number_of, words
 from pkbrokers_redis.web.registry import Route

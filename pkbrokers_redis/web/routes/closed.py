@@ -21,12 +21,11 @@ import msgspec
 from aiohttp import web
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.consumers.follow import ClosedCandle
-from pkbrokers_redis.consumers.follow_async import AsyncFollower
-from pkbrokers_redis.core.errors import PkbError
-from pkbrokers_redis.core.intervals import find_interval
-from pkbrokers_redis.core.keys import Keys
-from pkbrokers_redis.store.async_client import async_client_of
+from pkbrokers_redis.candles.model import find_interval
+from pkbrokers_redis.client.follow import AsyncFollower, ClosedCandle
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.cluster import async_client_of
 from pkbrokers_redis.web.answers import Stream, TooSlow, row_of
 from pkbrokers_redis.web.questions import Mistake, list_of
 from pkbrokers_redis.web.reading import REDIS_ERRORS, Busy
@@ -54,7 +53,7 @@ async def closed(request: web.Request, services: Services) -> web.StreamResponse
         )
     except PkbError as error:  # the position
         await client.aclose()
-        raise Mistake(error.message, error.mend) from None
+        raise Mistake(error.message, error.hint) from None
     stream = Stream(request, "text/event-stream; charset=utf-8")
     task = asyncio.create_task(_pump(follower, stream, services))
     services.streams.add(task)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from pkbrokers_redis.pipeline.health import health_of
-from pkbrokers_redis.pipeline.status import as_dict
+from pkbrokers_redis.runtime.health import as_dict, health_of
 from pkbrokers_redis.web.answers import json_answer
 from pkbrokers_redis.web.registry import Route
 from pkbrokers_redis.web.services import Services

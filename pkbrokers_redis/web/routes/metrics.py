@@ -8,9 +8,8 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from pkbrokers_redis.pipeline.facts import Facts
-from pkbrokers_redis.pipeline.health import Finding, health_of
-from pkbrokers_redis.pipeline.status import counters
+from pkbrokers_redis.runtime.cluster_state import Facts
+from pkbrokers_redis.runtime.health import Finding, counters, health_of
 from pkbrokers_redis.web.registry import Route
 from pkbrokers_redis.web.services import Services
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from pkbrokers_redis.store.read import read_quote
+from pkbrokers_redis.store.rows import read_quote
 from pkbrokers_redis.web.answers import json_answer
 from pkbrokers_redis.web.questions import words
 from pkbrokers_redis.web.registry import Route

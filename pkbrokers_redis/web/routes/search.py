@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from pkbrokers_redis.store.search import search_instruments
+from pkbrokers_redis.store.instruments import search_instruments
 from pkbrokers_redis.web.answers import json_answer
 from pkbrokers_redis.web.questions import number_of, word_of
 from pkbrokers_redis.web.registry import Route

@@ -1,0 +1,196 @@
+"""Trade files → tick batches. Columns: `time,symbol,price,quantity`, or cumulative `volume` for quantity.
+
+`time` is ISO 8601 (without a zone: Asia/Kolkata) or epoch seconds, milliseconds, microseconds or
+nanoseconds, told apart by size. `volume` is the day's, as Kite's: a new trade date starts from 0. A file says
+all that was traded, so its instruments start at a baseline of 0: each gets one tick with volume 0 from the
+end of the day before its first trade. What the store knows of them already: `pipeline.carry_on`.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from pkbrokers_redis.candles.arrays import NUMBER_MAX, TIME_MAX_MS, TIME_MIN_MS
+from pkbrokers_redis.candles.calendar import Sessions
+from pkbrokers_redis.candles.model import (
+    BATCH_WIDTH,
+    LAST_PRICE,
+    LAST_QUANTITY,
+    TIME_MS,
+    TOKEN,
+    VOLUME,
+    TickArray,
+)
+from pkbrokers_redis.errors import InputFileError
+
+TICKS_A_FRAME = 2_000
+MARKET_ZONE = "Asia/Kolkata"
+_ZONE = r"(?i::\d\d(?:\.\d+)?(?:z|[+-]\d\d(?::?\d\d)?)$)"  # a time of day with its zone
+
+
+@dataclass(frozen=True)
+class TradeFile:
+    """A read trade file, sorted by time: `ticks` is float64[n, 10] with AT_MS still NaN, baselines first."""
+
+    symbols: list[str]
+    tokens: list[int]
+    ticks: TickArray
+    rows_refused: int  # without a time of our age, a symbol, a price above 0 or a quantity of at least 0
+    cumulative: bool  # it has the day's volume, and no quantity
+    baselines: int  # ticks at the beginning with volume 0
+    rows_older: int = 0  # left out: older than what the store has of their instruments
+
+
+def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> TradeFile:
+    """Read a CSV (also .gz, .zip) or Parquet file.
+
+    `known` maps symbols (`NSE:INFY`) to tokens; another symbol gets a token of its own, the same every
+    time. Raises InputFileError for a file that is no table of trades.
+    """
+    table = _load(path)
+    table = table.loc[:, ~table.columns.duplicated()]
+    missing = [name for name in ("time", "symbol", "price") if name not in table]
+    if missing or not {"quantity", "volume"} & set(table.columns):
+        lacks = missing or ["quantity (or cumulative volume)"]
+        raise InputFileError(
+            f"{path.name} has no column {', '.join(lacks)}", "name its columns time,symbol,price,quantity"
+        )
+    cumulative = "quantity" not in table
+    frame = _good_rows(table, "volume" if cumulative else "quantity", path)
+    refused = len(table) - len(frame)
+    if frame.empty:
+        raise InputFileError(f"{path.name} holds no trade", "look at its first lines and its column names")
+    tokens = _tokens(sorted(frame["symbol"].unique()), known)
+    token = frame["symbol"].map(tokens).to_numpy(np.int64)
+    times = frame["time"].to_numpy(np.float64)
+    days = days_of(times, sessions)
+    if cumulative:
+        volume = frame["quantity"]
+        before = volume.groupby([token, days]).shift(fill_value=0.0)
+        frame["quantity"] = np.where(volume >= before, volume - before, volume)
+    totals = frame["quantity"].groupby([token, days]).cumsum().round(8)
+    ticks = np.full((len(frame), BATCH_WIDTH), np.nan)
+    ticks[:, TOKEN] = token
+    ticks[:, LAST_PRICE] = frame["price"]
+    ticks[:, LAST_QUANTITY] = frame["quantity"].round(8)
+    ticks[:, VOLUME] = totals
+    ticks[:, TIME_MS] = times
+    ticks = np.concatenate([_baselines(ticks, sessions), ticks])
+    return TradeFile(list(tokens), list(tokens.values()), ticks, refused, cumulative, len(tokens))
+
+
+def frames_of(ticks: TickArray, window_ms: float | None) -> Iterator[TickArray]:
+    """Cut a batch into frames: of 2,000 ticks, and when paced of at most `window_ms` of trade time."""
+    start = 0
+    while start < len(ticks):
+        end = min(start + TICKS_A_FRAME, len(ticks))
+        if window_ms is not None:
+            limit = ticks[start, TIME_MS] + window_ms
+            end = start + max(1, int(np.searchsorted(ticks[start:end, TIME_MS], limit)))
+        yield ticks[start:end]
+        start = end
+
+
+def _load(path: Path) -> pd.DataFrame:
+    try:
+        if path.suffix.lower() in (".parquet", ".pq"):
+            table = pd.read_parquet(path)
+        else:
+            table = pd.read_csv(path, on_bad_lines="skip", low_memory=False)
+    except FileNotFoundError:
+        raise InputFileError(
+            f"there is no file {path}", "give the path of a trade file or a capture"
+        ) from None
+    except ImportError:
+        raise InputFileError(f"{path.name} is Parquet", "pip install pyarrow, or give a CSV") from None
+    except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        why = str(error).partition("\n")[0]
+        raise InputFileError(
+            f"{path.name} cannot be read: {why}", "give a CSV or Parquet of trades"
+        ) from None
+    table.columns = [str(name).strip().lower() for name in table.columns]
+    return table
+
+
+def _good_rows(table: pd.DataFrame, quantity: str, path: Path) -> pd.DataFrame:
+    """The rows that are trades, by time, as `time` (ms), `symbol` (`NSE:INFY`), `price`, `quantity`."""
+    frame = pd.DataFrame(
+        {
+            "time": _to_ms(table["time"], path),
+            "symbol": table["symbol"].astype("string").str.strip(),
+            "price": pd.to_numeric(table["price"], errors="coerce"),
+            "quantity": pd.to_numeric(table[quantity], errors="coerce"),
+        }
+    )
+    good = (
+        frame["time"].between(TIME_MIN_MS, TIME_MAX_MS, inclusive="left")
+        & frame["symbol"].fillna("").str.fullmatch(r"[^\x00-\x1f\x7f]+")  # one line wherever it is shown
+        & frame["price"].between(0, NUMBER_MAX, inclusive="neither")
+        & frame["quantity"].between(0, NUMBER_MAX)
+    )
+    frame = frame[good].sort_values("time", kind="stable").reset_index(drop=True)
+    frame["symbol"] = [name if ":" in name else f"NSE:{name}" for name in frame["symbol"].str.upper()]
+    return frame
+
+
+def _baselines(ticks: TickArray, sessions: Sessions) -> TickArray:
+    """For each instrument a tick with volume 0, from the end of the day before its first trade."""
+    first = np.unique(ticks[:, TOKEN], return_index=True)[1]
+    baselines = ticks[np.sort(first)].copy()
+    baselines[:, [LAST_QUANTITY, VOLUME]] = 0.0
+    baselines[:, TIME_MS] = [sessions.day(0, int(t)).day_start_ms - 1 for t in baselines[:, TIME_MS]]
+    return baselines
+
+
+def _to_ms(times: pd.Series[Any], path: Path) -> pd.Series[Any]:
+    numbers = pd.to_numeric(times, errors="coerce")
+    if numbers.notna().mean() > 0.5:
+        size = float(numbers.abs().median())
+        scale = next((s for limit, s in ((1e11, 1e3), (1e14, 1.0), (1e17, 1e-3)) if size < limit), 1e-6)
+        return pd.Series(np.floor(numbers * scale))
+    text = times.astype("string").str.strip()
+    has_zone = text.str.contains(_ZONE, na=False)
+    zoned = pd.to_datetime(text.where(has_zone), errors="coerce", utc=True, format="ISO8601")
+    local = pd.to_datetime(text.mask(has_zone), errors="coerce", format="ISO8601")
+    local = local.dt.tz_localize(MARKET_ZONE, ambiguous="NaT", nonexistent="NaT")
+    moments = zoned.fillna(local.dt.tz_convert("UTC"))
+    if moments.isna().all():
+        raise InputFileError(f"{path.name}: no time can be read", "use ISO 8601 or epoch seconds or ms")
+    whole = (moments - pd.Timestamp(0, tz="UTC")) // pd.Timedelta(milliseconds=1)
+    return whole.astype("Float64").astype("float64")
+
+
+def days_of(times_ms: npt.NDArray[np.float64], sessions: Sessions) -> npt.NDArray[np.int64]:
+    """The local trade date of each time, as its midnight in ms."""
+    days = np.zeros(len(times_ms), np.int64)
+    first = 0
+    while first < len(times_ms):  # sorted: one look-up a day
+        day = sessions.day(0, int(times_ms[first]))
+        last = int(np.searchsorted(times_ms, day.day_end_ms))
+        days[first:last] = day.day_start_ms
+        first = max(last, first + 1)
+    return days
+
+
+def _tokens(symbols: list[str], known: Mapping[str, int]) -> dict[str, int]:
+    taken = set(known.values())
+    tokens: dict[str, int] = {}
+    for symbol in symbols:
+        if symbol in known:
+            token = known[symbol]
+        else:
+            number = zlib.crc32(symbol.encode()) & 0xFF_FFFF
+            while (token := number << 8 | 1) in taken or not number:
+                number = (number + 1) & 0xFF_FFFF
+        taken.add(token)
+        tokens[symbol] = token
+    return tokens

@@ -1,1 +1,0 @@
-"""What other programs import: `store.py` reads, `follow.py` follows, `mirror.py` copies."""

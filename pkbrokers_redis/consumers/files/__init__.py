@@ -1,1 +1,0 @@
-"""Files that other programs read and write: pickles, ticks.json, Parquet, and their manifest."""

@@ -1,1 +1,0 @@
-"""Decides: candles, sessions, keys. No I/O, no clock, no logs. Begin with `candles.py`, the rules."""

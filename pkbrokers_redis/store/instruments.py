@@ -1,0 +1,329 @@
+"""The instrument master in Redis, swapped in at once: a reader finds the old names or the new ones.
+
+    1  P:instrument:<token>   the rows of all instruments that stay or come (each one HSET)
+       P:expired              the contracts that go, by token
+       P:{S}:repairs          what the store has of tokens that are other contracts now is to be forgotten
+    2  P:symbols              one transaction on this one key: gone names out, new and moved ones in
+    3  P:derivatives          one transaction: stocks that have futures or options
+    4  P:instrument:<token>   the rows of gone instruments (expired contracts) removed
+    5  P:master               the manifest, last: a sync that died before is simply done again
+
+So a name never leads to a row that is not there. RENAME of a whole new hash would do for step 2 too, but not
+on a cluster: `P:symbols` has no hash tag, so no second key shares its slot. Who scans `P:symbols` (`all`,
+`nse-equity`) across the swap sees names of both, never a torn one.
+
+Zerodha gives the token of an expired contract to another one, at once or weeks later. A share or an index
+that only changed its name keeps its candles. A sync that died before step 2 does it again.
+
+Search the instrument master: by symbol, by company name, with help for typos.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
+
+import redis
+
+from pkbrokers_redis.candles.model import SEGMENT_INDICES
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.cluster import Pipe
+from pkbrokers_redis.store.repairs import send_forget
+from pkbrokers_redis.store.symbols import BSE_SEGMENT, NSE_SEGMENT, nearest_names, read_names, read_tokens
+
+T = TypeVar("T")
+
+ROWS_AT_ONCE = 2_000  # a round trip of ~0.5 MB
+NAMES_AT_ONCE = 5_000  # fields of one HSET
+UNDERLYING_OF = {"NFO": "NSE", "BFO": "BSE"}  # where the stocks of an exchange's contracts trade
+CASH_SEGMENTS = {1, 4, SEGMENT_INDICES}  # all others are of contracts
+SHRUNK_FROM = 1_000  # a master of this many rows does not lose half of them overnight
+
+Row = Mapping[str, str]  # Kite's CSV, columns by name
+
+
+class Manifest(NamedTuple):
+    """What `P:master` says of the master in Redis. Times are ISO 8601, +05:30."""
+
+    synced_at: str
+    changed_at: str
+    rows: int
+    refused: int
+    sha256: str
+    scope: str
+
+    def age_seconds(self, now_s: float) -> float | None:
+        """How long ago the last sync was; None where its time cannot be read."""
+        try:
+            return now_s - datetime.fromisoformat(self.synced_at).timestamp()
+        except ValueError:
+            return None
+
+
+class Swapped(NamedTuple):
+    """What a swap did: names in the master now, how many came (or got another token), how many went, and how
+    many tokens are other contracts now."""
+
+    names: int
+    added: int
+    removed: int
+    reassigned: int = 0
+
+
+class MasterShrunk(PkbError):
+    """Raised when a new master lacks half of the old one's rows: a download cut short, as a rule."""
+
+
+def read_manifest(client: redis.Redis, keys: Keys) -> Manifest | None:
+    """The manifest; None where there was no sync yet."""
+    found: Any = client.hgetall(keys.master())
+    cells = {name.decode(errors="replace"): text.decode(errors="replace") for name, text in found.items()}
+    if not cells.get("synced_at"):
+        return None
+    rows, refused = cells.get("rows", ""), cells.get("refused", "")
+    return Manifest(
+        cells["synced_at"],
+        cells.get("changed_at", ""),
+        int(rows) if rows.isdecimal() else 0,
+        int(refused) if refused.isdecimal() else 0,
+        cells.get("sha256", ""),
+        cells.get("scope", ""),
+    )
+
+
+def write_manifest(client: redis.Redis, keys: Keys, manifest: Manifest) -> None:
+    """Step 5."""
+    fields: dict[Any, Any] = manifest._asdict()
+    client.hset(keys.master(), mapping=fields)
+
+
+def is_current(client: redis.Redis, keys: Keys, sha256: str, scope: str) -> bool:
+    """Whether the same download has been swapped in before, and its names still stand there."""
+    manifest = read_manifest(client, keys)
+    if manifest is None or (manifest.sha256, manifest.scope) != (sha256, scope):
+        return False
+    count: Any = client.hlen(keys.symbols())
+    return manifest.rows > 0 and int(count) >= manifest.rows
+
+
+def swap_master(
+    client: redis.Redis, keys: Keys, rows: Sequence[Row], exchanges: Iterable[str], *, force: bool = False
+) -> Swapped:
+    """Make `rows` the master of these exchanges; other exchanges' instruments stay as they are.
+
+    Each row has a valid token, an exchange of `exchanges` and a tradingsymbol: `kite.instruments` has made
+    sure of it. Raises MasterShrunk unless `force`.
+    """
+    scope = set(exchanges)
+    old = {name: token for name, token in read_names(client, keys).items() if _exchange(name) in scope}
+    new = {f"{row['exchange']}:{row['tradingsymbol']}": int(row["instrument_token"]) for row in rows}
+    if len(old) >= SHRUNK_FROM and len(new) < len(old) / 2 and not force:
+        raise MasterShrunk(
+            f"the new instrument master has {len(new):,} rows where {len(old):,} were",
+            "try again; `pkb instruments sync --force` takes it all the same",
+        )
+    reassigned = _reassigned(client, keys, old, new)
+    _write_rows(client, keys, rows)
+    gone = [name for name in old if name not in new]
+    come = {name: token for name, token in new.items() if old.get(name) != token}
+    kept = set(new.values())
+    _note_expired(client, keys, {old[name]: name for name in gone if old[name] not in kept})
+    send_forget(client, keys, reassigned, "reassigned")
+    _swap_names(client, keys, gone, come)
+    _swap_derivatives(client, keys, rows, scope, new)
+    _remove_rows(client, keys, [token for token in dict.fromkeys(old.values()) if token not in kept])
+    return Swapped(len(new), len(come), len(gone), len(reassigned))
+
+
+def load_derivatives(client: redis.Redis, keys: Keys) -> set[str]:
+    """`NSE:RELIANCE`, …: stocks that have futures or options on their exchange's derivatives market."""
+    found: Any = client.smembers(keys.derivatives())
+    return {name.decode(errors="replace") for name in found}
+
+
+def load_derivative_tokens(client: redis.Redis, keys: Keys) -> set[int]:
+    """Their tokens: for `Sessions.schedule_of(token, has_derivatives)`. Two round trips."""
+    return set(read_tokens(client, keys, sorted(load_derivatives(client, keys))).values())
+
+
+def read_rows(client: redis.Redis, keys: Keys, tokens: Iterable[int]) -> list[dict[str, str]]:
+    """The rows of those tokens that have one, in their order, columns by name."""
+    pipe = Pipe(client)
+    rows: list[dict[str, str]] = []
+    for chunk in _chunks(tokens, ROWS_AT_ONCE):
+        for token in chunk:
+            pipe.add("HGETALL", keys.instrument(token))
+        for token, reply in zip(chunk, pipe.execute(), strict=True):
+            # RESP3 has maps, RESP2 flat lists; an error is a row that is none.
+            flat = [each for pair in reply.items() for each in pair] if isinstance(reply, dict) else reply
+            if isinstance(flat, list) and flat:
+                cells = [cell.decode(errors="replace") for cell in flat]
+                row = dict(zip(cells[::2], cells[1::2], strict=False))
+                rows.append({**row, "instrument_token": str(token)})
+    return rows
+
+
+def _reassigned(client: redis.Redis, keys: Keys, old: Mapping[str, int], new: Mapping[str, int]) -> list[int]:
+    """The tokens that were another contract's before: the old master's, or one's that is gone."""
+    before: dict[int, set[str]] = {}
+    for name, token in old.items():
+        before.setdefault(token, set()).add(name)
+    contracts = {token: name for name, token in new.items() if token & 0xFF not in CASH_SEGMENTS}
+    for tokens in _chunks((token for token in contracts if token not in before), NAMES_AT_ONCE):
+        found: Any = client.hmget(keys.expired(), tokens)
+        before |= {
+            token: {name.decode(errors="replace")} for token, name in zip(tokens, found, strict=True) if name
+        }
+    return [token for token, name in contracts.items() if name not in before.get(token, {name})]
+
+
+def _note_expired(client: redis.Redis, keys: Keys, gone: Mapping[int, str]) -> None:
+    contracts = ((token, name) for token, name in gone.items() if token & 0xFF not in CASH_SEGMENTS)
+    for pairs in _chunks(contracts, NAMES_AT_ONCE):
+        client.hset(keys.expired(), items=[cell for pair in pairs for cell in pair])
+
+
+def _write_rows(client: redis.Redis, keys: Keys, rows: Iterable[Row]) -> None:
+    pipe = Pipe(client)
+    for chunk in _chunks(rows, ROWS_AT_ONCE):
+        for row in chunk:
+            cells = [cell for pair in row.items() for cell in pair]
+            pipe.add("HSET", keys.instrument(int(row["instrument_token"])), *cells)
+        _raise_first(pipe.execute())
+
+
+def _swap_names(client: redis.Redis, keys: Keys, gone: Sequence[str], come: Mapping[str, int]) -> None:
+    if not gone and not come:
+        return
+    transaction = client.pipeline(transaction=True)
+    for names in _chunks(gone, NAMES_AT_ONCE):
+        transaction.hdel(keys.symbols(), *names)
+    for pairs in _chunks(come.items(), NAMES_AT_ONCE):
+        transaction.hset(keys.symbols(), items=[cell for pair in pairs for cell in pair])
+    transaction.execute()
+
+
+def _swap_derivatives(
+    client: redis.Redis, keys: Keys, rows: Iterable[Row], scope: set[str], new: Mapping[str, int]
+) -> None:
+    """`name` of a contract is its underlying's tradingsymbol; an index may be one, but it is no stock."""
+    wanted = {
+        f"{UNDERLYING_OF[row['exchange']]}:{row.get('name', '')}"
+        for row in rows
+        if row["exchange"] in UNDERLYING_OF
+    }
+    unknown = sorted(name for name in wanted if name not in new)
+    tokens = {**new, **read_tokens(client, keys, unknown)}  # the stocks may have come with another sync
+    stocks = {name for name in wanted if name in tokens and tokens[name] & 0xFF != SEGMENT_INDICES}
+    replaced = {UNDERLYING_OF[exchange] for exchange in scope if exchange in UNDERLYING_OF}
+    before = {name for name in load_derivatives(client, keys) if _exchange(name) in replaced}
+    transaction = client.pipeline(transaction=True)
+    for names in _chunks(before - stocks, NAMES_AT_ONCE):
+        transaction.srem(keys.derivatives(), *names)
+    for names in _chunks(stocks - before, NAMES_AT_ONCE):
+        transaction.sadd(keys.derivatives(), *names)
+    if len(transaction):
+        transaction.execute()
+
+
+def _remove_rows(client: redis.Redis, keys: Keys, tokens: Iterable[int]) -> None:
+    pipe = Pipe(client)
+    for chunk in _chunks(tokens, ROWS_AT_ONCE):
+        for token in chunk:
+            pipe.add("UNLINK", keys.instrument(token))
+        _raise_first(pipe.execute())
+
+
+def _raise_first(replies: list[Any]) -> None:
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+
+
+def _chunks(items: Iterable[T], size: int) -> Iterable[list[T]]:
+    source = iter(items)
+    while chunk := list(islice(source, size)):
+        yield chunk
+
+
+def _exchange(name: str) -> str:
+    return name.partition(":")[0]
+
+
+# Company names are looked at for these only: those of 90,000 contracts repeat their underlyings' symbols.
+NAMED_SEGMENTS = {NSE_SEGMENT, BSE_SEGMENT, SEGMENT_INDICES}
+COLUMNS = ("name", "expiry", "strike", "lot_size", "instrument_type", "tick_size")
+ROWS_AT_ONCE_SEARCH = 5_000
+
+
+class Found(NamedTuple):
+    """`rows`: the best matches, as dicts of `token symbol` and COLUMNS. `total`: how many there are.
+    `exact`: False when nothing matched and these are only spelt alike."""
+
+    rows: list[dict[str, Any]]
+    total: int
+    exact: bool
+
+
+def search_instruments(
+    client: redis.Redis, keys: Keys, text: str, *, exchange: str = "", limit: int = 20
+) -> Found:
+    """The instruments whose symbol or company name holds `text`; shares and indices before contracts.
+
+    Best first: the symbol itself, symbols that begin so, names that begin so, then those that hold it.
+    """
+    wanted = " ".join(text.upper().split())
+    names = read_names(client, keys)
+    if exchange or ":" in wanted:
+        where, _, rest = wanted.rpartition(":")
+        exchange, wanted = (exchange or where).upper(), rest
+        names = {name: token for name, token in names.items() if name.startswith(f"{exchange}:")}
+    if not wanted:
+        return Found([], 0, True)
+    named = [token for token in names.values() if token & 0xFF in NAMED_SEGMENTS]
+    companies = dict(zip(named, _cells(client, keys, named, ("name",)), strict=True))
+    ranked = []
+    for symbol, token in names.items():
+        rank = _rank(symbol.partition(":")[2].upper(), companies.get(token, ("",))[0].upper(), wanted)
+        if rank is not None:
+            ranked.append((rank, token & 0xFF not in NAMED_SEGMENTS, not symbol.startswith("NSE:"), symbol))
+    ranked.sort(key=lambda each: (each[1] and each[0] > 0, each[0], each[2], len(each[3]), each[3]))
+    best, exact = [symbol for *_, symbol in ranked[:limit]], bool(ranked)
+    if not exact:
+        best = nearest_names(names, f"{exchange}:{wanted}" if exchange else wanted)[:limit]
+    rows = [
+        {"token": names[symbol], "symbol": symbol, **dict(zip(COLUMNS, cells, strict=True))}
+        for symbol, cells in zip(best, _cells(client, keys, [names[s] for s in best], COLUMNS), strict=True)
+    ]
+    return Found(rows, len(ranked) if exact else len(rows), exact)
+
+
+def _rank(symbol: str, company: str, wanted: str) -> int | None:
+    if symbol == wanted:
+        return 0
+    if symbol.startswith(wanted):
+        return 1
+    if company.startswith(wanted):
+        return 2
+    if wanted in symbol:
+        return 3
+    return 4 if wanted in company else None
+
+
+def _cells(
+    client: redis.Redis, keys: Keys, tokens: list[int], columns: Iterable[str]
+) -> list[tuple[str, ...]]:
+    """Those fields of the rows, "" where there is none."""
+    columns = tuple(columns)
+    answer: list[tuple[str, ...]] = []
+    for first in range(0, len(tokens), ROWS_AT_ONCE_SEARCH):
+        pipe = Pipe(client)
+        for token in tokens[first : first + ROWS_AT_ONCE_SEARCH]:
+            pipe.add("HMGET", keys.instrument(token), *columns)
+        for reply in pipe.execute():
+            cells = reply if isinstance(reply, list) else [None] * len(columns)
+            answer.append(tuple(cell.decode(errors="replace") if cell else "" for cell in cells))
+    return answer

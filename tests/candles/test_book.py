@@ -1,0 +1,62 @@
+"""What a book takes from its calendar and from its state, whatever their size and version."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from pkbrokers_redis.candles import arrays as t
+from pkbrokers_redis.candles.calendar import load_sessions
+from pkbrokers_redis.candles.model import parse_intervals
+from pkbrokers_redis.candles.state import Book
+from tests.candles.test_candles import DAY, TOKEN, Market
+from tests.candles.test_repair import three_minutes
+
+HOURS = {
+    "first_night": ["00:00", "02:30"], "morning": ["09:00", "10:15"], "noon": ["10:30", "11:30"],
+    "afternoon": ["13:30", "15:00"], "second_night": ["21:00", "24:00"],
+}  # fmt: skip
+
+
+def test_a_day_has_as_many_windows_as_its_calendar_says(tmp_path: Path) -> None:
+    file = tmp_path / "calendar.json"
+    schedule = {"calendar": "open", "hours": [{"from": "2009-01-03", "windows": HOURS}]}
+    file.write_text(
+        json.dumps(
+            {
+                "schedules": {"SHFE": schedule},
+                "calendars": {"open": {}},
+                "segments": {"77": {"schedule": "SHFE"}},
+            }
+        )
+    )
+    market = Market()
+    market.book = Book(
+        parse_intervals("60m,day"), load_sessions("market", path=file), event_clock=True, instruments=4
+    )
+    token = 600 << 8 | 77
+    hours = (0.5, 9.5, 11, 12, 14, 16, 22, 23)  # 12 and 16 o'clock lie between windows
+    for n, hour in enumerate((*hours, *(24 * day + 22 for day in range(1, 20)))):
+        second = (DAY + hour * 3600) * 1000
+        market.take([token, 100, 1, 10 * n + 10, *[np.nan] * 4, second, second])
+    starts = [round((each[0] - DAY) / 3600) for each in market.rows("60m", token)]
+    assert starts == [9, 11, 14, 22, 23, *(24 * day + 22 for day in range(1, 20))]
+    assert market.book.counts()["outside_session"] == 2
+
+
+@pytest.mark.parametrize("first_new", [t.GAP_FROM, t.OUTSIDE_TIME])
+def test_state_of_a_version_that_knew_less_is_restored(first_new: int) -> None:
+    market = three_minutes()
+    market.change_hands()
+    today = market.book.tables
+    hot = msgspec.json.decode(market.state[str(TOKEN)])
+    market.state[str(TOKEN)] = msgspec.json.encode(hot[:first_new] + hot[t.RING_SIZE :])
+    market.change_hands()
+    before = market.book.tables
+    assert before.inst[0, t.RING_SIZE] == 6
+    for name in ("inst", "ring", "slots"):
+        assert np.array_equal(getattr(before, name)[0], getattr(today, name)[0], equal_nan=True)

@@ -1,0 +1,74 @@
+"""P:watch: what is streamed beside PKB_INSTRUMENTS, and what of it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import redis
+
+from pkbrokers_redis.errors import UnknownSymbol, WrongKeyType
+from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.store.instrument_list import edit_watch, instrument_list, list_version, load_watch
+from tests.client.contract import INFY, NIFTY, RELIANCE, write_master
+
+
+@pytest.fixture
+def server_kind() -> str:
+    return "valkey"  # which of them does not matter here
+
+
+@pytest.fixture
+def mine(make_settings: Callable[..., Settings], client: redis.Redis) -> Settings:
+    settings = make_settings(instruments="INFY,NIFTY 50")
+    write_master(client, settings.keys)
+    return settings
+
+
+def test_without_changes_it_is_the_setting(client: redis.Redis, mine: Settings) -> None:
+    assert instrument_list(client, mine) == [(INFY, "NSE:INFY"), (NIFTY, "NSE:NIFTY 50")]
+
+
+def test_what_is_added_comes_behind_and_what_is_removed_goes(client: redis.Redis, mine: Settings) -> None:
+    before = list_version(client, mine)
+    written = edit_watch(client, mine.keys, add=["reliance", "INFY", "999"], remove=["256265"])
+    assert written == {"NSE:RELIANCE": "add", "NSE:INFY": "add", "999": "add", "NSE:NIFTY 50": "remove"}
+    assert load_watch(client, mine.keys) == written
+    wanted = {(INFY, "NSE:INFY"), (RELIANCE, "NSE:RELIANCE"), (999, "999")}
+    assert set(instrument_list(client, mine)) == wanted
+    assert list_version(client, mine) != before
+
+
+def test_the_last_word_on_a_symbol_counts(client: redis.Redis, mine: Settings) -> None:
+    edit_watch(client, mine.keys, remove=["INFY"])
+    edit_watch(client, mine.keys, add=["INFY"])
+    assert (INFY, "NSE:INFY") in instrument_list(client, mine)
+
+
+def test_one_unknown_symbol_and_nothing_is_written(client: redis.Redis, mine: Settings) -> None:
+    with pytest.raises(UnknownSymbol, match="NSE:RELIANCE"):
+        edit_watch(client, mine.keys, add=["INFY", "RELIANC"])
+    assert load_watch(client, mine.keys) == {}
+
+
+def test_a_contract_that_expired_stops_nobody_and_can_be_removed(client: redis.Redis, mine: Settings) -> None:
+    edit_watch(client, mine.keys, add=["RELIANCE"])
+    client.hset(mine.keys.watch(), mapping={"NFO:GONE24DECFUT": "add", "NSE:SGBAUG28-GB": "sell"})
+    assert (RELIANCE, "NSE:RELIANCE") in instrument_list(client, mine)
+    assert len(instrument_list(client, mine)) == 3
+    assert edit_watch(client, mine.keys, remove=["nfo:gone24decfut"]) == {"NFO:GONE24DECFUT": "remove"}
+
+
+def test_the_version_stays_while_nothing_changes_and_follows_the_master(
+    client: redis.Redis, mine: Settings
+) -> None:
+    version = list_version(client, mine)
+    assert list_version(client, mine) == version
+    client.hset(mine.keys.master(), "changed_at", "2026-11-23T08:30:00+05:30")
+    assert list_version(client, mine) != version
+
+
+def test_another_type_is_named(client: redis.Redis, mine: Settings) -> None:
+    client.set(mine.keys.watch(), "x")
+    with pytest.raises(WrongKeyType, match="pkb:watch holds a string"):
+        instrument_list(client, mine)
