@@ -20,7 +20,7 @@ SUPPORTED_INTERVALS |= {alias: SUPPORTED_INTERVALS[name] for alias, name in _ALI
 MAX_CANDLES = {each.name: each.keep for each in DEFAULT_INTERVALS}
 MAX_CANDLES |= {alias: MAX_CANDLES[name] for alias, name in _ALIASES.items()}
 
-# The cash market's continuous session in India, for programs that ask for it; the pipeline reads candles/calendar.json.
+# The cash market's continuous session, for programs that ask for it; the pipeline itself reads calendar.json.
 MARKET_OPEN_HOUR, MARKET_OPEN_MINUTE = 9, 15
 MARKET_CLOSE_HOUR, MARKET_CLOSE_MINUTE = 15, 30
 
