@@ -17,7 +17,7 @@ from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.candles.codec import tick_texts
 from pkbrokers_redis.candles.model import DEFAULT_INTERVALS, TickArray
 from pkbrokers_redis.candles.state import Book
-from pkbrokers_redis.ingest.worker import TickWriter
+from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.kite.protocol import encode_full, parse_frame
 from pkbrokers_redis.store.connect import connect
 
@@ -130,11 +130,11 @@ def writing(n: int = 200_000) -> Row:
     stream = tick_stream(n, INSTRUMENTS, START_MS, 100_000)
     frames = [(encode_full(stream[a : a + FRAME_PACKETS]), START_MS) for a in range(0, n, FRAME_PACKETS)]
     with private_store() as (settings, client):
-        writer = TickWriter(lambda: connect(settings), settings, {})
+        writer = FrameWriter(lambda: connect(settings), settings, {})
 
         def ours() -> None:
             for first in range(0, len(frames), 8):
-                writer.write(writer.take_frames(frames[first : first + 8]), int(time.time() * 1000))
+                writer.write(writer.parse_new(frames[first : first + 8]), int(time.time() * 1000))
 
         mine = n / best(ours, 2)
         few: TickArray = stream[: n // 20]

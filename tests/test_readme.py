@@ -14,7 +14,7 @@ import redis
 
 from pkbrokers_redis.aggregate.worker import Aggregator
 from pkbrokers_redis.client.replay import lag_entries
-from pkbrokers_redis.ingest.writer import TickWriter
+from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.kite.protocol import encode_full
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
@@ -53,9 +53,9 @@ def filled(make_settings: Callable[..., Settings], client: redis.Redis) -> Setti
     ticks[:, 3] = np.arange(360) + 1_000
     ticks[:, 5:8] = 1_500, 1_510, 1_490
     ticks[:, 8] = start_ms + np.arange(360) * 1000
-    writer = TickWriter(lambda: connect(settings), settings, {INFY: "NSE:INFY"})
+    writer = FrameWriter(lambda: connect(settings), settings, {INFY: "NSE:INFY"})
     frames = [(encode_full(tick[np.newaxis]), int(tick[8]) + 200) for tick in ticks]
-    writer.write(writer.take_frames(frames), int(time.time() * 1000))
+    writer.write(writer.parse_new(frames), int(time.time() * 1000))
     aggregator = Aggregator(lambda: connect(settings), settings, now_ms=lambda: time.time() * 1000)
     aggregator.start()
     while aggregator.step(block_ms_max=1) or lag_entries(client, settings.keys):

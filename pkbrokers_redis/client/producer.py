@@ -27,7 +27,7 @@ from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.settings import Settings
 
 if TYPE_CHECKING:
-    from pkbrokers_redis.ingest.writer import Batch, TickWriter
+    from pkbrokers_redis.store.tick_writer import TickBatch, TickWriter
 
 BATCHES_MAX = 10_000  # waiting for a Redis that is away; then ticks are refused, which the caller is told
 TICKS_A_BATCH = 1_000
@@ -81,7 +81,7 @@ class TickInput:
         self._lock = threading.Lock()
         self._pid = os.getpid()
         self._writer: TickWriter | None = None
-        self._waiting: deque[Batch] = deque()  # at most BATCHES_MAX
+        self._waiting: deque[TickBatch] = deque()  # at most BATCHES_MAX
         self._again_at = 0.0  # monotonic seconds
 
     def put(self, ticks: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
@@ -108,7 +108,7 @@ class TickInput:
                     break
                 some = rows[first : first + TICKS_A_BATCH]
                 batch = np.array(some, np.float64).reshape(-1, BATCH_WIDTH)
-                self._waiting += self._writer_of().take_ticks(batch, int(now_ms))
+                self._waiting.append(self._writer_of().number(batch, int(now_ms)))
                 taken += len(some)
             self._flush(int(now_ms))
         return taken, refused + len(rows) - taken
@@ -131,16 +131,16 @@ class TickInput:
     def _writer_of(self) -> TickWriter:
         if self._writer is None:
             # Late: the writer's kernels need a compiler that readers do without.
-            from pkbrokers_redis.ingest.writer import TickWriter
             from pkbrokers_redis.store.connect import connect
             from pkbrokers_redis.store.meta import ensure_meta
+            from pkbrokers_redis.store.tick_writer import TickWriter
 
             def connect_writer() -> Any:
                 client = connect(self._settings)
                 ensure_meta(client, self._settings, datetime.now(UTC).isoformat(timespec="seconds"))
                 return client
 
-            self._writer = TickWriter(connect_writer, self._settings, {})
+            self._writer = TickWriter(connect_writer, self._settings)
         return self._writer
 
     def _new_process(self) -> None:

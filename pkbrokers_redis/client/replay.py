@@ -28,13 +28,15 @@ from pkbrokers_redis.candles.model import AT_MS, TIME_MS, TOKEN, VOLUME
 from pkbrokers_redis.candles.state import Book
 from pkbrokers_redis.client.trade_files import TradeFile, days_of, frames_of, read_trades
 from pkbrokers_redis.errors import InputFileError
-from pkbrokers_redis.ingest.writer import TickWriter
 from pkbrokers_redis.keys import AGGREGATOR_GROUP, Keys
 from pkbrokers_redis.kite.capture import KIND_BINARY, MAGIC, read_capture
+from pkbrokers_redis.kite.protocol import parse_frame
+from pkbrokers_redis.kite.quotes import PendingQuotes
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.streams import id_order
 from pkbrokers_redis.store.symbols import load_symbols, save_instruments
+from pkbrokers_redis.store.tick_writer import TickWriter
 
 TOKENS_AT_ONCE = 1_000
 
@@ -191,7 +193,8 @@ class Replay:
         self._now_ms = now_ms
         symbols = load_symbols(self._client, self._keys)
         self._known = {name: token for token, name in symbols.items()}
-        self._writer = TickWriter(connect, settings, symbols)
+        self._quotes = PendingQuotes(settings.keys, symbols)
+        self._writer = TickWriter(connect, settings, quotes=self._quotes)
         self._began = monotonic()
         self._first_ms: float | None = None
         self._waited = False
@@ -213,10 +216,12 @@ class Replay:
                 return
             if kind != KIND_BINARY:
                 continue
-            batches = self._writer.take_frames([(frame, at_ms)])
+            parsed = parse_frame(frame, at_ms)
+            self._quotes.add(frame, parsed, at_ms)
+            batches = [self._writer.number(parsed.ticks, at_ms)] if len(parsed.ticks) else []
             self._writer.write(batches, self._now_ms(), self._stop)
-            self._count(sum(len(each.ticks) for each in batches))
-        while len(self._writer.quotes) and not self._stop.is_set():
+            self._count(len(parsed.ticks))
+        while len(self._quotes) and not self._stop.is_set():
             self._writer.write([], self._now_ms(), self._stop)
 
     def _run_trades(self, path: Path) -> None:
@@ -248,7 +253,7 @@ class Replay:
                 return
             at_ms = self._now_ms()
             ticks[:, AT_MS] = at_ms
-            self._writer.write(self._writer.take_ticks(ticks, at_ms), at_ms, self._stop)
+            self._writer.write([self._writer.number(ticks, at_ms)], at_ms, self._stop)
             self._count(len(ticks))
         self.summary.ticks -= trades.baselines
 

@@ -36,17 +36,17 @@ from pkbrokers_redis.ingest.feeds import (
 from pkbrokers_redis.ingest.job_outbox import WantedJobs
 from pkbrokers_redis.ingest.liveness import Outage
 from pkbrokers_redis.ingest.outages import Outages
-from pkbrokers_redis.ingest.quotes import EVERY_MS
 from pkbrokers_redis.ingest.spool import Spool
 from pkbrokers_redis.ingest.watchdog import FeedMonitor, TickActivity
-from pkbrokers_redis.ingest.writer import TickWriter
+from pkbrokers_redis.ingest.writer import FrameWriter
+from pkbrokers_redis.kite.quotes import INTERVAL_MS
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.instrument_list import instrument_list, list_version
 from pkbrokers_redis.store.instruments import load_derivative_tokens
 from pkbrokers_redis.store.queue import open_queue
 
-__all__ = ["Inbox", "Ingest", "TickWriter", "figures_of", "forward", "open_inbox", "pump"]
+__all__ = ["FrameWriter", "Inbox", "Ingest", "figures_of", "forward", "open_inbox", "pump"]
 
 log = logs.get("ingest")
 
@@ -79,7 +79,7 @@ def open_inbox(settings: Settings, source: str) -> Inbox:
 
 
 def forward(
-    inbox: Inbox, writer: TickWriter, now_ms: Callable[[], float], stop: threading.Event, wait_seconds: float
+    inbox: Inbox, writer: FrameWriter, now_ms: Callable[[], float], stop: threading.Event, wait_seconds: float
 ) -> int | None:
     """One round: inbox → Redis. Returns the frames; None when told to stop and Redis does not take them."""
     frames = inbox.peek(FRAMES_A_ROUND, wait_seconds)
@@ -91,7 +91,7 @@ def forward(
 
 def pump(
     inbox: Inbox,
-    writer: TickWriter,
+    writer: FrameWriter,
     now_ms: Callable[[], float],
     stop: threading.Event,
     on_round: Callable[[], None] = lambda: None,
@@ -143,7 +143,7 @@ class Ingest:
         self._applied: list[Feed] = []  # the feeds that everything here knows of
         self.activity = TickActivity(self._schedule_of)
         self.activity.follow(self.roster.feeds)
-        self.writer = TickWriter(
+        self.writer = FrameWriter(
             connect,
             settings,
             self.roster.symbols,
@@ -210,13 +210,13 @@ class Ingest:
             self.roster.added = frozenset()
         if self.roster.symbols is not self._named:  # also the same instruments, by a newer master's names
             self._named = self.roster.symbols
-            self.writer.learn(self._named)
+            self.writer.add_symbols(self._named)
         feeds = self.roster.feeds
         if feeds is not self._applied:
             self._with_derivatives = frozenset(load_derivative_tokens(client, self._keys))
             self.activity.follow(feeds)
             streamed = {token: str(token) for feed in feeds for token in feed.tokens}
-            self.writer.learn(streamed | self.roster.symbols)
+            self.writer.add_symbols(streamed | self.roster.symbols)
             ours = [feed for feed in feeds if feed.number in self.leases.held]
             known = {token for feed in self._applied for token in feed.tokens}
             self.outages.welcome(client, {token for feed in ours for token in feed.tokens} - known)
@@ -279,7 +279,7 @@ class Ingest:
     def _write_last_quotes(self, deadline: float) -> None:
         """The newest packet of each instrument may still wait for its half second."""
         while len(self.writer.quotes) and time.monotonic() < deadline:
-            if not self.writer.write([], int(wall_ms()) + EVERY_MS, self._stop):
+            if not self.writer.write([], int(wall_ms()) + INTERVAL_MS, self._stop):
                 return
 
     def _save(self, finished: threading.Event) -> None:

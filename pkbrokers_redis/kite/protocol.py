@@ -379,15 +379,18 @@ __all__ = [
 ]
 
 Records = npt.NDArray[np.void]
+Ints = npt.NDArray[np.int64]
 
 NAN = float("nan")
+NO_TOKENS: Final = np.empty(0, np.int64)
 _TICK_DTYPES = DTYPES | {FULL: FULL_HEAD_DTYPE}
 
 
 class ParsedFrame(NamedTuple):
     """What one binary frame held. Row i of `ticks` is the packet `frame[offsets[i]:][:lengths[i]]`."""
 
-    ticks: TickArray  # float64[n, 10], columns as in core.model, in the frame's order
+    ticks: TickArray  # float64[n, 10], columns as in candles.model, in the frame's order
+    tokens: Ints  # int64[n], the first column
     offsets: list[int]  # where each row's packet begins (behind its length)
     lengths: list[int]  # 8, 28, 32, 44 or 184
     unknown: int = 0  # packets of other lengths, skipped
@@ -405,10 +408,12 @@ def parse_frame(frame: bytes, at_ms: int) -> ParsedFrame:
     """
     size = len(frame)
     if size < 2:
-        return ParsedFrame(_empty(), [], [], truncated=size == 0, heartbeat=size == 1)
+        return ParsedFrame(_empty(), NO_TOKENS, [], [], truncated=size == 0, heartbeat=size == 1)
     count = frame[0] << 8 | frame[1]
     if not count or size < 4:
-        return ParsedFrame(_empty(), [], [], truncated=count > 0, trailing=0 if count else size - 2)
+        return ParsedFrame(
+            _empty(), NO_TOKENS, [], [], truncated=count > 0, trailing=0 if count else size - 2
+        )
     length = frame[2] << 8 | frame[3]
     if length in _TICK_DTYPES and size == 2 + count * (length + 2):
         lengths = np.ndarray((count,), ">u2", frame, offset=2, strides=(length + 2,))
@@ -416,7 +421,8 @@ def parse_frame(frame: bytes, at_ms: int) -> ParsedFrame:
             # One kind of packet, as most frames are: read it where it lies.
             records = np.ndarray((count,), _TICK_DTYPES[length], frame, offset=4, strides=(length + 2,))
             offsets = list(range(4, size, length + 2))
-            return ParsedFrame(_ticks(records, length, at_ms), offsets, [length] * count)
+            tokens = records["instrument_token"].astype(np.int64)
+            return ParsedFrame(_ticks(records, tokens, length, at_ms), tokens, offsets, [length] * count)
     return _parse_mixed(frame, count, at_ms)
 
 
@@ -444,8 +450,9 @@ def _parse_mixed(frame: bytes, count: int, at_ms: int) -> ParsedFrame:
             unknown += 1
         position += 2 + length
     trailing = 0 if truncated else size - position
+    ticks = _gather(frame, offsets, lengths, at_ms)
     return ParsedFrame(
-        _gather(frame, offsets, lengths, at_ms), offsets, lengths, unknown, truncated, trailing
+        ticks, ticks[:, TOKEN].astype(np.int64), offsets, lengths, unknown, truncated, trailing
     )
 
 
@@ -460,16 +467,16 @@ def _gather(frame: bytes, offsets: list[int], lengths: list[int], at_ms: int) ->
         # Every position of the frame seen as a packet (stride 1), and then those that are one.
         every = np.ndarray((len(frame) - dtype.itemsize + 1,), dtype, frame, strides=(1,))
         rows = kind == length
-        ticks[rows] = _ticks(every[where[rows]], length, at_ms)
+        records = every[where[rows]]
+        ticks[rows] = _ticks(records, records["instrument_token"].astype(np.int64), length, at_ms)
     return ticks
 
 
-def _ticks(records: Records, length: int, at_ms: int) -> TickArray:
+def _ticks(records: Records, tokens: Ints, length: int, at_ms: int) -> TickArray:
     """Records of one length → tick batch."""
     ticks = np.empty((len(records), BATCH_WIDTH))
-    token = records["instrument_token"].astype(np.int64)
-    divisor = PRICE_DIVISORS[token & 0xFF]
-    ticks[:, TOKEN] = token
+    divisor = PRICE_DIVISORS[tokens & 0xFF]
+    ticks[:, TOKEN] = tokens
     ticks[:, LAST_PRICE] = records["last_price"] / divisor
     ticks[:, AT_MS] = at_ms
     if length == LTP:

@@ -287,6 +287,58 @@ def _reply(connection: Any) -> Any:
         return error
 
 
+class PinnedConnections:
+    """Keeps a client on the connections it has: after `pin` none is opened without the caller's noticing.
+
+    redis-py replaces a lost connection silently, and Sentinel, a cluster or a moved address may put another
+    server behind the new one, a replica that lags for instance. What is sent next would follow a gap, and the
+    aggregator would take the entries that fill the gap later for repeats. So the tick writer opens its
+    connections, pins them, asks what that Redis holds, and only then sends; a lost connection is an error.
+    """
+
+    def __init__(self, client: redis.Redis, socket_timeout_seconds: float) -> None:
+        """Replace the client's connections by ones that can be pinned.
+
+        Args:
+            client: one that has just been made.
+            socket_timeout_seconds: bound on the wait for a reply; the client must not block on purpose.
+        """
+        self._is_pinned = False
+        nodes = getattr(client, "nodes_manager", None)  # of a RedisCluster
+        if nodes is None:
+            self._install(client.connection_pool.connection_kwargs, socket_timeout_seconds)
+            self._reset(client)
+            return
+        self._install(nodes.connection_kwargs, socket_timeout_seconds)  # of connections to nodes to come
+        for node in nodes.nodes_cache.values():
+            if node.redis_connection is not None:
+                pool = node.redis_connection.connection_pool
+                self._install(pool.connection_kwargs, socket_timeout_seconds)
+                self._reset(node.redis_connection)
+
+    def _install(self, options: dict[str, Any], socket_timeout_seconds: float) -> None:
+        on_connect = options.get("redis_connect_func")
+
+        def connected(connection: Any) -> None:
+            if self._is_pinned:
+                raise redis.ConnectionError("the connection was lost")
+            if on_connect is None:
+                connection.on_connect()
+            else:
+                on_connect(connection)
+
+        options.update(redis_connect_func=connected, socket_timeout=socket_timeout_seconds)
+
+    @staticmethod
+    def _reset(client: redis.Redis) -> None:
+        client.connection_pool.disconnect()
+        client.connection_pool.reset()
+
+    def pin(self) -> None:
+        """From now on every attempt to connect raises redis.ConnectionError."""
+        self._is_pinned = True
+
+
 RETRIES = 3
 
 AsyncClient = Any  # redis.asyncio.Redis or redis.asyncio.RedisCluster, which share no base class

@@ -11,7 +11,7 @@ from pkbrokers_redis.aggregate.shard import Names
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.ingest.feeds import FeedLeases
 from pkbrokers_redis.ingest.job_outbox import WantedJobs
-from pkbrokers_redis.ingest.worker import TickWriter
+from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
@@ -31,9 +31,9 @@ def test_quotes_are_written_and_streams_are_capped(
     make_settings: Callable[..., Settings], client: redis.Redis
 ) -> None:
     settings = make_settings(stream_max_entries=200, shards=1)
-    writer = TickWriter(lambda: connect(settings), settings, {INFY: "NSE:INFY"}, only_known=True)
+    writer = FrameWriter(lambda: connect(settings), settings, {INFY: "NSE:INFY"}, only_known=True)
     for now_ms in (NOW_MS, NOW_MS - HOURS_MS):
-        batches = writer.take_frames([(frame, now_ms) for frame in frames(500, writer.seq)])
+        batches = writer.parse_new([(frame, now_ms) for frame in frames(500, writer.seq)])
         writer.write(batches, now_ms)
     assert client.hget(settings.keys.quote(INFY), "volume") == b"999"
     assert client.xlen(settings.keys.ticks(0)) < 500

@@ -21,7 +21,7 @@ import redis
 from pkbrokers_redis.aggregate.worker import Aggregator
 from pkbrokers_redis.client.replay import lag_entries
 from pkbrokers_redis.ingest.worker import open_inbox, pump
-from pkbrokers_redis.ingest.writer import TickWriter
+from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.kite.protocol import encode_full
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market
@@ -127,7 +127,7 @@ class Ingesting:
 
     def __init__(self, settings: Settings) -> None:
         self.stop = threading.Event()
-        self.writer = TickWriter(lambda: connect(settings), settings, {})
+        self.writer = FrameWriter(lambda: connect(settings), settings, {})
         self.inbox = open_inbox(settings, self.writer.source)
         self._thread = threading.Thread(
             target=pump, args=(self.inbox, self.writer, lambda: time.time() * 1000, self.stop), daemon=True
@@ -176,10 +176,10 @@ def aggregated(settings: Settings, client: redis.Redis) -> dict[str, Any]:
 def undisturbed(tmp_path: Path, client: redis.Redis, port: int) -> dict[str, Any]:
     """The rows of a run in which nothing happens."""
     settings = settings_of(tmp_path, port, prefix="calm", data_dir=tmp_path / "calm")
-    writer = TickWriter(lambda: connect(settings), settings, {})
+    writer = FrameWriter(lambda: connect(settings), settings, {})
     frames = [(frame, START_MS + n * 250) for n, frame in enumerate(feed())]
     for first in range(0, FRAMES, 50):
-        assert writer.write(writer.take_frames(frames[first : first + 50]), START_MS)
+        assert writer.write(writer.parse_new(frames[first : first + 50]), START_MS)
     rows = aggregated(settings, client)
     assert len(rows) >= 2 * len(TOKENS)
     return rows
@@ -405,7 +405,7 @@ def test_an_ingest_told_to_stop_while_redis_is_away_leaves_its_frames_on_disk(
                 wait_until(lambda: client.xlen(settings.keys.ticks(0)) > 3, what="ticks")
             server.kill()
             wait_until(
-                lambda: ingest.poll() is not None or _told(ingest, "redis_away"), what="its word on it"
+                lambda: ingest.poll() is not None or _told(ingest, "redis_unavailable"), what="its word on it"
             )
             time.sleep(0.5)  # of ticks
             ingest.send_signal(signal.SIGTERM)

@@ -22,9 +22,9 @@ from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.client.replay import Replay, lag_entries
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.client.trade_files import read_trades
-from pkbrokers_redis.ingest.writer import TickWriter
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.tick_writer import TickWriter
 from tests.e2e.conftest import drain
 from tests.support import running_process, settings_env, wait_until
 
@@ -205,12 +205,12 @@ def _feed(settings: Settings, trades: Path, go_on: threading.Event) -> None:
     """A trade file in small frames: unhurried until `go_on`, with a rest kept for behind it."""
     sessions = load_sessions(settings.sessions, settings.timezone)
     ticks = read_trades(trades, {}, sessions).ticks
-    writer = TickWriter(lambda: connect(settings), settings, {})
+    writer = TickWriter(lambda: connect(settings), settings)
     frames = [ticks[first : first + 50] for first in range(0, len(ticks), 50)]
     for n, frame in enumerate(frames):
         go_on.wait(0.02 if n < len(frames) - 50 else 120)
         at_ms = int(time.time() * 1000)
-        writer.write(writer.take_ticks(frame, at_ms), at_ms)
+        writer.write([writer.number(frame, at_ms)], at_ms)
 
 
 def _applied(client: redis.Redis, settings: Settings) -> int:

@@ -21,18 +21,18 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from pkbrokers_redis.errors import PkbError, SettingsError
-from pkbrokers_redis.ingest import writer as writer_module
 from pkbrokers_redis.ingest.buffer import Inbox
 from pkbrokers_redis.ingest.connections import FeedSession, Readers
 from pkbrokers_redis.ingest.feeds import Feed
 from pkbrokers_redis.ingest.liveness import FeedLife
 from pkbrokers_redis.ingest.worker import Ingest, figures_of
-from pkbrokers_redis.ingest.writer import TickWriter
+from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.kite.protocol import encode_frame, encode_packet
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.store import tick_writer
 from pkbrokers_redis.store.connect import connect
 from tests.support import running_server, wait_until
 
@@ -61,13 +61,11 @@ class Desk:
     def __init__(self, settings: Settings, client: redis.Redis, **options: Any) -> None:
         self.client, self.keys = client, settings.keys
         options = {"source": "desk", "only_known": True, **options}
-        self.writer = TickWriter(lambda: connect(settings), settings, SYMBOLS, **options)
+        self.writer = FrameWriter(lambda: connect(settings), settings, SYMBOLS, **options)
         self.now_ms = AT_MS
 
     def write(self, *frames: bytes, at_ms: int = AT_MS, stop: threading.Event | None = None) -> bool:
-        return self.writer.write(
-            self.writer.take_frames([(each, at_ms) for each in frames]), self.now_ms, stop
-        )
+        return self.writer.write(self.writer.parse_new([(each, at_ms) for each in frames]), self.now_ms, stop)
 
     def entries(self) -> list[dict[str, str]]:
         """All shards' entries, by seq."""
@@ -195,7 +193,7 @@ def test_an_instrument_that_comes_later_is_no_stranger_then(desk: Desk) -> None:
     late = 12345 << 8 | 1
     desk.write(encode_frame([ltp(late)]))
     assert desk.rows() == []
-    desk.writer.learn({late: "NSE:LATE"})
+    desk.writer.add_symbols({late: "NSE:LATE"})
     desk.write(encode_frame([ltp(late), ltp(INFY)]))
     assert [row[0] for row in desk.rows()] in ([late, INFY], [INFY, late])
     assert desk.client.hget(desk.keys.quote(late), "symbol") == b"NSE:LATE"
@@ -299,8 +297,8 @@ def test_memory_that_runs_out_again_and_again_loses_no_frame_between_others(
     make_settings: Callable[..., Settings], client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit flickers while half a megabyte is read: what is refused must not be overtaken."""
-    monkeypatch.setattr(writer_module, "PAUSE_SECONDS_MAX", 0.001)
-    monkeypatch.setattr(writer_module, "PAUSE_SECONDS_MIN", 0.001)
+    monkeypatch.setattr(tick_writer, "RETRY_SECONDS_MAX", 0.001)
+    monkeypatch.setattr(tick_writer, "RETRY_SECONDS_MIN", 0.001)
     desk = Desk(make_settings(shards=1), client, only_known=False)
     crowd = [n << 8 | 1 for n in range(1, 151)]
     big = [encode_frame([full(INFY, 100.0, n), *(ltp(token) for token in crowd)]) for n in range(500)]

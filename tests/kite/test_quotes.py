@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import redis
 
-from pkbrokers_redis.ingest.quotes import EVERY_MS, QUOTES_A_ROUND, QuoteBoard
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.kite.protocol import encode_frame, encode_packet, parse_frame
+from pkbrokers_redis.kite.quotes import INTERVAL_MS, QUOTES_PER_CALL, PendingQuotes
 from pkbrokers_redis.store.cluster import Pipe
 
 KEYS = Keys("pkb", 8)
@@ -36,12 +36,12 @@ class Board:
 
     def __init__(self, client: redis.Redis) -> None:
         self.client = client
-        self.board = QuoteBoard(KEYS, {INFY: "NSE:INFY", NIFTY: "NSE:NIFTY 50"})
+        self.board = PendingQuotes(KEYS, {INFY: "NSE:INFY", NIFTY: "NSE:NIFTY 50"})
         self.now_ms = AT_MS
 
     def note(self, *packets: bytes, at_ms: int = AT_MS) -> None:
         frame = encode_frame(packets)
-        self.board.note(frame, parse_frame(frame, at_ms), at_ms)
+        self.board.add(frame, parse_frame(frame, at_ms), at_ms)
 
     def write(self) -> list[str]:
         """One round: what was written."""
@@ -49,7 +49,7 @@ class Board:
         keys = self.board.queue(pipe, self.now_ms)
         assert len(pipe) == len(keys)
         assert not any(isinstance(reply, Exception) for reply in pipe.execute())
-        self.board.settle()
+        self.board.confirm()
         return keys
 
     def quote(self, token: int) -> dict[str, str]:
@@ -124,7 +124,7 @@ def test_an_instrument_is_written_twice_a_second_at_most(board: Board) -> None:
     board.note(encode_packet("ltp", INFY, last_price=100.0))
     board.write()
     board.note(encode_packet("ltp", INFY, last_price=101.0))
-    board.now_ms += EVERY_MS - 1
+    board.now_ms += INTERVAL_MS - 1
     assert board.write() == []
     board.now_ms += 1
     assert len(board.write()) == 1
@@ -137,7 +137,7 @@ def test_many_quotes_go_a_bounded_slice_at_a_time_and_all_in_the_end(board: Boar
     rounds = []
     while len(board.board):
         rounds.append(len(board.write()))
-    assert rounds == [QUOTES_A_ROUND] * 3 + [200 - 3 * QUOTES_A_ROUND]
+    assert rounds == [QUOTES_PER_CALL] * 3 + [200 - 3 * QUOTES_PER_CALL]
     assert all(board.quote(token)["last_price"] == "5.0" for token in tokens)
 
 
@@ -157,7 +157,7 @@ def test_what_redis_did_not_take_waits_and_gives_way_to_what_is_newer(board: Boa
     pipe = Pipe(board.client)
     assert len(board.board.queue(pipe, board.now_ms)) == 2
     board.note(encode_packet("ltp", INFY, last_price=101.0))
-    board.board.put_back()  # the connection was lost
+    board.board.retry()  # the connection was lost
     assert len(board.board) > 0
     assert len(board.write()) == 2
     assert board.quote(INFY)["last_price"] == "101.0"

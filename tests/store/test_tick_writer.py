@@ -13,12 +13,20 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from pkbrokers_redis.ingest import writer as writer_module
-from pkbrokers_redis.ingest.writer import ENTRIES_LOOKED_AT_MAX, Batch, Gate, Kept, TickWriter, highest_seq
+from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.kite.protocol import encode_full
 from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.store import tick_writer
+from pkbrokers_redis.store.cluster import PinnedConnections
 from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.tick_writer import (
+    LOOK_ENTRIES_MAX,
+    AckedBuffer,
+    TickBatch,
+    TickWriter,
+    highest_seq,
+)
 
 SHARDS = 3
 TOKENS = [(1_000 + n) * 256 + 1 for n in range(6)]  # two a shard
@@ -36,8 +44,8 @@ def ticks(seq: int, tokens: list[int] = TOKENS) -> Any:
     return rows
 
 
-def batch(seq: int, source: str = "a", tokens: list[int] = TOKENS) -> Batch:
-    return Batch(source, seq, AT_MS, ticks(seq, tokens), encode_full(ticks(seq, tokens)))
+def batch(seq: int, source: str = "a", tokens: list[int] = TOKENS) -> TickBatch:
+    return TickBatch(source, seq, AT_MS, ticks(seq, tokens))
 
 
 @pytest.fixture
@@ -48,7 +56,7 @@ def server_kind() -> str:
 
 @pytest.fixture(autouse=True)
 def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writer_module, "PAUSE_SECONDS_MIN", 0.001)
+    monkeypatch.setattr(tick_writer, "RETRY_SECONDS_MIN", 0.001)
 
 
 @pytest.fixture
@@ -58,7 +66,7 @@ def settings(make_settings: Callable[..., Settings]) -> Settings:
 
 @pytest.fixture
 def writer(settings: Settings) -> TickWriter:
-    return TickWriter(lambda: connect(settings), settings, {}, source="a")
+    return TickWriter(lambda: connect(settings), settings, source="a")
 
 
 def write(writer: TickWriter, *seqs: int, source: str = "a") -> None:
@@ -132,17 +140,15 @@ def test_an_emptied_redis_gets_all_that_is_kept(
     assert [seqs(client, settings.keys, shard) for shard in range(SHARDS)] == [[1, 2, 3, 4]] * SHARDS
 
 
-def test_quotes_that_redis_lost_are_written_again(
-    writer: TickWriter, client: redis.Redis, settings: Settings
-) -> None:
-    write(writer, 1, 2)
-    writer.quotes.note_again([(batch(seq).frame, AT_MS) for seq in (1, 2)])
-    writer.write([], AT_MS)
+def test_quotes_that_redis_lost_are_written_again(client: redis.Redis, settings: Settings) -> None:
+    writer = FrameWriter(lambda: connect(settings), settings, {}, source="a")
+    for seq in (1, 2):
+        assert writer.write(writer.parse_new([(encode_full(ticks(seq)), AT_MS)]), AT_MS + seq * 1_000)
     assert client.hget(settings.keys.quote(TOKENS[0]), "last_price") == b"102.0"
     client.flushall()
     cut_connections(client)
-    writer.write([], AT_MS + 1_000)
-    writer.write([], AT_MS + 2_000)
+    writer.write([], AT_MS + 3_000)
+    writer.write([], AT_MS + 4_000)
     assert client.hget(settings.keys.quote(TOKENS[0]), "last_price") == b"102.0"
 
 
@@ -208,7 +214,7 @@ def test_whatever_is_taken_back_the_first_sight_of_each_entry_is_in_order_and_wh
 ) -> None:
     """The aggregator takes an entry if its seq is above all before: then none may be missing."""
     client.flushall()
-    writer = TickWriter(lambda: connect(settings), settings, {}, source="a")
+    writer = TickWriter(lambda: connect(settings), settings, source="a")
     sent: dict[int, list[int]] = {shard: [] for shard in range(SHARDS)}
     seq = 0
     for lost in losses:
@@ -252,7 +258,7 @@ def test_a_stream_is_looked_through_only_so_far(client: redis.Redis, settings: S
     key = settings.keys.ticks(0)
     client.xadd(key, {"src": "a", "seq": 5})
     pipeline = client.pipeline(transaction=False)
-    for n in range(ENTRIES_LOOKED_AT_MAX + 500):
+    for n in range(LOOK_ENTRIES_MAX + 500):
         pipeline.xadd(key, {"src": "b", "seq": n})
     pipeline.execute()
     client.hset(settings.keys.cursor(0), "src:a", 4)
@@ -261,19 +267,19 @@ def test_a_stream_is_looked_through_only_so_far(client: redis.Redis, settings: S
 
 def test_kept_frames_are_bounded_in_bytes_and_by_the_age_of_the_newest() -> None:
     now = 0.0
-    kept = Kept(bytes_max=10 * len(batch(1).frame), seconds=30.0, clock=lambda: now)
+    kept = AckedBuffer(bytes_max=10 * batch(1).ticks.nbytes, seconds=30.0, clock=lambda: now)
     kept.add([batch(seq) for seq in range(1, 26)])
-    assert (len(kept), kept.gone) == (10, {"a": 15})
-    assert kept.size_bytes == 10 * len(batch(1).frame)
+    assert (len(kept), kept.dropped) == (10, {"a": 15})
+    assert kept.size_bytes == 10 * batch(1).ticks.nbytes
     now = 3_600.0  # Redis was away for an hour: what it had acknowledged before is what counts
     assert kept.last_seqs("a", Keys("pkb", SHARDS)) == dict.fromkeys(range(SHARDS), 25)
     kept.add([batch(26)])
-    assert (len(kept), kept.gone) == (1, {"a": 25})
+    assert (len(kept), kept.dropped) == (1, {"a": 25})
 
 
-def test_kept_ticks_without_a_frame_are_sent_again_too() -> None:
-    kept = Kept()
-    kept.add([Batch("a", 1, AT_MS, ticks(1)), batch(2)])
+def test_acked_batches_are_sent_again_from_where_each_shard_stands() -> None:
+    kept = AckedBuffer()
+    kept.add([batch(1), batch(2)])
     again = list(kept.after("a", {0: 0, 1: 1}, Keys("pkb", SHARDS)))
     assert [each.seq for each in again] == [1, 2]
     shards = [{Keys("pkb", SHARDS).shard_of(int(token)) for token in each.ticks[:, 0]} for each in again]
@@ -282,9 +288,9 @@ def test_kept_ticks_without_a_frame_are_sent_again_too() -> None:
 
 def test_a_shut_gate_lets_no_connection_through_but_the_open_ones(settings: Settings) -> None:
     client = connect(settings)
-    gate = Gate(client, 5.0)
+    gate = PinnedConnections(client, 5.0)
     assert client.ping()
-    gate.shut()
+    gate.pin()
     assert client.ping()
     client.connection_pool.disconnect()
     with pytest.raises(redis.ConnectionError):
