@@ -16,8 +16,8 @@ from multiprocessing.connection import Connection
 
 from benchmarks.harness import INSTRUMENTS, committed, machine, private_store, running, wait_for, worker_env
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 
 EVERY_SECONDS = 10.0
 WARM_UP_SECONDS = 150.0  # the retention of the streams, and everything compiled and loaded

@@ -23,8 +23,8 @@ import yaml
 from pkbrokers_redis.cli.main import COMMANDS
 from pkbrokers_redis.settings import Settings, env_name
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from tests.bot.telegram import TOKEN, Telegram
 from tests.support import PKB, redis_server_binary, running_process, wait_until
 from tests.topologies import free_ports

@@ -25,8 +25,8 @@ from pkbrokers_redis.runtime.health import check_volumes
 from pkbrokers_redis.runtime.supervisor import RoleSpec, Supervisor, worker_argv
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.embedded.server import LINGER_SECONDS, attach, running, store_folder
 from pkbrokers_redis.store.meta import ensure_meta

@@ -15,7 +15,7 @@ from pkbrokers_redis.cli.output import AsJson, dump, note
 from pkbrokers_redis.cli.reader import require_store
 from pkbrokers_redis.errors import LoginNeeded
 from pkbrokers_redis.kite.rest import session_in
-from pkbrokers_redis.kite.session import KiteAuthenticator, SessionKeeper
+from pkbrokers_redis.kite.session import KiteAuthenticator, SessionManager
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.auth import Session, load_login_state, load_session
 from pkbrokers_redis.store.connect import connect
@@ -44,7 +44,7 @@ def login(
         _print_status(settings, as_json)
         return
     with connect(settings) as client:
-        keeper = SessionKeeper(settings, lambda: client)
+        keeper = SessionManager(settings, lambda: client)
         authenticator = keeper.authenticator
         if not request_token and (by_hand or not authenticator.has_web_credentials):
             if not authenticator.has_app:

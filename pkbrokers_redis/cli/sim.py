@@ -12,8 +12,7 @@ import typer
 
 from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.errors import PkbError, SettingsError
-from pkbrokers_redis.simulator.fault_text import parse_fault
-from pkbrokers_redis.simulator.faults import Faults
+from pkbrokers_redis.simulator.faults import Faults, parse_fault
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
 

@@ -22,7 +22,7 @@ from pkbrokers_redis.errors import LoginNeeded, PkbError
 from pkbrokers_redis.ingest.feeds import Feed
 from pkbrokers_redis.ingest.liveness import FeedLife
 from pkbrokers_redis.kite.rest import KITE_WS_URL, address_of, url_for
-from pkbrokers_redis.kite.session import SessionKeeper
+from pkbrokers_redis.kite.session import SessionManager
 from pkbrokers_redis.kite.websocket import Invalid, ServerError, TextEvent, ZerodhaWebSocketClient
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.auth import Session, load_session
@@ -38,13 +38,13 @@ class FeedSession:
         settings: Settings,
         connect: Callable[[], redis.Redis],
         *,
-        keeper: SessionKeeper | None = None,
+        keeper: SessionManager | None = None,
     ) -> None:
         self._settings = settings
         self._connect = connect
         self._client: redis.Redis | None = None
         self._lock = threading.Lock()  # over _client
-        self._keeper = keeper or SessionKeeper(settings, connect)
+        self._keeper = keeper or SessionManager(settings, connect)
         self._told = ""  # the last complaint, told once
         self.session: Session | None = None  # None: a local server that asks for none
 

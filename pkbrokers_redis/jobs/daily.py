@@ -37,7 +37,7 @@ from pkbrokers_redis.jobs.progress import job_listener
 from pkbrokers_redis.jobs.time_slicing import come_again
 from pkbrokers_redis.kite.instruments import KiteInstruments
 from pkbrokers_redis.kite.rest import open_kite
-from pkbrokers_redis.kite.session import SessionKeeper
+from pkbrokers_redis.kite.session import SessionManager
 from pkbrokers_redis.runtime.cluster_state import gather, read_servers
 from pkbrokers_redis.runtime.health import STATUS, health_of, judge
 from pkbrokers_redis.settings import Settings, load_settings
@@ -70,7 +70,7 @@ def login(at: str, day: str) -> Any:
         if work.must_wait:
             return work.must_wait
         settings = sessions_of(work.settings)[0]
-        keeper = SessionKeeper(settings, lambda: work.client)
+        keeper = SessionManager(settings, lambda: work.client)
         session = keeper.current()
         try:
             open_kite(settings, session).profile()

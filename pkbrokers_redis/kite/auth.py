@@ -15,7 +15,7 @@ refusal is one line of ours with Kite's words in it, never with ours (password, 
     web           user id, password, TOTP → enctoken                               nobody needed
     web + api     the web login, then the request token of the app → access token  nobody needed
 
-One attempt each: who may try again, and when, is `session.SessionKeeper`'s to decide.
+One attempt each: who may try again, and when, is `session.SessionManager`'s to decide.
 """
 
 from __future__ import annotations

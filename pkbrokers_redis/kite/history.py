@@ -35,7 +35,7 @@ from pydantic import SecretStr
 from pkbrokers_redis.candles.calendar import IST
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import KiteError, PkbError, SessionExpired
-from pkbrokers_redis.kite.history_requests import (
+from pkbrokers_redis.kite.history_api import (
     ATTEMPTS,
     DAY_SECONDS,
     BadRequest,
@@ -393,9 +393,9 @@ class KiteTickerHistory:
     # --- how
 
     def _keeper(self) -> SessionSource:
-        from pkbrokers_redis.kite.session import SessionKeeper
+        from pkbrokers_redis.kite.session import SessionManager
 
-        return SessionKeeper(self.settings, lambda: self._client)
+        return SessionManager(self.settings, lambda: self._client)
 
     def _span(
         self, from_date: str | date | None, to_date: str | date | None, interval: KiteInterval

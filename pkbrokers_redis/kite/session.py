@@ -31,7 +31,7 @@ from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import describe, explain
 from pkbrokers_redis.store.lease import release_lease, try_lease
 
-__all__ = ["KiteAuthenticator", "SessionKeeper"]
+__all__ = ["KiteAuthenticator", "SessionManager"]
 
 log = logs.get("session")
 T = TypeVar("T")
@@ -44,7 +44,7 @@ LOOK_SECONDS = 0.2
 REQUEST_SECONDS = 10.0
 
 
-class SessionKeeper:
+class SessionManager:
     """One a process; its methods may be called from any thread, and one thread works at a time."""
 
     def __init__(
@@ -226,7 +226,7 @@ class SessionKeeper:
 class _SharedMemory:
     """The TOTP used last, for all processes: in P:login."""
 
-    def __init__(self, keeper: SessionKeeper) -> None:
+    def __init__(self, keeper: SessionManager) -> None:
         self._keeper = keeper
 
     def last_window(self) -> int:

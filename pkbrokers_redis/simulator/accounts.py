@@ -18,7 +18,7 @@ from typing import Final, NamedTuple
 
 import pyotp
 
-from pkbrokers_redis.simulator.answers import Refused
+from pkbrokers_redis.simulator.responses import KiteRefusal
 
 REQUEST_TOKEN_SECONDS: Final = 120.0
 ATTEMPTS_MAX: Final = 5  # wrong passwords, and wrong TOTPs, until the account is locked
@@ -117,35 +117,35 @@ class Accounts:
     # --- the web login --------------------------------------------------------------------------------
 
     def check_password(self, user_id: str, password: str) -> str:
-        """The id of a login that awaits its TOTP. Raises Refused."""
+        """The id of a login that awaits its TOTP. Raises KiteRefusal."""
         with self._lock:
             account = self.users.get(user_id.upper())
             if account is None:
-                raise Refused(403, "Invalid username or password.", "UserException")
+                raise KiteRefusal(403, "Invalid username or password.", "UserException")
             if account.locked:
-                raise Refused(403, LOCKED, "UserException")
+                raise KiteRefusal(403, LOCKED, "UserException")
             if not hmac.compare_digest(account.password, password):
                 account.wrong_passwords += 1
-                raise Refused(403, "Invalid username or password.", "UserException")
+                raise KiteRefusal(403, "Invalid username or password.", "UserException")
             account.wrong_passwords = 0
             request_id = secrets.token_hex(16)
             self._keep(self._request_ids, request_id, account.user_id)
             return request_id
 
     def check_totp(self, user_id: str, request_id: str, value: str) -> WebSession:
-        """A web session for the right TOTP, each of which counts once. Raises Refused."""
+        """A web session for the right TOTP, each of which counts once. Raises KiteRefusal."""
         with self._lock:
             pending = self._request_ids.get(request_id)
             if pending is None or pending.owner != user_id.upper():
-                raise Refused(400, "Invalid `request_id`. Please log in again.", "InputException")
+                raise KiteRefusal(400, "Invalid `request_id`. Please log in again.", "InputException")
             account = self.users[pending.owner]
             if account.locked:
-                raise Refused(403, LOCKED, "UserException")
+                raise KiteRefusal(403, LOCKED, "UserException")
             window = self._totp_window(account, value)
             if window <= account.totp_used:
                 account.wrong_totps += 1
                 left = max(0, ATTEMPTS_MAX - account.wrong_totps)
-                raise Refused(403, "Invalid TOTP", "TwoFAException", {"attempts_remaining": left})
+                raise KiteRefusal(403, "Invalid TOTP", "TwoFAException", {"attempts_remaining": left})
             account.totp_used, account.wrong_totps = window, 0
             del self._request_ids[request_id]
             self.logins += 1
@@ -166,24 +166,24 @@ class Accounts:
         return next((each for each in self.users.values() if each.api_key == api_key), None)
 
     def begin_connect(self, api_key: str) -> str:
-        """A `sess_id` for the app's login pages. Raises Refused for a key nobody has."""
+        """A `sess_id` for the app's login pages. Raises KiteRefusal for a key nobody has."""
         with self._lock:
             if self.app(api_key) is None:
-                raise Refused(400, "Invalid `api_key`.")
+                raise KiteRefusal(400, "Invalid `api_key`.")
             sess_id = secrets.token_urlsafe(24)
             self._keep(self._connects, sess_id, api_key)
             return sess_id
 
     def connect_app(self, sess_id: str, api_key: str) -> Account:
-        """The account of a login begun. Raises Refused."""
+        """The account of a login begun. Raises KiteRefusal."""
         pending = self._connects.get(sess_id)
         account = self.app(api_key)
         if pending is None or pending.owner != api_key or account is None:
-            raise Refused(400, "Invalid session. Begin the login again.")
+            raise KiteRefusal(400, "Invalid session. Begin the login again.")
         return account
 
     def finish_connect(self, sess_id: str, api_key: str) -> str:
-        """A request token. Raises Refused."""
+        """A request token. Raises KiteRefusal."""
         with self._lock:
             self.connect_app(sess_id, api_key)
             del self._connects[sess_id]
@@ -192,18 +192,18 @@ class Accounts:
             return token
 
     def exchange(self, api_key: str, request_token: str, checksum: str) -> tuple[Account, str]:
-        """Request token → the account and its new access token. Raises Refused."""
+        """Request token → the account and its new access token. Raises KiteRefusal."""
         with self._lock:
             account = self.app(api_key)
             if account is None:
-                raise Refused(403, "Invalid `api_key`.")
+                raise KiteRefusal(403, "Invalid `api_key`.")
             text = api_key + request_token + account.api_secret
             if not hmac.compare_digest(hashlib.sha256(text.encode()).hexdigest(), checksum):
-                raise Refused(403, "Invalid `checksum`.")
+                raise KiteRefusal(403, "Invalid `checksum`.")
             pending = self._request_tokens.pop(request_token, None)
             late = pending is None or self._now_s() - pending.at_s > self.request_token_seconds
             if pending is None or late or pending.owner != api_key:
-                raise Refused(403, "Token is invalid or has expired.")
+                raise KiteRefusal(403, "Token is invalid or has expired.")
             self.exchanges += 1
             return account, self._new_access(account)
 
@@ -221,10 +221,10 @@ class Accounts:
             return self._web.get(enctoken)
 
     def end_access(self, api_key: str, access_token: str) -> None:
-        """Log out. Raises Refused when there is no such session."""
+        """Log out. Raises KiteRefusal when there is no such session."""
         with self._lock:
             if self.with_access(api_key, access_token) is None:
-                raise Refused(403)
+                raise KiteRefusal(403)
             del self._access[access_token]
 
     def _new_access(self, account: Account) -> str:

@@ -19,10 +19,10 @@ import msgspec
 from aiohttp import web
 
 from pkbrokers_redis.errors import PkbError
-from pkbrokers_redis.simulator.answers import Refused, success
-from pkbrokers_redis.simulator.clients import ServerStats
 from pkbrokers_redis.simulator.faults import Side
-from pkbrokers_redis.simulator.rest import Exchange
+from pkbrokers_redis.simulator.responses import KiteRefusal, success
+from pkbrokers_redis.simulator.rest import SimulatorState
+from pkbrokers_redis.simulator.websocket_server import ServerStats
 
 
 class _Wanted(msgspec.Struct, forbid_unknown_fields=True):
@@ -37,7 +37,7 @@ class _Wanted(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def add_control(
-    app: web.Application, exchange: Exchange, stats: Callable[[], ServerStats], cut: Callable[[], None]
+    app: web.Application, exchange: SimulatorState, stats: Callable[[], ServerStats], cut: Callable[[], None]
 ) -> None:
     """Add the pages; faults do not touch them."""
     faults, accounts = exchange.faults, exchange.accounts
@@ -52,7 +52,7 @@ def add_control(
             wanted = msgspec.json.decode(await request.read(), type=_Wanted)
             faults.add(**{name: getattr(wanted, name) for name in wanted.__struct_fields__})
         except (msgspec.DecodeError, UnicodeError, PkbError) as error:
-            raise Refused(400, str(error)) from None
+            raise KiteRefusal(400, str(error)) from None
         return success(faults.active())
 
     async def clear(request: web.Request) -> web.Response:
@@ -93,4 +93,4 @@ def _must_be_local(request: web.Request) -> None:
     except ValueError:
         local = False
     if not local:
-        raise Refused(404)
+        raise KiteRefusal(404)

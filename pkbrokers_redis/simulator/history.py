@@ -6,7 +6,7 @@ from the packet before is news and belongs to the minute of that time, if the in
 then. A new day extreme belongs to that minute too when the packet before spoke of the same one. Larger
 candles are merges of minutes, from the day's open on; a day's candle is what the packets say of the day.
 
-    before the simulator began   `Past`, made up
+    before the simulator began   `HistoryGenerator`, made up
     since                        recorded minutes: a ring, [minute, instrument], of at most RING_BYTES_MAX;
                                  when it is full the oldest minutes are forgotten
 """
@@ -21,9 +21,17 @@ import numpy as np
 
 from pkbrokers_redis.candles.calendar import IST, IST_MS
 from pkbrokers_redis.kite.protocol import PRICE_DIVISOR_OF
-from pkbrokers_redis.simulator.hours import Hours, Ints
-from pkbrokers_redis.simulator.market import DAY_MS, Market
-from pkbrokers_redis.simulator.past import CLOSE, HIGH, LOW, OI, OPEN, START, VOLUME, Past
+from pkbrokers_redis.simulator.history_generator import (
+    CLOSE,
+    HIGH,
+    LOW,
+    OI,
+    OPEN,
+    START,
+    VOLUME,
+    HistoryGenerator,
+)
+from pkbrokers_redis.simulator.market import DAY_MS, Hours, Ints, Market
 
 # Kite's names of intervals: seconds (0: the day), and the days one request may span.
 SECONDS: Final = {
@@ -55,7 +63,7 @@ FIELDS: Final = 7  # START … OI
 class History:
     """Records `market` from now on and answers for any time. Thread-safe."""
 
-    def __init__(self, market: Market, hours: Hours, past: Past, start_ms: int) -> None:
+    def __init__(self, market: Market, hours: Hours, past: HistoryGenerator, start_ms: int) -> None:
         count = len(market.tokens)
         self.market, self.past = market, past
         self._hours = hours

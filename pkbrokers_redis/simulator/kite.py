@@ -21,19 +21,15 @@ from pkbrokers_redis.candles.calendar import Sessions, load_sessions
 from pkbrokers_redis.clock import Clock
 from pkbrokers_redis.kite.capture import CaptureWriter
 from pkbrokers_redis.simulator.accounts import Accounts
-from pkbrokers_redis.simulator.clients import ServerStats
 from pkbrokers_redis.simulator.control import add_control
 from pkbrokers_redis.simulator.faults import Faults
 from pkbrokers_redis.simulator.history import History
-from pkbrokers_redis.simulator.hours import Hours
-from pkbrokers_redis.simulator.limits import Limits
-from pkbrokers_redis.simulator.listing import Listing
-from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.past import Past
-from pkbrokers_redis.simulator.rest import Exchange, connect_app
-from pkbrokers_redis.simulator.server import HEARTBEAT_SECONDS, SimulatorServer
-from pkbrokers_redis.simulator.universe import expired_contracts
-from pkbrokers_redis.simulator.web import web_app
+from pkbrokers_redis.simulator.history_generator import HistoryGenerator
+from pkbrokers_redis.simulator.login_pages import web_app
+from pkbrokers_redis.simulator.market import Hours, Market
+from pkbrokers_redis.simulator.rest import Limits, SimulatorState, connect_app
+from pkbrokers_redis.simulator.universe import InstrumentsCsv, expired_contracts
+from pkbrokers_redis.simulator.websocket_server import HEARTBEAT_SECONDS, ServerStats, SimulatorServer
 
 SHUTDOWN_SECONDS = 0.5
 LINE_BYTES_MAX = 2**17  # a thousand instruments in one URL
@@ -77,7 +73,7 @@ class SimulatedKite:
         begin_ms = int(clock())
         self._has_sessions = sessions is not None
         hours = Hours(universe, sessions or load_sessions("always"), around_the_clock=sessions is None)
-        past = Past(universe, hours, seed=seed)
+        past = HistoryGenerator(universe, hours, seed=seed)
         self.market = Market(
             universe,
             begin_ms,
@@ -90,7 +86,7 @@ class SimulatedKite:
         self.accounts = accounts or Accounts()
         self.faults = faults or Faults(seed=seed)
         self.limits = Limits(rate_limits)
-        self.listing = Listing([*universe, *expired_contracts()] if listed is None else listed)
+        self.listing = InstrumentsCsv([*universe, *expired_contracts()] if listed is None else listed)
         self.server = SimulatorServer(
             self.market,
             port=ws_port,
@@ -189,7 +185,7 @@ class SimulatedKite:
 
     @contextlib.asynccontextmanager
     async def _pages(self) -> AsyncIterator[None]:
-        exchange = Exchange(
+        exchange = SimulatorState(
             self.market, self.listing, self.history, self.accounts, self.faults, self.limits, self.now_ms
         )
         api = connect_app(exchange)

@@ -1,4 +1,8 @@
-"""Kite Connect's REST API on loopback, as far as market data goes: the official KiteConnect works unchanged.
+"""Faults of the REST side and of the login pages, applied before a request is looked at.
+
+Kite's request limits: so many in any second, for each app and kind of request.
+
+Kite Connect's REST API on loopback, as far as market data goes: the official KiteConnect works unchanged.
 
     POST, DELETE /session/token                       open and end a session
     GET /user/profile  /user/margins[/{segment}]
@@ -11,23 +15,103 @@ The web pages serve the same under /oms with a web session (see `web.py`). Order
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from aiohttp import web
 
 from pkbrokers_redis.candles.calendar import IST
-from pkbrokers_redis.simulator import rest_faults
 from pkbrokers_redis.simulator.accounts import Account, Accounts
-from pkbrokers_redis.simulator.answers import Refused, failure, local_text, success
-from pkbrokers_redis.simulator.faults import Faults
+from pkbrokers_redis.simulator.faults import STATUS_KINDS, Faults
 from pkbrokers_redis.simulator.history import DAYS_MAX, History
-from pkbrokers_redis.simulator.limits import Limits
-from pkbrokers_redis.simulator.listing import EXCHANGES, Listing
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.quotes import INSTRUMENTS_MAX, quote_of
+from pkbrokers_redis.simulator.responses import (
+    INSTRUMENTS_MAX,
+    KiteRefusal,
+    failure,
+    local_text,
+    quote_of,
+    success,
+)
+from pkbrokers_redis.simulator.universe import EXCHANGES, InstrumentsCsv
+
+MAINTENANCE_PAGE = "<html><head><title>Kite</title></head><body>We are down for maintenance.</body></html>"
+CUT_OFF_JSON = b'{"status": "success", "data": {"candles": [['
+
+
+async def spoil(faults: Faults, request: web.Request) -> web.Response | None:
+    """The answer a fault gives instead; None if there is none. Raises KiteRefusal for Kite's own errors."""
+    path = request.path
+    slow = faults.strike("rest", "slow", path=path)
+    if slow is not None:
+        await asyncio.sleep(slow.delay_seconds)
+    fault = faults.strike("rest", "drop", "html", "garbage_json", *STATUS_KINDS, path=path)
+    if fault is None:
+        return None
+    if fault.kind == "drop":
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response(status=500)  # nobody is there to read it
+    if fault.kind == "html":
+        return web.Response(status=503, text=MAINTENANCE_PAGE, content_type="text/html")
+    if fault.kind == "garbage_json":
+        return web.Response(body=CUT_OFF_JSON, content_type="application/json")
+    raise KiteRefusal(int(fault.kind))
+
+
+PER_SECOND: Final = {"historical": 3, "quote": 1, "other": 10}
+# A client that spaces its requests by a second over the network may see them come a little closer.
+WINDOW_SECONDS: Final = 0.98
+REQUESTS_KEPT: Final = 10_000
+CLIENTS_MAX: Final = 1000
+
+
+class RequestSeen(NamedTuple):
+    """One REST request: monotonic seconds, what limit it falls under, path, HTTP status."""
+
+    at_s: float
+    kind: str
+    path: str
+    status: int
+
+
+def kind_of(path: str) -> str:
+    """`historical`, `quote` or `other`."""
+    if "/instruments/historical/" in path:
+        return "historical"
+    return "quote" if "/quote" in path else "other"
+
+
+class Limits:
+    """Counts requests; refuses those beyond the limit while `enforced`. `seen` is the log, bounded."""
+
+    def __init__(self, enforced: bool, now_s: Callable[[], float] = time.monotonic) -> None:
+        self.enforced = enforced
+        self.seen: deque[RequestSeen] = deque(maxlen=REQUESTS_KEPT)
+        self._now_s = now_s
+        self._allowed: dict[tuple[str, str], deque[float]] = {}
+
+    def allow(self, client: str, path: str) -> bool:
+        """Whether this request may pass."""
+        kind, now = kind_of(path), self._now_s()
+        if (client, kind) not in self._allowed and len(self._allowed) >= CLIENTS_MAX:
+            self._allowed.clear()
+        times = self._allowed.setdefault((client, kind), deque(maxlen=PER_SECOND[kind]))
+        full = len(times) == PER_SECOND[kind] and now - times[0] < WINDOW_SECONDS
+        if full and self.enforced:
+            return False
+        times.append(now)
+        return True
+
+    def note(self, path: str, status: int) -> None:
+        """Remember a request that was answered."""
+        self.seen.append(RequestSeen(self._now_s(), kind_of(path), path, status))
+
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Authenticate = Callable[[web.Request], Account]
@@ -41,11 +125,11 @@ YEARS: Final = (1990, 2100)  # of history's dates
 
 
 @dataclass(slots=True)
-class Exchange:
+class SimulatorState:
     """What all pages speak about. `now_ms` is market time, epoch ms."""
 
     market: Market
-    listing: Listing
+    listing: InstrumentsCsv
     history: History
     accounts: Accounts
     faults: Faults
@@ -53,7 +137,7 @@ class Exchange:
     now_ms: Callable[[], float]
 
 
-def connect_app(exchange: Exchange) -> web.Application:
+def connect_app(exchange: SimulatorState) -> web.Application:
     """The application behind PKB_KITE_API_URL."""
     app = application(exchange)
     sessions = _SessionPages(exchange)
@@ -63,7 +147,7 @@ def connect_app(exchange: Exchange) -> web.Application:
     return app
 
 
-def application(exchange: Exchange) -> web.Application:
+def application(exchange: SimulatorState) -> web.Application:
     """An empty one with what all share: faults, limits, errors as Kite words them."""
 
     @web.middleware
@@ -71,28 +155,28 @@ def application(exchange: Exchange) -> web.Application:
         if request.path.startswith(CONTROL_PATH):
             try:
                 return await handler(request)
-            except Refused as refused:
+            except KiteRefusal as refused:
                 return failure(refused)
         try:
-            spoiled = await rest_faults.spoil(exchange.faults, request)
+            spoiled = await spoil(exchange.faults, request)
             if spoiled is None:
                 client = request.headers.get("Authorization", "").partition(":")[0]
                 if not exchange.limits.allow(client, request.path):
-                    raise Refused(429)
+                    raise KiteRefusal(429)
             response = spoiled or await handler(request)
-        except Refused as refused:
+        except KiteRefusal as refused:
             response = failure(refused)
         except web.HTTPNotFound:
-            response = failure(Refused(404))
+            response = failure(KiteRefusal(404))
         except web.HTTPMethodNotAllowed:
-            response = failure(Refused(404, "Method not allowed"))
+            response = failure(KiteRefusal(404, "Method not allowed"))
         exchange.limits.note(request.path, response.status)
         return response
 
     return web.Application(middlewares=[kite_manners], client_max_size=BODY_BYTES_MAX)
 
 
-def add_market_data(app: web.Application, exchange: Exchange, prefix: str, who: Authenticate) -> None:
+def add_market_data(app: web.Application, exchange: SimulatorState, prefix: str, who: Authenticate) -> None:
     """Profile, instruments, quotes and history below `prefix`, for whom `who` lets in."""
     pages = _MarketPages(exchange, who)
     for path, handler in (
@@ -109,17 +193,17 @@ def add_market_data(app: web.Application, exchange: Exchange, prefix: str, who: 
         app.router.add_get(prefix + path, handler)
 
 
-def _connect_account(exchange: Exchange, request: web.Request) -> Account:
+def _connect_account(exchange: SimulatorState, request: web.Request) -> Account:
     scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
     api_key, _, token = credentials.partition(":")
     account = exchange.accounts.with_access(api_key, token) if scheme == "token" else None
     if account is None:
-        raise Refused(403)
+        raise KiteRefusal(403)
     return account
 
 
 class _SessionPages:
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: SimulatorState) -> None:
         self._exchange = exchange
 
     async def open(self, request: web.Request) -> web.Response:
@@ -127,7 +211,7 @@ class _SessionPages:
         names = ("api_key", "request_token", "checksum")
         api_key, request_token, checksum = (str(form.get(name, "")) for name in names)
         if not (api_key and request_token and checksum):
-            raise Refused(400, "Missing `api_key`, `request_token` or `checksum`.")
+            raise KiteRefusal(400, "Missing `api_key`, `request_token` or `checksum`.")
         account, token = self._exchange.accounts.exchange(api_key, request_token, checksum)
         return success(
             _profile(account)
@@ -150,7 +234,7 @@ class _SessionPages:
 
 
 class _MarketPages:
-    def __init__(self, exchange: Exchange, who: Authenticate) -> None:
+    def __init__(self, exchange: SimulatorState, who: Authenticate) -> None:
         self._exchange = exchange
         self._who = who
 
@@ -163,7 +247,7 @@ class _MarketPages:
         if segment is None:
             return success({name: _margin() for name in SEGMENTS})
         if segment not in SEGMENTS:
-            raise Refused(400, "Invalid segment")
+            raise KiteRefusal(400, "Invalid segment")
         return success(_margin())
 
     async def instruments(self, request: web.Request) -> web.Response:
@@ -171,7 +255,7 @@ class _MarketPages:
             self._who(request)  # Kite gives this list to anybody, but knows a dead session when it sees one
         exchange = request.match_info.get("exchange")
         if exchange is not None and exchange not in EXCHANGES:
-            raise Refused(400, "Invalid exchange")
+            raise KiteRefusal(400, "Invalid exchange")
         plain, zipped = self._exchange.listing.csv(exchange)
         if "gzip" in request.headers.get("Accept-Encoding", ""):
             headers = {"Content-Encoding": "gzip"}
@@ -183,9 +267,9 @@ class _MarketPages:
         kind = request.match_info.get("kind", "quote")
         names = request.query.getall("i", [])
         if not names:
-            raise Refused(400, "Missing `i`: instruments as exchange:tradingsymbol")
+            raise KiteRefusal(400, "Missing `i`: instruments as exchange:tradingsymbol")
         if len(names) > INSTRUMENTS_MAX[kind]:
-            raise Refused(400, f"At most {INSTRUMENTS_MAX[kind]} instruments a request")
+            raise KiteRefusal(400, f"At most {INSTRUMENTS_MAX[kind]} instruments a request")
         market, now_s = self._exchange.market, self._exchange.now_ms() / 1000
         answer: dict[str, Any] = {}
         for name in names:
@@ -200,18 +284,18 @@ class _MarketPages:
         history, query = self._exchange.history, request.query
         interval, text = request.match_info["interval"], request.match_info["token"]
         if interval not in DAYS_MAX:
-            raise Refused(400, "invalid interval")
+            raise KiteRefusal(400, "invalid interval")
         token = int(text) if text.isdecimal() and len(text) <= 10 else -1
         if not history.knows(token):
-            raise Refused(400, "invalid token")
+            raise KiteRefusal(400, "invalid token")
         from_s = _epoch_s("from", query.get("from", ""), end_of_day=False)
         to_s = _epoch_s("to", query.get("to", ""), end_of_day=True)
         if from_s > to_s:
-            raise Refused(400, "invalid date range: `from` is after `to`")
+            raise KiteRefusal(400, "invalid date range: `from` is after `to`")
         if to_s - from_s > DAYS_MAX[interval] * 86_400:
-            raise Refused(400, f"interval exceeds max limit: {DAYS_MAX[interval]} days")
+            raise KiteRefusal(400, f"interval exceeds max limit: {DAYS_MAX[interval]} days")
         if query.get("continuous") == "1" and interval != "day":
-            raise Refused(400, "continuous data is there for day candles only")
+            raise KiteRefusal(400, "continuous data is there for day candles only")
         with_oi = query.get("oi") == "1"
         candles = history.answer(token, interval, from_s, to_s, self._exchange.now_ms(), with_oi=with_oi)
         return success({"candles": candles})
@@ -228,7 +312,7 @@ def _epoch_s(name: str, text: str, *, end_of_day: bool) -> int:
             raise ValueError
         return int(moment.timestamp())
     except ValueError:
-        raise Refused(400, f"invalid {name} date") from None
+        raise KiteRefusal(400, f"invalid {name} date") from None
 
 
 def _profile(account: Account) -> dict[str, Any]:

@@ -338,13 +338,13 @@ def test_refresh_token_logs_in_after_the_button(
 
     from pydantic import SecretStr
 
-    from pkbrokers_redis.kite.session import SessionKeeper
+    from pkbrokers_redis.kite.session import SessionManager
 
-    def log_in(keeper: SessionKeeper) -> Session:
+    def log_in(keeper: SessionManager) -> Session:
         made = Session("key", "AB1234", access_token=SecretStr(SECRET), login_at=time.time())
         return save_session(client, bot_settings.keys, made)
 
-    monkeypatch.setattr(SessionKeeper, "log_in", log_in)
+    monkeypatch.setattr(SessionManager, "log_in", log_in)
     question = telegram.ask(ALICE, "/refresh_token")
     assert [label for label, _ in question.buttons] == ["Yes", "No"]
     telegram.press(question, "Yes")

@@ -12,8 +12,8 @@ from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.runtime.roles import RoleStop, ask_restart, heed, redis_ms
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from pkbrokers_redis.store.lease import announce
 from tests.bot.conftest import running_bot
 from tests.bot.telegram import ALICE, BOB, Telegram

@@ -34,8 +34,8 @@ from pkbrokers_redis.client.replay import lag_entries
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.faults import Faults
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.chaos import oracle, outages

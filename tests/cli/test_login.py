@@ -130,12 +130,12 @@ def test_a_recording_uses_the_shared_session(pkb: Pkb, login_with: Callable[...,
 WORKER = """
 import threading
 from pkbrokers_redis import logs
-from pkbrokers_redis.kite.session import SessionKeeper
+from pkbrokers_redis.kite.session import SessionManager
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect
 settings = load_settings()
 logs.configure(settings)
-keeper = SessionKeeper(settings, lambda: connect(settings))
+keeper = SessionManager(settings, lambda: connect(settings))
 keeper.renew(keeper.current(), threading.Event())
 """
 

@@ -17,8 +17,8 @@ from pkbrokers_redis.compat.websocket import DepthEntry, Tick, database_row
 from pkbrokers_redis.errors import LoginNeeded, PkbError
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from pkbrokers_redis.store.symbols import save_instruments
 from tests.support import wait_until
 

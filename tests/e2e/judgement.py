@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkbrokers_redis.candles.calendar import IST
 from pkbrokers_redis.candles.model import Interval, bucket_end_s, bucket_start_s
-from pkbrokers_redis.kite.history_requests import KITE_INTERVALS
+from pkbrokers_redis.kite.history_api import KITE_INTERVALS
 from pkbrokers_redis.store.rows import read_candles
 from tests.support import run_pkb
 

@@ -18,8 +18,8 @@ from pkbrokers_redis.client.replay import lag_entries
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from pkbrokers_redis.store.symbols import save_instruments
 from tests.support import running_python, settings_env, wait_until
 

@@ -15,8 +15,8 @@ import redis
 
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from tests.support import running_python, settings_env, wait_until
 
 INSTRUMENTS = 7_500  # three feeds

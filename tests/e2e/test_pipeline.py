@@ -24,10 +24,10 @@ from pkbrokers_redis.client.replay import lag_entries
 from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter, read_capture
 from pkbrokers_redis.kite.protocol import decode
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.simulator.frames import MODE_FULL, frames_for
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.server import SimulatorServer
+from pkbrokers_redis.simulator.subscriptions import MODE_FULL, frames_for
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from pkbrokers_redis.store.symbols import save_instruments
 from tests.support import run_pkb, running_python, settings_env, wait_until
 

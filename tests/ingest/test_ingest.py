@@ -30,8 +30,8 @@ from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.kite.protocol import encode_frame, encode_packet
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from pkbrokers_redis.store import tick_writer
 from pkbrokers_redis.store.connect import connect
 from tests.support import running_server, wait_until

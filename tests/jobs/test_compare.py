@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pkbrokers_redis.candles.model import Candle
 from pkbrokers_redis.jobs.backfill import compare
-from pkbrokers_redis.kite.history_requests import HistoryRow
+from pkbrokers_redis.kite.history_api import HistoryRow
 
 
 def candle(start: int, close: float = 100.0, volume: float = 5, flag: str = "") -> Candle:

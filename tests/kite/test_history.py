@@ -19,7 +19,7 @@ from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.clock import Clock
 from pkbrokers_redis.errors import KiteError, KiteThrottled, KiteUnavailable, PkbError, SessionExpired
 from pkbrokers_redis.kite.history import HistoryCache, KiteTickerHistory
-from pkbrokers_redis.kite.history_requests import KITE_INTERVALS, BadRequest
+from pkbrokers_redis.kite.history_api import KITE_INTERVALS, BadRequest
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pkbrokers_redis.candles.calendar import IST
 from pkbrokers_redis.errors import KiteUnavailable, UnknownInterval
-from pkbrokers_redis.kite.history_requests import (
+from pkbrokers_redis.kite.history_api import (
     KITE_INTERVALS,
     Historical_Interval,
     epoch_of,

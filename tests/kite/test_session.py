@@ -25,7 +25,7 @@ from pkbrokers_redis.errors import (
 )
 from pkbrokers_redis.kite import session as session_module
 from pkbrokers_redis.kite.rest import open_kite
-from pkbrokers_redis.kite.session import ATTEMPTS_MAX, KiteAuthenticator, SessionKeeper
+from pkbrokers_redis.kite.session import ATTEMPTS_MAX, KiteAuthenticator, SessionManager
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.accounts import Account, Accounts
 from pkbrokers_redis.simulator.kite import SimulatedKite
@@ -59,8 +59,8 @@ def everything(kite: SimulatedKite, make_settings: Callable[..., Settings]) -> S
 
 
 @pytest.fixture
-def keeper(web: Settings, client: redis.Redis) -> SessionKeeper:
-    return SessionKeeper(web, lambda: client)
+def keeper(web: Settings, client: redis.Redis) -> SessionManager:
+    return SessionManager(web, lambda: client)
 
 
 class SteppingEvent(threading.Event):
@@ -227,7 +227,7 @@ def test_a_totp_is_used_once_and_the_next_half_minute_is_waited_for(
     with simulated_kite(accounts=Accounts(now_s=lambda: clock.now)) as kite:
         settings = make_settings(**fields_of(kite, *WEB))
         for _ in range(2):  # another process, the same account: what they share is in Redis
-            keeper = SessionKeeper(settings, lambda: client, now=lambda: clock.now)
+            keeper = SessionManager(settings, lambda: client, now=lambda: clock.now)
             keeper.log_in(clock)
         assert kite.accounts.logins == 2
     assert 1_800_000_030 <= clock.now < 1_800_000_032
@@ -236,7 +236,7 @@ def test_a_totp_is_used_once_and_the_next_half_minute_is_waited_for(
 def test_a_clock_that_went_back_is_not_waited_for(web: Settings, client: redis.Redis) -> None:
     client.hset(web.keys.login(), "totp_window", int(time.time() / 30) + 1000)
     stop = SteppingEvent(time.time())
-    assert SessionKeeper(web, lambda: client).log_in(stop).kind == "enctoken"
+    assert SessionManager(web, lambda: client).log_in(stop).kind == "enctoken"
 
 
 # --- sharing -------------------------------------------------------------------------------------------
@@ -245,13 +245,13 @@ def test_a_clock_that_went_back_is_not_waited_for(web: Settings, client: redis.R
 def test_the_shared_session_goes_before_the_settings_and_a_login_comes_last(
     kite: SimulatedKite, web: Settings, client: redis.Redis
 ) -> None:
-    keeper = SessionKeeper(web, lambda: client)
+    keeper = SessionManager(web, lambda: client)
     made = keeper.current()
     assert made.is_same(load_session(client, web.keys)) and kite.accounts.logins == 1
     fixed = web.model_copy(update={"kite_access_token": SecretStr("fixed"), "kite_api_key": "key"})
-    assert SessionKeeper(fixed, lambda: client).current().is_same(made)
+    assert SessionManager(fixed, lambda: client).current().is_same(made)
     client.delete(web.keys.auth())
-    assert SessionKeeper(fixed, lambda: client).current().token == "fixed"
+    assert SessionManager(fixed, lambda: client).current().token == "fixed"
     assert kite.accounts.logins == 1
 
 
@@ -259,14 +259,14 @@ def test_without_any_way_to_a_session_the_settings_to_give_are_named(
     make_settings: Callable[..., Settings], client: redis.Redis
 ) -> None:
     with pytest.raises(LoginNeeded, match=r"no Kite session.*pkb login.*PKB_KITE_TOTP_SECRET"):
-        SessionKeeper(make_settings(), lambda: client).current()
+        SessionManager(make_settings(), lambda: client).current()
 
 
 def test_a_fixed_token_that_kite_refuses_names_pkb_login(
     make_settings: Callable[..., Settings], client: redis.Redis
 ) -> None:
     settings = make_settings(kite_api_key="key", kite_access_token="geheim")
-    keeper = SessionKeeper(settings, lambda: client)
+    keeper = SessionManager(settings, lambda: client)
     with pytest.raises(LoginNeeded, match=r"refuses PKB_KITE_ACCESS_TOKEN.*pkb login") as caught:
         keeper.renew(keeper.current(), NEVER)
     assert "geheim" not in everything_said(caught.value)
@@ -281,7 +281,7 @@ def test_a_fixed_token_that_kite_refuses_names_pkb_login(
 def test_one_logs_in_and_the_others_wait_for_it(
     kite: SimulatedKite, web: Settings, client: redis.Redis
 ) -> None:
-    keepers = [SessionKeeper(web, lambda: client) for _ in range(8)]
+    keepers = [SessionManager(web, lambda: client) for _ in range(8)]
     with ThreadPoolExecutor(16) as pool:
         first = list(pool.map(lambda keeper: keeper.current(), keepers * 2))
         assert kite.accounts.logins == 1 and all(each.is_same(first[0]) for each in first)
@@ -295,7 +295,7 @@ def test_one_logs_in_and_the_others_wait_for_it(
 
 
 def test_a_late_403_of_the_old_session_takes_the_new_one_and_logs_nobody_in(
-    kite: SimulatedKite, keeper: SessionKeeper, client: redis.Redis, web: Settings
+    kite: SimulatedKite, keeper: SessionManager, client: redis.Redis, web: Settings
 ) -> None:
     old = save_session(client, web.keys, Session("", enctoken=SecretStr("old"), login_at=time.time()))
     new = save_session(client, web.keys, Session("", enctoken=SecretStr("new"), login_at=time.time()))
@@ -309,11 +309,11 @@ def test_a_refused_password_is_tried_once_by_all_processes_together(
     wrong = web.model_copy(update={"kite_password": SecretStr("not-mine")})
     for _ in range(4):
         with pytest.raises(LoginRefused, match=r"user id or the password.*PKB_KITE_PASSWORD.*pkb login"):
-            SessionKeeper(wrong, lambda: client).current()
+            SessionManager(wrong, lambda: client).current()
     assert requests_to(kite, "/api/login") == 1
     assert "not-mine" not in repr(client.hgetall(web.keys.login()))
     # Even with the right password a person must say that it is right; then all is well.
-    right = SessionKeeper(web, lambda: client)
+    right = SessionManager(web, lambda: client)
     with pytest.raises(LoginRefused):
         right.current()
     made = right.log_in()
@@ -327,10 +327,10 @@ def test_attempts_are_bounded_over_all_processes_and_then_a_person_is_asked(
     kite.faults.add("503", path="/api/login")
     for _ in range(ATTEMPTS_MAX):
         with pytest.raises(KiteUnavailable):
-            SessionKeeper(web, lambda: client).current()
+            SessionManager(web, lambda: client).current()
     for _ in range(3):
         with pytest.raises(LoginRefused, match=f"{ATTEMPTS_MAX} logins within an hour.*pkb login"):
-            SessionKeeper(web, lambda: client).current()
+            SessionManager(web, lambda: client).current()
     assert requests_to(kite, "/api/login") == ATTEMPTS_MAX
 
 
@@ -340,9 +340,9 @@ def test_a_kite_that_was_not_reached_costs_no_attempt(
     kite.faults.add("html", path="/connect/login")
     for _ in range(ATTEMPTS_MAX + 1):
         with pytest.raises(KiteUnavailable):
-            SessionKeeper(web, lambda: client).current()
+            SessionManager(web, lambda: client).current()
     kite.faults.clear()
-    assert SessionKeeper(web, lambda: client).current().kind == "enctoken"
+    assert SessionManager(web, lambda: client).current().kind == "enctoken"
 
 
 def test_sessions_that_die_at_once_are_bounded_too_and_one_that_lasted_is_not(
@@ -350,7 +350,7 @@ def test_sessions_that_die_at_once_are_bounded_too_and_one_that_lasted_is_not(
 ) -> None:
     clock = SteppingEvent(1_800_000_000.0)
     with simulated_kite(accounts=Accounts(now_s=lambda: clock.now)) as kite:
-        keeper = SessionKeeper(make_settings(**fields_of(kite, *WEB)), lambda: client, now=lambda: clock.now)
+        keeper = SessionManager(make_settings(**fields_of(kite, *WEB)), lambda: client, now=lambda: clock.now)
         found = keeper.current(clock)
         for _ in range(ATTEMPTS_MAX + 2):
             clock.now += session_module.LASTED_SECONDS + 1
@@ -365,13 +365,13 @@ def test_one_who_died_while_logging_in_is_waited_for_no_longer_than_its_lock(
     web: Settings, client: redis.Redis
 ) -> None:
     client.set(web.keys.login_lock(), "a worker that is no more", px=300)
-    assert SessionKeeper(web, lambda: client).current().kind == "enctoken"
+    assert SessionManager(web, lambda: client).current().kind == "enctoken"
 
 
 def test_who_waits_hears_the_stop(web: Settings, client: redis.Redis) -> None:
     client.set(web.keys.login_lock(), "another", px=60_000)
     stop = threading.Event()
-    keeper = SessionKeeper(web, lambda: client)
+    keeper = SessionManager(web, lambda: client)
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(keeper.current, stop) for _ in range(2)]  # one for the lock, one for the other
         stop.set()
@@ -386,7 +386,7 @@ def test_the_session_of_another_api_key_is_neither_used_nor_replaced(
     others = Session("another", access_token=SecretStr("theirs"), login_at=time.time())
     save_session(client, everything.keys, others)
     with pytest.raises(LoginNeeded, match=r"another api key.*PKB_KITE_ACCESS_TOKEN"):
-        SessionKeeper(everything, lambda: client).current()
+        SessionManager(everything, lambda: client).current()
     loaded = load_session(client, everything.keys)
     assert loaded is not None and loaded.is_same(others)
 
@@ -396,15 +396,15 @@ def test_while_redis_is_away_the_settings_session_serves(make_settings: Callable
         raise RedisUnavailable("no Redis answers", "start it")
 
     fixed = make_settings(kite_api_key="key", kite_access_token="fixed")
-    assert SessionKeeper(fixed, away).current().token == "fixed"
+    assert SessionManager(fixed, away).current().token == "fixed"
     with pytest.raises(RedisUnavailable):
-        SessionKeeper(make_settings(), away).current()
+        SessionManager(make_settings(), away).current()
 
 
 def test_a_redis_that_comes_back_is_connected_to_anew(web: Settings, client: redis.Redis) -> None:
     broken = redis.Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
     clients = [broken, client]
-    keeper = SessionKeeper(web, lambda: clients.pop(0))
+    keeper = SessionManager(web, lambda: clients.pop(0))
     with pytest.raises(RedisUnavailable):
         keeper.current()
     assert keeper.current().kind == "enctoken"

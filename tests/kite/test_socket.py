@@ -28,8 +28,8 @@ from pkbrokers_redis.kite.websocket import (
 )
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from pkbrokers_redis.store.auth import Session
 from tests.support import wait_until
 

@@ -20,7 +20,7 @@ from pkbrokers_redis.cli.sim import sim
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.kite.capture import KIND_BINARY, read_capture
 from pkbrokers_redis.kite.protocol import parse_frame
-from pkbrokers_redis.simulator.server import SimulatorServer
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from tests.support import running_python, wait_until
 
 SIM = "import typer; from pkbrokers_redis.cli.sim import sim; typer.run(sim)"

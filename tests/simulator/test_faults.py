@@ -17,8 +17,7 @@ from kiteconnect import exceptions as kite_errors
 from pkbrokers_redis.candles import model
 from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.kite.protocol import parse_frame
-from pkbrokers_redis.simulator.fault_text import parse_fault
-from pkbrokers_redis.simulator.faults import FAULTS_MAX, KINDS, Faults
+from pkbrokers_redis.simulator.faults import FAULTS_MAX, KINDS, Faults, parse_fault
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
 from tests.simulator.conftest import INFY, NIFTY

@@ -11,10 +11,10 @@ import pytest
 from pkbrokers_redis.candles import model
 from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.kite.protocol import parse_frame
-from pkbrokers_redis.simulator.frames import MODE_FULL, frames_for
 from pkbrokers_redis.simulator.history import SECONDS
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.market import Market
+from pkbrokers_redis.simulator.subscriptions import MODE_FULL, frames_for
 from pkbrokers_redis.simulator.universe import universe
 from tests.candles.test_candles import Market as BookReader
 

@@ -17,10 +17,9 @@ from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter, read_capture
 from pkbrokers_redis.kite.protocol import parse_frame
 from pkbrokers_redis.settings import load_settings
-from pkbrokers_redis.simulator.clients import STEPS_MAX, steps_between
 from pkbrokers_redis.simulator.kite import SimulatedKite
-from pkbrokers_redis.simulator.server import SimulatorFailed
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import STEPS_MAX, SimulatorFailed, steps_between
 from tests.simulator.conftest import INFY
 from tests.support import running_python, wait_until
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pkbrokers_redis.candles import model
 from pkbrokers_redis.candles.calendar import IST_MS
 from pkbrokers_redis.kite.protocol import FULL, INDEX_FULL, INDEX_QUOTE, LTP, QUOTE, decode, parse_frame
-from pkbrokers_redis.simulator.frames import MODE_FULL, MODES, frames_for
 from pkbrokers_redis.simulator.market import DAY_MS, Market
+from pkbrokers_redis.simulator.subscriptions import MODE_FULL, MODES, frames_for
 from pkbrokers_redis.simulator.universe import universe
 
 START_MS = 1_760_000_000_000  # 2025-10-09 14:23 in India

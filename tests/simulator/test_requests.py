@@ -6,8 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.simulator.frames import MODE_FULL
-from pkbrokers_redis.simulator.requests import BadRequest, SetMode, Subscribe, Unsubscribe, parse_request
+from pkbrokers_redis.simulator.subscriptions import (
+    MODE_FULL,
+    BadRequest,
+    SetMode,
+    Subscribe,
+    Unsubscribe,
+    parse_request,
+)
 
 
 @pytest.mark.parametrize(

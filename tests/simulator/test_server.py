@@ -17,8 +17,8 @@ from pkbrokers_redis.candles import model
 from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter, read_capture
 from pkbrokers_redis.kite.protocol import decode, parse_frame
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.server import SimulatorFailed, SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorFailed, SimulatorServer
 from tests.support import running_python, wait_until
 
 INFY, NIFTY, USDINR = 408065, 256265, 1201 << 8 | 3

@@ -24,8 +24,8 @@ from pkbrokers_redis.errors import RedisUnavailable
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.server import SimulatorServer
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.instruments import swap_master
 from pkbrokers_redis.store.symbols import save_instruments

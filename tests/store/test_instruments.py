@@ -10,7 +10,7 @@ import redis
 from pydantic import SecretStr
 
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.kite.session import SessionKeeper
+from pkbrokers_redis.kite.session import SessionManager
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import instruments
 from pkbrokers_redis.store.auth import Session, forget_session, load_session, save_session
@@ -87,7 +87,7 @@ def test_a_session_is_shared_marked_and_renewed_on_a_cluster(
         dead = save_session(
             cluster_client, keys, Session("", enctoken=SecretStr("dead"), login_at=time.time())
         )
-        keeper = SessionKeeper(settings, lambda: cluster_client)
+        keeper = SessionManager(settings, lambda: cluster_client)
         renewed = keeper.renew(dead, threading.Event())
         assert renewed.is_same(load_session(cluster_client, keys)) and kite.accounts.logins == 1
     forget_session(cluster_client, keys, renewed)

@@ -13,19 +13,19 @@ async def refresh_token(ask: Ask) -> None:
 
 
 async def renew(ask: Ask) -> None:
-    """Log in anew and share the session. Raises as `SessionKeeper.log_in`."""
+    """Log in anew and share the session. Raises as `SessionManager.log_in`."""
     progress = await ask.reply("Logging in at Kite; a fresh TOTP may take half a minute …")
     await ask.read(_log_in, ask)
     await ask.edit(progress, "Logged in at Kite.")
 
 
 def _log_in(ask: Ask) -> None:
-    from pkbrokers_redis.kite.session import SessionKeeper
+    from pkbrokers_redis.kite.session import SessionManager
     from pkbrokers_redis.store.connect import connect
 
     settings = ask.services.settings
     with connect(settings) as client:
-        SessionKeeper(settings, lambda: client).log_in()
+        SessionManager(settings, lambda: client).log_in()
 
 
 COMMAND = Command(

@@ -22,8 +22,8 @@ from urllib.parse import urlencode, urlsplit
 from aiohttp import web
 
 from pkbrokers_redis.simulator.accounts import Account, WebSession
-from pkbrokers_redis.simulator.answers import Refused, success
-from pkbrokers_redis.simulator.rest import Exchange, add_market_data, application
+from pkbrokers_redis.simulator.responses import KiteRefusal, success
+from pkbrokers_redis.simulator.rest import SimulatorState, add_market_data, application
 
 LOGIN_PAGE = "<html><head><title>Kite - Login</title></head><body>Log in to {app}</body></html>"
 CONSENT_PAGE = """<html><head><title>Kite - Authorize</title></head><body>
@@ -34,7 +34,7 @@ ARRIVED_PAGE = "<html><body>The app gets this request_token: <code>{token}</code
 ARRIVED_PATH = "/_sim/redirect"
 
 
-def web_app(exchange: Exchange) -> web.Application:
+def web_app(exchange: SimulatorState) -> web.Application:
     """The application behind PKB_KITE_LOGIN_URL."""
     app = application(exchange)
     pages = _LoginPages(exchange)
@@ -49,7 +49,7 @@ def web_app(exchange: Exchange) -> web.Application:
 
 
 class _LoginPages:
-    def __init__(self, exchange: Exchange) -> None:
+    def __init__(self, exchange: SimulatorState) -> None:
         self._accounts = exchange.accounts
 
     async def connect(self, request: web.Request) -> web.Response:
@@ -68,7 +68,7 @@ class _LoginPages:
         form = await request.post()
         user_id, password = str(form.get("user_id", "")), str(form.get("password", ""))
         if not (user_id and password):
-            raise Refused(400, "Missing `user_id` or `password`.")
+            raise KiteRefusal(400, "Missing `user_id` or `password`.")
         request_id = self._accounts.check_password(user_id, password)
         account = self._accounts.users[user_id.upper()]
         return success(
@@ -87,9 +87,9 @@ class _LoginPages:
         names = ("user_id", "request_id", "twofa_value")
         user_id, request_id, value = (str(form.get(name, "")) for name in names)
         if not (user_id and request_id and value):
-            raise Refused(400, "Missing `user_id`, `request_id` or `twofa_value`.")
+            raise KiteRefusal(400, "Missing `user_id`, `request_id` or `twofa_value`.")
         if str(form.get("twofa_type", "totp")) not in ("totp", "app_code"):
-            raise Refused(400, "Invalid `twofa_type`.")
+            raise KiteRefusal(400, "Invalid `twofa_type`.")
         session = self._accounts.check_totp(user_id, request_id, value)
         response = success({"profile": _short_profile(self._accounts.users[session.user_id])})
         for name, value in (
@@ -117,7 +117,7 @@ class _LoginPages:
         account = self._accounts.connect_app(sess_id, api_key)
         session = self._session(request)
         if session is None or str(form.get("authorize", "")) != session.public_token:
-            raise Refused(403, "The consent is not this session's.")
+            raise KiteRefusal(403, "The consent is not this session's.")
         account.authorised = True
         return self._to_app(account, sess_id)
 
@@ -129,7 +129,7 @@ class _LoginPages:
         scheme, _, enctoken = request.headers.get("Authorization", "").partition(" ")
         session = self._accounts.with_enctoken(enctoken) if scheme == "enctoken" else None
         if session is None:
-            raise Refused(403, "Invalid session credentials")
+            raise KiteRefusal(403, "Invalid session credentials")
         return self._accounts.users[session.user_id]
 
     def _session(self, request: web.Request) -> WebSession | None:

@@ -192,7 +192,7 @@ log = logs.get("history")
 
 
 class SessionSource(Protocol):
-    """Where the Kite session comes from, and who makes a new one after a 403 (`session.SessionKeeper`)."""
+    """Where the Kite session comes from, and who makes a new one after a 403 (`session.SessionManager`)."""
 
     def current(self) -> Session: ...
 

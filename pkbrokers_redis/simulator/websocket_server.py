@@ -3,6 +3,8 @@
 One thread, one asyncio loop. Every client has its subscriptions and a bounded queue; whoever reads too slowly
 is disconnected, as on Kite. `publish` pushes exact bytes; `outgoing` and `faults` are where faults come in.
 `SimulatedKite` puts REST, login and history beside it.
+
+The server's clients: who is connected, what they are told first, and the counters.
 """
 
 from __future__ import annotations
@@ -12,23 +14,34 @@ import http
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, nullcontext
+from dataclasses import dataclass, field
+from datetime import datetime
 from urllib.parse import parse_qs, urlsplit
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.candles.calendar import IST
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.kite.capture import KIND_BINARY, KIND_TEXT, CaptureWriter
-from pkbrokers_redis.simulator.clients import Client, ServerStats, greetings, steps_between, text_frame
 from pkbrokers_redis.simulator.faults import STATUS_KINDS, Faults
-from pkbrokers_redis.simulator.frames import MODE_QUOTE, NONE, frames_for
 from pkbrokers_redis.simulator.market import Ints, Market
-from pkbrokers_redis.simulator.requests import BadRequest, SetMode, Subscribe, parse_request
+from pkbrokers_redis.simulator.subscriptions import (
+    MODE_QUOTE,
+    NONE,
+    BadRequest,
+    SetMode,
+    Subscribe,
+    frames_for,
+    parse_request,
+)
 
 log = logs.get("simulator")
 
@@ -38,7 +51,7 @@ TOKENS_PER_CONNECTION_MAX = 3000
 STEP_SECONDS_MAX, STEP_SECONDS_MIN = 0.05, 0.005
 STEPS_IN_A_ROW = 8  # then REST and the clients' requests get a turn
 
-# Refused handshakes and garbage are what this server is made for: no log line for each.
+# KiteRefusal handshakes and garbage are what this server is made for: no log line for each.
 _quiet = logging.getLogger("pkbrokers_redis.simulator.websockets")
 _quiet.addHandler(logging.NullHandler())
 _quiet.propagate = False
@@ -333,3 +346,50 @@ class SimulatorServer:
                 continue
             for client in tuple(self._clients):
                 self._enqueue(client, HEARTBEAT)
+
+
+QUEUE_FRAMES_MAX = 512  # of one client, ~30 MB at worst; then it is disconnected
+STEPS_MAX = 600  # of one round, when market time runs fast or we were held up; the next round goes on
+
+
+@dataclass(slots=True)
+class ServerStats:
+    """Counters since the start; read them from any thread."""
+
+    connections: int = 0
+    refused: int = 0
+    frames: int = 0  # binary ones handed to clients, heartbeats not counted
+    packets: int = 0  # made by the market, whether or not anyone subscribed
+    bad_requests: int = 0
+    slow_disconnects: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Client:
+    """One connection: what it subscribed, and what waits to be sent."""
+
+    link: ServerConnection
+    modes: npt.NDArray[np.int8]  # by row of the market
+    count: int = 0  # tokens subscribed
+    queue: asyncio.Queue[bytes | str] = field(default_factory=lambda: asyncio.Queue(QUEUE_FRAMES_MAX))
+    held: list[bytes] = field(default_factory=list)  # by a fault that changes the order; a frame or two
+
+
+def greetings(count: int, now_s: float) -> list[str]:
+    """The text frames that Kite sends first. `count` instruments, market time in epoch seconds."""
+    stamp = datetime.fromtimestamp(int(now_s), IST).isoformat()
+    meta = {"type": "instruments_meta", "data": {"count": count, "etag": f'W/"sim-{count}"'}}
+    return [text_frame(meta), text_frame({"type": "app_code", "timestamp": stamp})]
+
+
+def text_frame(content: object) -> str:
+    """JSON for a text frame."""
+    return msgspec.json.encode(content).decode()
+
+
+def steps_between(before_ms: int, now_ms: int, stride_ms: int) -> Iterator[int]:
+    """The times to step through until now: one, or (`stride_ms`) so that no interval is conflated away."""
+    if stride_ms > 0:
+        now_ms = min(now_ms, before_ms + STEPS_MAX * stride_ms)
+        yield from range(before_ms + stride_ms, now_ms, stride_ms)
+    yield now_ms

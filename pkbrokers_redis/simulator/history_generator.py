@@ -14,8 +14,7 @@ import numpy.typing as npt
 
 from pkbrokers_redis.candles.calendar import IST_MS, Day
 from pkbrokers_redis.kite.protocol import PRICE_DIVISORS
-from pkbrokers_redis.simulator.hours import DERIVATIVE_KINDS, Hours, Ints
-from pkbrokers_redis.simulator.market import DAY_MS, Opening
+from pkbrokers_redis.simulator.market import DAY_MS, DERIVATIVE_KINDS, Hours, Ints, Opening
 
 Floats = npt.NDArray[np.float64]
 
@@ -44,7 +43,7 @@ class Days(NamedTuple):
     oi: Ints
 
 
-class Past:
+class HistoryGenerator:
     """The past of a universe whose rows keep `hours`."""
 
     def __init__(self, universe: list[dict[str, Any]], hours: Hours, *, seed: int = 1) -> None:
