@@ -1,1 +1,1 @@
-"""The web server: health, candles and closed-candle events over HTTP, and a page of them. It only reads."""
+"""The web server: health, candles and closed-candle events over HTTP, and a page. It only reads."""

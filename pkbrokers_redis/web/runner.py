@@ -1,6 +1,6 @@
-"""The role `web` as a process: serve until told to stop. Any number may run; none is needed by the others.
+"""The role `web` as a process. Any number may run; no other role needs it.
 
-It reads. All it writes is its heartbeat, and where its user may not even do that it serves all the same.
+It reads. It writes only its heartbeat, and it also serves when its Redis user may not write even that.
 """
 
 from __future__ import annotations
@@ -23,20 +23,24 @@ from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.lease import announce, leave
-from pkbrokers_redis.web.app import make_app
-from pkbrokers_redis.web.services import Services
+from pkbrokers_redis.web.executor import Services
+from pkbrokers_redis.web.middleware import make_app
 
 log = logs.get("web")
 
-REDIS_SECONDS_MAX = 3.0  # a Redis that hangs is one that is away
+REDIS_SECONDS_MAX = 3.0  # a Redis that does not answer in this time counts as unavailable
 BEAT_SECONDS = 2.0
-STOP_LOOK_SECONDS = 0.1
-SHUTDOWN_SECONDS_MAX = 1.0  # for answers that are being made; streams end at once
-KEEPALIVE_SECONDS_MAX = 30.0  # a connection that asks nothing
+STOP_POLL_SECONDS = 0.1
+SHUTDOWN_SECONDS_MAX = 1.0  # for responses in progress; event streams end at once
+KEEPALIVE_SECONDS_MAX = 30.0  # an idle connection
 
 
 def serve(settings: Settings, stop: threading.Event) -> None:
-    """Serve on PKB_WEB_HOST and PKB_WEB_PORT until `stop` is set. Raises PkbError where it cannot listen."""
+    """Serve on PKB_WEB_HOST and PKB_WEB_PORT until `stop` is set.
+
+    Raises:
+        PkbError: The address cannot be listened on.
+    """
     client = connect(settings, for_reading=True, socket_timeout_seconds=REDIS_SECONDS_MAX)
     with client:
         asyncio.run(_serve(settings, client, stop))
@@ -52,7 +56,7 @@ async def _serve(settings: Settings, client: redis.Redis, stop: threading.Event)
     app.on_shutdown.append(end_streams)
     runner = web.AppRunner(
         app,
-        access_log=None,  # ours leaves the queries out
+        access_log=None,  # the middleware logs without queries
         handler_cancellation=True,
         keepalive_timeout=KEEPALIVE_SECONDS_MAX,
         shutdown_timeout=SHUTDOWN_SECONDS_MAX,
@@ -62,11 +66,11 @@ async def _serve(settings: Settings, client: redis.Redis, stop: threading.Event)
     try:
         url = await _listen(runner, settings)
         log.info("started", store=describe(settings, for_reading=True), url=url)
-        if settings.web_token is None and not _is_local(settings.web_host):
-            log.warning("open_to_all", host=settings.web_host, hint="set PKB_WEB_TOKEN")
+        if settings.web_token is None and not _is_loopback(settings.web_host):
+            log.warning("token_missing", host=settings.web_host, hint="set PKB_WEB_TOKEN")
         beats = asyncio.create_task(_beat(services, client, url))
         while not stop.is_set():  # noqa: ASYNC110  a signal handler sets it, in whichever thread
-            await asyncio.sleep(STOP_LOOK_SECONDS)
+            await asyncio.sleep(STOP_POLL_SECONDS)
     finally:
         await runner.cleanup()
         if beats is not None:
@@ -77,22 +81,24 @@ async def _serve(settings: Settings, client: redis.Redis, stop: threading.Event)
 
 
 async def _listen(runner: web.AppRunner, settings: Settings) -> str:
-    """The URL."""
+    """Start to listen and return the URL."""
     host, port = settings.web_host, settings.web_port
     try:
         await web.TCPSite(runner, host, port).start()
     except OSError as error:
-        # Not a SettingsError: under `pkb up` the others go on, and this is tried again.
+        # Not a SettingsError: under `pkb up` the other roles go on, and this one is started again.
         reason = os.strerror(error.errno) if error.errno else str(error)  # asyncio wraps the text in more
         raise PkbError(
-            f"cannot listen on {host}:{port} ({reason})", "set PKB_WEB_PORT or PKB_WEB_HOST, or stop who does"
+            f"cannot listen on {host}:{port} ({reason})",
+            "set PKB_WEB_PORT or PKB_WEB_HOST, or stop the program that uses it",
         ) from None
-    where = runner.addresses[0]
-    return f"http://[{where[0]}]:{where[1]}" if ":" in where[0] else f"http://{where[0]}:{where[1]}"
+    address = runner.addresses[0]
+    shown_host = f"[{address[0]}]" if ":" in address[0] else address[0]
+    return f"http://{shown_host}:{address[1]}"
 
 
 async def _beat(services: Services, client: redis.Redis, url: str) -> None:
-    """Say every two seconds that we live; at the end, that we went."""
+    """Write the heartbeat until cancelled, then delete it."""
     keys, name = services.settings.keys, worker_id("web")
     heart = Heartbeat(keys, "web", name, now_ms())
 
@@ -118,7 +124,7 @@ async def _beat(services: Services, client: redis.Redis, url: str) -> None:
             await asyncio.to_thread(end)
 
 
-def _is_local(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:

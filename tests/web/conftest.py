@@ -23,7 +23,7 @@ from tests.support import wait_until
 
 
 @dataclass
-class Answer:
+class Response:
     status: int
     headers: dict[str, str]
     body: bytes
@@ -34,17 +34,17 @@ class Answer:
 
 
 class Web:
-    """A client of a server. `get` reads an answer whole, `stream` leaves it open."""
+    """An HTTP client. `get` reads the whole response, `open` leaves it open."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         parts = urlsplit(url)
         self.host, self.port = str(parts.hostname), int(parts.port or 0)
 
-    def get(self, path: str, method: str = "GET", **headers: str) -> Answer:
+    def get(self, path: str, method: str = "GET", **headers: str) -> Response:
         with self.open(path, method, headers) as response:
             found = {name.lower(): value for name, value in response.getheaders()}
-            return Answer(response.status, found, response.read())
+            return Response(response.status, found, response.read())
 
     @contextlib.contextmanager
     def open(
@@ -59,7 +59,7 @@ class Web:
 
 
 def url_of(client: redis.Redis, settings: Settings) -> str:
-    """Where the web server of this store listens, by its heartbeat; "" while there is none."""
+    """Return the web server's URL from its heartbeat, or "" while there is none."""
     for key in client.keys(settings.keys.worker("web-*")):
         found: Any = client.hget(key, "url")
         if found:

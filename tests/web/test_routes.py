@@ -1,9 +1,10 @@
-"""Every route over real HTTP: what it answers, and how it refuses."""
+"""Every route over real HTTP: its answers and its refusals."""
 
 from __future__ import annotations
 
 import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +15,8 @@ from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.lease import announce
-from pkbrokers_redis.web.routes import bulk as bulk_module
+from pkbrokers_redis.web import market
+from pkbrokers_redis.web.middleware import ROUTES
 from tests.client.contract import INFY, OPEN_S, RELIANCE
 from tests.web.conftest import Serving, Web
 
@@ -28,7 +30,13 @@ PARTIAL = [OPEN_S, 100, 100, 100, 100, 0, None, 1, "partial"]
 CURRENT = [OPEN_S + 900, 109, 109, 109, 109, 7, None, 1]
 
 
-def test_candles_are_the_rows_of_redis(web: Web) -> None:
+def test_every_route_is_in_the_docs(server_kind: str) -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "web.md").read_text(encoding="utf-8")
+    for route in ROUTES:
+        assert f"`{route.path.replace(':.+', '')}" in text, route.path
+
+
+def test_candles_are_redis_rows(web: Web) -> None:
     found = web.get("/api/candles/infy/5m").json
     assert (found["token"], found["symbol"], found["interval"]) == (INFY, "NSE:INFY", "5m")
     assert found["candles"] == [PARTIAL, ROW_1, ROW_2]
@@ -40,12 +48,12 @@ def test_a_quote_is_an_object_and_several_are_an_array(web: Web) -> None:
     found = web.get("/api/quote/INFY").json
     assert found == {"token": INFY, "symbol": "NSE:INFY", "last_price": 109.5, "volume": 77}
     both = web.get("/api/quote/NSE:INFY/RELIANCE").json
-    assert [each["symbol"] for each in both] == ["NSE:INFY", "NSE:RELIANCE"]
+    assert [quote["symbol"] for quote in both] == ["NSE:INFY", "NSE:RELIANCE"]
     assert web.get("/api/quote/INFY,RELIANCE").json == both
     assert web.get("/api/quote/NIFTY%2050").json["symbol"] == "NSE:NIFTY 50"
 
 
-def test_bulk_is_all_that_has_candles_or_what_was_named(web: Web) -> None:
+def test_bulk_returns_all_instruments_with_candles_or_the_named_ones(web: Web) -> None:
     found = web.get("/api/bulk?interval=5m&count=2").json
     assert found["candles"].keys() == {"NSE:INFY", "NSE:RELIANCE"}
     assert found["candles"]["NSE:INFY"] == [ROW_1, ROW_2]
@@ -57,25 +65,25 @@ def test_bulk_as_arrow_is_one_table(web: Web) -> None:
     answer = web.get("/api/bulk?format=arrow")
     assert answer.headers["content-type"] == "application/vnd.apache.arrow.stream"
     table = pa.ipc.open_stream(io.BytesIO(answer.body)).read_all()
-    rows = [each for each in table.to_pylist() if each["symbol"] == "NSE:INFY"]
-    assert [each["close"] for each in rows] == [100, 101, 102]
-    assert [each["flag"] for each in rows] == ["partial", "", ""]
+    rows = [cells for cells in table.to_pylist() if cells["symbol"] == "NSE:INFY"]
+    assert [row["close"] for row in rows] == [100, 101, 102]
+    assert [row["flag"] for row in rows] == ["partial", "", ""]
     assert rows[0]["start"] == OPEN_S and rows[0]["oi"] is None
 
 
-def test_more_rows_than_fit_are_refused_with_a_count_that_fits(
+def test_bulk_beyond_the_row_limit_is_refused_with_a_count_that_fits(
     web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bulk_module, "ROWS_MAX", 5)
+    monkeypatch.setattr(market, "ROWS_MAX", 5)
     answer = web.get("/api/bulk?interval=5m&count=3")
     assert answer.status == 400
     assert "count=2" in answer.json["error"]
     assert web.get("/api/bulk?interval=5m&count=2").status == 200
 
 
-def test_search_finds_by_symbol_and_without_a_text_what_is_streamed(web: Web) -> None:
-    assert [each["symbol"] for each in web.get("/api/search?q=reli").json] == ["NSE:RELIANCE"]
-    assert {each["token"] for each in web.get("/api/search").json} == {INFY, RELIANCE}
+def test_search_finds_by_symbol_and_without_text_returns_streamed_instruments(web: Web) -> None:
+    assert [match["symbol"] for match in web.get("/api/search?q=reli").json] == ["NSE:RELIANCE"]
+    assert {match["token"] for match in web.get("/api/search").json} == {INFY, RELIANCE}
 
 
 def test_an_unknown_symbol_is_404_with_the_nearest_names(web: Web) -> None:
@@ -90,9 +98,14 @@ def test_an_unknown_symbol_is_404_with_the_nearest_names(web: Web) -> None:
         assert answer.json["symbol"] == "INFI" and "NSE:INFY" in answer.json["nearest"]
 
 
-REST = ";..0" * 7  # of a store with eight shards
-POSITIONS_THAT_CANNOT_BE = ["-1.0.0" + REST, "0.-1.0" + REST, "0.0.-1" + REST, "z" * 30 + ".0.0" + REST]
-CANNOT_BE = [
+OTHER_SHARDS = ";..0" * 7  # of a store with eight shards
+INVALID_POSITIONS = [
+    "-1.0.0" + OTHER_SHARDS,
+    "0.-1.0" + OTHER_SHARDS,
+    "0.0.-1" + OTHER_SHARDS,
+    "z" * 30 + ".0.0" + OTHER_SHARDS,
+]
+INVALID_REQUESTS = [
     "/api/candles/INFY/7m",
     "/api/candles/INFY/5m?count=0",
     "/api/candles/INFY/5m?count=-1",
@@ -107,20 +120,20 @@ CANNOT_BE = [
     "/api/closed?intervals=7m",
     "/api/closed?position=nonsense",
     "/api/closed?position=1.2.3",
-    *(f"/api/closed?position={position}" for position in POSITIONS_THAT_CANNOT_BE),
+    *(f"/api/closed?position={position}" for position in INVALID_POSITIONS),
 ]
 
 
-def test_what_cannot_be_is_400_in_one_line(web: Web) -> None:
-    for path in CANNOT_BE:
+def test_invalid_parameters_are_400_in_one_line(web: Web) -> None:
+    for path in INVALID_REQUESTS:
         answer = web.get(path)
         assert answer.status == 400, path
         assert answer.headers["content-type"].startswith("application/json")
         assert answer.json["error"] and "\n" not in answer.json["error"]
 
 
-def test_the_position_of_a_follower_is_checked_before_the_stream_begins(web: Web) -> None:
-    for position in ("zzz", *POSITIONS_THAT_CANNOT_BE):
+def test_an_invalid_position_is_refused_before_the_event_stream_starts(web: Web) -> None:
+    for position in ("zzz", *INVALID_POSITIONS):
         answer = web.get("/api/closed", **{"Last-Event-ID": position})
         assert answer.status == 400, position
         assert "is no position" in answer.json["error"] and "\n" not in answer.json["error"]
@@ -130,10 +143,10 @@ def test_unknown_paths_and_other_methods_are_refused(web: Web) -> None:
     assert web.get("/api/nothing").status == 404
     assert web.get("/../../etc/passwd").status == 404
     assert web.get("/api/status", method="POST").status == 405
-    assert web.get("/healthz", method="HEAD").status == 503  # nobody makes candles here
+    assert web.get("/healthz", method="HEAD").status == 503  # no aggregator runs here
 
 
-def test_a_pipeline_without_workers_is_down_and_one_with_them_is_not(
+def test_health_is_down_without_workers_and_degraded_with_unowned_shards(
     store: Settings, serving: Serving, client: redis.Redis
 ) -> None:
     with serving() as web:
@@ -141,7 +154,7 @@ def test_a_pipeline_without_workers_is_down_and_one_with_them_is_not(
         assert (answer.status, answer.json) == (503, {"health": "down"})
         status = web.get("/api/status")
         assert status.status == 200 and status.json["health"] == "down"
-        assert [each["role"] for each in status.json["workers"]] == []
+        assert [worker["role"] for worker in status.json["workers"]] == []
     load_functions(client)
     for role in ("ingest", "aggregate"):
         announce(client, store.keys, role, f"{role}-1")
@@ -151,7 +164,7 @@ def test_a_pipeline_without_workers_is_down_and_one_with_them_is_not(
         assert (answer.status, answer.json) == (200, {"health": "degraded"})  # its shards have no owner
 
 
-def test_metrics_are_what_prometheus_reads(web: Web, client: redis.Redis, store: Settings) -> None:
+def test_metrics_parse_as_prometheus_text(web: Web, client: redis.Redis, store: Settings) -> None:
     from prometheus_client.parser import text_string_to_metric_families as parse
 
     load_functions(client)
@@ -191,7 +204,7 @@ def digest(text: str) -> str:
     return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def test_every_answer_has_the_headers_that_browsers_heed(web: Web) -> None:
+def test_every_response_has_the_security_headers(web: Web) -> None:
     for path in ("/", "/healthz", "/api/nothing", "/api/candles/INFI/5m", "/metrics"):
         headers: dict[str, Any] = web.get(path).headers
         assert headers["x-content-type-options"] == "nosniff", path

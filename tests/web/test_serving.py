@@ -1,4 +1,4 @@
-"""The server as a process: tokens, followers, slow ones, a Redis that goes, SIGTERM."""
+"""The server as a process: tokens, followers, slow clients, an unavailable Redis, SIGTERM."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ import redis
 
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.settings import Settings, load_settings
-from pkbrokers_redis.web import answers
-from pkbrokers_redis.web.registry import routes
-from pkbrokers_redis.web.routes import closed as closed_module
+from pkbrokers_redis.web import closed, responses
+from pkbrokers_redis.web.middleware import ROUTES
 from pkbrokers_redis.web.runner import serve
 from tests.client.contract import INFY, OPEN_S, RELIANCE, announce, row
 from tests.support import running_python, running_server, settings_env, wait_until
@@ -31,13 +30,13 @@ pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
 TOKEN = "a-long-token-of-the-tests"
 
 
-def say(client: redis.Redis, settings: Settings, i: int, token: int = INFY, interval: str = "1m") -> None:
+def publish(client: redis.Redis, settings: Settings, i: int, token: int = INFY, interval: str = "1m") -> None:
     text = row(OPEN_S + 60 * i, 100 + i)
     announce(client, settings.keys, token, interval, text, symbol="NSE:INFY")
 
 
 def events(response: HTTPResponse) -> Iterator[tuple[str, str, Any]]:
-    """(id, event, data) as they come."""
+    """Yield (id, event, data)."""
     fields: dict[str, str] = {}
     for line in response:
         name, _, value = line.decode().rstrip("\n").partition(": ")
@@ -52,9 +51,9 @@ def events(response: HTTPResponse) -> Iterator[tuple[str, str, Any]]:
 # --- tokens
 
 
-def test_without_the_token_only_the_health_is_told(store: Settings, serving: Serving) -> None:
+def test_without_the_token_only_healthz_answers(store: Settings, serving: Serving) -> None:
     with serving(web_token=TOKEN) as web:
-        for route in routes():
+        for route in ROUTES:
             answer = web.get(route.example)
             assert answer.status == (503 if route.is_open else 401), route.path
             assert TOKEN.encode() not in answer.body
@@ -74,7 +73,7 @@ def test_without_the_token_only_the_health_is_told(store: Settings, serving: Ser
 # --- followers
 
 
-def test_a_follower_goes_on_where_it_was_without_loss_or_repeat(
+def test_a_follower_resumes_at_its_position_without_loss_or_repeat(
     web: Web, client: redis.Redis, store: Settings
 ) -> None:
     with web.open("/api/closed") as response:
@@ -83,14 +82,14 @@ def test_a_follower_goes_on_where_it_was_without_loss_or_repeat(
         where, kind, data = next(stream)
         assert kind == "ready" and data == {"position": where}
         for i in range(3):
-            say(client, store, i)
+            publish(client, store, i)
         where, kind, data = next(stream)
         assert kind == "closed"
         assert data == {
             "token": INFY, "symbol": "NSE:INFY", "interval": "1m",
             "row": [OPEN_S, 100, 100, 100, 100, 10, None, 1], "rev": 0,
         }  # fmt: skip
-    say(client, store, 3)
+    publish(client, store, 3)
     for resumed in ({"Last-Event-ID": where}, None):
         path = "/api/closed" if resumed else f"/api/closed?position={where}"
         with web.open(path, headers=resumed) as response:
@@ -99,28 +98,28 @@ def test_a_follower_goes_on_where_it_was_without_loss_or_repeat(
             assert [next(stream)[2]["row"][4] for _ in range(3)] == [101, 102, 103]
 
 
-def test_filters_leave_out_and_the_keepalive_moves_the_position_on(
+def test_filters_apply_and_the_keepalive_advances_the_position(
     web: Web, client: redis.Redis, store: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(closed_module, "KEEPALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(closed, "KEEPALIVE_SECONDS", 0.05)
     with web.open("/api/closed?symbols=INFY&intervals=1m") as response:
         first, _, _ = next(events(response))
-        say(client, store, 1, INFY, "5m")
-        say(client, store, 2, RELIANCE)
+        publish(client, store, 1, INFY, "5m")
+        publish(client, store, 2, RELIANCE)
         moved = next(line for line in response if line.startswith(b"id: ") and line[4:-1].decode() != first)
-        say(client, store, 3)
+        publish(client, store, 3)
         assert moved and next(events(response))[2]["row"][4] == 103
 
 
-def test_one_that_was_away_too_long_is_told_how_much_it_missed(
+def test_a_follower_behind_the_trimmed_stream_gets_the_count_of_missed_candles(
     web: Web, client: redis.Redis, store: Settings
 ) -> None:
     key = store.keys.closed(store.keys.shard_of(INFY))
-    say(client, store, 0)
+    publish(client, store, 0)
     with web.open("/api/closed") as response:
         where = next(events(response))[0]
     for i in range(1, 6):
-        say(client, store, i)
+        publish(client, store, i)
     client.xtrim(key, maxlen=2, approximate=False)
     with web.open("/api/closed", headers={"Last-Event-ID": where}) as response:
         kinds = [(kind, data) for _, (_, kind, data) in zip(range(4), events(response), strict=False)]
@@ -128,10 +127,10 @@ def test_one_that_was_away_too_long_is_told_how_much_it_missed(
     assert kinds[1][1] == {"missed": 3}
 
 
-def test_a_client_that_does_not_read_is_dropped_and_the_others_go_on(
+def test_a_client_that_does_not_read_is_disconnected_and_others_continue(
     web: Web, client: redis.Redis, store: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answers, "WRITE_SECONDS_MAX", 2.0)
+    monkeypatch.setattr(responses, "WRITE_SECONDS_MAX", 2.0)
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     slow.connect((web.host, web.port))
@@ -156,10 +155,10 @@ def test_a_client_that_does_not_read_is_dropped_and_the_others_go_on(
         assert b"pkb_web_streams 1.0" in web.get("/metrics").body
 
 
-def test_there_is_room_for_so_many_followers_and_for_one_more_when_one_has_gone(
+def test_followers_are_limited_and_a_closed_one_frees_its_place(
     web: Web, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(closed_module, "STREAMS_MAX", 1)
+    monkeypatch.setattr(closed, "STREAMS_MAX", 1)
     with web.open("/api/closed") as response:
         next(events(response))
         answer = web.get("/api/closed")
@@ -169,13 +168,13 @@ def test_there_is_room_for_so_many_followers_and_for_one_more_when_one_has_gone(
         assert response.status == 200
 
 
-# --- trouble
+# --- failures
 
 
-def test_while_redis_is_away_every_route_says_so_in_one_line_and_recovers(
+def test_every_route_reports_an_unavailable_redis_in_one_line_and_recovers(
     tmp_path: Path, server_kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(closed_module, "AWAY_SECONDS", 0.02)
+    monkeypatch.setattr(closed, "RETRY_SECONDS", 0.02)
     stop = threading.Event()
     [port] = free_ports(1)
     settings = load_settings(
@@ -193,17 +192,17 @@ def test_while_redis_is_away_every_route_says_so_in_one_line_and_recovers(
     try:
         _, kind, data = next(stream)
         assert kind == "trouble" and "cannot be reached" in data["error"]
-        with ThreadPoolExecutor(len(routes())) as pool:
-            found = list(pool.map(lambda route: web.get(route.example), routes()))
-        for route, answer in zip(routes(), found, strict=True):
-            wanted = 200 if route.path in ("/", "/metrics") else 503
-            assert answer.status == wanted, route.path
+        with ThreadPoolExecutor(len(ROUTES)) as pool:
+            found = list(pool.map(lambda route: web.get(route.example), ROUTES))
+        for route, answer in zip(ROUTES, found, strict=True):
+            expected = 200 if route.path in ("/", "/metrics") else 503
+            assert answer.status == expected, route.path
             assert b"geheim" not in answer.body and b"Traceback" not in answer.body
         assert b"pkb_redis_up 0.0" in web.get("/metrics").body
         with running_server(tmp_path / "second", "--port", str(port), "--requirepass", "geheim"):
             wait_until(lambda: web.get("/api/status").status == 200, what="redis to be found again")
             own = redis.Redis(port=port, password="geheim")
-            say(own, settings, 4)
+            publish(own, settings, 4)
             assert next(event for event in stream if event[1] == "closed")[2]["row"][4] == 104
             own.close()
     finally:
@@ -213,7 +212,7 @@ def test_while_redis_is_away_every_route_says_so_in_one_line_and_recovers(
     assert not thread.is_alive()
 
 
-def test_a_key_of_another_type_is_told_and_nothing_else_is_lost(
+def test_a_key_of_another_type_is_reported_and_other_instruments_still_work(
     web: Web, client: redis.Redis, store: Settings
 ) -> None:
     client.set(store.keys.quote(RELIANCE), "nonsense")
@@ -222,13 +221,13 @@ def test_a_key_of_another_type_is_told_and_nothing_else_is_lost(
     assert web.get("/api/quote/INFY").status == 200
 
 
-def test_a_bug_of_ours_is_one_line_outside_and_a_traceback_in_the_log(
+def test_an_internal_error_is_one_line_outside_and_a_traceback_in_the_log(
     web: Web, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: Any) -> None:
         raise ZeroDivisionError("a secret detail")
 
-    monkeypatch.setattr("pkbrokers_redis.web.routes.quote.read_quote", broken)
+    monkeypatch.setattr("pkbrokers_redis.web.market.read_quote", broken)
     answer = web.get("/api/quote/INFY")
     assert answer.status == 500
     assert "secret detail" not in answer.body.decode() and "see the log" in answer.json["error"]
@@ -246,14 +245,14 @@ def test_garbage_on_the_socket_is_refused_and_the_server_stays(web: Web) -> None
     assert web.get("/").status == 200
 
 
-def test_a_port_that_is_taken_is_one_line(store: Settings, make_settings: Callable[..., Settings]) -> None:
+def test_a_port_in_use_is_one_line(store: Settings, make_settings: Callable[..., Settings]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(PkbError, match=rf"cannot listen on 127.0.0.1:{port} \(.*in use.*PKB_WEB_PORT"):
             serve(make_settings(web_port=port), threading.Event())
 
 
-def test_sigterm_ends_it_with_its_followers_and_leaves_no_heartbeat_and_no_token_in_the_log(
+def test_sigterm_ends_followers_deletes_the_heartbeat_and_no_token_is_logged(
     store: Settings, client: redis.Redis, make_settings: Callable[..., Settings]
 ) -> None:
     settings = make_settings(web_port=0, web_token=TOKEN, log_level="debug")
@@ -265,7 +264,7 @@ def test_sigterm_ends_it_with_its_followers_and_leaves_no_heartbeat_and_no_token
             stream = events(response)
             assert next(stream)[1] == "ready"
             process.send_signal(signal.SIGTERM)
-            assert list(stream) == []  # it ends in good order
+            assert list(stream) == []  # the stream ends without an error
             out, _ = process.communicate(timeout=20)
     assert process.returncode == 0
     assert url_of(client, settings) == ""

@@ -1,0 +1,109 @@
+"""Responses: JSON, one-line errors, and large or endless bodies with a bounded buffer per client."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from pkbrokers_redis.candles.model import CANDLE_FIELDS, Candle
+from pkbrokers_redis.errors import (
+    PkbError,
+    RedisUnavailable,
+    RedisUnsuitable,
+    UnknownInterval,
+    UnknownSymbol,
+)
+from pkbrokers_redis.web.executor import REDIS_ERRORS, Services, TooBusy
+from pkbrokers_redis.web.params import BadRequest
+
+WRITE_SECONDS_MAX = 10.0  # a client that reads nothing for so long is disconnected
+SEND_BUFFER_BYTES = 256 * 1024  # kernel buffer per client; asyncio adds 64 KiB
+CHUNK_BYTES = 128 * 1024
+
+
+class TooSlow(Exception):
+    """Raised when a client read nothing for WRITE_SECONDS_MAX; its connection is closed."""
+
+
+def json_response(value: Any, status: int = 200) -> web.Response:
+    """Return `value` as JSON; NaN becomes null."""
+    return web.Response(
+        body=msgspec.json.encode(value), status=status, content_type="application/json", charset="utf-8"
+    )
+
+
+def candle_row(candle: Candle) -> list[Any]:
+    """Return the row as Redis has it: `[start, open, high, low, close, volume, oi, ticks(, flag)]`."""
+    return list(candle if candle.flag else candle[: len(CANDLE_FIELDS)])
+
+
+def error_response(error: BaseException, services: Services) -> web.Response:
+    """Return `{"error": "one line"}` with the status of the error's kind.
+
+    404 names the nearest symbols, 400 is a bad request, 503 is temporary, 500 is a bug or a damaged key.
+    """
+    shown = error
+    if isinstance(error, REDIS_ERRORS):
+        shown, status = services.explain(error), 503
+    elif isinstance(error, UnknownSymbol):
+        body = {"error": error.message, "symbol": error.symbol, "nearest": error.nearest}
+        return json_response(body, 404)
+    elif isinstance(error, (BadRequest, UnknownInterval)):
+        status = 400
+    else:
+        status = 503 if isinstance(error, (TooBusy, RedisUnavailable, RedisUnsuitable)) else 500
+    line = str(shown) if isinstance(shown, PkbError) else "something went wrong here: see the log"
+    response = json_response({"error": " ".join(line.split())}, status)
+    if status == 503:
+        response.headers["Retry-After"] = "1"
+    return response
+
+
+class StreamBody:
+    """A body that is sent as fast as its client reads. At most SEND_BUFFER_BYTES wait per client."""
+
+    def __init__(self, request: web.Request, content_type: str, length: int | None = None) -> None:
+        self._request = request
+        self.response = web.StreamResponse(headers={"Content-Type": content_type})
+        self.response.content_length = length
+
+    async def start(self) -> None:
+        """Send the headers."""
+        transport = self._request.transport
+        peer = transport.get_extra_info("socket") if transport is not None else None
+        if peer is not None:
+            peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        await self.response.prepare(self._request)
+
+    async def send(self, data: bytes) -> None:
+        """Return when most of `data` is sent.
+
+        Raises:
+            TooSlow: The client read nothing for WRITE_SECONDS_MAX.
+            ConnectionError: The client has disconnected.
+        """
+        try:
+            async with asyncio.timeout(WRITE_SECONDS_MAX):
+                await self.response.write(data)
+        except TimeoutError:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise TooSlow from None
+
+
+async def send_body(request: web.Request, services: Services, body: bytes, content_type: str) -> Any:
+    """Send a large body in chunks."""
+    stream = StreamBody(request, content_type, len(body))
+    await stream.start()
+    try:
+        for first in range(0, len(body), CHUNK_BYTES):
+            await stream.send(body[first : first + CHUNK_BYTES])
+    except TooSlow:
+        services.counts["streams_dropped"] += 1
+    except ConnectionError:
+        pass  # the client has disconnected
+    return stream.response
