@@ -8,13 +8,13 @@ COPY workers workers
 RUN /opt/pkb/bin/pip install --no-cache-dir .
 
 FROM python:3.12-slim
-# The sync's git; everything else comes with Python.
+# `pkb sync` needs git; everything else comes with Python.
 RUN apt-get update && apt-get install --yes --no-install-recommends git ca-certificates \
     && rm -rf /var/lib/apt/lists/*
 RUN useradd --uid 10001 --create-home pkb && install -d -o pkb /data
 COPY --from=build /opt/pkb /opt/pkb
 ENV PATH=/opt/pkb/bin:$PATH PYTHONUNBUFFERED=1 PKB_DATA_DIR=/data
-# numba writes beside the code, which is not ours to write to, or here.
+# numba would write its cache next to the code, which this user may not change.
 ENV NUMBA_CACHE_DIR=/home/pkb/.cache/numba
 USER pkb
 # Compile the candle rules now (20 s), not in each new container. Another processor compiles them once more.

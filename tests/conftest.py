@@ -1,4 +1,4 @@
-"""Fixtures: settings untouched by the developer's environment, and a private server of each kind.
+"""Fixtures: settings that ignore the user's environment, and a private server of each kind.
 
 A test that asks for `client` or `settings` runs once on Valkey and once on Redis; one that asks for
 neither starts no server. One kind only: `@pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)`.
@@ -45,9 +45,9 @@ warm_up(DEFAULT_INTERVALS)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile the kernels once, before three processes would: a rehearsal's clock does not wait for them."""
+    """Compile the kernels once, before three processes would each compile them."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-        # As a shell's background job has it, and so would all commands that tests start and interrupt.
+        # A shell's background job ignores SIGINT, and every command that tests start would inherit that.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     is_first = not hasattr(config, "workerinput")  # xdist's processes have one
     if is_first and compiled.folder and not any(Path(compiled.folder).rglob("*.nbi")):
@@ -55,8 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _undisturbed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No PKB_ variable, no .env and no data folder of the developer's reaches a test or its children."""
+def _clean_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hide the user's PKB_ variables, .env and data folder from a test and its children."""
     for name in [name for name in os.environ if name.startswith("PKB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "xdg-data"))
@@ -74,7 +74,7 @@ def server_kind(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="session")
 def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], EmbeddedServer]]:
-    """kind → a server of this test process, started when first asked for, stopped with the session."""
+    """Return a function that starts a server of a kind once per test process; stop them with the session."""
     started: dict[str, EmbeddedServer] = {}
 
     def server_of(kind: str) -> EmbeddedServer:
@@ -90,7 +90,7 @@ def _servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str
 
 @pytest.fixture
 def server(_servers: Callable[[str], EmbeddedServer], server_kind: str) -> EmbeddedServer:
-    """The private server itself; its data and Functions are gone before each test."""
+    """The private server, emptied of data and functions before each test."""
     server = _servers(server_kind)
     with redis.Redis.from_url(server.url) as connection:
         connection.flushall()

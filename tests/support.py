@@ -1,4 +1,4 @@
-"""What tests share: waiting on predicates, private servers, child processes that surely end."""
+"""Helpers for tests: wait on predicates, start private servers, run child processes that always end."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ PKB = [sys.executable, "-c", "from pkbrokers_redis.cli.main import run; run()"]
 def wait_until(
     predicate: Callable[[], T], *, timeout_seconds: float = 15.0, what: str = "", poll_seconds: float = 0.01
 ) -> T:
-    """The first truthy value of `predicate()`; AssertionError with `what` when none comes in time.
+    """Return the first truthy value of `predicate()`. Raise AssertionError with `what` after the time limit.
 
-    The limit is a bound for a broken program, not a measure of a working one: leave it generous.
+    The limit only ends a broken program: leave it generous.
     """
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -47,7 +47,7 @@ def wait_until(
 
 
 def is_alive(pid: int) -> bool:
-    """Whether that process runs; a zombie does not."""
+    """Return whether the process runs; a zombie does not count."""
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -72,7 +72,7 @@ def running_process(
 ) -> Iterator[subprocess.Popen[str]]:
     """A child in a process group of its own, killed with all its children at the end of the block.
 
-    stdout is a text pipe (with stderr in it unless told otherwise). `env` is added to the environment.
+    stdout is a text pipe; stderr is merged into it by default. `env` is added to the environment.
     """
     process = subprocess.Popen(
         [str(word) for word in command],
@@ -97,14 +97,14 @@ def running_process(
 def running_python(
     *arguments: str, env: dict[str, str] | None = None
 ) -> contextlib.AbstractContextManager[subprocess.Popen[str]]:
-    """`running_python("-m", "workers.ingest", env=settings_env(settings))`: this Python, surely ended."""
+    """`running_python("-m", "workers.ingest", env=settings_env(settings))`: this Python, always ended."""
     return running_process(sys.executable, *arguments, env=env)
 
 
 def run_pkb(
     *arguments: str, env: dict[str, str] | None = None, timeout_seconds: float = 60.0
 ) -> subprocess.CompletedProcess[str]:
-    """`pkb ARGUMENTS` to its end, stdout and stderr apart. Killed with its children at the limit."""
+    """Run `pkb ARGUMENTS` to its end; stdout and stderr are separate. Kill it with its children at the limit."""
     with running_process(*PKB, *arguments, env=env, stderr_too=False) as process:
         out, err = process.communicate(timeout=timeout_seconds)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -112,7 +112,7 @@ def run_pkb(
 
 @contextlib.contextmanager
 def running_server(folder: Path, *options: str, kind: str = "valkey") -> Iterator[int]:
-    """A server of its own with options of its own (`"--requirepass", "x"`); its TCP port on 127.0.0.1."""
+    """Start a server with the given options (`"--requirepass", "x"`); yield its TCP port on 127.0.0.1."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
@@ -141,9 +141,9 @@ def running_server(folder: Path, *options: str, kind: str = "valkey") -> Iterato
 
 
 class Impostor:
-    """A TCP server that answers each RESP command as told: `reply_of(b"PING") -> b"+PONG\\r\\n"`.
+    """A TCP server with a scripted reply to each RESP command: `reply_of(b"PING") -> b"+PONG\\r\\n"`.
 
-    It plays external parties we cannot install: an old Redis, a web server. `commands` is what it was sent.
+    It plays servers that cannot be installed here: an old Redis, a web server. `commands` holds what it received.
     """
 
     def __init__(self, reply_of: Callable[[bytes], bytes], *, tls: ssl.SSLContext | None = None) -> None:

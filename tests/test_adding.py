@@ -1,4 +1,4 @@
-"""docs/adding.md's examples run: what a newcomer copies from there works as it stands."""
+"""Run the examples of docs/adding.md as they stand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
 
 
 def example(heading: str, **names: Any) -> dict[str, Any]:
-    """The names that a section's indented code defines; `names` are there before it runs."""
+    """The names that a section's indented code defines; `names` exist before it runs."""
     section = ADDING.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     code = "\n".join(re.findall(r"^(?: {4}.*|)$", section, re.M))
     assert code.strip(), heading
@@ -50,6 +50,6 @@ def test_another_brokers_messages_become_ticks_and_quotes(
         assert store.get_quote("NSE:MINE")["last_price"] in (101.5, 102.25)  # the second within half a second
 
 
-def test_the_example_of_a_bot_command_is_one(server_kind: str) -> None:
+def test_bot_command_example_of_the_docs_is_a_working_command(server_kind: str) -> None:
     command = example("A bot command, in ten lines")["COMMAND"]
     assert isinstance(command, registry.Command) and command.usage == "/spread SYMBOL"

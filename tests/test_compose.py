@@ -1,4 +1,4 @@
-"""The compose files without an engine: each service's own command, in its environment, becomes healthy here.
+"""Run each service of the compose files without a container engine, until its own health check passes.
 
 Hosts and addresses are replaced by loopback ports, folders of a container by scratch ones; nothing else is.
 """
@@ -49,7 +49,7 @@ def services(name: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def is_ours(service: dict[str, Any]) -> bool:
+def is_worker(service: dict[str, Any]) -> bool:
     return bool(service["image"] == "pkbrokers-redis")
 
 
@@ -57,16 +57,16 @@ EVERY_SERVICE = [(file, name) for file in FILES for name in services(file)]
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_parts_of_a_pipeline_are_there(file: str) -> None:
+def test_compose_file_has_every_role_of_the_pipeline(file: str) -> None:
     found = services(file)
     assert {"ingest", "aggregator", "jobs", "cron"} <= found.keys()
     assert any(name.startswith("redis") for name in found)
 
 
 @pytest.mark.parametrize(("file", "name"), EVERY_SERVICE)
-def test_a_service_runs_a_command_that_exists_and_can_tell_its_health(file: str, name: str) -> None:
+def test_service_runs_an_existing_command_with_a_health_check(file: str, name: str) -> None:
     service = services(file)[name]
-    if is_ours(service):
+    if is_worker(service):
         assert service["command"][0] == "pkb" and service["command"][1] in COMMANDS
         assert service["restart"] == "unless-stopped"
         known = {env_name(field) for field in Settings.model_fields}
@@ -81,7 +81,7 @@ def test_a_service_runs_a_command_that_exists_and_can_tell_its_health(file: str,
 
 
 @pytest.mark.parametrize(("file", "name"), EVERY_SERVICE)
-def test_a_service_uses_only_volumes_and_networks_that_are_declared(file: str, name: str) -> None:
+def test_service_uses_only_declared_volumes_and_networks(file: str, name: str) -> None:
     content = compose(file)
     service = content["services"][name]
     for volume in service.get("volumes", []):
@@ -91,7 +91,7 @@ def test_a_service_uses_only_volumes_and_networks_that_are_declared(file: str, n
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_redis_keeps_what_it_has(file: str) -> None:
+def test_redis_service_is_durable_and_never_evicts(file: str) -> None:
     for name, service in services(file).items():
         if "redis-server" in service["command"]:
             words = service["command"]
@@ -102,19 +102,19 @@ def test_redis_keeps_what_it_has(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_jobs_give_way_to_what_serves_the_ticks(file: str) -> None:
+def test_jobs_service_has_the_smallest_cpu_share(file: str) -> None:
     weights = {name: service.get("cpu_shares", 1024) for name, service in services(file).items()}
     assert weights.pop("jobs") < min(weights.values())
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_worker_gets_more_time_to_stop_than_it_takes_to_drain(file: str) -> None:
+def test_stop_grace_period_is_longer_than_draining(file: str) -> None:
     for service in services(file).values():
-        if is_ours(service):
+        if is_worker(service):
             assert int(service["stop_grace_period"].removesuffix("s")) >= 10
 
 
-def test_no_secret_is_written_in_the_files() -> None:
+def test_compose_files_contain_no_secret() -> None:
     secret = {
         env_name(name)
         for name, field in Settings.model_fields.items()
@@ -138,7 +138,7 @@ def dockerfile() -> list[list[str]]:
     return [line.split(None, 1) for line in text.splitlines() if line.strip() and not line.startswith("#")]
 
 
-def test_the_image_runs_as_nobody_special_and_has_its_healthcheck() -> None:
+def test_image_runs_as_an_unprivileged_user_with_a_health_check() -> None:
     words = dict(dockerfile())
     assert words["USER"] == "pkb"
     check = json.loads(words["HEALTHCHECK"].partition("CMD ")[2])
@@ -146,7 +146,7 @@ def test_the_image_runs_as_nobody_special_and_has_its_healthcheck() -> None:
     assert words["FROM"].startswith("python:3.1")
 
 
-def test_what_the_image_copies_is_there_and_let_through() -> None:
+def test_files_copied_into_the_image_exist_and_pass_dockerignore() -> None:
     let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().split() if line.startswith("!")}
     copied = {
         word
@@ -158,7 +158,7 @@ def test_what_the_image_copies_is_there_and_let_through() -> None:
     assert all((ROOT / name).exists() for name in copied)
 
 
-def test_what_the_image_runs_to_compile_the_rules_runs() -> None:
+def test_image_build_step_that_compiles_the_rules_runs() -> None:
     [program] = [words for what, words in dockerfile() if what == "RUN" and words.startswith("python -c")]
     code = re.fullmatch(r'python -c "(.*)"', program)
     assert code is not None
@@ -183,7 +183,7 @@ class Stack:
         self._bus_ports = dict(zip(nodes, free[len(nodes) :], strict=True))
 
     def up(self, name: str) -> None:
-        """Start it and wait until its own healthcheck is content; a one-shot is run to its end."""
+        """Start a service and wait until its health check passes; run a one-shot service to its end."""
         if name in self._up:
             return
         self._up.add(name)
@@ -214,7 +214,7 @@ class Stack:
     def _environment(self, name: str) -> dict[str, str]:
         service = self._services[name]
         env = {word: value for word, value in os.environ.items() if not word.startswith("PKB_")}
-        if not is_ours(service):
+        if not is_worker(service):
             return env
         # As an engine does it: .env first, then `environment`; and /data is a folder of its own.
         own = {**self._dotenv, **{word: self._local(value) for word, value in service["environment"].items()}}
@@ -268,7 +268,7 @@ def telegram() -> Iterator[Telegram]:
 @needs_redis
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("file", FILES)
-def test_every_service_becomes_healthy(
+def test_every_service_becomes_healthy_and_candles_form(
     file: str, tmp_path: Path, kite: SimulatorServer, telegram: Telegram
 ) -> None:
     tokens = ",".join(str(row["instrument_token"]) for row in universe(5))

@@ -1,6 +1,6 @@
-"""The docs say what the code does: tables are compared, row by row.
+"""Compare the tables of the docs with the code, row by row.
 
-`python -m tests.test_docs` writes docs/settings.md anew.
+`python -m tests.test_docs` regenerates docs/settings.md.
 """
 
 from __future__ import annotations
@@ -67,22 +67,22 @@ def table_rows(text: str) -> list[list[str]]:
     ]
 
 
-def test_the_settings_page_is_the_settings_table() -> None:
+def test_settings_page_matches_the_settings_fields() -> None:
     assert page("settings.md") == settings_page(), "run `python -m tests.test_docs`"
 
 
-def test_every_secret_is_marked_and_shows_no_default() -> None:
+def test_every_secret_setting_is_marked_and_shows_no_default() -> None:
     secrets = [field for field in Settings.model_fields.values() if secret_mark(field)]
     assert len(secrets) >= 5
     assert all(field.default is None for field in secrets)
 
 
-def test_the_key_table_is_the_codes() -> None:
+def test_key_table_matches_the_code() -> None:
     documented = [tuple(cell.strip("`") for cell in row[:4]) for row in table_rows(page("keys.md"))]
     assert documented == list(KEY_TABLE)
 
 
-def test_every_key_the_code_can_build_is_in_the_table() -> None:
+def test_every_key_of_the_code_is_in_the_key_table() -> None:
     keys = Keys("P", 8)
     built = {
         keys.meta(),
@@ -140,13 +140,13 @@ def test_every_key_the_code_can_build_is_in_the_table() -> None:
     assert built == documented
 
 
-def test_each_key_has_a_section_or_an_example() -> None:
+def test_each_key_has_a_section_in_the_docs() -> None:
     headings = " ".join(line for line in page("keys.md").splitlines() if line.startswith("###"))
     assert [name for name, *_ in KEY_TABLE if f"`{name}`" not in headings] == []
 
 
 @pytest.mark.parametrize("fields", [TICK_FIELDS, CANDLE_FIELDS], ids=["tick", "candle"])
-def test_row_layouts_are_the_codes_and_have_an_example(fields: tuple[str, ...]) -> None:
+def test_row_layouts_match_the_code_and_have_an_example(fields: tuple[str, ...]) -> None:
     lines = [line.strip() for line in page("keys.md").splitlines()]
     at = lines.index(f"[{', '.join(fields)}]")
     assert lines[at + 1].count(",") == len(fields) - 1
@@ -159,35 +159,38 @@ def test_every_flag_of_a_candle_is_explained() -> None:
     assert set(FLAG_WORDS) == set(FLAG_NAMES), "`pkb explain` has words for each flag"
 
 
-def test_each_command_has_its_section_and_each_section_its_command() -> None:
+def test_commands_and_sections_of_the_docs_match() -> None:
     sections = set(re.findall(r"^### `pkb ([\w-]+)`$", page("commands.md"), re.M))
     assert set(COMMANDS) - sections == set(), "no section in docs/commands.md"
     assert sections - set(COMMANDS) == set(), "a section in docs/commands.md without a command"
 
 
-def test_every_kind_of_snapshot_is_in_the_docs() -> None:
+def test_every_snapshot_kind_is_documented() -> None:
     listed = f"pkb snapshot {'|'.join(KINDS)}`"
     assert listed in page("commands.md") and listed in page("files.md"), f"docs do not say {listed}"
 
 
-def test_every_row_of_the_day_is_in_the_docs() -> None:
+def test_every_row_of_the_daily_timetable_is_documented() -> None:
     rows = {name for row in table_rows(page("jobs.md")) for name in re.findall(r"`(\w+)`", row[0])}
     assert {row.name for row in DAY} - rows == set(), "no row in docs/jobs.md"
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in DOCS.glob("*.md")))
-def test_the_files_and_settings_a_page_names_exist(name: str) -> None:
+def test_files_and_settings_named_in_a_page_exist(name: str) -> None:
     text = page(name)
     known = {env_name(field) for field in Settings.model_fields}
     assert set(re.findall(r"PKB_[A-Z_]*[A-Z]", text)) - known == set()
     for path in re.findall(r"`((?:pkbrokers_redis|docs|tests|workers)/[\w/.-]*)`", text):
         assert (ROOT / path).exists(), path
-    for path in re.findall(r"`((?:core|kite|store|pipeline|consumers|cli)/[\w/]+\.\w+)`", text):
+    for path in re.findall(
+        r"`((?:candles|kite|store|ingest|aggregate|runtime|client|files|compat|jobs|bot|web|cli|simulator)/[\w/]+\.\w+)`",
+        text,
+    ):
         assert (ROOT / "pkbrokers_redis" / path).exists(), path
 
 
-def test_what_adding_md_says_is_in_a_file_is_there() -> None:
-    """`NAME` (`folder/file.py`), `function` of `folder/file.py`: the file speaks of it."""
+def test_names_in_adding_md_exist_in_the_files_it_names() -> None:
+    """`NAME` (`folder/file.py`), `function` of `folder/file.py`: the file contains the name."""
     found = re.findall(r"`(\w+)`,?\s+(?:\(|of\s+|in\s+)`([\w/]+\.\w+)`", page("adding.md"))
     assert len(found) > 30
     for name, path in found:
@@ -196,7 +199,7 @@ def test_what_adding_md_says_is_in_a_file_is_there() -> None:
         assert re.search(rf"\b{name}\b", place.read_text(encoding="utf-8")), f"{path} has no {name}"
 
 
-def test_the_changelog_has_an_unreleased_part() -> None:
+def test_changelog_has_an_unreleased_section() -> None:
     assert "## [Unreleased]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 

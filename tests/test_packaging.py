@@ -1,4 +1,4 @@
-"""What an archive of the project holds, and what it says of itself."""
+"""Check the contents of the source archive and its metadata."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SOURCES = PROJECT["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
 
 
-def test_the_source_archive_has_every_file_that_the_tests_read() -> None:
+def test_source_archive_contains_every_file_that_tests_read() -> None:
     read = {
         name
         for test in (ROOT / "tests").rglob("*.py")
@@ -24,7 +24,7 @@ def test_the_source_archive_has_every_file_that_the_tests_read() -> None:
     assert [name for name in SOURCES if not (ROOT / name).exists()] == []
 
 
-def test_the_image_takes_the_least_python_and_newer_ones_that_are_named() -> None:
+def test_image_uses_a_python_version_named_in_the_classifiers() -> None:
     least = PROJECT["project"]["requires-python"].removeprefix(">=")
     named = [each.rpartition(" ")[2] for each in PROJECT["project"]["classifiers"] if ":: 3." in each]
     assert named[0] == least

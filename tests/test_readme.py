@@ -1,4 +1,4 @@
-"""README says the truth: its Inspect lines and its Python run against a store that the pipeline filled."""
+"""Run README's Inspect lines and Python against a store that the pipeline filled."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def filled(make_settings: Callable[..., Settings], client: redis.Redis) -> Setti
     return settings
 
 
-def test_the_inspect_lines_show_text_that_needs_no_decoding(filled: Settings, client: redis.Redis) -> None:
+def test_inspect_lines_of_the_readme_print_text(filled: Settings, client: redis.Redis) -> None:
     lines = [line.partition("#")[0].strip() for line in block("## Inspect").splitlines()]
     assert len(lines) >= 7
     for line in filter(None, lines):
@@ -74,7 +74,7 @@ def test_the_inspect_lines_show_text_that_needs_no_decoding(filled: Settings, cl
         str(reply).encode("ascii" if b"depth" not in str(reply).encode() else "utf-8")
 
 
-def test_the_python_of_the_readme_runs(filled: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_of_the_readme_runs(filled: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in settings_env(filled).items():
         monkeypatch.setenv(name, value)
     code = block("## From Python", "python")
@@ -90,13 +90,13 @@ def test_the_python_of_the_readme_runs(filled: Settings, monkeypatch: pytest.Mon
         break
 
 
-def test_every_file_that_the_readme_names_exists() -> None:
+def test_every_file_linked_in_the_readme_exists() -> None:
     links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert links
     assert [link for link in links if not (Path(__file__).parents[1] / link).exists()] == []
 
 
-def test_the_two_commands_are_targets_of_the_makefile() -> None:
+def test_commands_of_the_readme_are_makefile_targets() -> None:
     makefile = (Path(__file__).parents[1] / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", block("# pkbrokers-redis"), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)

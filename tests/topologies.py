@@ -1,4 +1,4 @@
-"""Clusters and Sentinel sets on loopback: real servers, started for a test and surely ended."""
+"""Clusters and Sentinel sets on loopback: real servers, started for a test and always ended."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SERVICE = "pkbmaster"
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on, all different."""
+    """Return free ports, all different."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(count)]
         for probe in probes:
@@ -41,7 +41,7 @@ def running_node(folder: Path, port: int, *options: str) -> Iterator[subprocess.
 
 
 def wait_for(port: int, password: str | None = None) -> None:
-    """Until the server answers a PING (or wants a password for it)."""
+    """Wait until the server answers a PING or requests a password."""
 
     def answers() -> bool:
         with redis.Redis(port=port, password=password, socket_timeout=5) as client:
