@@ -104,7 +104,7 @@ def running_python(
 def run_pkb(
     *arguments: str, env: dict[str, str] | None = None, timeout_seconds: float = 60.0
 ) -> subprocess.CompletedProcess[str]:
-    """Run `pkb ARGUMENTS` to its end; stdout and stderr are separate. Kill it with its children at the limit."""
+    """Run `pkb ARGUMENTS` to its end, stdout and stderr apart. Kill it and its children at the limit."""
     with running_process(*PKB, *arguments, env=env, stderr_too=False) as process:
         out, err = process.communicate(timeout=timeout_seconds)
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -143,7 +143,7 @@ def running_server(folder: Path, *options: str, kind: str = "valkey") -> Iterato
 class Impostor:
     """A TCP server with a scripted reply to each RESP command: `reply_of(b"PING") -> b"+PONG\\r\\n"`.
 
-    It plays servers that cannot be installed here: an old Redis, a web server. `commands` holds what it received.
+    It plays servers that cannot be installed: an old Redis, a web server. `commands` holds what it received.
     """
 
     def __init__(self, reply_of: Callable[[bytes], bytes], *, tls: ssl.SSLContext | None = None) -> None:
