@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from pkbrokers_redis.runtime import roles
+from pkbrokers_redis.aggregate.worker import run_aggregate
+from pkbrokers_redis.runtime.roles import run_role
 
 if __name__ == "__main__":
-    sys.exit(roles.main(roles.aggregate, sys.argv[1:]))
+    sys.exit(run_role(run_aggregate, sys.argv[1:]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from pkbrokers_redis.jobs.cron import cron
-from pkbrokers_redis.runtime import roles
+from pkbrokers_redis.runtime.roles import run_role
 
 if __name__ == "__main__":
-    sys.exit(roles.main(cron, sys.argv[1:]))
+    sys.exit(run_role(cron, sys.argv[1:]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from pkbrokers_redis.jobs.worker import jobs
-from pkbrokers_redis.runtime import roles
+from pkbrokers_redis.runtime.roles import run_role
 
 if __name__ == "__main__":
-    sys.exit(roles.main(jobs, sys.argv[1:]))
+    sys.exit(run_role(jobs, sys.argv[1:]))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
-from pkbrokers_redis.runtime import roles
+from pkbrokers_redis.runtime.roles import run_role
 from pkbrokers_redis.web.runner import serve
 
 if __name__ == "__main__":
-    sys.exit(roles.main(serve, sys.argv[1:]))
+    sys.exit(run_role(serve, sys.argv[1:]))

@@ -44,9 +44,13 @@ from pkbrokers_redis.aggregate.shard import (
 from pkbrokers_redis.candles.calendar import Sessions, load_sessions
 from pkbrokers_redis.candles.changeset import Scratch
 from pkbrokers_redis.candles.state import Book, Changes
+from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.runtime.warmup import warm_up
+from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.roles import now_ms as wall_ms
+from pkbrokers_redis.runtime.roles import open_store, worker_id
+from pkbrokers_redis.runtime.warmup import settle_heap, warm_up
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import (
@@ -59,6 +63,7 @@ from pkbrokers_redis.store.commit import (
     read_position,
     settle_commit,
 )
+from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.errors import is_not_now
 from pkbrokers_redis.store.instruments import load_derivative_tokens
 from pkbrokers_redis.store.streams import StreamReader, trim
@@ -436,3 +441,35 @@ class Aggregator:
 def _passes(error: ResponseError) -> bool:
     """Whether a refusal will pass: Redis cannot now, or lost our functions, which start() loads."""
     return is_not_now(error) or "Function not found" in str(error)
+
+
+def run_aggregate(settings: Settings, stop: threading.Event) -> None:
+    """Run an aggregator until `stop` is set; several aggregators share the shards.
+
+    Raises:
+        PkbError: Redis is unavailable at the start, or `P:meta` was written with other settings.
+    """
+    client = open_store(settings)
+    name = worker_id("aggregate")
+    silence_seconds_max = max(2 * settings.lease_seconds, 5.0)  # of Redis, before it is connected again
+    aggregator = Aggregator(
+        lambda: connect(settings, socket_timeout_seconds=silence_seconds_max),
+        settings,
+        now_ms=market_clock(settings),
+        owner=name,
+    )
+    heart = Heartbeat(settings.keys, "aggregate", name, wall_ms())
+
+    def beat(_ticks: int) -> None:
+        if heart.due(at := wall_ms()):
+            shards = sorted(aggregator.workers)
+            heart.beat(client, at, aggregator.ticks_total, aggregator.figures(), shards)
+            if aggregator.ticks_total:  # every kernel has run by now
+                settle_heap()
+
+    log.info("started", store=describe(settings), shards=settings.shards, clock=settings.clock)
+    try:
+        aggregator.run(stop, beat)
+    finally:
+        heart.end(client)
+    log.info("stopped", **aggregator.counts)

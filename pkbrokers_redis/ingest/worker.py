@@ -40,13 +40,16 @@ from pkbrokers_redis.ingest.spool import Spool
 from pkbrokers_redis.ingest.watchdog import FeedMonitor, TickActivity
 from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.kite.quotes import INTERVAL_MS
+from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.roles import RestartWatch, now_ms, open_store, worker_id
+from pkbrokers_redis.runtime.warmup import settle_heap, warm_up_writer
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.instrument_list import instrument_list, list_version
 from pkbrokers_redis.store.instruments import load_derivative_tokens
 from pkbrokers_redis.store.queue import open_queue
 
-__all__ = ["FrameWriter", "Inbox", "Ingest", "figures_of", "forward", "open_inbox", "pump"]
+__all__ = ["FrameWriter", "Inbox", "Ingest", "figures_of", "forward", "open_inbox", "pump", "run_ingest"]
 
 log = logs.get("ingest")
 
@@ -361,3 +364,43 @@ def make_ingest(settings: Settings, client: redis.Redis, worker_id: str, stop: t
         sessions=sessions,
         jobs=jobs,
     )
+
+
+def run_ingest(settings: Settings, stop: threading.Event, *, restartable: bool = True) -> None:
+    """Stream PKB_INSTRUMENTS from Kite into Redis until `stop` is set.
+
+    Args:
+        settings: The worker's settings.
+        stop: Ends the worker when it is set.
+        restartable: Whether an operator's request for a restart ends the worker.
+
+    Raises:
+        RestartRequested: An operator requested a restart; the worker has stopped cleanly.
+        PkbError: There is no Kite session, an instrument is unknown, or Redis is unavailable at the start.
+    """
+    client = open_store(settings)
+    name = worker_id("ingest")
+    restart = RestartWatch(client, settings.keys, "ingest")
+    worker = make_ingest(settings, client, name, stop)
+    warm_up_writer()
+    heart = Heartbeat(settings.keys, "ingest", name, now_ms())
+
+    def beat() -> None:
+        if heart.due(at := now_ms()):
+            heart.beat(client, at, worker.writer.counts["ticks"], figures_of(worker))
+            if worker.writer.counts["ticks"]:  # every kernel has run by now
+                settle_heap()
+            if restartable:
+                restart.check(stop)
+
+    log.info(
+        "started", store=describe(settings), kite=worker.sessions[0].address, feeds=len(worker.feeds),
+        instruments=len(worker.roster.symbols), api_keys=len(worker.sessions),
+        repairs=worker.jobs is not None,
+    )  # fmt: skip
+    try:
+        worker.run(stop, beat)
+    finally:
+        heart.end(client)
+    log.info("stopped", **figures_of(worker))
+    restart.raise_if_requested()

@@ -40,6 +40,7 @@ from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
+from pkbrokers_redis.runtime.signals import STOP_SIGNALS, ignore_signal
 from pkbrokers_redis.runtime.supervisor import PR_SET_PDEATHSIG
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import lease
@@ -101,7 +102,6 @@ class JobWorker(Worker):
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
         """SIGTERM, SIGINT: finish the job at hand, then end. A second one ends it at once."""
-        self.stop.set()
         super().request_stop(signum, frame)
 
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
@@ -232,9 +232,9 @@ def jobs(settings: Settings, stop: threading.Event) -> None:
                 if life == 1 or beside.worker is not None:  # once an outage
                     log_role.warning("redis_away", why=explain(error, place).message)
             beside.worker = None
-            # RQ's handlers belong to its loop, which has ended.
-            for each in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(each, lambda *_: stop.set())
+            # RQ's handlers belong to its loop, which has ended. `run_role` still sets `stop`.
+            for number in STOP_SIGNALS:
+                signal.signal(number, ignore_signal)
             if stop.wait(0.0 if stop.is_set() else RETRY_SECONDS):
                 break
     finally:

@@ -7,7 +7,7 @@ from pkbrokers_redis.bot.commands.refresh_token import renew
 from pkbrokers_redis.bot.registry import Command
 from pkbrokers_redis.bot.text import escape
 from pkbrokers_redis.errors import PkbError
-from pkbrokers_redis.runtime.roles import ask_restart
+from pkbrokers_redis.runtime.roles import request_restart
 
 ROLE = "ingest"
 
@@ -17,8 +17,8 @@ async def restart(ask: Ask) -> None:
         await renew(ask)
     except PkbError as error:  # the old session may still be good, and a restart help without a new one
         await ask.reply(f"No new session: {escape(str(error))}")
-    await ask.read(ask_restart, ask.services.client, ask.services.keys, ROLE)
-    await ask.reply("The ingest workers begin anew within seconds, instruments and all. /status shows them.")
+    await ask.read(request_restart, ask.services.client, ask.services.keys, ROLE)
+    await ask.reply("The ingest workers restart within seconds. /status shows them.")
 
 
 COMMAND = Command(

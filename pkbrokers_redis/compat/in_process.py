@@ -10,18 +10,18 @@ processes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from functools import partial
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.aggregate.worker import run_aggregate
+from pkbrokers_redis.ingest.worker import run_ingest
 from pkbrokers_redis.kite.instruments import KiteInstruments
-from pkbrokers_redis.runtime import roles
+from pkbrokers_redis.runtime.roles import Role, open_store
 from pkbrokers_redis.settings import Settings
 
 log = logs.get("watcher")
 
 STOP_SECONDS_MAX = 10.0  # of each role: ingest first, then the aggregator has what it wrote
-
-Role = Callable[[Settings, threading.Event], None]
 
 
 class RoleThread:
@@ -62,9 +62,9 @@ def run_pipeline(settings: Settings, stop: threading.Event, *, aggregate: bool =
     """
     sync_if_needed(settings)
     ended = threading.Event()
-    threads = [RoleThread("ingest", roles.ingest, settings, ended)]
+    threads = [RoleThread("ingest", partial(run_ingest, restartable=False), settings, ended)]
     if aggregate:
-        threads.append(RoleThread("aggregate", roles.aggregate, settings, ended))
+        threads.append(RoleThread("aggregate", run_aggregate, settings, ended))
     try:
         for thread in reversed(threads):  # readers stand ready before writers
             thread.start()
@@ -82,7 +82,7 @@ def sync_if_needed(settings: Settings) -> None:
     """Fetch the instrument master where there is none and tokens alone will not do. Raises PkbError."""
     if all(part.strip().isdecimal() for part in settings.instruments.split(",") if part.strip()):
         return
-    client = roles.open_store(settings)
+    client = open_store(settings)
     try:
         if not client.exists(settings.keys.symbols()):
             synced = KiteInstruments(settings=settings, client=client).sync()
