@@ -9,7 +9,7 @@ import typer
 
 from pkbrokers_redis.candles.calendar import Sessions, load_sessions
 from pkbrokers_redis.candles.model import SEGMENTS
-from pkbrokers_redis.cli.output import AsCsv, AsJson, Form, choose, dump, emit, iso
+from pkbrokers_redis.cli.common import AsCsv, AsJson, Form, choose_form, dump, emit, iso
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.settings import load_settings
@@ -29,7 +29,7 @@ def calendar(
     Without a date it is today. A year lists all its holidays and special sessions. PKB_CALENDAR names a file
     that is laid over the shipped calendar.
     """
-    form = choose(as_json, as_csv)
+    form = choose_form(as_json, as_csv)
     settings = load_settings()
     sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
     chosen = _schedules(sessions, segment)

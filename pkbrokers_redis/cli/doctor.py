@@ -1,4 +1,4 @@
-"""`pkb doctor`: everything that may be wrong with a pipeline, checked one by one, each with its mend."""
+"""`pkb doctor`: check everything that may be wrong with a pipeline, each finding with its fix."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ import redis
 import typer
 from redis.exceptions import ResponseError
 
-from pkbrokers_redis.cli.health_view import console, line
-from pkbrokers_redis.cli.output import AsJson, dump
-from pkbrokers_redis.cli.reader import require_store
+from pkbrokers_redis.cli.common import AsJson, dump, require_store
+from pkbrokers_redis.cli.pipeline import console, line
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import PkbError, RedisUnavailable
 from pkbrokers_redis.runtime.cluster_state import each_server, gather

@@ -1,18 +1,57 @@
-"""`pkb jobs`: the jobs worker in the foreground, and a look at the queue."""
+"""`pkb jobs`: the jobs worker in the foreground, and a look at the queue.
+
+`pkb cron`: the trading day's jobs at their times; `--list` shows the table.
+
+`pkb snapshot`: the store as files, and back.
+
+`pkb sync`: the snapshots to a data branch, and from there.
+
+`pkb backfill`: our candles of a day against Kite's history, and Kite's in place of those that differ.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+from datetime import date
+from pathlib import Path
+from typing import Annotated, Any, cast
 
 import typer
 
-from pkbrokers_redis.cli.output import AsJson, choose, emit, iso
-from pkbrokers_redis.cli.reader import require_store
+from pkbrokers_redis import logs
+from pkbrokers_redis.candles.calendar import load_sessions
+from pkbrokers_redis.cli.common import (
+    AsJson,
+    choose_form,
+    dump,
+    emit,
+    iso,
+    note,
+    print_enqueued,
+    progress_bar,
+    require_store,
+)
+from pkbrokers_redis.clock import market_clock
+from pkbrokers_redis.errors import PkbError, SettingsError
+from pkbrokers_redis.files.manifest import problems, read_manifest
+from pkbrokers_redis.jobs import pull as pulling
+from pkbrokers_redis.jobs import sync as syncing
 from pkbrokers_redis.jobs import view, worker
-from pkbrokers_redis.runtime import roles
-from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.jobs.backfill import kept_interval, repair_day
+from pkbrokers_redis.jobs.context import Desk, open_desk
+from pkbrokers_redis.jobs.cron import NSE_TOKEN, Plan, cron, next_runs, schedules_of
+from pkbrokers_redis.jobs.github import target_of
+from pkbrokers_redis.jobs.progress import read_progress
+from pkbrokers_redis.jobs.restore import restore, verify
+from pkbrokers_redis.jobs.snapshots import KINDS, open_run
+from pkbrokers_redis.jobs.snapshots import snapshot as write_snapshot
+from pkbrokers_redis.runtime.roles import run_role
+from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.queue import has_queue, open_queue
+from pkbrokers_redis.store.embedded.server import running
+from pkbrokers_redis.store.instrument_list import instrument_list
+from pkbrokers_redis.store.job_names import job_id
+from pkbrokers_redis.store.queue import enqueue, has_queue, open_queue
+from pkbrokers_redis.store.symbols import resolve_all
 
 LISTED = ("id", "job", "state", "since", "progress", "retries_left")
 FAILED = ("id", "job", "at", "why")
@@ -33,9 +72,9 @@ def jobs(
     One role in the foreground, as `python -m workers.jobs`. Several share the queue.
     """
     if not (listed or failed or retry):
-        raise typer.Exit(roles.main(worker.jobs))
+        raise typer.Exit(run_role(worker.jobs))
     settings = load_settings()
-    form = choose(as_json, False)
+    form = choose_form(as_json, False)
     require_store(settings)
     with connect(settings, for_reading=True) as store:
         # The store's own client where the queue is there too: another would make an embedded store anew.
@@ -59,3 +98,305 @@ def jobs(
         for row in rows
     ]
     emit(shown, LISTED, form)
+
+
+COLUMNS = ("row", "next", "when", "job", "does")
+
+
+def cron_(
+    listed: Annotated[
+        bool, typer.Option("--list", help="the table, with each row's next time in India")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Put the trading day's jobs into the queue when they are due: login, snapshots, settling, sync.
+
+    One role in the foreground, as `python -m workers.cron`; a `pkb jobs` worker carries them out. Holidays
+    have none, special sessions theirs. Two of them do no harm.
+    """
+    if not listed:
+        raise typer.Exit(run_role(cron))
+    settings = load_settings()
+    sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
+    schedules = {sessions.schedule_of(NSE_TOKEN)}
+    try:
+        if settings.redis_url is not None or running(settings.data_dir) is not None:
+            with connect(settings, for_reading=True) as store:
+                schedules = schedules_of(store, settings, sessions)
+    except PkbError:
+        pass  # the table needs no store, and starts none: then it is NSE's day
+    rows = next_runs(Plan(sessions, schedules), market_clock(settings)())
+    emit(rows, COLUMNS, choose_form(as_json, False))
+
+
+EXIT_DIFFERENT = 1
+
+
+def snapshot(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help=", ".join(KINDS) + "; restore, check")],
+    shape: Annotated[
+        str, typer.Option(help="of pickles: published (DataFrames) or split (lists)")
+    ] = "published",
+    interval: Annotated[list[str] | None, typer.Option(help="of Parquet, repeatable; 1m and day")] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="sqlite, parquet: write what is there already too")
+    ] = False,
+    folder: Annotated[Path | None, typer.Option(help="default: PKB_FILES_DIR")] = None,
+    in_queue: Annotated[bool, typer.Option("--enqueue", help="leave it to a `pkb jobs` worker")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the store as files, restore an empty store from them, or check them.
+
+    `restore` fills a store that no aggregator is at work on from the Parquet files; `check` compares the
+    files with their manifest, and the Parquet ones with the store.
+    """
+    if shape not in ("published", "split"):
+        raise SettingsError(f"unknown shape {shape!r}", "use published or split")
+    if in_queue and kind in ("restore", "check"):
+        raise SettingsError(f"--enqueue does not go with {kind}", "run it here")
+    if in_queue and folder is not None:
+        raise SettingsError(
+            "--folder does not go with --enqueue", "the worker writes into the PKB_FILES_DIR it has"
+        )
+    settings = load_settings()
+    logs.configure(settings)
+    if kind == "restore":
+        _restore(settings, folder, as_json)
+    elif kind == "check":
+        _check(settings, folder, as_json)
+    else:
+        arguments: dict[str, Any] = {"kind": kind}
+        if kind == "pickle":
+            arguments["shape"] = shape
+        elif kind in ("parquet", "sqlite"):
+            arguments |= {"intervals": interval, "full": full}
+        if in_queue and kind in KINDS:
+            job = enqueue(open_queue(settings), "snapshot", arguments, again=True)
+            print_enqueued(job or job_id("snapshot", arguments), job is not None, as_json)
+            return
+        require_store(settings)
+        with (
+            progress_bar(hidden=as_json) as listener,
+            open_run(settings, folder=folder, listener=listener) as run,
+        ):
+            found = write_snapshot(**arguments, run=run)
+        print(dump(found) if as_json else _summary(found, run.folder))
+        if not found["files"]:
+            note("the store has nothing to write: files that are there stay as they are")
+
+
+def _summary(found: dict[str, Any], folder: Path) -> str:
+    files = list(found["files"].items())
+    lines = [f"{folder / name}  {rows:,} rows" for name, rows in files[:10]]
+    if len(files) > len(lines):
+        lines.append(f"… and {len(files) - len(lines):,} more files")
+    return "\n".join([*lines, f"{found['instruments']:,} instruments in {found['seconds']:.1f} s"])
+
+
+def _restore(settings: Settings, folder: Path | None, as_json: bool) -> None:
+    with open_run(settings, folder=folder) as run:
+        told = restore(run=run)
+        different = verify(run=run)
+    if as_json:
+        print(dump({"rows": told.rows, "left_alone": told.left_alone, "different": different}))
+    else:
+        for name, rows in told.rows.items():
+            print(f"{name}  {rows:,} rows")
+        if told.left_alone:
+            note(f"{told.left_alone:,} lists had rows already and were left alone")
+    _end(different, as_json)
+
+
+def _check(settings: Settings, folder: Path | None, as_json: bool) -> None:
+    with open_run(settings, folder=folder) as run:
+        listed = read_manifest(run.folder)
+        wrong = problems(run.folder)
+        has_parquet = any(entry.kind == "parquet" for entry in listed.values())
+        different = wrong or (verify(run=run) if has_parquet else [])
+    if as_json:
+        print(dump({"files": len(listed), "different": different}))
+    elif not different:
+        print(f"{len(listed):,} files are as their manifest says")
+    _end(different, as_json)
+
+
+def _end(different: list[str], as_json: bool) -> None:
+    if not different:
+        return
+    if not as_json:
+        for line in different[:20]:
+            print(line)
+        if len(different) > 20:
+            print(f"… and {len(different) - 20:,} more")
+    raise typer.Exit(EXIT_DIFFERENT)
+
+
+sync_app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="Bring the snapshots to a data branch on GitHub, or from there.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Files = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--file", metavar="PATTERN", help="which files; default: ticks.json, *.pkl and a restore's Parquet"
+    ),
+]
+InQueue = Annotated[bool, typer.Option("--enqueue", help="leave it to a `pkb jobs` worker")]
+
+
+def sync() -> None:
+    """Bring the snapshots to a data branch on GitHub, or from there."""
+
+
+@sync_app.command()
+def push(files: Files = None, in_queue: InQueue = False, as_json: AsJson = False) -> None:
+    """Push the snapshots to PKB_GITHUB_BRANCH in one rolling commit; other files of the branch stay."""
+    settings = load_settings()
+    logs.configure(settings)
+    target = target_of(settings)
+    if in_queue:
+        _enqueue("sync_push", {"files": files or None}, as_json)
+        return
+    with progress_bar(hidden=as_json) as listener:
+        found = syncing.push(
+            target,
+            settings.files_folder,
+            files,
+            intervals=settings.intervals,
+            at_s=market_clock(settings)() / 1000,
+            listener=listener,
+        )
+    if as_json:
+        print(dump(found))
+        return
+    did = "pushed" if found["changed"] else "nothing is new; there are"
+    print(f"{did} {found['files']} files, {found['bytes'] / 1e6:,.1f} MB: {target.shown}")
+
+
+@sync_app.command()
+def pull(
+    files: Files = None,
+    via: Annotated[str, typer.Option(help="https, git, or auto")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="older files too")] = False,
+    in_queue: InQueue = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch the published files that are newer than ours, checked before they take a place."""
+    if via not in ("auto", "https", "git"):
+        raise SettingsError(f"--via {via!r} is not known", "use https, git or auto")
+    settings = load_settings()
+    logs.configure(settings)
+    if in_queue:
+        _enqueue("sync_pull", {"files": files or None, "via": via, "force": force}, as_json)
+        return
+    with progress_bar(hidden=as_json) as listener:
+        found = pulling.pull(
+            settings,
+            settings.files_folder,
+            files,
+            via=cast(pulling.Via, via),
+            force=force,
+            listener=listener,
+        )
+    if as_json:
+        print(dump(found))
+        return
+    print(
+        f"{found['pulled']} files are new here ({found['bytes'] / 1e6:,.1f} MB), {found['same']} the same, "
+        f"{found['older']} older than ours" if not found.get("unchanged") else "nothing has changed there"
+    )  # fmt: skip
+
+
+def _enqueue(name: str, arguments: dict[str, Any], as_json: bool) -> None:
+    job = enqueue(open_queue(load_settings()), name, arguments, again=True)
+    print_enqueued(job or job_id(name, arguments), job is not None, as_json)
+
+
+WORDS = {
+    "matched": "equal",
+    "changed": "differed",
+    "missing": "were missing here",
+    "extra": "Kite does not have",
+    "marked": "were marked as partial or gap",
+}
+
+
+def backfill(
+    symbols: Annotated[
+        list[str] | None, typer.Argument(metavar="[SYMBOL…]", help="default: all that is streamed")
+    ] = None,
+    day: Annotated[str, typer.Option(metavar="DATE", help="2026-11-20; default: the last session")] = "",
+    interval: Annotated[
+        str, typer.Option(help="1m mends the longer ones too; or one that Kite has, or day")
+    ] = "1m",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="compare only")] = False,
+    in_queue: Annotated[bool, typer.Option("--enqueue", help="leave it to a `pkb jobs` worker")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a day's candles with Kite's history and replace what differs.
+
+    Kite allows three requests a second, one per instrument. Interrupted, the same command goes on.
+    """
+    settings = load_settings()
+    logs.configure(settings)
+    with open_desk(settings) as desk:
+        interval = kept_interval(desk, interval).name
+        tokens = _tokens(desk, symbols or [])
+        arguments: dict[str, Any] = {
+            "day": str(_date(desk, tokens[0], day)),
+            "tokens": tokens,
+            "interval": interval,
+            "dry_run": dry_run,
+        }
+        if in_queue:
+            job = enqueue(open_queue(settings), "repair_day", arguments, again=True)
+            print_enqueued(job or job_id("repair_day", arguments), job is not None, as_json)
+            return
+        before = read_progress(desk.client, desk.keys, job_id("repair_day", arguments))
+        if before is not None:
+            note(f"going on where an earlier run ended: {before[0]:,} of {before[1]:,} instruments are done")
+        with progress_bar(hidden=as_json) as listener:
+            found = repair_day(**arguments, desk=desk, listener=listener, seconds_max=None)
+    if as_json:
+        print(dump({"day": arguments["day"], "interval": interval, "dry_run": dry_run, **found}))
+        return
+    print(_summary_backfill(found, arguments["day"], interval, dry_run))
+    if not found["applied"]:
+        note("the aggregators have not applied it yet: is one running (`pkb status`)? The rows wait for it")
+
+
+def _tokens(desk: Desk, symbols: list[str]) -> list[int]:
+    if symbols:
+        chosen = resolve_all(desk.client, desk.keys, symbols)
+    else:
+        chosen = instrument_list(desk.client, desk.settings)
+    if not chosen:
+        raise SettingsError("there is nothing to backfill", "name symbols, or set PKB_INSTRUMENTS")
+    return list(dict.fromkeys(token for token, _ in chosen))
+
+
+def _date(desk: Desk, token: int, text: str) -> date:
+    if not text:
+        return desk.last_session(token)
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise SettingsError(f"--day {text!r} is no date", "write it as 2026-11-20") from None
+
+
+def _summary_backfill(found: dict[str, Any], day: str, interval: str, dry_run: bool) -> str:
+    parts = [f"{found[name]:,} {words}" for name, words in WORDS.items() if found.get(name)]
+    line = f"{day}: {found.get('rows', 0):,} {interval} rows of {found['instruments']:,} instruments at Kite"
+    line += ": " + ", ".join(parts) if parts else ""
+    if found.get("too_old"):
+        line += f"; {found['too_old']:,} instruments keep none of that day any more"
+    if found.get("refused"):
+        line += f"; Kite refused {found['refused']:,} instruments, see the log"
+    differing = found.get("changed", 0) + found.get("missing", 0) + found.get("marked", 0)
+    if dry_run:
+        return line + (f"\n{differing:,} would be replaced" if differing else "")
+    return line + (f"\n{differing:,} replaced" if found.get("sent") else "")

@@ -23,34 +23,34 @@ from pkbrokers_redis.errors import PkbError
 # name → module:function below pkbrokers_redis.cli, in the order of `pkb --help`
 COMMANDS = {
     "demo": "demo:demo",
-    "up": "up:up",
-    "ingest": "ingest:ingest",
-    "aggregate": "aggregate:aggregate",
+    "up": "roles:up",
+    "ingest": "roles:ingest",
+    "aggregate": "roles:aggregate",
     "jobs": "jobs:jobs",
-    "cron": "cron:cron_",
-    "bot": "bot:bot",
-    "web": "web:web",
-    "quote": "quote:quote",
-    "candles": "candles:candles",
-    "closed": "closed:closed",
-    "explain": "explain:explain",
-    "ticks": "ticks:ticks",
-    "top": "top:top",
-    "status": "status:status",
+    "cron": "jobs:cron_",
+    "bot": "roles:bot",
+    "web": "roles:web",
+    "quote": "read:quote",
+    "candles": "read:candles",
+    "closed": "read:closed",
+    "explain": "read:explain",
+    "ticks": "read:ticks",
+    "top": "pipeline:top",
+    "status": "pipeline:status",
     "doctor": "doctor:doctor",
-    "key": "key:key",
+    "key": "read:key",
     "redis-cli": "redis_cli:redis_cli",
-    "backfill": "backfill:backfill",
-    "sync": "sync:sync",
+    "backfill": "jobs:backfill",
+    "sync": "jobs:sync",
     "calendar": "calendar:calendar",
-    "login": "login:login",
-    "instruments": "instruments:instruments",
-    "snapshot": "snapshot:snapshot",
+    "login": "kite:login",
+    "instruments": "kite:instruments",
+    "snapshot": "jobs:snapshot",
     "sim": "sim:sim",
-    "replay": "replay:replay",
-    "record": "record:record",
-    "config": "config:config",
-    "bench": "bench:bench",
+    "replay": "captures:replay",
+    "record": "captures:record",
+    "config": "tools:config",
+    "bench": "tools:bench",
 }
 
 PASS_THROUGH = {"redis-cli"}  # their options belong to another program
@@ -93,8 +93,9 @@ def load_command(name: str) -> Any:
     """The click command of a row of the table."""
     module, _, function = COMMANDS[name].partition(":")
     source = importlib.import_module(f"pkbrokers_redis.cli.{module}")
-    if isinstance(getattr(source, "app", None), typer.Typer):  # a command with commands of its own
-        return make_command(source.app)
+    subcommands = getattr(source, f"{function}_app", None)
+    if subcommands is not None:
+        return make_command(subcommands)
     callback = getattr(source, function)
     single = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     passed_on = {"ignore_unknown_options": True, "allow_interspersed_args": False}

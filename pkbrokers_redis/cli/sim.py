@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from datetime import datetime
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 
 from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.errors import PkbError, SettingsError
+from pkbrokers_redis.runtime.signals import stop_on_signals
 from pkbrokers_redis.simulator.faults import Faults, parse_fault
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
@@ -74,12 +74,11 @@ def sim(
         login_port=port and port + 2,
     )
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     kite.start()
     _announce(kite, instruments)
     try:
-        stop.wait(seconds)
+        with stop_on_signals(stop):
+            stop.wait(seconds)
     finally:
         kite.stop()
     print(f"{kite.stats.connections} connections, {kite.stats.frames} frames sent")

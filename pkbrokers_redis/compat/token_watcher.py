@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.compat.candle_store import InMemoryCandleStore
-from pkbrokers_redis.compat.tick_processor import TickProcessor
 from pkbrokers_redis.compat.in_process import run_pipeline
+from pkbrokers_redis.compat.tick_processor import TickProcessor
 from pkbrokers_redis.settings import Settings, load_settings
 
 if TYPE_CHECKING:

@@ -361,7 +361,7 @@ def test_restart_asks_the_ingest_workers_to_begin_anew(
     running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
 ) -> None:
     telegram.press(telegram.ask(ALICE, "/restart"), "Yes")
-    telegram.wait(lambda m: "begin anew" in m.text)
+    telegram.wait(lambda m: "restart within seconds" in m.text)
     assert client.exists(bot_settings.keys.restart("ingest"))
 
 

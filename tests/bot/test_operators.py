@@ -9,15 +9,11 @@ import redis
 
 from pkbrokers_redis.bot import operators
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
-from pkbrokers_redis.runtime.roles import RoleStop, ask_restart, heed, redis_ms
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.simulator.market import Market
-from pkbrokers_redis.simulator.universe import universe
-from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from pkbrokers_redis.store.lease import announce
 from tests.bot.conftest import running_bot
 from tests.bot.telegram import ALICE, BOB, Telegram
-from tests.support import running_python, settings_env, wait_until
+from tests.support import wait_until
 
 pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
 
@@ -111,56 +107,3 @@ def test_without_admins_nobody_is_told(bot_settings: Settings, telegram: Telegra
         telegram.ask(BOB, "/status")
         telegram.ask(BOB, "/status")
     assert {m.chat_id for m in telegram.messages()} == {BOB}
-
-
-# --- /restart, on the other side
-
-
-def test_a_worker_that_began_before_the_request_begins_anew_once(
-    client: redis.Redis, bot_settings: Settings
-) -> None:
-    stop, keys = RoleStop(), bot_settings.keys
-    began_ms = redis_ms(client)
-    heed(client, keys, "ingest", began_ms, stop)
-    assert not stop.is_set()
-    wait_until(lambda: redis_ms(client) > began_ms + 1)
-    ask_restart(client, keys, "ingest")
-    heed(client, keys, "aggregate", began_ms, stop)
-    assert not stop.is_set(), "another role"
-    heed(client, keys, "ingest", began_ms, stop)
-    assert stop.is_set() and stop.begins_again() and not stop.is_set()
-    wait_until(lambda: redis_ms(client) > began_ms + 10)
-    heed(client, keys, "ingest", redis_ms(client), stop)
-    assert not stop.is_set(), "it began after the request"
-
-
-def test_a_signal_wins_over_a_restart(server_kind: str) -> None:
-    stop = RoleStop()
-    stop.ask_again()
-    stop.end()
-    assert not stop.begins_again() and stop.is_set()
-
-
-def test_an_ingest_worker_begins_anew_in_its_process(client: redis.Redis, bot_settings: Settings) -> None:
-    market = SimulatorServer(Market(universe(3), int(time.time() * 1000)))
-    market.start()
-    tokens = ",".join(str(row["instrument_token"]) for row in universe(3))
-    env = {**settings_env(bot_settings), "PKB_KITE_WS_URL": market.url, "PKB_INSTRUMENTS": tokens}
-
-    def worker() -> tuple[bytes, bytes] | None:
-        """Id and pid of the worker whose heartbeat is there."""
-        keys = client.keys(bot_settings.keys.worker("ingest-*"))
-        return (keys[0], client.hget(keys[0], "pid")) if len(keys) == 1 else None
-
-    try:
-        with running_python("-m", "workers.ingest", env=env) as process:
-            before = wait_until(worker, timeout_seconds=60)
-            ask_restart(client, bot_settings.keys, "ingest")
-            wait_until(lambda: worker() not in (None, before), timeout_seconds=60, what="another worker")
-            after = worker()
-            assert after is not None and after[1] == before[1], "the same process"
-            assert process.poll() is None
-            process.terminate()
-            assert process.wait(30) == 0
-    finally:
-        market.stop()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pkbrokers_redis.cli.config import MASK, mask_url
+from pkbrokers_redis.cli.tools import MASK, mask_url
 from pkbrokers_redis.settings import Settings, env_name
 from tests.cli.conftest import Pkb
 

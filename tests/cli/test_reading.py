@@ -53,8 +53,7 @@ def _data(client: redis.Redis, store_env: Settings) -> None:
 @pytest.fixture
 def on_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if stdout were a terminal: it is a file while pytest captures it."""
-    for name in ("quote", "candles", "closed", "ticks"):
-        monkeypatch.setattr(f"pkbrokers_redis.cli.{name}.choose", lambda as_json, as_csv: "table")
+    monkeypatch.setattr("pkbrokers_redis.cli.read.choose_form", lambda as_json, as_csv: "table")
 
 
 def test_candles_as_json_have_the_rows_fields_and_the_time(pkb: Pkb) -> None:
@@ -132,7 +131,7 @@ def test_a_quote_is_an_object_and_several_are_an_array(pkb: Pkb) -> None:
 def test_a_quote_in_a_pipe_and_on_a_terminal(pkb: Pkb, monkeypatch: pytest.MonkeyPatch) -> None:
     header, values = (line.split("\t") for line in pkb("quote", "INFY").out.splitlines())
     assert dict(zip(header, values, strict=True))["last_price"] == "1500.05"
-    monkeypatch.setattr("pkbrokers_redis.cli.quote.choose", lambda as_json, as_csv: "table")
+    monkeypatch.setattr("pkbrokers_redis.cli.read.choose_form", lambda as_json, as_csv: "table")
     assert "1,500.05" in pkb("quote", "INFY").out
 
 
@@ -189,11 +188,11 @@ def test_ticks_are_rows_by_name(pkb: Pkb, client: redis.Redis, store_env: Settin
     assert "no ticks of NSE:RELIANCE" in pkb("ticks", "RELIANCE").err
 
 
-def test_rows_that_are_none_are_told_of(pkb: Pkb, client: redis.Redis, store_env: Settings) -> None:
+def test_malformed_rows_are_left_out_and_counted(pkb: Pkb, client: redis.Redis, store_env: Settings) -> None:
     push(client, store_env.keys, INFY, "5m", ["?"])
     ended = pkb("candles", "INFY", "5m", "--json")
     assert len(json.loads(ended.out)) == 2
-    assert "left out 1 rows" in ended.err
+    assert "left out 1 malformed rows" in ended.err
 
 
 def test_a_key_of_another_type_is_one_line(pkb: Pkb, client: redis.Redis, store_env: Settings) -> None:

@@ -11,8 +11,7 @@ import pytest
 import redis
 
 from pkbrokers_redis.cli import redis_cli
-from pkbrokers_redis.cli.redis_cli import cli_arguments
-from pkbrokers_redis.cli.redis_shell import pretty, raw
+from pkbrokers_redis.cli.redis_cli import cli_arguments, pretty, raw
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.embedded.server import attach

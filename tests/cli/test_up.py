@@ -5,17 +5,16 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from pkbrokers_redis.cli.up import roles
+from pkbrokers_redis.cli.roles import role_specs
 from tests.support import run_pkb
 
 
-def test_the_roles_come_in_the_order_of_the_flow() -> None:
-    specs = roles(aggregators=3, ingests=2)
-    assert [(spec.name, spec.count) for spec in specs] == [("ingest", 2), ("jobs", 1), ("aggregate", 3)]
+def test_roles_without_processes_are_left_out_and_the_order_is_kept() -> None:
+    specs = role_specs({"ingest": 2, "cron": 0, "jobs": 1, "aggregate": 3, "web": 1, "bot": 0})
+    assert [(spec.name, spec.count) for spec in specs] == [
+        ("ingest", 2), ("jobs", 1), ("aggregate", 3), ("web", 1)
+    ]  # fmt: skip
     assert specs[2].argv == (sys.executable, "-m", "workers.aggregate")
-    assert [spec.name for spec in roles(1, with_bot=True)][-1] == "bot"
-    assert [spec.name for spec in roles(1, with_web=True, with_bot=True)][-2:] == ["web", "bot"]
-    assert [spec.name for spec in roles(1, with_cron=True)] == ["ingest", "cron", "jobs", "aggregate"]
 
 
 def test_a_store_that_is_away_is_one_line_before_anything_starts() -> None:

@@ -131,7 +131,7 @@ def main() -> None:
 
 def _be_a_worker(how: dict[str, Any]) -> None:
     from pkbrokers_redis.jobs.worker import jobs
-    from pkbrokers_redis.runtime import roles
+    from pkbrokers_redis.runtime.roles import run_role
 
     said = os.open(how["said"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
@@ -146,7 +146,7 @@ def _be_a_worker(how: dict[str, Any]) -> None:
         _arm(Moment(*how["moment"]))
     code = 1
     try:
-        code = roles.main(jobs)
+        code = run_role(jobs)
     finally:
         os._exit(code)
 

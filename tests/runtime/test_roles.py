@@ -5,15 +5,26 @@ from __future__ import annotations
 import io
 import os
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import redis
 
-from pkbrokers_redis.runtime import roles
+from pkbrokers_redis.runtime.roles import (
+    RestartRequested,
+    RestartWatch,
+    redis_time_ms,
+    request_restart,
+    run_role,
+)
 from pkbrokers_redis.runtime.supervisor import SUPERVISED, Backoff, RoleSpec, Supervisor, worker_argv
 from pkbrokers_redis.settings import Settings
-from tests.support import running_python, wait_until
+from pkbrokers_redis.simulator.market import Market
+from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.simulator.websocket_server import SimulatorServer
+from tests.support import running_python, settings_env, wait_until
 from tests.topologies import free_ports, running_node
 
 AWAY = {"PKB_REDIS_URL": "redis://:geheim@127.0.0.1:1/0"}
@@ -42,7 +53,7 @@ def test_a_worker_takes_no_arguments_and_says_so(
     def role(settings: Settings, stop: threading.Event) -> None:
         raise AssertionError("it runs")
 
-    assert roles.main(role, [argument]) == code
+    assert run_role(role, [argument]) == code
     told = capsys.readouterr().err
     assert "takes no arguments" in told and told.count("\n") == 1
 
@@ -66,4 +77,78 @@ def test_a_supervised_worker_comes_back_until_redis_does(tmp_path: Path) -> None
             supervisor.stop()
     finally:
         supervisor.kill()
+        supervisor.stop()
+
+
+# --- restart on request
+
+
+@pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
+def test_a_restart_request_concerns_older_workers_of_its_role_only(
+    client: redis.Redis, settings: Settings
+) -> None:
+    older = RestartWatch(client, settings.keys, "ingest")
+    other_role = RestartWatch(client, settings.keys, "aggregate")
+    started_ms = redis_time_ms(client)
+    wait_until(lambda: redis_time_ms(client) > started_ms + 1)
+    request_restart(client, settings.keys, "ingest")
+    requested_ms = redis_time_ms(client)
+    wait_until(lambda: redis_time_ms(client) > requested_ms + 1)
+    newer = RestartWatch(client, settings.keys, "ingest")
+    for watch in (other_role, newer):
+        watch.check(stop := threading.Event())
+        watch.raise_if_requested()
+        assert not stop.is_set()
+    older.check(stop := threading.Event())
+    assert stop.is_set()
+    with pytest.raises(RestartRequested, match="exits with code 1"):
+        older.raise_if_requested()
+
+
+@pytest.fixture
+def ingest_env(settings: Settings) -> Iterator[dict[str, str]]:
+    """The environment of an ingest worker with a market to read."""
+    market = SimulatorServer(Market(universe(3), int(time.time() * 1000)))
+    market.start()
+    tokens = ",".join(str(row["instrument_token"]) for row in universe(3))
+    yield {**settings_env(settings), "PKB_KITE_WS_URL": market.url, "PKB_INSTRUMENTS": tokens}
+    market.stop()
+
+
+def ingest_workers(client: redis.Redis, settings: Settings) -> list[bytes]:
+    """The heartbeat keys of the running ingest workers."""
+    return list(client.scan_iter(settings.keys.worker("ingest-*")))
+
+
+@pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
+def test_a_worker_without_a_supervisor_says_that_it_exits_and_exits_with_1(
+    client: redis.Redis, settings: Settings, ingest_env: dict[str, str]
+) -> None:
+    with running_python("-m", "workers.ingest", env=ingest_env) as process:
+        wait_until(lambda: ingest_workers(client, settings), timeout_seconds=60)
+        request_restart(client, settings.keys, "ingest")
+        out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "requested a restart of ingest" in out and "its supervisor" in out
+    assert not ingest_workers(client, settings), "it left in good order"
+
+
+@pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
+def test_the_supervisor_starts_a_worker_again_that_was_asked_to_restart(
+    client: redis.Redis, settings: Settings, ingest_env: dict[str, str]
+) -> None:
+    supervisor = Supervisor(
+        [RoleSpec("ingest", worker_argv("ingest"))],
+        env={**os.environ, **ingest_env},
+        output=io.BytesIO(),
+        backoff=Backoff(first_seconds=0.01),
+    )
+    supervisor.start()
+    try:
+        [before] = wait_until(lambda: ingest_workers(client, settings), timeout_seconds=60)
+        request_restart(client, settings.keys, "ingest")
+        wait_until(lambda: ingest_workers(client, settings) not in ([], [before]), timeout_seconds=60)
+        [status] = supervisor.statuses()
+        assert (status.restarts, status.exit_code) == (1, 1)
+    finally:
         supervisor.stop()

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import requests
 
-from pkbrokers_redis.cli.record import SessionRefused, record
+from pkbrokers_redis.cli.captures import SessionRefused, record
 from pkbrokers_redis.cli.sim import sim
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.kite.capture import KIND_BINARY, read_capture
@@ -24,7 +24,7 @@ from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from tests.support import running_python, wait_until
 
 SIM = "import typer; from pkbrokers_redis.cli.sim import sim; typer.run(sim)"
-RECORD = "import typer; from pkbrokers_redis.cli.record import record; typer.run(record)"
+RECORD = "import typer; from pkbrokers_redis.cli.captures import record; typer.run(record)"
 
 
 def test_a_simulator_says_where_it_is_and_what_it_sends_can_be_recorded(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""/restart: a new Kite session, and the ingest workers begin anew with it."""
+"""/restart: a new Kite session, and a restart of the ingest workers with it."""
 
 from __future__ import annotations
 

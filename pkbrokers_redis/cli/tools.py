@@ -1,14 +1,23 @@
-"""`pkb config`: every setting, its value, where it comes from, and no secret."""
+"""`pkb config`: every setting, its value, where it comes from, and no secret.
+
+`pkb bench`: the benchmark table, measured here and now.
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
-from typing import Any
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
+import typer
 from pydantic import SecretStr
 
-from pkbrokers_redis.cli.output import AsCsv, AsJson, choose, emit, note
+from pkbrokers_redis.cli.common import AsCsv, AsJson, choose_form, emit, note
+from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.settings import Settings, env_name, load_settings, set_names, unknown_names
 
 MASK = "********"
@@ -18,7 +27,7 @@ _secret_option = re.compile(r"([?&][^=&]*(?:pass|secret|token|key|auth)[^=&]*=)[
 
 def config(as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """Print all settings with their values and sources; secrets are masked."""
-    form = choose(as_json, as_csv)
+    form = choose_form(as_json, as_csv)
     settings = load_settings()
     places = set_names()
     rows: list[dict[str, Any]] = []
@@ -59,3 +68,22 @@ def mask_url(text: str) -> str:
     masked = f"{user}:{MASK}@{place}" if at else place
     query = _secret_option.sub(rf"\1{MASK}", f"?{parts.query}") if parts.query else ""
     return f"{parts.scheme}://{masked}{parts.path}{query}"
+
+
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="a tenth of the work, for a first look")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure throughput, latency, memory and bulk reads on this machine, each beside a reference.
+
+    Takes about two minutes. The benchmarks lie beside the package in a checkout (`benchmarks/`).
+    """
+    root = Path(__file__).parents[2]
+    if not (root / "benchmarks" / "table.py").exists():
+        raise PkbError(
+            "the benchmarks are not part of an installed package", "run it from a checkout: make bench"
+        )
+    sys.path.insert(0, str(root))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
+    table = importlib.import_module("benchmarks.table")
+    raise typer.Exit(table.main(quick, as_json))

@@ -1,0 +1,225 @@
+"""What commands share: output forms, options, the store for reading, a progress bar.
+
+A command makes rows (dicts) and names its columns; the form is chosen here: a table on a terminal,
+tab-separated text in a pipe, `--csv`, `--json`. Prices and times are the same in every form: rupees, and
+ISO 8601 with +05:30.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import date, datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import msgspec
+import typer
+
+from pkbrokers_redis.candles.calendar import IST
+from pkbrokers_redis.candles.model import Candle
+from pkbrokers_redis.errors import RedisUnavailable, SettingsError
+from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.store.embedded.server import reader_data_dir, store_folder
+
+if TYPE_CHECKING:
+    from pkbrokers_redis.client.store import CandleStore
+
+Form = Literal["table", "tsv", "csv", "json"]
+Row = Mapping[str, Any]
+
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+AsCsv = Annotated[bool, typer.Option("--csv", help="print comma-separated values with a header")]
+InQueue = Annotated[bool, typer.Option("--enqueue", help="leave it to a `pkb jobs` worker")]
+Symbol = Annotated[str, typer.Argument(metavar="SYMBOL", help="NSE:INFY, INFY or a token")]
+IntervalName = Annotated[str, typer.Argument(metavar="INTERVAL", help="1m, 5m, 1h, day, …")]
+Seconds = Annotated[float | None, typer.Option(min=0, help="stop after this long")]
+
+PRICES = {"open", "high", "low", "close", "last_price", "average_price", "change"}
+PRICES |= {"day_open", "day_high", "day_low"}
+COUNTS = {"volume", "ticks", "oi", "last_quantity", "buy_quantity", "sell_quantity", "token", "rev"}
+NUMBERS = PRICES | COUNTS
+NARROW = {"interval", "ticks", "flag", "rev"}
+TABLE_WIDTH_MIN = 160  # a terminal wraps a wide table; rich would cut its cells
+
+
+def choose_form(as_json: bool, as_csv: bool = False) -> Form:
+    """Return the requested form; by default a table on a terminal and tabs in a pipe."""
+    if as_json and as_csv:
+        raise typer.BadParameter("choose one of --json and --csv")
+    if as_json:
+        return "json"
+    if as_csv:
+        return "csv"
+    return "table" if sys.stdout.isatty() else "tsv"
+
+
+def iso(epoch_s: float) -> str:
+    """Return epoch seconds as `2026-01-02T09:15:00+05:30`, with milliseconds where there are any."""
+    moment = datetime.fromtimestamp(epoch_s, IST)
+    return moment.isoformat(timespec="milliseconds" if moment.microsecond else "seconds")
+
+
+def parse_date(text: str, option: str = "") -> date:
+    """Return the date of `2026-11-20`. Raises SettingsError, which names the option."""
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        name = f"{option} {text!r}".strip()
+        raise SettingsError(f"{name} is not a date", "write it as 2026-11-20") from None
+
+
+def candle_row(candle: Candle) -> dict[str, Any]:
+    """Return a candle as an object: `time`, then the fields of its row, then its flag."""
+    return {"time": iso(candle.start), **candle.as_dict()}
+
+
+def note(text: str) -> None:
+    """Print a line for a person on stderr: stdout holds data only."""
+    print(f"pkb: {text}", file=sys.stderr)
+
+
+def dump(value: Any) -> str:
+    """Return JSON of one line."""
+    return msgspec.json.encode(value).decode()
+
+
+def print_enqueued(job: str, is_new: bool, as_json: bool) -> None:
+    """Print the id of a job after `--enqueue`, and whether it is new in the queue."""
+    if as_json:
+        print(dump({"job": job, "new": is_new}))
+    else:
+        print(f"{job} {'is in the queue' if is_new else 'was in the queue already'}; see pkb jobs --list")
+
+
+def emit(rows: Sequence[Row], columns: Sequence[str], form: Form, title: str = "") -> None:
+    """Print all rows at once. JSON is an array of whole rows; the other forms show `columns`."""
+    if form == "json":
+        print(dump(rows))
+    elif form == "table":
+        _print_table(rows, columns, title)
+    else:
+        writer = _writer(form)
+        writer.writerow(columns)
+        writer.writerows([_plain(row.get(name)) for name in columns] for row in rows)
+
+
+def emit_each(rows: Iterable[Row], columns: Sequence[str], form: Form) -> None:
+    """Print each row as it arrives. JSON is one object a line."""
+    writer = _writer(form)
+    if form == "table":
+        print(_line(columns, columns), flush=True)
+    elif form != "json":
+        writer.writerow(columns)
+        sys.stdout.flush()
+    for row in rows:
+        if form == "json":
+            print(dump(row))
+        elif form == "table":
+            print(_line(columns, [_cell(name, row.get(name)) for name in columns]))
+        else:
+            writer.writerow([_plain(row.get(name)) for name in columns])
+        sys.stdout.flush()
+
+
+def _writer(form: Form) -> Any:
+    return csv.writer(sys.stdout, delimiter="," if form == "csv" else "\t", lineterminator="\n")
+
+
+def _print_table(rows: Sequence[Row], columns: Sequence[str], title: str) -> None:
+    """Print a table without the columns that are empty in every row."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", padding=(0, 1, 0, 0))
+    shown = [name for name in columns if not rows or any(row.get(name) not in (None, "") for row in rows)]
+    for name in shown:
+        table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(Text(_cell(name, row.get(name))) for name in shown))
+    console = Console()
+    console.width = max(console.width, TABLE_WIDTH_MIN)
+    console.print(table)
+
+
+def _line(columns: Sequence[str], cells: Sequence[str]) -> str:
+    """Return one line of a table whose further rows are not known yet."""
+    parts = []
+    for name, cell in zip(columns, cells, strict=True):
+        width = 19 if _is_time(name) else 6 if name in NARROW else 14 if name == "symbol" else 10
+        parts.append(cell.rjust(width) if name in NUMBERS else cell.ljust(width))
+    return "  ".join(parts).rstrip()
+
+
+def _is_time(name: str) -> bool:
+    return name == "time" or name.endswith("_time")
+
+
+def _cell(name: str, value: Any) -> str:
+    """Return a value for people."""
+    if value is None:
+        return "–"
+    if name in NUMBERS and isinstance(value, (int, float)):
+        if name in PRICES:
+            return f"{value:,.2f}" if round(value, 2) == value else f"{value:,.4f}"
+        return str(value) if name == "token" else f"{value:,}"
+    if _is_time(name):
+        return str(value).replace("T", " ").removesuffix("+05:30").removesuffix(":00")
+    return str(value)
+
+
+def _plain(value: Any) -> str:
+    """Return a value for programs: nothing for None, JSON for what has parts."""
+    if value is None:
+        return ""
+    return dump(value) if isinstance(value, (dict, list)) else str(value)
+
+
+def require_store(settings: Settings) -> None:
+    """Check that there is a store to read; name the demo's store if that is the one.
+
+    Reading must not create an embedded store: the empty one would hide the demo's from all readers.
+
+    Raises:
+        RedisUnavailable: No Redis is configured and there is no embedded store.
+    """
+    if settings.redis_url is not None:
+        return
+    folder, is_demo = reader_data_dir(settings)
+    if not store_folder(folder).exists():
+        raise RedisUnavailable(
+            f"there is no store in {folder} yet", "run `pkb demo` or `pkb up`, or set PKB_REDIS_URL"
+        )
+    if is_demo:
+        note(f"reading the demo's store in {folder}; set PKB_REDIS_URL or run `pkb up` for another")
+
+
+@contextlib.contextmanager
+def open_store() -> Iterator[CandleStore]:
+    """Open the configured store for reading; afterwards name rows that had to be left out."""
+    from pkbrokers_redis.client.store import CandleStore
+
+    settings = load_settings()
+    require_store(settings)
+    with CandleStore(settings) as store:
+        yield store
+        if store.rows_refused:
+            note(f"left out {store.rows_refused} malformed rows in Redis")
+
+
+@contextlib.contextmanager
+def progress_bar(*, hidden: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """Draw a progress bar on a terminal. Yields a listener for `(done, total, part)`, or None."""
+    if hidden or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
+        task = drawn.add_task("", total=None)
+        yield lambda done, total, part: drawn.update(task, completed=done, total=total, description=part)
