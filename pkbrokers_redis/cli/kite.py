@@ -18,7 +18,7 @@ from pkbrokers_redis.cli.common import AsCsv, AsJson, choose_form, dump, emit, n
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import LoginNeeded
 from pkbrokers_redis.kite.rest import session_in
-from pkbrokers_redis.kite.session import KiteAuthenticator, SessionKeeper
+from pkbrokers_redis.kite.session import KiteAuthenticator, SessionManager
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.auth import Session, load_login_state, load_session
 from pkbrokers_redis.store.connect import connect
@@ -47,15 +47,15 @@ def login(
         _print_status(settings, as_json)
         return
     with connect(settings) as client:
-        keeper = SessionKeeper(settings, lambda: client)
-        authenticator = keeper.authenticator
+        manager = SessionManager(settings, lambda: client)
+        authenticator = manager.authenticator
         if not request_token and (by_hand or not authenticator.has_web_credentials):
             if not authenticator.has_app:
                 raise LoginNeeded("there are no credentials to log in with", WHAT_TO_SET)
             request_token = _ask_for_token(authenticator)
         elif not request_token:
             note(f"logging in as {settings.kite_user_id}; a fresh TOTP may take half a minute")
-        session = keeper.log_in(request_token=request_token)
+        session = manager.log_in(request_token=request_token)
     _print_session(session, as_json)
 
 
