@@ -1,8 +1,8 @@
-"""Who may use the simulator: users, apps, sessions. Thread-safe, so that a test changes them at any time.
+"""The simulator's users, apps and sessions.
 
-The official flow gives a request token (single use, minutes) and for it an access token; the web login gives
-an enctoken. A new session of the same user and kind ends the one before, as on Kite. Sessions end by
-`expire_all`, never by the clock: that hour is Kite's to choose, and clients must trust the 403.
+The official flow exchanges a request token (single use, minutes) for an access token; the web login gives an
+enctoken. A new session of the same user and kind ends the previous one, as on Kite. Sessions end by
+`expire_all`, never by the clock: Kite chooses that hour, and clients must trust the 403.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pkbrokers_redis.simulator.responses import KiteRefusal
 
 REQUEST_TOKEN_SECONDS: Final = 120.0
 ATTEMPTS_MAX: Final = 5  # wrong passwords, and wrong TOTPs, until the account is locked
-PENDING_MAX: Final = 1000  # logins begun, request tokens not used; the oldest go
+PENDING_MAX: Final = 1000  # logins begun, request tokens not used; the oldest are dropped
 TOTP_STEP_SECONDS: Final = 30
 LOCKED = "The account is locked after too many wrong attempts. Reset the password to unlock it."
 
@@ -31,8 +31,10 @@ LOCKED = "The account is locked after too many wrong attempts. Reset the passwor
 class Account:
     """One user with one app. The defaults are the simulator's test account.
 
-    `authorised`: whether the user has agreed to the app before; if not, the login ends at a consent page.
-    `redirect_url`: where the app wants the request token; "" is a page of the simulator that shows it.
+    Attributes:
+        redirect_url: Where the app gets the request token; "": a page of the simulator that shows it.
+        authorised: Whether the user has agreed to the app before. If not, the login ends at a consent page.
+        totp_used: The 30-second window of the last TOTP accepted.
     """
 
     user_id: str = "SIM001"
@@ -45,7 +47,7 @@ class Account:
     authorised: bool = True
     wrong_passwords: int = 0
     wrong_totps: int = 0
-    totp_used: int = field(default=0, repr=False)  # the 30-second window of the last one accepted
+    totp_used: int = field(default=0, repr=False)
 
     @property
     def locked(self) -> bool:
@@ -58,7 +60,7 @@ class Account:
 
 
 class WebSession(NamedTuple):
-    """What a web login gives, as cookies."""
+    """The cookies of a web login."""
 
     user_id: str
     enctoken: str
@@ -71,7 +73,17 @@ class _Pending(NamedTuple):
 
 
 class Accounts:
-    """All users and their sessions. `now_s` is machine time: authenticator apps know no other."""
+    """All users and their sessions. Thread-safe: a test may change them at any time.
+
+    Args:
+        accounts: The users; default: the test account.
+        now_s: Machine time, epoch seconds, which authenticator apps use.
+        request_token_seconds: How long a request token is valid.
+
+    Attributes:
+        logins: Completed web logins.
+        exchanges: Request tokens exchanged for an access token.
+    """
 
     def __init__(
         self,
@@ -81,11 +93,11 @@ class Accounts:
     ) -> None:
         self.users = {account.user_id: account for account in accounts or (Account(),)}
         self.request_token_seconds = request_token_seconds
-        self.logins = 0  # web logins that were completed
-        self.exchanges = 0  # request tokens exchanged for an access token
+        self.logins = 0
+        self.exchanges = 0
         self._now_s = now_s
         self._lock = threading.RLock()
-        self._request_ids: dict[str, _Pending] = {}  # password given, TOTP awaited
+        self._request_ids: dict[str, _Pending] = {}  # the password was right, the TOTP is missing
         self._connects: dict[str, _Pending] = {}  # sess_id → api key
         self._request_tokens: dict[str, _Pending] = {}
         self._access: dict[str, str] = {}  # access token → user id
@@ -93,31 +105,31 @@ class Accounts:
 
     @property
     def first(self) -> Account:
-        """The account that `SimulatedKite.environment()` speaks of."""
+        """The account of `SimulatedKite.environment()`."""
         return next(iter(self.users.values()))
 
-    # --- what tests do --------------------------------------------------------------------------------
+    # --- for tests ------------------------------------------------------------------------------------
 
     def expire_all(self) -> None:
-        """Every session is over, as Kite's are in the early morning."""
+        """End every session, as Kite does in the early morning."""
         with self._lock:
             self._access.clear()
             self._web.clear()
 
     def open_session(self, user_id: str | None = None) -> str:
-        """An access token without the login, for tests that are not about it."""
+        """Return an access token without a login."""
         with self._lock:
             return self._new_access(self.users[user_id] if user_id else self.first)
 
     def open_web_session(self, user_id: str | None = None) -> WebSession:
-        """An enctoken without the login."""
+        """Return a web session without a login."""
         with self._lock:
             return self._new_web(self.users[user_id] if user_id else self.first)
 
     # --- the web login --------------------------------------------------------------------------------
 
     def check_password(self, user_id: str, password: str) -> str:
-        """The id of a login that awaits its TOTP. Raises KiteRefusal."""
+        """Return the request id for the TOTP step. Raise KiteRefusal."""
         with self._lock:
             account = self.users.get(user_id.upper())
             if account is None:
@@ -133,7 +145,7 @@ class Accounts:
             return request_id
 
     def check_totp(self, user_id: str, request_id: str, value: str) -> WebSession:
-        """A web session for the right TOTP, each of which counts once. Raises KiteRefusal."""
+        """Return a web session. A TOTP is accepted once. Raise KiteRefusal."""
         with self._lock:
             pending = self._request_ids.get(request_id)
             if pending is None or pending.owner != user_id.upper():
@@ -152,7 +164,7 @@ class Accounts:
             return self._new_web(account)
 
     def _totp_window(self, account: Account, value: str) -> int:
-        """The 30-second window this TOTP belongs to: this one or the one before; 0 if neither."""
+        """Return the 30-second window of this TOTP: the current or the previous one; 0 if neither."""
         totp, now = pyotp.TOTP(account.totp_secret), int(self._now_s()) // TOTP_STEP_SECONDS
         for window in (now, now - 1):
             if hmac.compare_digest(totp.generate_otp(window).encode(), value.encode()):
@@ -162,11 +174,11 @@ class Accounts:
     # --- the app's login ------------------------------------------------------------------------------
 
     def app(self, api_key: str) -> Account | None:
-        """The account whose app has this key."""
-        return next((each for each in self.users.values() if each.api_key == api_key), None)
+        """Return the account whose app has this key."""
+        return next((account for account in self.users.values() if account.api_key == api_key), None)
 
     def begin_connect(self, api_key: str) -> str:
-        """A `sess_id` for the app's login pages. Raises KiteRefusal for a key nobody has."""
+        """Return a `sess_id` for the app's login pages. Raise KiteRefusal for an unknown key."""
         with self._lock:
             if self.app(api_key) is None:
                 raise KiteRefusal(400, "Invalid `api_key`.")
@@ -175,7 +187,7 @@ class Accounts:
             return sess_id
 
     def connect_app(self, sess_id: str, api_key: str) -> Account:
-        """The account of a login begun. Raises KiteRefusal."""
+        """Return the account of a login in progress. Raise KiteRefusal."""
         pending = self._connects.get(sess_id)
         account = self.app(api_key)
         if pending is None or pending.owner != api_key or account is None:
@@ -183,7 +195,7 @@ class Accounts:
         return account
 
     def finish_connect(self, sess_id: str, api_key: str) -> str:
-        """A request token. Raises KiteRefusal."""
+        """Return a request token. Raise KiteRefusal."""
         with self._lock:
             self.connect_app(sess_id, api_key)
             del self._connects[sess_id]
@@ -192,7 +204,7 @@ class Accounts:
             return token
 
     def exchange(self, api_key: str, request_token: str, checksum: str) -> tuple[Account, str]:
-        """Request token → the account and its new access token. Raises KiteRefusal."""
+        """Return the account of a request token and its new access token. Raise KiteRefusal."""
         with self._lock:
             account = self.app(api_key)
             if account is None:
@@ -210,18 +222,18 @@ class Accounts:
     # --- sessions -------------------------------------------------------------------------------------
 
     def with_access(self, api_key: str, access_token: str) -> Account | None:
-        """Whose access token that is, if it is alive and the key is the app's."""
+        """Return the account of a live access token whose app has this key."""
         with self._lock:
             account = self.users.get(self._access.get(access_token, ""))
             return account if account is not None and account.api_key == api_key else None
 
     def with_enctoken(self, enctoken: str) -> WebSession | None:
-        """The web session, if it is alive."""
+        """Return the web session, if it is alive."""
         with self._lock:
             return self._web.get(enctoken)
 
     def end_access(self, api_key: str, access_token: str) -> None:
-        """Log out. Raises KiteRefusal when there is no such session."""
+        """Log out. Raise KiteRefusal if there is no such session."""
         with self._lock:
             if self.with_access(api_key, access_token) is None:
                 raise KiteRefusal(403)
@@ -234,7 +246,7 @@ class Accounts:
         return token
 
     def _new_web(self, account: Account) -> WebSession:
-        self._web = {token: each for token, each in self._web.items() if each.user_id != account.user_id}
+        self._web = {token: web for token, web in self._web.items() if web.user_id != account.user_id}
         # As Kite's, an enctoken holds characters that a URL must quote.
         session = WebSession(account.user_id, f"{secrets.token_urlsafe(48)}+/==", secrets.token_urlsafe(24))
         self._web[session.enctoken] = session

@@ -1,6 +1,6 @@
-"""What traded before the simulator began: made up, but always the same from (seed, instrument, day).
+"""Generated candles of the time before the simulator began, a function of (seed, instrument, day).
 
-A day has its open, high, low, close, volume and open interest first; its minutes are then made to fit, so
+A day's open, high, low, close, volume and open interest are drawn first. Its minutes are then made to fit, so
 that a day equals the merge of its minutes (and, in cash segments, the volume of the pre-open).
 """
 
@@ -13,14 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pkbrokers_redis.candles.calendar import IST_MS, Day
-from pkbrokers_redis.kite.protocol import PRICE_DIVISORS
-from pkbrokers_redis.simulator.market import DAY_MS, DERIVATIVE_KINDS, Hours, Ints, Opening
+from pkbrokers_redis.simulator.market import DAY_MS, Ints, Opening, TradingHours, columns_of
 
 Floats = npt.NDArray[np.float64]
 
 MINUTES_CACHED_MAX: Final = 512  # days of single instruments, 20 to 80 KB each
-DAYS_BACK_MAX: Final = 15  # to the trading day before: no holiday is longer
-LOTS_A_MINUTE: Final = 900  # about what the market trades when it is live
+DAYS_BACK_MAX: Final = 15  # between two trading days: no holiday is longer
+LOTS_A_MINUTE: Final = 900  # about as many as the live market trades
 
 START, OPEN, HIGH, LOW, CLOSE, VOLUME, OI = range(7)  # rows of a table of candles, one candle a column
 
@@ -32,7 +31,7 @@ _SHIFTS: Final = np.array([30, 27, 31, 11], np.uint64)
 
 
 class Days(NamedTuple):
-    """Whole days of one instrument, aligned arrays; prices are wire integers."""
+    """Whole days of one instrument as aligned arrays; prices are wire integers."""
 
     open: Ints
     high: Ints
@@ -44,28 +43,27 @@ class Days(NamedTuple):
 
 
 class HistoryGenerator:
-    """The past of a universe whose rows keep `hours`."""
+    """Generates the days and minutes of a universe before the simulator began.
 
-    def __init__(self, universe: list[dict[str, Any]], hours: Hours, *, seed: int = 1) -> None:
+    Args:
+        universe: The instruments.
+        hours: When each of them trades.
+        seed: The same seed, instrument and day give the same candles.
+    """
+
+    def __init__(self, universe: list[dict[str, Any]], hours: TradingHours, *, seed: int = 1) -> None:
         self.hours = hours
         self._seed = seed
-        self._tokens: Ints = np.array([row["instrument_token"] for row in universe], np.int64)
-        divisor = PRICE_DIVISORS[self._tokens & 0xFF]
-        ticks = np.rint([row["tick_size"] for row in universe] * divisor).astype(np.int64)
-        self._tick: Ints = np.maximum(1, ticks)
-        self._base: Floats = np.array([row["last_price"] for row in universe]) * divisor
-        self._lot: Ints = np.array([max(1, row["lot_size"]) for row in universe], np.int64)
-        self._is_index = np.array([row["segment"] == "INDICES" for row in universe])
-        self._has_oi = np.array([row["instrument_type"] in DERIVATIVE_KINDS for row in universe])
-        self._waves = np.random.default_rng(seed).random((len(universe), 2))  # where in its waves each is
+        self._columns = columns_of(universe)
+        self._waves = np.random.default_rng(seed).random((len(universe), 2))  # the phases of each row's waves
         self._minutes = lru_cache(MINUTES_CACHED_MAX)(self._make_minutes)
 
     def day(self, row: int, time_ms: int) -> Day:
-        """The instrument's local day that holds `time_ms`."""
+        """Return the instrument's local day that holds `time_ms` (epoch ms)."""
         return self.hours.sessions.day(int(self.hours.schedule[row]), time_ms)
 
     def trading_day_before(self, row: int, day: Day) -> Day | None:
-        """The last day with a session before `day`; None if there is none in 15 days."""
+        """Return the last day with a session before `day`; None if 15 days have none."""
         for _ in range(DAYS_BACK_MAX):
             day = self.day(row, day.day_start_ms - 1)
             if day.windows:
@@ -73,10 +71,10 @@ class HistoryGenerator:
         return None
 
     def days(self, row: int, days: list[Day]) -> Days:
-        """Whole trading days."""
+        """Return whole trading days of an instrument."""
         number = np.array([_number(day) for day in days], np.int64)
         minutes = np.array([_minutes_of(day) for day in days], np.int64)
-        token, tick, lot = int(self._tokens[row]), int(self._tick[row]), int(self._lot[row])
+        token, tick, lot = self._of(row)
 
         chance = _chances(self._seed, token, np.concatenate([number - 1, number]))
         before, chance = chance[:, : number.size], chance[:, number.size :]
@@ -91,11 +89,13 @@ class HistoryGenerator:
 
         none = np.zeros(number.size, np.int64)
         volume = none
-        if not self._is_index[row]:
+        if not self._columns.is_index[row]:
             volume = (minutes * LOTS_A_MINUTE * (0.5 + chance[4])).astype(np.int64)
-        has_preopen = self.hours.has_preopen(int(self.hours.schedule[row])) and not self._is_index[row]
+        has_preopen = (
+            self.hours.has_preopen(int(self.hours.schedule[row])) and not self._columns.is_index[row]
+        )
         preopen = (200 + 400 * chance[5]).astype(np.int64) if has_preopen else none
-        wave = 30_000 * (1 + 0.4 * np.sin(number / 9 + token % 7)) * self._has_oi[row]
+        wave = 30_000 * (1 + 0.4 * np.sin(number / 9 + token % 7)) * self._columns.has_oi[row]
         return Days(
             on_tick(opened),
             on_tick(highest),
@@ -107,12 +107,12 @@ class HistoryGenerator:
         )
 
     def minutes(self, row: int, day: Day) -> Ints:
-        """A whole day's minutes: rows START (epoch s) … OI, one column a minute. Do not change it."""
+        """Return a day's minutes, int64[7, n]: rows START (epoch seconds) … OI. The array is shared."""
         return self._minutes(row, day)
 
     def opening(self, now_ms: int) -> Opening:
-        """Where a market begins at `now_ms`: after the last whole minute, or the last day before."""
-        rows = [self._opening(row, now_ms) for row in range(len(self._tokens))]
+        """Return the state after the last whole minute before `now_ms`, or after the last trading day."""
+        rows = [self._opening(row, now_ms) for row in range(self._columns.tokens.size)]
         return Opening(*np.array(rows, np.int64).T)
 
     def _opening(self, row: int, now_ms: int) -> tuple[int, ...]:
@@ -120,7 +120,8 @@ class HistoryGenerator:
         begun = bool(today.windows) and now_ms >= today.anchor_ms + 60_000
         day = today if begun else self.trading_day_before(row, today)
         if day is None:
-            price = int(self._base[row]) // int(self._tick[row]) * int(self._tick[row])
+            _, tick, _ = self._of(row)
+            price = int(self._columns.base[row]) // tick * tick
             return (price, price, price, price, price, 0, 0, now_ms // 1000)
         minutes = self.minutes(row, day)
         done = minutes[:, minutes[START] * 1000 + 60_000 <= now_ms]
@@ -133,11 +134,11 @@ class HistoryGenerator:
         return (close, int(done[OPEN, 0]), *extremes, int(done[CLOSE, -1]), volume, int(done[OI, -1]), last_s)
 
     def _level(self, row: int, number: Ints, chance: Floats) -> Floats:
-        """Where the price stands at the end of a day: two slow waves and a little noise."""
+        """Return the price at the end of days: two slow waves and a little noise."""
         first, second = self._waves[row]
         waves = 0.04 * np.sin(2 * np.pi * (number / 97 + first))
         waves += 0.03 * np.sin(2 * np.pi * (number / 31 + second))
-        level: Floats = self._base[row] * np.exp(waves + 0.006 * (chance - 0.5))
+        level: Floats = self._columns.base[row] * np.exp(waves + 0.006 * (chance - 0.5))
         return level
 
     def _make_minutes(self, row: int, day: Day) -> Ints:
@@ -148,9 +149,9 @@ class HistoryGenerator:
             return table
         table[START] = starts
         whole = self.days(row, [day])
-        rng = np.random.default_rng([self._seed, int(self._tokens[row]), _number(day)])
-        self._make_prices(table, whole, int(self._tick[row]), rng)
-        lot = int(self._lot[row])
+        token, tick, lot = self._of(row)
+        rng = np.random.default_rng([self._seed, token, _number(day)])
+        self._make_prices(table, whole, tick, rng)
         lots = int(whole.volume[0]) // lot
         weights = rng.random(len(starts)) + 0.2
         shares = np.floor(weights / weights.sum() * lots).astype(np.int64)
@@ -162,8 +163,8 @@ class HistoryGenerator:
         return table
 
     def _make_prices(self, table: Ints, whole: Days, tick: int, rng: np.random.Generator) -> None:
-        """A bridge from the day's open to its close, inside its range; each minute opens where one closed."""
-        opened, highest, lowest, closed = (int(each[0]) for each in whole[:4])
+        """Fill in a random bridge from the day's open to its close, inside its range."""
+        opened, highest, lowest, closed = (int(values[0]) for values in whole[:4])
         count = table.shape[1]
         steps = np.cumsum(rng.normal(size=count))
         share = np.arange(1, count + 1) / count
@@ -179,6 +180,11 @@ class HistoryGenerator:
         table[LOW] = np.maximum(lower - wicks[1], lowest)
         table[HIGH, upper.argmax()], table[LOW, lower.argmin()] = highest, lowest
 
+    def _of(self, row: int) -> tuple[int, int, int]:
+        """Return token, tick size and lot size of a row."""
+        columns = self._columns
+        return int(columns.tokens[row]), int(columns.tick[row]), int(columns.lot[row])
+
 
 def _number(day: Day) -> int:
     return (day.day_start_ms + IST_MS) // DAY_MS
@@ -189,7 +195,7 @@ def _minutes_of(day: Day) -> int:
 
 
 def _chances(seed: int, token: int, numbers: Ints) -> Floats:
-    """CHANCES rows of numbers evenly spread in [0, 1), the same for the same arguments (splitmix64)."""
+    """Return CHANCES rows of numbers in [0, 1), a function of the arguments (splitmix64)."""
     start = (seed * 0x9E3779B97F4A7C15 + token * 0xD1B54A32D192ED03) & (2**64 - 1)
     mixed = numbers.astype(np.uint64) * _GOLDEN[0] + _SALTS + np.uint64(start)
     mixed = (mixed ^ (mixed >> _SHIFTS[0])) * _GOLDEN[1]

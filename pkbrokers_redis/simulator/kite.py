@@ -2,7 +2,7 @@
 
 kite = SimulatedKite(universe(60), start_ms=…, speed=60, sessions=load_sessions("market"))
 kite.start()
-environment = kite.environment()      # points `pkb up`, or any process of ours, at it
+environment = kite.environment()      # points `pkb up`, or any process of the pipeline, at it
 …
 kite.faults.add("429", count=3); kite.accounts.expire_all(); kite.disconnect_all()
 kite.stop()
@@ -21,13 +21,13 @@ from pkbrokers_redis.candles.calendar import Sessions, load_sessions
 from pkbrokers_redis.clock import Clock
 from pkbrokers_redis.kite.capture import CaptureWriter
 from pkbrokers_redis.simulator.accounts import Accounts
-from pkbrokers_redis.simulator.control import add_control
+from pkbrokers_redis.simulator.control import add_control_routes
 from pkbrokers_redis.simulator.faults import Faults
 from pkbrokers_redis.simulator.history import History
 from pkbrokers_redis.simulator.history_generator import HistoryGenerator
-from pkbrokers_redis.simulator.login_pages import web_app
-from pkbrokers_redis.simulator.market import Hours, Market
-from pkbrokers_redis.simulator.rest import Limits, SimulatorState, connect_app
+from pkbrokers_redis.simulator.login_pages import login_app
+from pkbrokers_redis.simulator.market import Market, TradingHours
+from pkbrokers_redis.simulator.rest import Limits, SimulatorState, rest_app
 from pkbrokers_redis.simulator.universe import InstrumentsCsv, expired_contracts
 from pkbrokers_redis.simulator.websocket_server import HEARTBEAT_SECONDS, ServerStats, SimulatorServer
 
@@ -36,13 +36,32 @@ LINE_BYTES_MAX = 2**17  # a thousand instruments in one URL
 
 
 class SimulatedKite:
-    """`start()`, then `environment()`; `stop()` at the end, after which it may start again: same ports, same
-    market, same history.
+    """Kite on loopback. `start()`, then `environment()`; `stop()` at the end.
 
-    `universe`: rows that trade (see `simulator.universe`); `listed`: rows of the instruments CSV, by default
-    the same and some expired contracts. `sessions`: each segment trades in its hours only; unset: around the
-    clock. `start_ms`, `speed`: market time runs from there, so many times as fast as the machine's clock;
-    `clock` instead if there is one already. `rate_limits`: answer 429 beyond Kite's requests a second.
+    After `stop` it may start again, with the same ports, market and history. One thread and one asyncio loop
+    run the websocket server, the market and both web applications. The methods may be called from any thread.
+
+    Args:
+        universe: The instruments that trade (see `simulator.universe`).
+        listed: The rows of the instruments CSV; default: `universe` and some expired contracts.
+        accounts: Users and sessions; default: one test account.
+        faults: Default: none active, with `seed`.
+        sessions: Each segment trades in these hours only; None: around the clock.
+        start_ms: Market time at the start, epoch ms; None: now.
+        speed: How many times as fast as the machine's clock market time runs.
+        clock: A clock to use instead of `start_ms` and `speed`.
+        seed: Of prices, generated history and faults.
+        rate: Packets a second over all instruments; None: one a second of each instrument.
+        rate_limits: Whether requests beyond Kite's limits get 429.
+        connections_max: The most websockets; None: no limit.
+        heartbeat_seconds: The time between heartbeats, machine time.
+        capture: Records every frame that is sent.
+        ws_port: The websocket's port; 0: a free one. `api_port` and `login_port` likewise.
+
+    Example:
+        >>> with SimulatedKite(universe(3)) as kite:
+        ...     kite.environment()["PKB_SESSIONS"]
+        'always'
     """
 
     def __init__(
@@ -72,21 +91,21 @@ class SimulatedKite:
         self.clock = clock
         begin_ms = int(clock())
         self._has_sessions = sessions is not None
-        hours = Hours(universe, sessions or load_sessions("always"), around_the_clock=sessions is None)
-        past = HistoryGenerator(universe, hours, seed=seed)
+        hours = TradingHours(universe, sessions or load_sessions("always"), around_the_clock=sessions is None)
+        generator = HistoryGenerator(universe, hours, seed=seed)
         self.market = Market(
             universe,
             begin_ms,
             seed=seed,
             rate=rate,
             hours=None if sessions is None else hours,
-            opening=past.opening(begin_ms),
+            opening=generator.opening(begin_ms),
         )
-        self.history = History(self.market, hours, past, begin_ms)
+        self.history = History(self.market, hours, generator, begin_ms)
         self.accounts = accounts or Accounts()
         self.faults = faults or Faults(seed=seed)
         self.limits = Limits(rate_limits)
-        self.listing = InstrumentsCsv([*universe, *expired_contracts()] if listed is None else listed)
+        self.instruments = InstrumentsCsv([*universe, *expired_contracts()] if listed is None else listed)
         self.server = SimulatorServer(
             self.market,
             port=ws_port,
@@ -97,20 +116,20 @@ class SimulatedKite:
             speed=clock.speed,
             begin_ms=begin_ms,
             faults=self.faults,
-            admit=self._may_enter,
+            authenticate=self._is_alive,
             recorder=self.history.record,
-            beside=self._pages,
+            services=self._web_apps,
         )
         self._ports = {"api": api_port, "login": login_port}
 
     # --- from any thread -----------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Serve in a thread of its own; returns when all ports are open. Raises SimulatorFailed."""
+        """Serve in a thread of its own, and return when all ports are open. Raise SimulatorFailed."""
         self.server.start()
 
     def stop(self) -> None:
-        """Disconnect everyone and end the thread. A second call does nothing."""
+        """Disconnect every client and end the thread. A second call does nothing."""
         self.server.stop()
 
     def __enter__(self) -> SimulatedKite:
@@ -122,32 +141,32 @@ class SimulatedKite:
 
     @property
     def ws_url(self) -> str:
-        """For PKB_KITE_WS_URL, or KiteTicker's `root`."""
+        """The address for PKB_KITE_WS_URL, or KiteTicker's `root`."""
         return self.server.url
 
     @property
     def api_url(self) -> str:
-        """For PKB_KITE_API_URL, or KiteConnect's `root`; the control pages too."""
+        """The address for PKB_KITE_API_URL, KiteConnect's `root`, and the control API."""
         return f"http://{self.server.host}:{self._ports['api']}"
 
     @property
     def login_url(self) -> str:
-        """For PKB_KITE_LOGIN_URL."""
+        """The address for PKB_KITE_LOGIN_URL."""
         return f"http://{self.server.host}:{self._ports['login']}"
 
     @property
     def stats(self) -> ServerStats:
-        """Counters of the websocket side; REST requests are in `limits.seen`."""
+        """The websocket server's counters. `limits.seen` has the REST requests."""
         return self.server.stats
 
     def now_ms(self) -> float:
-        """Market time."""
+        """Return market time, epoch ms."""
         return self.clock()
 
     def environment(self) -> dict[str, str]:
-        """The settings that point another process here, with the test account's secrets in them."""
+        """Return the settings that point another process here, with the test account's secrets."""
         account = self.accounts.first
-        found = {
+        variables = {
             "PKB_KITE_WS_URL": self.ws_url,
             "PKB_KITE_API_URL": self.api_url,
             "PKB_KITE_LOGIN_URL": self.login_url,
@@ -158,40 +177,44 @@ class SimulatedKite:
             "PKB_KITE_TOTP_SECRET": account.totp_secret,
         }
         if not self._has_sessions:
-            found["PKB_SESSIONS"] = "always"
+            variables["PKB_SESSIONS"] = "always"
         if self.clock.speed != 1 or self.clock.virtual_s != self.clock.real_s:
-            found["PKB_TIME_SHIFT"] = self.clock.shift_text
-        return found
+            variables["PKB_TIME_SHIFT"] = self.clock.shift_text
+        return variables
 
     def disconnect_all(self) -> None:
-        """Cut every websocket, as a failing network would."""
+        """Close every websocket without a closing handshake, as a failing network does."""
         self.server.disconnect_all()
 
     def expire_sessions(self, *, cut: bool = True) -> None:
-        """Every session is over: 403 on REST, and on websockets at their next connect, which `cut` forces."""
+        """End every session: 403 on REST, and on websockets at their next connect.
+
+        Args:
+            cut: Whether to disconnect the websockets, so that they connect again now.
+        """
         self.accounts.expire_all()
         if cut:
             self.disconnect_all()
 
     # --- in the server's thread ----------------------------------------------------------------------
 
-    def _may_enter(self, query: dict[str, list[str]]) -> bool:
-        def given(name: str) -> str:
-            return query.get(name, [""])[0]
-
-        if given("access_token"):
-            return self.accounts.with_access(given("api_key"), given("access_token")) is not None
-        return self.accounts.with_enctoken(given("enctoken")) is not None
+    def _is_alive(self, query: dict[str, list[str]]) -> bool:
+        api_key, access_token, enctoken = (
+            query.get(name, [""])[0] for name in ("api_key", "access_token", "enctoken")
+        )
+        if access_token:
+            return self.accounts.with_access(api_key, access_token) is not None
+        return self.accounts.with_enctoken(enctoken) is not None
 
     @contextlib.asynccontextmanager
-    async def _pages(self) -> AsyncIterator[None]:
-        exchange = SimulatorState(
-            self.market, self.listing, self.history, self.accounts, self.faults, self.limits, self.now_ms
+    async def _web_apps(self) -> AsyncIterator[None]:
+        state = SimulatorState(
+            self.market, self.instruments, self.history, self.accounts, self.faults, self.limits, self.now_ms
         )
-        api = connect_app(exchange)
-        add_control(api, exchange, lambda: self.stats, self.disconnect_all)
+        api = rest_app(state)
+        add_control_routes(api, state, lambda: self.stats, self.disconnect_all)
         async with contextlib.AsyncExitStack() as stack:
-            for name, app in (("api", api), ("login", web_app(exchange))):
+            for name, app in (("api", api), ("login", login_app(state))):
                 runner = web.AppRunner(
                     app, access_log=None, shutdown_timeout=SHUTDOWN_SECONDS, max_line_size=LINE_BYTES_MAX
                 )

@@ -1,4 +1,4 @@
-"""The pages of Kite's web login, and its /oms with the cookie's enctoken.
+"""The pages of Kite's web login, and the market-data routes under /oms for its sessions.
 
     GET  /connect/login?api_key&v=3            → 302 to itself with sess_id, cookie kf_session
     GET  /connect/login?api_key&sess_id        → the login page; with a web session → 302 /connect/finish
@@ -9,7 +9,7 @@
     POST /connect/finish  … authorize          → consent given; 302 as above
     GET  /oms/…                                → as the REST API, `Authorization: enctoken …`
 
-Kite documents only the first, the redirect and the token. The others are what public clients of its web
+Kite documents only the first, the redirect and the token. The rest is what the public clients of its web
 login have in common.
 """
 
@@ -23,34 +23,34 @@ from aiohttp import web
 
 from pkbrokers_redis.simulator.accounts import Account, WebSession
 from pkbrokers_redis.simulator.responses import KiteRefusal, success
-from pkbrokers_redis.simulator.rest import SimulatorState, add_market_data, application
+from pkbrokers_redis.simulator.rest import SimulatorState, add_market_data_routes, kite_app
 
 LOGIN_PAGE = "<html><head><title>Kite - Login</title></head><body>Log in to {app}</body></html>"
 CONSENT_PAGE = """<html><head><title>Kite - Authorize</title></head><body>
 <form method="post" action="/connect/finish"><input type="hidden" name="api_key" value="{api_key}">
 <input type="hidden" name="sess_id" value="{sess_id}"><input type="hidden" name="authorize" value="{token}">
 <button>Authorize</button></form></body></html>"""
-ARRIVED_PAGE = "<html><body>The app gets this request_token: <code>{token}</code></body></html>"
-ARRIVED_PATH = "/_sim/redirect"
+REDIRECT_PAGE = "<html><body>The app gets this request_token: <code>{token}</code></body></html>"
+REDIRECT_PATH = "/_sim/redirect"
 
 
-def web_app(exchange: SimulatorState) -> web.Application:
-    """The application behind PKB_KITE_LOGIN_URL."""
-    app = application(exchange)
-    pages = _LoginPages(exchange)
+def login_app(state: SimulatorState) -> web.Application:
+    """Return the application behind PKB_KITE_LOGIN_URL."""
+    app = kite_app(state)
+    pages = _LoginPages(state)
     app.router.add_get("/connect/login", pages.connect)
     app.router.add_get("/connect/finish", pages.finish)
     app.router.add_post("/connect/finish", pages.consent)
     app.router.add_post("/api/login", pages.login)
     app.router.add_post("/api/twofa", pages.twofa)
-    app.router.add_get(ARRIVED_PATH, pages.arrived)
-    add_market_data(app, exchange, "/oms", pages.oms_account)
+    app.router.add_get(REDIRECT_PATH, pages.redirected)
+    add_market_data_routes(app, state, "/oms", pages.oms_account)
     return app
 
 
 class _LoginPages:
-    def __init__(self, exchange: SimulatorState) -> None:
-        self._accounts = exchange.accounts
+    def __init__(self, state: SimulatorState) -> None:
+        self._accounts = state.accounts
 
     async def connect(self, request: web.Request) -> web.Response:
         api_key, sess_id = request.query.get("api_key", ""), request.query.get("sess_id")
@@ -117,13 +117,13 @@ class _LoginPages:
         account = self._accounts.connect_app(sess_id, api_key)
         session = self._session(request)
         if session is None or str(form.get("authorize", "")) != session.public_token:
-            raise KiteRefusal(403, "The consent is not this session's.")
+            raise KiteRefusal(403, "The consent belongs to another session.")
         account.authorised = True
         return self._to_app(account, sess_id)
 
-    async def arrived(self, request: web.Request) -> web.Response:
+    async def redirected(self, request: web.Request) -> web.Response:
         token = request.query.get("request_token", "")
-        return _page(ARRIVED_PAGE.format(token="".join(c for c in token if c.isalnum() or c in "-_")))
+        return _page(REDIRECT_PAGE.format(token="".join(c for c in token if c.isalnum() or c in "-_")))
 
     def oms_account(self, request: web.Request) -> Account:
         scheme, _, enctoken = request.headers.get("Authorization", "").partition(" ")
@@ -137,9 +137,9 @@ class _LoginPages:
 
     def _to_app(self, account: Account, sess_id: str) -> web.Response:
         token = self._accounts.finish_connect(sess_id, account.api_key)
-        address = account.redirect_url or ARRIVED_PATH
-        given = {"action": "login", "type": "login", "status": "success", "request_token": token}
-        return _redirect(address, **given)
+        address = account.redirect_url or REDIRECT_PATH
+        query = {"action": "login", "type": "login", "status": "success", "request_token": token}
+        return _redirect(address, **query)
 
 
 def _redirect(address: str, **query: str) -> web.Response:
@@ -148,7 +148,7 @@ def _redirect(address: str, **query: str) -> web.Response:
 
 
 def _set_cookie(response: web.Response, name: str, value: str) -> None:
-    # Not set_cookie: it would put quotes around an enctoken's / and =, which Kite does not.
+    # aiohttp's set_cookie quotes the / and = of an enctoken. Kite does not.
     response.headers.add("Set-Cookie", f"{name}={value}; Path=/; HttpOnly")
 
 

@@ -1,8 +1,7 @@
-"""The simulator's instrument master: real names with their real tokens first, then made-up ones.
+"""The simulator's instrument master: rows, and the CSV that Kite publishes of them.
 
-Rows have the field names of Kite's instruments CSV. A token is `exchange_token << 8 | segment`.
-
-The instruments CSV as Kite gives it, made once and kept, plain and gzipped.
+Well-known instruments with their real tokens come first, invented ones follow. Rows have the field names of
+Kite's instruments CSV. A token is `exchange_token << 8 | segment`.
 """
 
 from __future__ import annotations
@@ -16,10 +15,12 @@ from typing import Any, Final
 from pkbrokers_redis.errors import SettingsError
 
 INSTRUMENTS_MAX = 100_000
-_SIM_EXCHANGE_TOKEN = 100_000  # NSE's own stay below
+EXCHANGES: Final = ("NSE", "BSE", "NFO", "BFO", "CDS", "BCD", "MCX")
+GZIP_LEVEL = 1  # compresses 100,000 rows in a fifth of a second
+_SIM_EXCHANGE_TOKEN = 100_000  # NSE's real exchange tokens are lower
 _EXPIRY = "2030-12-26"  # fixed, so that the same n always gives the same rows
 
-# Segment (low byte), exchange and segment name in the CSV, wire divisor, usual tick size.
+# The segment codes: low bytes of the tokens.
 _NSE, _NFO, _CDS, _BSE, _BFO, _BCD, _MCX, _INDEX = 1, 2, 3, 4, 5, 6, 7, 9
 
 _INDICES = (
@@ -92,92 +93,74 @@ _BFO_CONTRACTS = (
     (850_003, "SENSEX30DEC80500PE", "SENSEX", 540.0, 20, "PE", 80_500.0),
 )
 _EXPIRED = "2024-12-26"
-_KNOWN_FIRST = 6  # of the equities, before the indices of little interest in a small demo
+_EQUITIES_FIRST = 6  # before the minor indices, so that a small demo shows shares
 
 
 def universe(n: int) -> list[dict[str, Any]]:
-    """The first `n` rows of the simulator's world; a larger n only appends. Tokens are unique.
+    """Return the first `n` instruments of the simulated exchanges.
 
-    Raises SettingsError unless 1 ≤ n ≤ 100,000.
+    A larger `n` only appends rows. Tokens are unique.
+
+    Raises:
+        SettingsError: `n` is not within 1 to 100,000.
     """
     if not 1 <= n <= INSTRUMENTS_MAX:
         raise SettingsError(f"{n} instruments cannot be simulated", f"choose 1 to {INSTRUMENTS_MAX}")
     rows = _known()[:n]
     for number in range(1, n - len(rows) + 1):
-        token = (_SIM_EXCHANGE_TOKEN + number) << 8 | _NSE
         price = 20.0 + (number * 7919 % 40_000) / 10  # spread over 20 to 4,020, on the tick
-        rows.append(
-            _row(token, f"SIM{number:05d}", f"SIMULATED {number}", "NSE", price, 0.05, 1, "EQ", "NSE")
-        )
+        exchange_token = _SIM_EXCHANGE_TOKEN + number
+        rows.append(_row(exchange_token, _NSE, "NSE", f"SIM{number:05d}", f"SIMULATED {number}", price))
     return rows
 
 
 def expired_contracts() -> list[dict[str, Any]]:
-    """Contracts that have expired: still in the CSV, as on a morning after, but they trade no more."""
-    return [
-        _row(37_000 + number << 8 | _NFO, f"{name}24DECFUT", name, "NFO", price, 0.05, lot, "FUT", "NFO-FUT")
-        | {"expiry": _EXPIRED}
+    """Return contracts that expired in 2024. The CSV still lists them, but they do not trade."""
+    rows = [
+        _row(37_000 + number, _NFO, "NFO", f"{name}24DECFUT", name, price, 0.05, lot, "FUT")
         for number, (name, price, lot) in enumerate(_STOCK_FUTURES, 1)
-    ] + [
-        _row(220_101 << 8 | _MCX, "GOLD24DECFUT", "GOLD", "MCX", 74_000.0, 1.0, 100, "FUT", "MCX-FUT")
-        | {"expiry": _EXPIRED}
     ]
+    rows.append(_row(220_101, _MCX, "MCX", "GOLD24DECFUT", "GOLD", 74_000.0, 1.0, 100, "FUT"))
+    return [row | {"expiry": _EXPIRED} for row in rows]
 
 
 def _known() -> list[dict[str, Any]]:
+    """Return the rows of the tables above: well-known shares and indices first, then the rest."""
     indices = [
-        _row(token, name, name, exchange, price, 0.05, 1, "EQ", "INDICES")
+        _row(token >> 8, token & 0xFF, exchange, name, name, price) | {"segment": "INDICES"}
         for token, name, exchange, price in _INDICES
     ]
     equities = [
-        _row(token, symbol, name, "NSE", price, 0.05, 1, "EQ", "NSE")
-        for token, symbol, name, price in _EQUITIES
+        _row(token >> 8, _NSE, "NSE", symbol, name, price) for token, symbol, name, price in _EQUITIES
     ]
-    others = [
-        _row(
-            number << 8 | segment,
-            symbol,
-            name,
-            exchange,
-            price,
-            tick,
-            lot,
-            kind,
-            _segment_name(exchange, kind),
-        )
-        for number, segment, exchange, symbol, name, price, tick, lot, kind in _OTHERS
-    ]
+    contracts = [_row(*row) for row in _OTHERS]
     futures = [
-        _row(36_000 + number << 8 | _NFO, f"{name}30DECFUT", name, "NFO", price, 0.05, lot, "FUT", "NFO-FUT")
+        _row(36_000 + number, _NFO, "NFO", f"{name}30DECFUT", name, price, 0.05, lot, "FUT")
         for number, (name, price, lot) in enumerate(_STOCK_FUTURES, 1)
     ]
     sensex = [
-        _row(number << 8 | _BFO, symbol, name, "BFO", price, 0.05, lot, kind, _segment_name("BFO", kind))
-        | {"strike": strike}
+        _row(number, _BFO, "BFO", symbol, name, price, 0.05, lot, kind) | {"strike": strike}
         for number, symbol, name, price, lot, kind, strike in _BFO_CONTRACTS
     ]
-    few = [indices[0], *equities[:_KNOWN_FIRST], *indices[1:3]]
-    return [*few, *equities[_KNOWN_FIRST:], *others, *indices[3:], *futures, *sensex]
-
-
-def _segment_name(exchange: str, kind: str) -> str:
-    return exchange if kind == "EQ" else f"{exchange}-{'FUT' if kind == 'FUT' else 'OPT'}"
+    first = [indices[0], *equities[:_EQUITIES_FIRST], *indices[1:3]]
+    return [*first, *equities[_EQUITIES_FIRST:], *contracts, *indices[3:], *futures, *sensex]
 
 
 def _row(
-    token: int,
+    exchange_token: int,
+    segment: int,
+    exchange: str,
     symbol: str,
     name: str,
-    exchange: str,
     price: float,
-    tick_size: float,
-    lot_size: int,
-    kind: str,
-    segment: str,
+    tick_size: float = 0.05,
+    lot_size: int = 1,
+    kind: str = "EQ",
 ) -> dict[str, Any]:
+    suffix = {"EQ": "", "FUT": "-FUT"}.get(kind, "-OPT")
     return {
-        "instrument_token": token,
-        "exchange_token": token >> 8,
+        "instrument_token": exchange_token << 8 | segment,
+        "exchange_token": exchange_token,
         "tradingsymbol": symbol,
         "name": name,
         "last_price": price,
@@ -186,50 +169,32 @@ def _row(
         "tick_size": tick_size,
         "lot_size": lot_size,
         "instrument_type": kind,
-        "segment": segment,
+        "segment": exchange + suffix,
         "exchange": exchange,
     }
 
 
-FIELDS: Final = (
-    "instrument_token",
-    "exchange_token",
-    "tradingsymbol",
-    "name",
-    "last_price",
-    "expiry",
-    "strike",
-    "tick_size",
-    "lot_size",
-    "instrument_type",
-    "segment",
-    "exchange",
-)
-EXCHANGES: Final = ("NSE", "BSE", "NFO", "BFO", "CDS", "BCD", "MCX")
-GZIP_LEVEL = 1  # 100,000 rows in a fifth of a second
-
-
 class InstrumentsCsv:
-    """What may be asked for by name: rows (see `universe`), and their CSV of all or one exchange."""
+    """The listed instruments: found by name, and as Kite's CSV of all or one exchange."""
 
     def __init__(self, rows: Iterable[dict[str, Any]]) -> None:
         self.rows = list(rows)
         self.by_symbol = {f"{row['exchange']}:{row['tradingsymbol']}": row for row in self.rows}
         self.by_token = {int(row["instrument_token"]): row for row in self.rows}
-        self._made: dict[str | None, tuple[bytes, bytes]] = {}
+        self._csv_of: dict[str | None, tuple[bytes, bytes]] = {}
 
     def csv(self, exchange: str | None = None) -> tuple[bytes, bytes]:
-        """The CSV of an exchange or of all, plain and gzipped."""
-        if exchange not in self._made:
+        """Return the CSV of an exchange, or of all: plain and gzipped. It is made once."""
+        if exchange not in self._csv_of:
             text = io.StringIO()
-            writer = csv.DictWriter(text, FIELDS, lineterminator="\n", extrasaction="ignore")
+            writer = csv.DictWriter(text, list(_row(0, 0, "", "", "", 0.0)), lineterminator="\n")
             writer.writeheader()
             writer.writerows(row for row in self.rows if exchange in (None, row["exchange"]))
             plain = text.getvalue().encode()
-            self._made[exchange] = (plain, gzip.compress(plain, GZIP_LEVEL))
-        return self._made[exchange]
+            self._csv_of[exchange] = (plain, gzip.compress(plain, GZIP_LEVEL))
+        return self._csv_of[exchange]
 
     def find(self, name: str) -> dict[str, Any] | None:
-        """The row of `NSE:INFY`, or of a token in digits."""
-        found = self.by_symbol.get(name)
-        return self.by_token.get(int(name)) if found is None and name.isdecimal() else found
+        """Return the row of `NSE:INFY`, or of a token in digits."""
+        row = self.by_symbol.get(name)
+        return self.by_token.get(int(name)) if row is None and name.isdecimal() else row

@@ -1,10 +1,7 @@
-"""A Kite websocket server on loopback: faithful enough that the official KiteTicker works unchanged.
+"""A Kite websocket server on loopback: the official KiteTicker works with it unchanged.
 
-One thread, one asyncio loop. Every client has its subscriptions and a bounded queue; whoever reads too slowly
-is disconnected, as on Kite. `publish` pushes exact bytes; `outgoing` and `faults` are where faults come in.
-`SimulatedKite` puts REST, login and history beside it.
-
-The server's clients: who is connected, what they are told first, and the counters.
+`publish` sends exact bytes to every client. `outgoing` and `faults` change what the market sends.
+`SimulatedKite` adds REST, login and history.
 """
 
 from __future__ import annotations
@@ -36,7 +33,7 @@ from pkbrokers_redis.simulator.market import Ints, Market
 from pkbrokers_redis.simulator.subscriptions import (
     MODE_QUOTE,
     NONE,
-    BadRequest,
+    InvalidRequest,
     SetMode,
     Subscribe,
     frames_for,
@@ -48,29 +45,73 @@ log = logs.get("simulator")
 HEARTBEAT = b"\x00"
 HEARTBEAT_SECONDS = 2.0
 TOKENS_PER_CONNECTION_MAX = 3000
+QUEUE_FRAMES_MAX = 512  # of one client, about 30 MB; a client beyond it is disconnected
 STEP_SECONDS_MAX, STEP_SECONDS_MIN = 0.05, 0.005
 STEPS_IN_A_ROW = 8  # then REST and the clients' requests get a turn
+STEPS_MAX = 600  # of one round, when market time runs fast or the loop was blocked; the next round resumes
 
-# KiteRefusal handshakes and garbage are what this server is made for: no log line for each.
+# Refused handshakes and garbage are part of the tests: the websockets library must not log each of them.
 _quiet = logging.getLogger("pkbrokers_redis.simulator.websockets")
 _quiet.addHandler(logging.NullHandler())
 _quiet.propagate = False
 
 
 class SimulatorFailed(PkbError):
-    """Raised when the simulator cannot start, as when its port is taken."""
+    """Raised when the simulator cannot start, for example because its port is in use."""
+
+
+@dataclass(slots=True)
+class ServerStats:
+    """Counters since the start. Any thread may read them."""
+
+    connections: int = 0
+    refused: int = 0
+    frames: int = 0  # binary ones queued for clients, without heartbeats
+    packets: int = 0  # made by the market, with or without subscribers
+    bad_requests: int = 0
+    slow_disconnects: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Client:
+    """One connection: its subscriptions and its queue."""
+
+    connection: ServerConnection
+    modes: npt.NDArray[np.int8]  # by market row
+    count: int = 0  # tokens subscribed
+    queue: asyncio.Queue[bytes | str] = field(default_factory=lambda: asyncio.Queue(QUEUE_FRAMES_MAX))
+    delayed: list[bytes] = field(default_factory=list)  # frames that the fault `reorder` holds back
 
 
 class SimulatorServer:
-    """`start()`, then `url`; `stop()` at the end. A market of None serves only what `publish` pushes.
+    """The websocket server. `start()`, then `url`; `stop()` at the end.
 
-    `access_token`: when set, another one (or enctoken) in the URL gets HTTP 403; may change while running.
-    `connections_max`: beyond it, HTTP 429. `capture`: every frame sent to any client, for an independent
-    check. `outgoing`: each market frame → the frames to send instead (drop, duplicate, reorder, damage).
-    `faults`: the same and more, on demand. `admit`: the URL's query → whether its session is alive.
-    `recorder`: told the rows of each market step and its time, whoever listens. `beside`: what else lives in
-    this loop. `clock`: market time in seconds, running at `speed`; beyond 1 each interval is one step, from
-    `begin_ms` on if given.
+    One thread with one asyncio loop runs it. Each client has a bounded queue; a client that reads too slowly
+    is disconnected, as on Kite.
+
+    Args:
+        market: Where packets come from; None: clients get only what `publish` sends.
+        host: The address to listen on.
+        port: 0: a free one.
+        access_token: If set, another one (or enctoken) in the URL gets HTTP 403. May change while running.
+        connections_max: The most clients; the next one gets HTTP 429.
+        heartbeat_seconds: The time between heartbeats, machine time.
+        capture: Records every frame that is sent.
+        outgoing: Maps each market frame to the frames to send instead.
+        clock: Market time, epoch seconds.
+        speed: How fast `clock` runs. Above 1 the market steps once per conflation interval.
+        begin_ms: Market time of the first step, epoch ms; None: the clock's.
+        faults: Faults on demand.
+        authenticate: Returns whether the session in the URL's query is alive.
+        recorder: Called with the rows of each market step and its time, epoch ms.
+        services: What else runs in the same loop.
+
+    Example:
+        >>> server = SimulatorServer(None)
+        >>> server.start()
+        >>> server.url.startswith("ws://127.0.0.1:")
+        True
+        >>> server.stop()
     """
 
     def __init__(
@@ -88,9 +129,9 @@ class SimulatorServer:
         speed: float = 1.0,
         begin_ms: int | None = None,
         faults: Faults | None = None,
-        admit: Callable[[dict[str, list[str]]], bool] | None = None,
+        authenticate: Callable[[dict[str, list[str]]], bool] | None = None,
         recorder: Callable[[Ints, int], None] | None = None,
-        beside: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
+        services: Callable[[], AbstractAsyncContextManager[None]] = nullcontext,
     ) -> None:
         self.market = market
         self.host, self.port = host, port
@@ -101,9 +142,10 @@ class SimulatorServer:
         self._heartbeat_seconds = heartbeat_seconds
         self._capture = capture
         self._clock, self._speed = clock, speed
-        self._faults, self._may_enter, self._recorder, self._beside = faults, admit, recorder, beside
+        self._faults = faults or Faults()
+        self._authenticate, self._recorder, self._services = authenticate, recorder, services
         self._stepped_ms = begin_ms
-        self._clients: set[Client] = set()
+        self._clients: set[_Client] = set()
         self._ready = threading.Event()
         self._failure: Exception | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -119,18 +161,21 @@ class SimulatorServer:
 
     @property
     def clients(self) -> int:
-        """Clients connected now."""
+        """The number of connected clients."""
         return len(self._clients)
 
     @property
     def subscriptions(self) -> int:
-        """Tokens subscribed now, over all clients."""
+        """The number of subscribed tokens, over all clients."""
         return sum(client.count for client in tuple(self._clients))
 
     def start(self) -> None:
-        """Serve in a thread of its own; returns when the port is open. Raises SimulatorFailed.
+        """Serve in a thread of its own, and return when the port is open.
 
         After `stop` it may start again: the same port, the same market.
+
+        Raises:
+            SimulatorFailed: The address cannot be used.
         """
         self._ready.clear()
         self._failure = None
@@ -147,38 +192,32 @@ class SimulatorServer:
             ) from self._failure
 
     def stop(self) -> None:
-        """Disconnect everyone and end the thread. A second call does nothing."""
+        """Disconnect every client and end the thread. A second call does nothing."""
         thread, loop, stop = self._thread, self._loop, self._stop
         if thread is None or not thread.is_alive() or loop is None or stop is None:
             return
         try:
             loop.call_soon_threadsafe(stop.set)
         except RuntimeError:
-            pass  # it ended between the two lines
+            pass  # the loop ended between the two lines
         thread.join()
 
     def publish(self, frame: bytes | str) -> None:
-        """Push one exact frame (str: a text frame) to all clients, subscribed or not."""
-
-        def push() -> None:
-            for client in tuple(self._clients):
-                self._enqueue(client, frame)
-
-        self._call(push)
+        """Send one exact frame (str: a text frame) to all clients, with or without subscriptions."""
+        self._for_each_client(lambda client: self._enqueue(client, frame))
 
     def disconnect_all(self) -> None:
-        """Cut every connection without a closing handshake, as a failing network would."""
+        """Close every connection without a closing handshake, as a failing network does."""
+        self._for_each_client(_abort)
 
-        def cut() -> None:
+    def _for_each_client(self, action: Callable[[_Client], None]) -> None:
+        def run() -> None:
             for client in tuple(self._clients):
-                client.link.transport.abort()
+                action(client)
 
-        self._call(cut)
-
-    def _call(self, action: Callable[[], None]) -> None:
         if self._loop is None:
             raise SimulatorFailed("the simulator is not running", "call start() first")
-        self._loop.call_soon_threadsafe(action)
+        self._loop.call_soon_threadsafe(run)
 
     # --- in the server's thread ----------------------------------------------------------------------
 
@@ -195,89 +234,91 @@ class SimulatorServer:
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         listening = serve(
-            self._client,
+            self._serve_client,
             self.host,
             self.port,
-            process_request=self._admit,
+            process_request=self._check_handshake,
             compression=None,
             ping_interval=None,
             close_timeout=0.5,
             max_size=2**20,
             logger=_quiet,
         )
-        async with self._beside(), listening as server:
+        async with self._services(), listening as server:
             self.port = next(iter(server.sockets)).getsockname()[1]
             self._ready.set()
-            tasks = [asyncio.create_task(self._beat())]
+            tasks = [asyncio.create_task(self._send_heartbeats())]
             if self.market is not None:
-                tasks.append(asyncio.create_task(self._trade(self.market)))
+                tasks.append(asyncio.create_task(self._run_market(self.market)))
             stopped = asyncio.create_task(self._stop.wait())
             await asyncio.wait([stopped, *tasks], return_when=asyncio.FIRST_COMPLETED)
             for task in (stopped, *tasks):
                 task.cancel()
             for client in tuple(self._clients):
-                client.link.transport.abort()  # a client that stopped reading must not hold us up
+                _abort(client)  # a client that stopped reading must not delay the shutdown
         for result in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(result, Exception):
                 raise result
 
-    def _admit(self, link: ServerConnection, request: Request) -> Response | None:
+    def _check_handshake(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Return the refusal of a handshake, or None to accept it."""
         query = parse_qs(urlsplit(request.path).query)
-        given = (query.get("access_token") or query.get("enctoken") or [""])[0]
-        if self.access_token is not None and given != self.access_token:
-            self.stats.refused += 1
-            return link.respond(http.HTTPStatus.FORBIDDEN, "the session is not valid\n")
-        fault = None if self._faults is None else self._faults.strike("ws", *STATUS_KINDS)
-        if fault is not None or (self._may_enter is not None and not self._may_enter(query)):
-            self.stats.refused += 1
-            status = http.HTTPStatus.FORBIDDEN if fault is None else http.HTTPStatus(int(fault.kind))
-            return link.respond(status, "refused\n")
-        if self.connections_max is not None and len(self._clients) >= self.connections_max:
-            self.stats.refused += 1
-            return link.respond(http.HTTPStatus.TOO_MANY_REQUESTS, "too many connections\n")
-        return None
+        token = (query.get("access_token") or query.get("enctoken") or [""])[0]
+        is_alive = self._authenticate is None or self._authenticate(query)
+        if self.access_token is not None and token != self.access_token:
+            status, reason = http.HTTPStatus.FORBIDDEN, "the session is not valid"
+        elif (fault := self._faults.strike("ws", *STATUS_KINDS)) is not None:
+            status, reason = http.HTTPStatus(int(fault.kind)), "refused"
+        elif not is_alive:
+            status, reason = http.HTTPStatus.FORBIDDEN, "refused"
+        elif self.connections_max is not None and len(self._clients) >= self.connections_max:
+            status, reason = http.HTTPStatus.TOO_MANY_REQUESTS, "too many connections"
+        else:
+            return None
+        self.stats.refused += 1
+        return connection.respond(status, f"{reason}\n")
 
-    async def _client(self, link: ServerConnection) -> None:
+    async def _serve_client(self, connection: ServerConnection) -> None:
         rows = len(self.market.tokens) if self.market is not None else 0
-        client = Client(link, np.zeros(rows, np.int8))
+        client = _Client(connection, np.zeros(rows, np.int8))
         self._clients.add(client)
         self.stats.connections += 1
-        for text in greetings(rows, self._clock()):
+        for text in _first_messages(rows, self._clock()):
             self._enqueue(client, text)
         writer = asyncio.create_task(self._write(client))
         try:
-            async for message in link:
-                self._answer(client, message)
+            async for message in connection:
+                self._handle_request(client, message)
         except ConnectionClosed:
-            pass  # clients come and go
+            pass  # an ordinary end of a connection
         finally:
             self._clients.discard(client)
             writer.cancel()
 
-    async def _write(self, client: Client) -> None:
+    async def _write(self, client: _Client) -> None:
         try:
             while True:
                 frame = await client.queue.get()
-                await client.link.send(frame)
+                await client.connection.send(frame)
                 if self._capture is not None:
-                    binary = isinstance(frame, bytes)
+                    kind = KIND_BINARY if isinstance(frame, bytes) else KIND_TEXT
                     data = frame if isinstance(frame, bytes) else frame.encode()
-                    self._capture.write(int(self._clock() * 1000), KIND_BINARY if binary else KIND_TEXT, data)
+                    self._capture.write(int(self._clock() * 1000), kind, data)
         except ConnectionClosed:
-            pass  # the reader's side of this client cleans up
+            pass  # `_serve_client` removes the client
 
-    def _enqueue(self, client: Client, frame: bytes | str) -> None:
+    def _enqueue(self, client: _Client, frame: bytes | str) -> None:
         try:
             client.queue.put_nowait(frame)
         except asyncio.QueueFull:
             self.stats.slow_disconnects += 1
             self._clients.discard(client)
-            client.link.transport.abort()
+            _abort(client)
 
-    def _answer(self, client: Client, message: bytes | str) -> None:
+    def _handle_request(self, client: _Client, message: bytes | str) -> None:
         request = parse_request(message)
-        if isinstance(request, BadRequest):
-            self._complain(client, request.reason)
+        if isinstance(request, InvalidRequest):
+            self._send_error(client, request.reason)
             return
         market = self.market
         if market is None:
@@ -287,36 +328,32 @@ class SimulatorServer:
             fresh = rows[client.modes[rows] == NONE]
             room = TOKENS_PER_CONNECTION_MAX - client.count
             if len(fresh) > room:
-                self._complain(client, f"at most {TOKENS_PER_CONNECTION_MAX} instruments a connection")
+                self._send_error(client, f"at most {TOKENS_PER_CONNECTION_MAX} instruments a connection")
                 fresh = fresh[:room]
             client.modes[fresh] = MODE_QUOTE
-            self._send_rows(client, market, fresh)  # the cached last tick
+            self._send_rows(client, market, fresh)  # Kite sends the last tick after a subscribe
         elif isinstance(request, SetMode):
             client.modes[rows[client.modes[rows] != NONE]] = request.mode
         else:
             client.modes[rows] = NONE
         client.count = int(np.count_nonzero(client.modes))
 
-    def _complain(self, client: Client, reason: str) -> None:
+    def _send_error(self, client: _Client, reason: str) -> None:
         self.stats.bad_requests += 1
-        self._enqueue(client, text_frame({"type": "error", "data": reason}))
+        self._enqueue(client, _text_frame({"type": "error", "data": reason}))
 
-    def _send_rows(self, client: Client, market: Market, rows: Ints) -> None:
-        faults = self._faults
-        if faults is not None:
-            rows = faults.audible(rows, market.tokens)
+    def _send_rows(self, client: _Client, market: Market, rows: Ints) -> None:
+        rows = self._faults.unmuted(rows, market.tokens)
         for frame in frames_for(market, rows, client.modes):
-            if faults is not None and faults.strike("ws", "drop"):
-                client.link.transport.abort()
+            if self._faults.strike("ws", "drop"):
+                _abort(client)
                 return
-            sent = [frame] if self.outgoing is None else list(self.outgoing(frame))
-            if faults is not None:
-                sent = [each for one in sent for each in faults.damage(one, client.held)]
-            for each in sent:
-                self.stats.frames += 1
-                self._enqueue(client, each)
+            for changed in [frame] if self.outgoing is None else self.outgoing(frame):
+                for sent in self._faults.damage(changed, client.delayed):
+                    self.stats.frames += 1
+                    self._enqueue(client, sent)
 
-    async def _trade(self, market: Market) -> None:
+    async def _run_market(self, market: Market) -> None:
         step_seconds = min(STEP_SECONDS_MAX, max(STEP_SECONDS_MIN, market.interval_ms / 1000))
         while True:
             started = time.monotonic()
@@ -339,57 +376,39 @@ class SimulatorServer:
             if client.count:
                 self._send_rows(client, market, rows)
 
-    async def _beat(self) -> None:
+    async def _send_heartbeats(self) -> None:
         while True:
             await asyncio.sleep(self._heartbeat_seconds)
-            if self._faults is not None and self._faults.stalled():
+            if self._faults.stalled():
                 continue
             for client in tuple(self._clients):
                 self._enqueue(client, HEARTBEAT)
 
 
-QUEUE_FRAMES_MAX = 512  # of one client, ~30 MB at worst; then it is disconnected
-STEPS_MAX = 600  # of one round, when market time runs fast or we were held up; the next round goes on
-
-
-@dataclass(slots=True)
-class ServerStats:
-    """Counters since the start; read them from any thread."""
-
-    connections: int = 0
-    refused: int = 0
-    frames: int = 0  # binary ones handed to clients, heartbeats not counted
-    packets: int = 0  # made by the market, whether or not anyone subscribed
-    bad_requests: int = 0
-    slow_disconnects: int = 0
-
-
-@dataclass(eq=False, slots=True)
-class Client:
-    """One connection: what it subscribed, and what waits to be sent."""
-
-    link: ServerConnection
-    modes: npt.NDArray[np.int8]  # by row of the market
-    count: int = 0  # tokens subscribed
-    queue: asyncio.Queue[bytes | str] = field(default_factory=lambda: asyncio.Queue(QUEUE_FRAMES_MAX))
-    held: list[bytes] = field(default_factory=list)  # by a fault that changes the order; a frame or two
-
-
-def greetings(count: int, now_s: float) -> list[str]:
-    """The text frames that Kite sends first. `count` instruments, market time in epoch seconds."""
-    stamp = datetime.fromtimestamp(int(now_s), IST).isoformat()
-    meta = {"type": "instruments_meta", "data": {"count": count, "etag": f'W/"sim-{count}"'}}
-    return [text_frame(meta), text_frame({"type": "app_code", "timestamp": stamp})]
-
-
-def text_frame(content: object) -> str:
-    """JSON for a text frame."""
-    return msgspec.json.encode(content).decode()
-
-
 def steps_between(before_ms: int, now_ms: int, stride_ms: int) -> Iterator[int]:
-    """The times to step through until now: one, or (`stride_ms`) so that no interval is conflated away."""
+    """Yield the times to step through until now, epoch ms.
+
+    Args:
+        before_ms: The time of the last step.
+        now_ms: The time of the last step to make.
+        stride_ms: The conflation interval, so that a fast market skips none; 0: one step to `now_ms`.
+    """
     if stride_ms > 0:
         now_ms = min(now_ms, before_ms + STEPS_MAX * stride_ms)
         yield from range(before_ms + stride_ms, now_ms, stride_ms)
     yield now_ms
+
+
+def _abort(client: _Client) -> None:
+    client.connection.transport.abort()
+
+
+def _first_messages(count: int, now_s: float) -> list[str]:
+    """Return the text frames that Kite sends after a connect. `count` is the number of instruments."""
+    stamp = datetime.fromtimestamp(int(now_s), IST).isoformat()
+    meta = {"type": "instruments_meta", "data": {"count": count, "etag": f'W/"sim-{count}"'}}
+    return [_text_frame(meta), _text_frame({"type": "app_code", "timestamp": stamp})]
+
+
+def _text_frame(content: object) -> str:
+    return msgspec.json.encode(content).decode()

@@ -55,8 +55,8 @@ def _compare(
     calm_s: float,
 ) -> None:
     token, name = int(instrument["instrument_token"]), f"{instrument['tradingsymbol']} {interval.name}"
-    past = stage.kite.history.past
-    day = past.day(stage.kite.market.row_of[token], int(begin_s) * 1000)
+    generator = stage.kite.history.generator
+    day = generator.day(stage.kite.market.row_of[token], int(begin_s) * 1000)
     found = read_candles(stage.client, stage.settings.keys, token, interval.name, interval.keep)
     since_s = found[0].start if len(found) >= interval.keep else day.anchor_ms // 1000
     ours = {
@@ -95,7 +95,7 @@ def kites(stage: Stage, token: int, interval: Interval, from_s: int, to_s: int) 
     if interval.name in KITE_INTERVALS:
         name = KITE_INTERVALS[interval.name].name
         return [row[:6] for row in history.rows(token, name, from_s, to_s - 1, now_ms)]
-    day = history.past.day(stage.kite.market.row_of[token], from_s * 1000)
+    day = history.generator.day(stage.kite.market.row_of[token], from_s * 1000)
     merged: dict[int, Row] = {}
     for start, opened, high, low, close, volume, *_ in history.rows(
         token, "minute", from_s, to_s - 1, now_ms

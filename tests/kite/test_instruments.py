@@ -163,7 +163,7 @@ def test_what_kite_lists_is_in_redis_as_the_key_table_says(
 ) -> None:
     synced = master.sync()
     keys = master.settings.keys
-    listed = [row for row in kite.listing.rows if not row["expiry"] or row["expiry"] > "2026-01-01"]
+    listed = [row for row in kite.instruments.rows if not row["expiry"] or row["expiry"] > "2026-01-01"]
     assert synced.rows == synced.added == len(listed) and synced.expired > 0 and synced.refused == 0
     assert load_symbols(client, keys) == {
         row["instrument_token"]: f"{row['exchange']}:{row['tradingsymbol']}" for row in listed

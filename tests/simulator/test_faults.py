@@ -49,9 +49,9 @@ def test_a_fault_with_a_duration_ends_by_itself() -> None:
     faults = Faults(now_s=hand)
     faults.add("mute", seconds=5)
     rows = np.arange(len(TOKENS))
-    assert faults.audible(rows, TOKENS).size == 0
+    assert faults.unmuted(rows, TOKENS).size == 0
     hand.now_s = 5.0
-    assert faults.audible(rows, TOKENS).size == len(TOKENS)
+    assert faults.unmuted(rows, TOKENS).size == len(TOKENS)
 
 
 def test_a_fault_knows_its_side_and_its_path() -> None:
@@ -77,12 +77,12 @@ def test_clearing_one_kind_leaves_the_others() -> None:
 def test_a_partly_mute_feed_lacks_the_same_instruments_all_the_time() -> None:
     faults, tokens = Faults(), np.arange(1000, dtype=np.int64) << 8 | 1
     faults.add("mute_some", share=0.3)
-    heard = faults.audible(np.arange(1000), tokens)
+    heard = faults.unmuted(np.arange(1000), tokens)
     assert 500 < heard.size < 900
-    assert np.array_equal(heard, faults.audible(np.arange(1000), tokens))
+    assert np.array_equal(heard, faults.unmuted(np.arange(1000), tokens))
     faults.clear()
     faults.add("mute_some", tokens=[2, 4])
-    assert TOKENS[faults.audible(np.arange(len(TOKENS)), TOKENS)].tolist() == [1, 3, 5, 6, 7, 8]
+    assert TOKENS[faults.unmuted(np.arange(len(TOKENS)), TOKENS)].tolist() == [1, 3, 5, 6, 7, 8]
 
 
 def test_frames_come_twice_late_or_damaged_and_by_the_seed() -> None:

@@ -61,7 +61,7 @@ class Tape:
         """Candles by DESIGN's rules 1 to 3, written down once more, slowly."""
         anchor_s = at_ms(anchor) // 1000
         sessions = load_sessions("market")
-        schedule = int(self.kite.history.past.hours.schedule[self.market.row_of[token]])
+        schedule = int(self.kite.history.generator.hours.schedule[self.market.row_of[token]])
         found: dict[int, list[float]] = {}
         before = self.ticks[token][0]
         for tick in self.ticks[token][1:]:
@@ -233,7 +233,7 @@ def test_around_the_clock_history_goes_over_midnight() -> None:
 def test_the_closing_auction_prints_at_one_price_after_a_quiet_quarter() -> None:
     tape = Tape("2026-09-10 15:14:00")
     tape.run_to("2026-09-10 15:41:00")
-    hours = tape.kite.history.past.hours
+    hours = tape.kite.history.generator.hours
     names = {
         token: hours.sessions.schedules[hours.schedule[row]] for token, row in tape.market.row_of.items()
     }

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from pkbrokers_redis.simulator.subscriptions import (
     MODE_FULL,
-    BadRequest,
+    InvalidRequest,
     SetMode,
     Subscribe,
     Unsubscribe,
@@ -50,7 +50,7 @@ def test_kites_messages_are_understood(message: str | bytes, request_: object) -
 )
 def test_anything_else_is_a_bad_request_with_a_reason(message: str | bytes) -> None:
     request = parse_request(message)
-    assert isinstance(request, BadRequest)
+    assert isinstance(request, InvalidRequest)
     assert request.reason
 
 
