@@ -110,8 +110,8 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def _touch(provider: HighPerformanceDataProvider, n: int) -> None:
-    ring = next(iter(provider.mirror.memory.rings["15m"].values()))
-    ring.put(np.array([ring.last_start, 1, 1, 1, n, 1, 0, 1], np.float64), 0)
+    buffer = next(iter(provider.mirror.memory.buffers["15m"].values()))
+    buffer.add(np.array([buffer.last_start, 1, 1, 1, n, 1, 0, 1], np.float64), 0)
 
 
 def feed(link: Connection) -> None:

@@ -1,20 +1,19 @@
-"""What of a mirror belongs to its process (locks, thread, reader): a forked child makes its own.
+"""A mirror: a copy in this process of the rows a consumer needs, filled in one read and kept current.
 
-`Mirror`: a copy in this process of what a consumer needs, filled in one read and kept current by itself.
+    fill      one bulk read of the chosen instruments and intervals → row buffers
+    follow    the closed streams: every completed or amended candle is added to its buffer
+    current   the candle being formed: read in batches, of the instruments that callers read lately
+    resync    after a loss (Redis unavailable, announcements trimmed unread, store recreated): fill again
 
-    fill      one bulk read of the chosen instruments and intervals → rings (`ring`)
-    follow    the closed streams: every completed or amended candle lands in its ring
-    current   the candle that forms: asked for in batches, of those that somebody asked for lately
-    resync    after a loss (Redis away, announcements trimmed unread, a store made anew): fill again
-
-Either a thread does that (`start`) or the caller (`poll`). Reads come from memory and need no Redis; `lag_ms`
-says how old what they show may be. A completed candle appears when it is announced, its end + grace; one that
-was looked at while it formed stays visible in between.
+A thread does that (`start`), or the caller (`poll`). Reads come from memory and need no Redis; `lag_ms` is
+how old their data may be. A completed candle appears when it is announced, at its end + grace. One that was
+read while it formed stays visible in between.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 import os
 import threading
 import time
@@ -27,52 +26,65 @@ from pkbrokers_redis.candles.model import Candle, find_interval
 from pkbrokers_redis.client.bulk import Bulk, read_bulk
 from pkbrokers_redis.client.follow import Follower
 from pkbrokers_redis.client.mirror_rows import (
-    NO_ROWS,
-    Floats,
+    BufferKey,
     MirrorRows,
-    Ring,
     apply_entries,
     moved_names,
     refresh_currents,
 )
+from pkbrokers_redis.client.row_buffer import NO_ROWS, Floats, RowBuffer
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError
 
+log = logs.get("mirror")
 
-class Machinery:
-    """Locks, the thread, the reader of the streams: what does not survive a fork."""
+BLOCK_SECONDS = 0.25  # how long the thread waits for announcements, and so the lag of a current mirror
+ACTIVE_SECONDS = 10.0  # how long a current candle is refreshed after it was last read
+REFRESH_MAX = 500  # current candles refreshed at once: a mirror costs Redis 2,000 reads a second at most
+CURRENT_SECONDS = 0.5  # how old a current candle may be
+REFRESH_WAIT_SECONDS = 0.5  # how long a read waits for its current candle behind other work
+NAMES_SECONDS = 30.0  # how often to look whether the master gave a name to another token
+BYTES_MAX = 2**30  # of rows; 2,000 instruments × 10 intervals × 100 rows take 160 MB
+RETRY_SECONDS_MIN, RETRY_SECONDS_MAX = 0.1, 5.0  # between attempts while Redis is unavailable
+
+
+class _ProcessState:
+    """What does not survive a fork: locks, the thread, the reader of the streams."""
 
     def __init__(self) -> None:
         self.pid = os.getpid()
-        self.work = threading.RLock()  # one at a time fills, applies, refreshes
-        self.reading = threading.Lock()  # one at a time waits for the streams
+        self.work = threading.RLock()  # held while the mirror fills, applies, refreshes
+        self.reading = threading.Lock()  # held while one caller waits for the streams
         self.follower: Follower | None = None
         self.stop = threading.Event()
         self.thread: threading.Thread | None = None
-        self.is_broken = False  # Redis was away since the last fill
-        self.complete_at = 0.0  # when we last had everything, monotonic seconds
-        self.named_at = time.monotonic()  # when the master was last asked who has which name
-
-
-log = logs.get("mirror")
-
-BLOCK_SECONDS = 0.25  # the thread's wait for news, and so the lag of a mirror that has all
-HOT_SECONDS = 10.0  # a current candle nobody asked for in so long is no longer refreshed
-HOT_A_ROUND = 500  # refreshed at once, so that one mirror costs Redis 2,000 reads a second at most
-CURRENT_SECONDS = 0.5  # how old a current candle may be
-FRESHEN_SECONDS_MAX = 0.5  # how long a read waits for its current candle behind other work
-NAMES_SECONDS = 30.0  # how often the master is asked whether a name has moved to another token
-BYTES_MAX = 2**30  # of rows; 2,000 instruments × 10 intervals × 100 rows take 160 MB
-PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 5.0  # between tries while Redis is away
+        self.needs_resync = False  # Redis was unavailable since the last fill
+        self.complete_at = -math.inf  # when the mirror last had everything announced, monotonic seconds
+        self.names_at = time.monotonic()  # when the master was last asked for names
 
 
 class Mirror:
     """The last `count` candles of chosen instruments and intervals, in memory.
 
-    `symbols` None is every instrument of the store, also those that appear later; `()` none until `add`. One
-    mirror serves all threads of a process, and goes on in a forked child. Bounded by `bytes_max`.
+    One mirror serves all threads of a process, and continues in a forked child process. The thread of `start`
+    and callers of `poll` write rows under `memory.lock`; reads take no lock that a slow Redis can hold.
 
-    `resyncs` is how often it filled itself again.
+    Args:
+        store: Where to read from.
+        symbols: Instruments; None mirrors every instrument, also those that appear later; `()` none yet.
+        intervals: Intervals to mirror.
+        count: Rows kept of each instrument and interval.
+        current_seconds: How old the candle being formed may be when it is read.
+        bytes_max: Bound on the memory of all rows.
+
+    Raises:
+        UnknownSymbol, UnknownInterval: A name does not exist.
+        PkbError: The rows would exceed `bytes_max`.
+
+    Example:
+        >>> with Mirror(store, ["INFY"], ["5m"], count=50) as mirror:
+        ...     mirror.rows("INFY", "5m", include_current=True).shape[1]
+        8
     """
 
     def __init__(
@@ -87,12 +99,12 @@ class Mirror:
     ) -> None:
         self.store = store
         self.current_seconds = current_seconds
-        self.resyncs = 0
+        self.resyncs = 0  # how often the mirror filled itself again
         self.memory = MirrorRows(bytes_max)
-        self._hot: dict[tuple[int, str], float] = {}  # (token, interval) → asked for at, monotonic seconds
-        self._missed = 0  # of followers that are gone
+        self._active: dict[BufferKey, float] = {}  # (token, interval) → last read, monotonic seconds
+        self._missed_before = 0  # by followers that were replaced
         self._wants_thread = False
-        self._now = Machinery()
+        self._process = _ProcessState()
         chosen = None if symbols is None else list(symbols)
         for interval in intervals:
             self.add(chosen, interval, count)
@@ -102,38 +114,45 @@ class Mirror:
     def rows(
         self, symbol: str | int, interval: str, count: int = 100, include_current: bool = False
     ) -> Floats:
-        """float64[≤ count, 8], newest last, columns as in CANDLE_FIELDS: a view, nothing is copied.
+        """Return a view of the last rows: nothing is copied.
 
-        Its rows stand, but for the one that forms (`include_current`) and rows that are amended: copy what
-        must not change. Empty for an instrument without candles. Raises PkbError for what is not mirrored.
+        Args:
+            symbol: `NSE:INFY`, `INFY` or a token.
+            interval: A mirrored interval.
+            count: At most so many rows.
+            include_current: Include the candle being formed. That row and amended rows change under the view:
+                copy what must not change.
+
+        Returns:
+            float64[≤ count, 8], newest last, columns as in CANDLE_FIELDS (`start` in epoch seconds).
+
+        Raises:
+            PkbError: The instrument or interval is not mirrored.
         """
-        ring = self._ring(symbol, interval, include_current)
-        return NO_ROWS if ring is None else ring.view(count, include_current)
+        buffer = self._buffer(symbol, interval, include_current)
+        return NO_ROWS if buffer is None else buffer.view(count, include_current)
 
     def many_rows(
         self, symbols: Sequence[str], interval: str, count: int = 100, include_current: bool = False
     ) -> list[tuple[str, Floats]]:
-        """`rows` of each symbol, all current candles asked for at once."""
+        """Return `rows` of each symbol; all their current candles are read from Redis at once."""
         name = self._interval(interval)
         tokens = [self._token(symbol) for symbol in symbols]
         if include_current:
-            self._freshen([(token, name) for token in tokens])
+            self._refresh([(token, name) for token in tokens])
         with self.memory.lock:
-            rings = self.memory.rings[name]
-            found = [rings.get(token) for token in tokens]
+            buffers = [self.memory.buffers[name].get(token) for token in tokens]
             return [
-                (symbol, NO_ROWS if ring is None else ring.view(count, include_current))
-                for symbol, ring in zip(symbols, found, strict=True)
+                (symbol, NO_ROWS if buffer is None else buffer.view(count, include_current))
+                for symbol, buffer in zip(symbols, buffers, strict=True)
             ]
 
     def candles(
         self, symbol: str | int, interval: str, count: int = 100, include_current: bool = False
     ) -> list[Candle]:
-        """The same as `CandleStore.get_candles` gives."""
-        ring = self._ring(symbol, interval, include_current)
-        if ring is None:
-            return []
-        return self.memory.candles(ring, count, include_current)
+        """Return what `CandleStore.get_candles` returns."""
+        buffer = self._buffer(symbol, interval, include_current)
+        return [] if buffer is None else self.memory.candles(buffer, count, include_current)
 
     def bulk(
         self,
@@ -142,108 +161,126 @@ class Mirror:
         count: int = 100,
         include_current: bool = False,
     ) -> Bulk:
-        """The same as `CandleStore.bulk` gives, copied once in memory; not even that if nothing has changed.
+        """Return what `CandleStore.bulk` returns; the same object again if nothing has changed.
 
-        `symbols` None is every mirrored instrument that has rows.
+        `symbols` None selects every mirrored instrument that has rows.
         """
         name = self._interval(interval)
-        rings = self.memory.rings[name]
-        tokens = sorted(rings) if symbols is None else list(dict.fromkeys(map(self._token, symbols)))
+        if symbols is None:
+            tokens = sorted(self.memory.buffers[name])
+        else:
+            tokens = list(dict.fromkeys(map(self._token, symbols)))
         if include_current:
-            self._freshen([(token, name) for token in tokens])
+            self._refresh([(token, name) for token in tokens])
         bulk = self.memory.bulk(tokens, name, count, include_current)
         return bulk.with_rows_only() if symbols is None else bulk
 
     def has(self, symbol: str | int, interval: str, count: int = 1) -> bool:
-        """Whether `count` rows of it are mirrored, or all there are."""
+        """Return whether `count` rows of it are mirrored, or all that exist."""
         return self.memory.has(symbol, interval, count)
 
     @property
     def symbols(self) -> list[str]:
-        """The mirrored instruments' names (`NSE:INFY`), sorted."""
-        tokens = {token for rings in self.memory.rings.values() for token in rings}
+        """Return the mirrored instruments' names (`NSE:INFY`), sorted."""
+        tokens = {token for buffers in self.memory.buffers.values() for token in buffers}
         return sorted(symbol for _, symbol in self.memory.named(tokens))
 
     @property
     def lag_ms(self) -> float:
-        """How long ago this mirror last had everything that was announced; infinite before the first fill."""
-        at = self._now.complete_at
-        return (time.monotonic() - at) * 1000 if at else float("inf")
+        """Return how long ago the mirror last had everything announced; infinite before the first fill."""
+        return (time.monotonic() - self._process.complete_at) * 1000
 
     @property
     def missed(self) -> int:
-        """Announcements trimmed before this mirror read them; it then filled itself again."""
-        return self._missed + (self._now.follower.missed if self._now.follower else 0)
+        """Return how many announcements were trimmed unread; the mirror filled itself again each time."""
+        follower = self._process.follower
+        return self._missed_before + (follower.missed if follower else 0)
 
     @property
     def rows_refused(self) -> int:
-        """Rows and announcements that were none."""
+        """Return how many rows and announcements were malformed."""
         return self.store.rows_refused
 
     @property
     def size_bytes(self) -> int:
-        """Memory of the rows."""
+        """Return the memory of the rows."""
         return self.memory.size_bytes()
 
     # -- keeping current -------------------------------------------------------------------------
 
     def add(self, symbols: Iterable[str | int] | None, interval: str, count: int = 100) -> None:
-        """Mirror these too, in one bulk read; at least `count` rows are then kept of the whole interval.
+        """Mirror more instruments or rows, in one bulk read. On an error nothing changes.
 
-        What cannot be added changes nothing.
+        Args:
+            symbols: Instruments; None for every instrument, also those that appear later.
+            interval: The interval to mirror.
+            count: Rows to keep, at least, of every instrument of this interval.
 
-        Raises UnknownSymbol, UnknownInterval, redis-py's errors, and PkbError beyond `bytes_max`.
+        Raises:
+            UnknownSymbol, UnknownInterval: A name does not exist.
+            PkbError: The rows would exceed `bytes_max`.
+            redis.RedisError: Redis is unavailable.
         """
         name = find_interval(self.store.settings.intervals, interval).name
         texts = None if symbols is None else list(symbols)
         named = self.store.instruments() if texts is None else self.store.resolve_all(texts)
-        now, memory = self._machinery(), self.memory
-        with now.work:
-            if now.follower is None:
-                self._follow(now)
-            there, keep = memory.rings.get(name, {}), memory.keep.get(name, 0)
+        process, memory = self._process_state(), self.memory
+        with process.work:
+            if process.follower is None:
+                self._follow(process)
+            mirrored, keep = memory.buffers.get(name, {}), memory.keep.get(name, 0)
             if count > keep:
-                fresh = [*memory.named(there), *named]  # more rows of those that are there
+                to_read = [*memory.named(mirrored), *named]
             else:
-                fresh = [pair for pair in named if pair[0] not in there]
-            self._fill(now, name, fresh, max(count, keep))
+                to_read = [pair for pair in named if pair[0] not in mirrored]
+            self._fill(process, name, to_read, max(count, keep))
             if texts is None:
-                memory.whole.add(name)
+                memory.all_instruments.add(name)
             else:
                 memory.tokens.update(zip(texts, (token for token, _ in named), strict=True))
 
     def poll(self, block_seconds: float = 0.0) -> int:
-        """Take in what is new; returns how many announcements. For those who start no thread.
+        """Apply new announcements; call it if no thread runs.
 
-        Raises redis-py's errors; the mirror keeps what it has, and the next poll fills it again.
+        Args:
+            block_seconds: How long to wait for the first announcement.
+
+        Returns:
+            How many announcements were applied.
+
+        Raises:
+            redis.RedisError, OSError: Redis is unavailable. The mirror keeps its rows and the next poll fills
+                it again.
         """
-        now = self._machinery()
-        if not self.memory.rings:
+        process = self._process_state()
+        if not self.memory.buffers:
             return 0
-        with now.reading:
+        with process.reading:
             try:
-                return self._poll(now, block_seconds)
+                return self._poll(process, block_seconds)
             except (redis.RedisError, OSError):
-                now.is_broken = True
+                process.needs_resync = True
                 raise
 
     def start(self) -> Mirror:
-        """Keep current in a thread from now on."""
+        """Keep current in a thread from now on; return the mirror."""
         self._wants_thread = True
-        now = self._machinery()
-        if now.thread is None or not now.thread.is_alive():
-            now.stop.clear()
-            now.thread = threading.Thread(target=self._run, args=(now,), name="pkb-mirror", daemon=True)
-            now.thread.start()
+        process = self._process_state()
+        if process.thread is None or not process.thread.is_alive():
+            process.stop.clear()
+            process.thread = threading.Thread(
+                target=self._run, args=(process,), name="pkb-mirror", daemon=True
+            )
+            process.thread.start()
         return self
 
     def close(self) -> None:
-        """End the thread. What is mirrored stays readable and grows old."""
+        """End the thread. The rows stay readable and grow old."""
         self._wants_thread = False
-        self._now.stop.set()
-        if self._now.thread is not None:
-            self._now.thread.join(timeout=10)
-            self._now.thread = None
+        self._process.stop.set()
+        if self._process.thread is not None:
+            self._process.thread.join(timeout=10)
+            self._process.thread = None
 
     def __enter__(self) -> Mirror:
         return self.start()
@@ -253,80 +290,80 @@ class Mirror:
 
     # -- inside ----------------------------------------------------------------------------------
 
-    def _run(self, now: Machinery) -> None:
-        pause_seconds = PAUSE_SECONDS_MIN
-        while not now.stop.is_set():
+    def _run(self, process: _ProcessState) -> None:
+        retry_seconds = RETRY_SECONDS_MIN
+        while not process.stop.is_set():
             try:
                 self.poll(BLOCK_SECONDS)
-                if not self.memory.rings:
-                    now.stop.wait(BLOCK_SECONDS)
-                pause_seconds = PAUSE_SECONDS_MIN
+                if not self.memory.buffers:
+                    process.stop.wait(BLOCK_SECONDS)
+                retry_seconds = RETRY_SECONDS_MIN
             except (redis.RedisError, OSError, PkbError) as error:
-                why = str(error).partition("\n")[0][:200]
-                log.warning("mirror_behind", why=why, retry_seconds=pause_seconds)
-                now.stop.wait(pause_seconds)
-                pause_seconds = min(pause_seconds * 2, PAUSE_SECONDS_MAX)
+                reason = str(error).partition("\n")[0][:200]
+                log.warning("mirror_not_current", reason=reason, retry_seconds=retry_seconds)
+                process.stop.wait(retry_seconds)
+                retry_seconds = min(retry_seconds * 2, RETRY_SECONDS_MAX)
 
-    def _poll(self, now: Machinery, block_seconds: float) -> int:
-        follower = now.follower
-        if now.is_broken or follower is None:
-            follower = self._resync(now)
+    def _poll(self, process: _ProcessState, block_seconds: float) -> int:
+        follower = process.follower
+        if process.needs_resync or follower is None:
+            follower = self._resync(process)
         began = time.monotonic()
-        lost = follower.missed + follower.restarts
-        entries, has_all = follower.read_entries(block_seconds)  # not locked: it may wait
-        with now.work:
-            if follower.missed + follower.restarts != lost:
-                self._resync(now)
+        losses = follower.missed + follower.restarts
+        entries, has_caught_up = follower.read_entries(block_seconds)  # without the lock: it may wait
+        with process.work:
+            if follower.missed + follower.restarts != losses:
+                self._resync(process)
                 return len(entries)
-            taken = apply_entries(self.store, self.memory, entries)
-            self._refresh_hot()
-            if began - now.named_at > NAMES_SECONDS:
-                now.named_at = began
-                self._follow_names(now)
-            if has_all:
-                # What was announced before the read began is in it: it ended with nothing behind it.
-                now.complete_at = max(now.complete_at, began)
-        return taken
+            applied = apply_entries(self.store, self.memory, entries)
+            self._refresh_active()
+            if began - process.names_at > NAMES_SECONDS:
+                process.names_at = began
+                self._follow_names(process)
+            if has_caught_up:  # the read returned everything announced before it began
+                process.complete_at = max(process.complete_at, began)
+        return applied
 
-    def _follow(self, now: Machinery) -> Follower:
-        if now.follower is not None:
-            self._missed += now.follower.missed
-            now.follower.close()
-        now.follower = Follower(self.store.client, self.store.keys)
-        return now.follower
+    def _follow(self, process: _ProcessState) -> Follower:
+        if process.follower is not None:
+            self._missed_before += process.follower.missed
+            process.follower.close()
+        process.follower = Follower(self.store.client, self.store.keys)
+        return process.follower
 
-    def _resync(self, now: Machinery) -> Follower:
-        """Everything again: first the place in the streams, then the rows; what comes between comes twice."""
-        with now.work:
-            follower = self._follow(now)
+    def _resync(self, process: _ProcessState) -> Follower:
+        """Fill again. The position is taken first: rows announced during the fill are applied twice."""
+        with process.work:
+            follower = self._follow(process)
             self.resyncs += 1
-            for name, rings in list(self.memory.rings.items()):
-                known = self.store.instruments() if name in self.memory.whole else []
-                self._fill(now, name, [*self.memory.named(rings), *known], self.memory.keep[name])
-            now.is_broken = False
+            for name, buffers in list(self.memory.buffers.items()):
+                known = self.store.instruments() if name in self.memory.all_instruments else []
+                self._fill(process, name, [*self.memory.named(buffers), *known], self.memory.keep[name])
+            process.needs_resync = False
             return follower
 
-    def _follow_names(self, now: Machinery) -> None:
-        """Names that the master has given to other tokens: these are mirrored where those were."""
+    def _follow_names(self, process: _ProcessState) -> None:
+        """Mirror the tokens to which the master has moved mirrored names."""
         moved = moved_names(self.store, self.memory)
-        for name, rings in list(self.memory.rings.items()) if moved else ():
-            fresh = [pair for token, pair in moved.items() if token in rings and pair[0] not in rings]
-            self._fill(now, name, fresh, self.memory.keep[name])
+        for name, buffers in list(self.memory.buffers.items()) if moved else ():
+            to_read = [pair for token, pair in moved.items() if token in buffers and pair[0] not in buffers]
+            self._fill(process, name, to_read, self.memory.keep[name])
         self.memory.rename(moved)
 
-    def _fill(self, now: Machinery, name: str, named: list[tuple[int, str]], keep: int) -> None:
+    def _fill(self, process: _ProcessState, name: str, named: list[tuple[int, str]], keep: int) -> None:
         began = time.monotonic()
         instruments = list(dict(named).items())
         self.memory.check_size(name, {token for token, _ in instruments}, keep)
         bulk = read_bulk(self.store.client, self.store.keys, instruments, name, keep)
         self.store.tally.rows_refused += bulk.rows_refused
-        self.memory.put_all(bulk, keep)
-        now.complete_at = now.complete_at or began
+        self.memory.replace(bulk, keep)
+        if process.complete_at == -math.inf:
+            process.complete_at = began
 
     def _interval(self, interval: str) -> str:
-        if interval not in self.memory.rings:
+        if interval not in self.memory.buffers:
             interval = find_interval(self.store.settings.intervals, interval).name
-            if interval not in self.memory.rings:
+            if interval not in self.memory.buffers:
                 raise PkbError(f"{interval} is not mirrored", "call `mirror.add(symbols, interval)` first")
         return interval
 
@@ -336,56 +373,54 @@ class Mirror:
             token = self.memory.tokens[symbol] = self.store.resolve(symbol)[0]
         return token
 
-    def _ring(self, symbol: str | int, interval: str, include_current: bool) -> Ring | None:
+    def _buffer(self, symbol: str | int, interval: str, include_current: bool) -> RowBuffer | None:
         name = self._interval(interval)
         token = self._token(symbol)
-        ring = self.memory.rings[name].get(token)
-        if ring is None and name not in self.memory.whole:
+        buffer = self.memory.buffers[name].get(token)
+        if buffer is None and name not in self.memory.all_instruments:
             raise PkbError(f"{symbol} {name} is not mirrored", "call `mirror.add([symbol], interval)` first")
         if include_current:
-            self._freshen([(token, name)])
-        return ring
+            self._refresh([(token, name)])
+        return buffer
 
-    def _freshen(self, wanted: list[tuple[int, str]]) -> None:
-        """The current candles of these, asked for now unless they are young enough."""
-        moment = time.monotonic()
-        old: list[tuple[int, str]] = []
-        for key in wanted:
-            self._hot[key] = moment
-            ring = self.memory.rings[key[1]].get(key[0])
-            if ring is not None and moment - ring.current_at > self.current_seconds:
-                old.append(key)
-        now = self._machinery() if old else self._now
-        if not old or now.is_broken or not now.work.acquire(timeout=FRESHEN_SECONDS_MAX):
-            return  # Redis is away, or a large fill is under way: better a little old than late
+    def _refresh(self, keys: list[BufferKey]) -> None:
+        """Read the current candles of these that are older than `current_seconds`."""
+        now = time.monotonic()
+        old: list[BufferKey] = []
+        for token, interval in keys:
+            self._active[token, interval] = now
+            buffer = self.memory.buffers[interval].get(token)
+            if buffer is not None and now - buffer.current_at > self.current_seconds:
+                old.append((token, interval))
+        process = self._process_state() if old else self._process
+        if not old or process.needs_resync or not process.work.acquire(timeout=REFRESH_WAIT_SECONDS):
+            return  # Redis is unavailable or a large fill runs: an old candle is better than a late answer
         try:
             refresh_currents(self.store, self.memory, old)
         except (redis.RedisError, OSError):
-            now.is_broken = True  # what we have is what there is; `lag_ms` tells
+            process.needs_resync = True  # the read returns what memory holds; `lag_ms` shows its age
         finally:
-            now.work.release()
+            process.work.release()
 
-    def _refresh_hot(self) -> None:
-        moment = time.monotonic()
-        half = self.current_seconds / 2  # before a reader finds it too old
-        due: list[tuple[float, tuple[int, str]]] = []
-        for key, asked_at in list(self._hot.items()):
-            ring = self.memory.rings.get(key[1], {}).get(key[0])
-            if ring is None or moment - asked_at > HOT_SECONDS:
-                self._hot.pop(key, None)
-            elif moment - ring.current_at > half:
-                due.append((ring.current_at, key))
-        if due:
-            # The oldest first; those that must wait are asked for when somebody reads them.
-            oldest = heapq.nsmallest(HOT_A_ROUND, due)
-            refresh_currents(self.store, self.memory, [key for _, key in oldest])
+    def _refresh_active(self) -> None:
+        """Read the current candles that callers read lately, before a reader finds them too old."""
+        now = time.monotonic()
+        due: list[tuple[float, BufferKey]] = []
+        for key, read_at in list(self._active.items()):
+            buffer = self.memory.buffers.get(key[1], {}).get(key[0])
+            if buffer is None or now - read_at > ACTIVE_SECONDS:
+                self._active.pop(key, None)
+            elif now - buffer.current_at > self.current_seconds / 2:
+                due.append((buffer.current_at, key))
+        if due:  # the oldest first; the rest is read when a caller needs it
+            refresh_currents(self.store, self.memory, [key for _, key in heapq.nsmallest(REFRESH_MAX, due)])
 
-    def _machinery(self) -> Machinery:
-        """This process' own; a forked child makes itself one, fills again, and goes on as its parent did."""
-        if self._now.pid != os.getpid():
-            self._now = Machinery()
-            self._now.is_broken = True
+    def _process_state(self) -> _ProcessState:
+        """Return this process' state; a forked child creates its own and fills again."""
+        if self._process.pid != os.getpid():
+            self._process = _ProcessState()
+            self._process.needs_resync = True
             self.memory.lock = threading.RLock()
             if self._wants_thread:
                 self.start()
-        return self._now
+        return self._process

@@ -82,7 +82,7 @@ class TickInput:
         self._pid = os.getpid()
         self._writer: TickWriter | None = None
         self._waiting: deque[TickBatch] = deque()  # at most BATCHES_MAX
-        self._again_at = 0.0  # monotonic seconds
+        self._again_at = -math.inf  # monotonic seconds
 
     def put(self, ticks: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
         """Returns how many ticks were taken, and how many were refused: no ticks, or no room for them.
@@ -148,7 +148,7 @@ class TickInput:
         self._pid = os.getpid()
         self._writer = None
         self._waiting = deque()
-        self._again_at = 0.0
+        self._again_at = -math.inf
 
 
 def _first(tick: Mapping[str, Any], *names: str) -> Any:

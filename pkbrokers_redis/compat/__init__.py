@@ -1,15 +1,17 @@
-"""Upstream's import paths on Redis: PKDevTools, PKScreener and scripts find live data without a change.
+"""Upstream's import paths on Redis: PKDevTools, PKScreener and scripts find live data unchanged.
 
-    import pkbrokers_redis.compat                       # first; then `import pkbrokers.kite.…` finds ours
+In a program, first of all imports:
 
-or, with no line of code, for a program and all its children:
+    import pkbrokers_redis.compat
+
+For a program and all its child processes, without a line of code:
 
     export PYTHONPATH="$(python -m pkbrokers_redis.compat)"
 """
 
 from __future__ import annotations
 
-from pkbrokers_redis.compat.finder import SHIM_FOLDER, install
+from pkbrokers_redis.compat.import_finder import SHIM_FOLDER, install
 
 __all__ = ["SHIM_FOLDER", "install"]
 

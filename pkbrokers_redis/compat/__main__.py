@@ -1,4 +1,4 @@
-"""`python -m pkbrokers_redis.compat`: what to put into PYTHONPATH, with what is in it already."""
+"""`python -m pkbrokers_redis.compat`: print a PYTHONPATH for upstream's imports."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pkbrokers_redis.compat import SHIM_FOLDER
 
 
 def main() -> None:
-    """Print it."""
-    there = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
-    print(os.pathsep.join(dict.fromkeys([str(SHIM_FOLDER), *there])))  # noqa: T201  it is for a shell
+    """Print the shim's folder, followed by what PYTHONPATH holds already."""
+    present = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
+    print(os.pathsep.join(dict.fromkeys([str(SHIM_FOLDER), *present])))  # noqa: T201  it is for a shell
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.candles.model import DAY, SEGMENT_INDICES, SEGMENTS, Candle, find_interval
 from pkbrokers_redis.client.producer import TickInput
 from pkbrokers_redis.client.store import CandleStore
-from pkbrokers_redis.compat.instrument_views import InstrumentsView
+from pkbrokers_redis.compat.upstream_types import MAX_DAILY_ROWS, InstrumentsView
 from pkbrokers_redis.errors import PkbError, UnknownInterval, UnknownSymbol
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings
@@ -154,7 +154,6 @@ def _text(value: Any) -> str:
 
 log = logs.get("store")
 
-MAX_DAILY_ROWS = 251  # of an export, as upstream
 NAMES_SECONDS = 30.0  # how long the list of symbols is believed, and that there is no such symbol
 UNKNOWN_MAX = 10_000  # names remembered as unknown
 INDEX_EXCHANGE = "NSE"  # of an index that nobody named an exchange for

@@ -12,14 +12,14 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import SecretStr
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles.calendar import KOLKATA
+from pkbrokers_redis.compat.upstream_types import DepthEntry, Tick
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.kite.protocol import (
     FULL,
@@ -35,42 +35,6 @@ from pkbrokers_redis.kite.websocket import CONNECTIONS_PER_KEY_MAX, TOKENS_PER_C
 from pkbrokers_redis.kite.websocket import ZerodhaWebSocketClient as Socket
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.auth import Session
-
-
-class DepthEntry(NamedTuple):
-    """One level of the order book; price in rupees."""
-
-    quantity: int
-    price: float
-    orders: int
-
-
-@dataclass(slots=True)
-class Tick:
-    """One tick with upstream's field names: prices in rupees, times in epoch seconds, None where absent.
-
-    `exchange_timestamp` of a packet without one is the time received, as upstream has it.
-    """
-
-    instrument_token: int
-    last_price: float
-    last_quantity: int | None = None
-    avg_price: float | None = None
-    day_volume: int | None = None
-    buy_quantity: int | None = None
-    sell_quantity: int | None = None
-    open_price: float | None = None
-    high_price: float | None = None
-    low_price: float | None = None
-    prev_day_close: float | None = None
-    last_trade_timestamp: int | None = None
-    oi: int | None = None
-    oi_day_high: int | None = None
-    oi_day_low: int | None = None
-    exchange_timestamp: int | None = None
-    depth: dict[str, list[DepthEntry]] | None = None
-    websocket_index: int = -1
-    batch_index: int = -1
 
 
 class ZerodhaWebSocketParser:

@@ -203,7 +203,7 @@ def test_bulk_gives_what_one_read_each_gives(
 
 
 def test_slices_join_up(client: redis.Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bulk_module, "INSTRUMENTS_A_PIPELINE", 2)
+    monkeypatch.setattr(bulk_module, "INSTRUMENTS_PER_PIPELINE", 2)
     tokens = [256 * i + 1 for i in range(1, 8)]
     for i, token in enumerate(tokens):
         push(client, settings.keys, token, "1m", [row(OPEN_S + 60 * k, i) for k in range(i + 1)])

@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from pkbrokers_redis.client import follow as follow_module
-from pkbrokers_redis.client.follow import Mark, parse_position
+from pkbrokers_redis.client.follow_core import FollowCore, ShardPosition, parse_position
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError, UnknownInterval, WrongKeyType
 from pkbrokers_redis.settings import Settings
@@ -115,7 +115,7 @@ def test_what_was_trimmed_unread_is_counted_exactly(store: CandleStore) -> None:
 
 
 def test_a_reader_that_is_too_slow_learns_of_it(store: CandleStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(follow_module, "ENTRIES_A_READ", 5)
+    monkeypatch.setattr(FollowCore, "entries_per_read", 5)
     follower = store.follow(block_seconds=0)
     for i in range(20):
         say(store, i)
@@ -130,7 +130,7 @@ def test_a_reader_that_is_too_slow_learns_of_it(store: CandleStore, monkeypatch:
 def test_a_reader_that_was_away_while_its_small_batch_waited_learns_of_it_in_the_end(
     store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow_module, "ENTRIES_A_READ", 5)
+    monkeypatch.setattr(FollowCore, "entries_per_read", 5)
     follower = store.follow(block_seconds=0)
     say(store, 0)
     got = [next(follower)]
@@ -214,8 +214,8 @@ def test_a_position_that_is_none_is_refused(store: CandleStore, text: str) -> No
 
 
 def test_a_position_of_other_shards_is_refused() -> None:
-    text = ";".join([str(Mark((1, 2), 3))] * 4)
-    assert parse_position(text, 4) == [Mark((1, 2), 3)] * 4
+    text = ";".join([str(ShardPosition((1, 2), 3))] * 4)
+    assert parse_position(text, 4) == [ShardPosition((1, 2), 3)] * 4
     with pytest.raises(PkbError, match="4 shards, this one has 8"):
         parse_position(text, 8)
 
@@ -223,7 +223,7 @@ def test_a_position_of_other_shards_is_refused() -> None:
 def test_the_last_closed_of_all_shards_come_newest_last(
     store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow_module, "ENTRIES_A_READ", 4)
+    monkeypatch.setattr(FollowCore, "entries_per_read", 4)
     for i in range(20):
         token = [INFY, RELIANCE, NIFTY][i % 3]
         fields = {"token": token, "interval": "5m" if i % 5 == 0 else "1m", "row": row(OPEN_S, 100 + i)}
@@ -262,7 +262,7 @@ def test_followed_ticks_are_the_instruments_own(store: CandleStore) -> None:
 def test_the_async_follower_gives_the_same_and_takes_the_same_positions(
     store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pkbrokers_redis.client.follow.ENTRIES_A_READ", 5)
+    monkeypatch.setattr(FollowCore, "entries_per_read", 5)
     for i in range(20):
         say(store, i, [INFY, RELIANCE, NIFTY][i % 3])
     sync = list(store.follow(position="0", block_seconds=0))
@@ -326,7 +326,7 @@ def test_an_async_follower_names_a_stream_of_another_type(store: CandleStore) ->
 def test_a_reader_that_keeps_up_looks_for_losses_now_and_then(
     store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow_module, "CHECK_SECONDS", -1)
+    monkeypatch.setattr(FollowCore, "check_seconds", -1)
     follower = store.follow(block_seconds=0)
     for i in range(9):
         say(store, i)
@@ -337,7 +337,7 @@ def test_a_reader_that_keeps_up_looks_for_losses_now_and_then(
 def test_an_async_reader_that_keeps_up_looks_for_losses_now_and_then(
     store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pkbrokers_redis.client.follow.CHECK_SECONDS", -1)
+    monkeypatch.setattr(FollowCore, "check_seconds", -1)
 
     async def follow() -> tuple[list[int], int]:
         async with store.follow_async(block_seconds=0) as follower:
@@ -361,7 +361,7 @@ def test_an_async_reader_with_a_read_a_stream_begins_anew_with_a_store_made_anew
             assert [closed async for closed in follower] == []  # and its reads go on waiting
             store.client.delete(store.keys.closed(store.keys.shard_of(INFY)))
             say(store, 50)
-            monkeypatch.setattr("pkbrokers_redis.client.follow.CHECK_SECONDS", -1)
+            monkeypatch.setattr(FollowCore, "check_seconds", -1)
             say(store, 51)
             return numbers([closed async for closed in follower]), follower.restarts
 

@@ -119,7 +119,7 @@ def test_in_a_thread_it_keeps_itself_current(store: CandleStore) -> None:
         wait_until(lambda: prices(mirror) == [10, 11], what="the announced candle")
         assert prices(mirror, include_current=True) == [10, 11, 12]
         store.client.hset(store.keys.current(INFY), "5m", row(at(2), 13))
-        memory = mirror.memory.rings["5m"][INFY]
+        memory = mirror.memory.buffers["5m"][INFY]
         wait_until(lambda: memory.view(1, True)[0, 4] == 13, what="the thread to refresh what was asked for")
         wait_until(lambda: mirror.lag_ms < 2_000, what="a mirror that has all")
     assert all(thread.name != "pkb-mirror" for thread in threading.enumerate())
@@ -161,7 +161,7 @@ def test_after_announcements_were_trimmed_unread_it_fills_itself_again(store: Ca
         return prices(mirror) == [100 + number for number in range(20)]
 
     # A reader learns of the loss once it was behind; until then it has only what was left.
-    mirror._now.follower._progress.checks_due = 1  # type: ignore[union-attr]
+    mirror._process.follower._core.checks_due = 1  # type: ignore[union-attr]
     wait_until(is_whole, what="all rows")
     assert mirror.missed == 17 and mirror.resyncs == 1 and prices(mirror, "RELIANCE") == [55]
 
@@ -175,7 +175,7 @@ def test_a_store_made_anew_is_noticed(store: CandleStore) -> None:
     fields = {"token": INFY, "interval": "5m", "row": row(at(0), 42), "rev": 0}
     store.client.xadd(store.keys.closed(store.keys.shard_of(INFY)), fields, id="5-0")
     push(store.client, store.keys, INFY, "5m", [row(at(0), 42)])
-    mirror._now.follower._progress.checks_due = 1  # type: ignore[union-attr]
+    mirror._process.follower._core.checks_due = 1  # type: ignore[union-attr]
     wait_until(lambda: mirror.poll() >= 0 and prices(mirror) == [42], what="the new store's row")
 
 
@@ -188,10 +188,10 @@ def test_a_store_that_was_cleared_is_noticed(store: CandleStore) -> None:
     store.client.delete(*gone)
     close(store, 20, 42)  # announced with a later id
     mirror.poll()
-    mirror._now.follower._progress.checks_due = 1  # type: ignore[union-attr]
+    mirror._process.follower._core.checks_due = 1  # type: ignore[union-attr]
     wait_until(lambda: mirror.poll() >= 0 and prices(mirror) == [42], what="only the new store's row")
     store.client.delete(*gone)
-    mirror._now.follower._progress.checks_due = 1  # type: ignore[union-attr]
+    mirror._process.follower._core.checks_due = 1  # type: ignore[union-attr]
     wait_until(lambda: mirror.poll() >= 0 and prices(mirror) == [], what="no rows")
     assert mirror.resyncs == 2
 
@@ -247,9 +247,9 @@ def test_what_cannot_be_added_changes_nothing(store: CandleStore, monkeypatch: p
         patch.setattr(store, "resolve_all", lambda texts: [(INFY, "NSE:INFY")])
         with pytest.raises(redis.ConnectionError):
             mirror.add(["INFY"], "5m", 4)
-    assert prices(mirror) == [8, 9] and not mirror.has("INFY", "5m", 3) and not mirror.memory.whole
+    assert prices(mirror) == [8, 9] and not mirror.has("INFY", "5m", 3) and not mirror.memory.all_instruments
     mirror.add(["RELIANCE"], "5m", 2)
-    mirror._now.is_broken = True
+    mirror._process.needs_resync = True
     mirror.poll()
     assert mirror.resyncs == 1 and prices(mirror) == [8, 9]
     mirror.add(["INFY"], "5m", 4)
@@ -308,7 +308,7 @@ def test_while_redis_is_away_it_answers_and_says_how_old_it_is(
         mirror = Mirror(store, ["INFY"], ["5m"], current_seconds=0).start()
         wait_until(lambda: mirror.lag_ms < 2_000, what="a mirror that has all")
     try:
-        wait_until(lambda: mirror._now.is_broken, what="the loss to be noticed")
+        wait_until(lambda: mirror._process.needs_resync, what="the loss to be noticed")
         before = mirror.lag_ms
         assert prices(mirror, include_current=True) == [10]
         wait_until(lambda: mirror.lag_ms > before + 50, what="time to pass")

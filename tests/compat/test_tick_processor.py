@@ -13,7 +13,7 @@ import redis
 
 from pkbrokers_redis.compat.candle_store import InMemoryCandleStore
 from pkbrokers_redis.compat.tick_processor import TickProcessor
-from pkbrokers_redis.compat.websocket import Tick
+from pkbrokers_redis.compat.upstream_types import Tick
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.rows import read_ticks
 from tests.client.contract import INFY, OPEN_S, RELIANCE, write_master

@@ -13,7 +13,8 @@ import pytest
 import redis
 
 from pkbrokers_redis import ZerodhaWebSocketClient
-from pkbrokers_redis.compat.websocket import DepthEntry, Tick, database_row
+from pkbrokers_redis.compat.upstream_types import DepthEntry, Tick
+from pkbrokers_redis.compat.websocket import database_row
 from pkbrokers_redis.errors import LoginNeeded, PkbError
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from kiteconnect import KiteTicker
 
 from pkbrokers_redis.candles.calendar import IST
-from pkbrokers_redis.compat.websocket import DepthEntry, ZerodhaWebSocketParser
+from pkbrokers_redis.compat.upstream_types import DepthEntry
+from pkbrokers_redis.compat.websocket import ZerodhaWebSocketParser
 from pkbrokers_redis.errors import FrameError
 from pkbrokers_redis.kite.protocol import decode, encode_frame, encode_packet, quote_fields
 from tests.support import SHARED_DATA

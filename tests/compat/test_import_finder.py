@@ -43,7 +43,7 @@ def installed(tmp_path: Path) -> Path:
 def test_each_module_has_upstream_s_names_and_nothing_is_imported_before_it_is_asked_for() -> None:
     run(
         "import importlib, sys, pkbrokers_redis.compat\n"
-        "from pkbrokers_redis.compat.table import MODULES\n"
+        "from pkbrokers_redis.compat.import_finder import MODULES\n"
         "modules = {name: importlib.import_module(name) for name in MODULES}\n"
         "assert not {'numba', 'pandas', 'redis', 'kiteconnect'} & set(sys.modules), 'imported too early'\n"
         "for name, module in modules.items():\n"
