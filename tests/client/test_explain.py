@@ -53,7 +53,12 @@ def test_an_amended_candle_tells_its_ticks_and_revisions(
     assert found.row == store.get_candles("INFY", "1m")[0] and found.row is not None
     assert [each.last_price for each in found.ticks] == [100, 101, 99, 98.5]
     assert [(each.rev, each.candle.close) for each in found.announcements] == [(0, 99), (1, 98.5)]
-    assert found.revision == 1 and len(found.sources) == 1 and found.baseline == 1000 and found.day_volume == 1050
+    assert (
+        found.revision == 1
+        and len(found.sources) == 1
+        and found.baseline == 1000
+        and found.day_volume == 1050
+    )
     text = "\n".join(found.lines())
     assert "complete, 3 ticks changed it" in text and "amended, revision 1" in text
     assert "first 09:15:00 at 100, last 09:15:50 at 98.5" in text
