@@ -16,7 +16,7 @@ from benchmarks.harness import INSTRUMENTS, Row, machine, private_store, tick_st
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.candles.codec import tick_texts
 from pkbrokers_redis.candles.model import DEFAULT_INTERVALS, TickArray
-from pkbrokers_redis.candles.state import Book
+from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.kite.protocol import encode_full, parse_frame
 from pkbrokers_redis.store.connect import connect
@@ -74,8 +74,8 @@ def rules(n: int = 1_000_000) -> Row:
     ends = np.array([n])
 
     def ours() -> None:
-        book = Book(DEFAULT_INTERVALS, sessions, event_clock=True, instruments=INSTRUMENTS)
-        assert book.take(ticks, 0, ends, n) == n
+        book = ShardState(DEFAULT_INTERVALS, sessions, event_clock=True, instruments=INSTRUMENTS)
+        assert book.apply(ticks, 0, ends, n) == n
 
     mine = n / best(ours)
     theirs = dicts_per_second(ticks[: n // 10])
@@ -90,13 +90,13 @@ def rules(n: int = 1_000_000) -> Row:
 def commit_text(n: int = 200_000) -> Row:
     """Rules and the text of all changed rows and states, as a commit needs it."""
     ticks = tick_stream(n, INSTRUMENTS, START_MS, 100_000)
-    book = Book(DEFAULT_INTERVALS, load_sessions("always"), event_clock=True, instruments=INSTRUMENTS)
+    book = ShardState(DEFAULT_INTERVALS, load_sessions("always"), event_clock=True, instruments=INSTRUMENTS)
     batch = 10 * INSTRUMENTS
 
     def ours() -> None:
         for first in range(0, n, batch):
             part = ticks[first : first + batch]
-            book.take(part, 0, np.array([len(part)]), n)
+            book.apply(part, 0, np.array([len(part)]), n)
             book.collect()
 
     return Row(

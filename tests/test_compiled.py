@@ -12,8 +12,8 @@ from pkbrokers_redis.candles import compiled as module
 
 PACKAGE = "kernels_of_a_test"
 KERNEL = f"""
-from {PACKAGE}.compiled import compiled
-from {PACKAGE}.core.tables import WIDTH
+from {PACKAGE}.candles.columns import WIDTH
+from {PACKAGE}.candles.compiled import compiled
 
 @compiled
 def width():
@@ -21,18 +21,18 @@ def width():
 """
 
 
-def test_a_kernel_sees_what_changed_in_another_file(tmp_path: Path) -> None:
-    core, cache = tmp_path / PACKAGE / "core", tmp_path / "cache"
-    core.mkdir(parents=True)
-    shutil.copy(str(module.__file__), tmp_path / PACKAGE)
-    (core / "ring.py").write_text(KERNEL)
+def test_a_kernel_is_compiled_again_when_another_file_of_its_package_changes(tmp_path: Path) -> None:
+    candles, cache = tmp_path / PACKAGE / "candles", tmp_path / "cache"
+    candles.mkdir(parents=True)
+    shutil.copy(str(module.__file__), candles)
+    (candles / "rules.py").write_text(KERNEL)
     env = {**os.environ, "NUMBA_CACHE_DIR": str(cache), "NUMBA_DISABLE_JIT": "0"}
-    code = f"from {PACKAGE}.core.ring import width; print(width(), sum(width.stats.cache_hits.values()))"
-    said = []
+    code = f"from {PACKAGE}.candles.rules import width; print(width(), sum(width.stats.cache_hits.values()))"
+    printed = []
     for width in (16, 4, 16):
-        (core / "tables.py").write_text(f"WIDTH = {width}\n")
+        (candles / "columns.py").write_text(f"WIDTH = {width}\n")
         command = [sys.executable, "-c", code]
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
         assert not done.stderr
-        said.append(done.stdout.split())
-    assert said == [["16", "0"], ["4", "0"], ["16", "1"]]  # what it answers, and whether from the cache
+        printed.append(done.stdout.split())
+    assert printed == [["16", "0"], ["4", "0"], ["16", "1"]]  # the result, and how many cache hits

@@ -25,11 +25,18 @@ from pkbrokers_redis.aggregate.shard import (
     fields_of,
     settle_late,
 )
-from pkbrokers_redis.candles.amend import HistoryRows, apply_history
-from pkbrokers_redis.candles.candle_list import RowList
+from pkbrokers_redis.candles.amend import (
+    HistoryRows,
+    ListIndex,
+    Outage,
+    apply_history,
+    flag_lists,
+    flag_outage,
+    lists_in_reach,
+)
+from pkbrokers_redis.candles.changeset import Changes
 from pkbrokers_redis.candles.model import find_interval
-from pkbrokers_redis.candles.outages import Outage, Place, lists_in_reach, mark_lists, mark_outage
-from pkbrokers_redis.candles.state import Changes
+from pkbrokers_redis.candles.rows import CandleList
 from pkbrokers_redis.errors import UnknownInterval
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import Pipe
@@ -155,7 +162,7 @@ class _Batch:
     def __init__(self, client: redis.Redis, keys: Keys, worker: ShardWorker, now_ms: float) -> None:
         self._client, self._keys, self._worker, self._now_ms = client, keys, worker, now_ms
         self._book = worker.book
-        self._lists: dict[Place, RowList] = {}  # with what the batch changed in them
+        self._lists: dict[ListIndex, CandleList] = {}  # with what the batch changed in them
         self.rows = self.marks = self.forming = self.odd_rows = 0
         self.forgotten: dict[int, list[str]] = {}  # instrument → its intervals
 
@@ -182,14 +189,14 @@ class _Batch:
         intervals = self._book.intervals
         k = intervals.index(find_interval(intervals, repair.interval))
         i = self._book.index(repair.token)
-        concerned = range(len(intervals)) if k == self._book.base else (k,)
-        self._load([Place(i, each) for each in concerned])
+        concerned = range(len(intervals)) if k == self._book.base_interval else (k,)
+        self._load([ListIndex(i, each) for each in concerned])
         history = HistoryRows(repair.token, k, repair.from_s, repair.to_s, repair.rows)
-        lists = {each: self._lists[Place(i, each)] for each in concerned}
+        lists = {each: self._lists[ListIndex(i, each)] for each in concerned}
         mended = apply_history(self._book, history, lists, self._now_ms)
         self.rows += mended.rows
         self.forming += mended.forming
-        self.odd_rows = mended.odd
+        self.odd_rows = mended.malformed
 
     def _take_gap(self, repair: Gap) -> None:
         outage = Outage(
@@ -198,16 +205,16 @@ class _Batch:
             repair.to_ms,
         )
         places = iter(list(lists_in_reach(self._book, outage)))
-        self.marks += mark_outage(self._book, outage)
+        self.marks += flag_outage(self._book, outage)
         while some := list(islice(places, LISTS_AT_ONCE)):
             before = set(self._lists)
             self._load(some)
-            self.marks += mark_lists(self._book, outage, {place: self._lists[place] for place in some})
+            self.marks += flag_lists(self._book, outage, {place: self._lists[place] for place in some})
             for place in some:  # an old outage of many instruments: keep only what changed
                 if place not in before and not self._lists[place].changed:
                     del self._lists[place]
 
-    def _load(self, places: Sequence[Place]) -> None:
+    def _load(self, places: Sequence[ListIndex]) -> None:
         missing = [place for place in places if place not in self._lists]
         pipe = Pipe(self._client)
         for i, k in missing:
@@ -217,7 +224,7 @@ class _Batch:
             if isinstance(reply, Exception) and "WRONGTYPE" not in str(reply):
                 raise reply
             texts = [] if isinstance(reply, Exception) else reply  # a foreign hand's key: the commit says so
-            self._lists[place] = RowList(texts, self._book.intervals[place.k].keep)
+            self._lists[place] = CandleList(texts, self._book.intervals[place.k].keep)
 
     def changes(self) -> Changes:
         """What the slots and the lists gained, for one commit."""

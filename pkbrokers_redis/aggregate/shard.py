@@ -19,12 +19,12 @@ import redis
 from redis.exceptions import ResponseError
 
 from pkbrokers_redis.candles import changeset as ch
-from pkbrokers_redis.candles.candle_list import start_of
-from pkbrokers_redis.candles.codec import read_odd_ticks, read_tick_entries
-from pkbrokers_redis.candles.late_ticks import amend
+from pkbrokers_redis.candles.amend import amend_rows
+from pkbrokers_redis.candles.changeset import Changes
+from pkbrokers_redis.candles.codec import read_tick_entries, recover_ticks
 from pkbrokers_redis.candles.model import AT_MS, FLAG_NAMES, TickArray, bucket_end_s
-from pkbrokers_redis.candles.open_rows import flag_for
-from pkbrokers_redis.candles.state import Book, Changes, LateTick
+from pkbrokers_redis.candles.rows import flag_for, start_of
+from pkbrokers_redis.candles.state import LateTick, ShardState
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.commit import Move, Position
 from pkbrokers_redis.store.streams import id_order, is_count
@@ -109,7 +109,7 @@ class EntryDecoder:
 
     def _salvage(self, key: str, entry_id: bytes, text: bytes) -> TickArray:
         """The rows of an entry that is not whole, as far as they are ticks."""
-        rows, refused = read_odd_ticks(text)
+        rows, refused = recover_ticks(text)
         if refused:
             self._counts["odd_rows"] += refused
             evidence = repr(text[:EVIDENCE_BYTES])
@@ -178,7 +178,7 @@ class Revisions:
 class Addenda:
     """Changes with rows added that are in no slot: put into their list, and announced again."""
 
-    def __init__(self, book: Book, revs: Revisions, changes: Changes) -> None:
+    def __init__(self, book: ShardState, revs: Revisions, changes: Changes) -> None:
         self._book, self._revs = book, revs
         self._ops = list(changes.ops)
         self._text = [changes.text]
@@ -207,7 +207,9 @@ class Addenda:
         return Changes(self._ops, b"".join(self._text), self._lists)
 
 
-def settle_late(client: redis.Redis, keys: Keys, book: Book, revs: Revisions, changes: Changes) -> Changes:
+def settle_late(
+    client: redis.Redis, keys: Keys, book: ShardState, revs: Revisions, changes: Changes
+) -> Changes:
     """Complete a book's changes: very late ticks amend their rows, in the same commit.
 
     Their rows are read from Redis (with what this commit will put laid over them). `revs` is updated.
@@ -228,18 +230,18 @@ def settle_late(client: redis.Redis, keys: Keys, book: Book, revs: Revisions, ch
             lists[place] = _rows(client, keys, book, tick, interval.name, changes)
         rows = lists[place]
         i, is_day = book.index(tick.token), interval.seconds == 0
-        day = book.sessions.day(int(book.tables.schedule[i]), tick.start * 1000)
+        day = book.sessions.day(int(book.arrays.schedule[i]), tick.start * 1000)
         end = bucket_end_s(day, interval.seconds, tick.start)
         flag = "" if is_day else FLAG_NAMES[flag_for(book, i, tick.start, end)]
         texts = [rows[start] for start in sorted(rows)]
-        for start, row, is_new in amend(texts, tick, is_day, keep=interval.keep, flag=flag):
+        for start, row, is_new in amend_rows(texts, tick, is_day, keep=interval.keep, flag=flag):
             rows[start] = row
             addenda.add(i, tick.interval, start, row, first_told=is_new)
     return addenda.changes()
 
 
 def _rows(
-    client: redis.Redis, keys: Keys, book: Book, tick: LateTick, interval: str, changes: Changes
+    client: redis.Redis, keys: Keys, book: ShardState, tick: LateTick, interval: str, changes: Changes
 ) -> dict[int, bytes]:
     try:
         stored: Any = client.lrange(keys.candles(tick.token, interval), 0, -1)
@@ -280,7 +282,7 @@ class Repair(NamedTuple):
 class ShardWorker:
     """Lives from taking a shard over until it is lost, given up, or its book is no longer what Redis has."""
 
-    def __init__(self, shard: int, book: Book, held: Position, revs: dict[bytes, bytes]) -> None:
+    def __init__(self, shard: int, book: ShardState, held: Position, revs: dict[bytes, bytes]) -> None:
         self.shard = shard
         self.book = book
         self.held = held
@@ -337,7 +339,7 @@ class ShardWorker:
             size += len(entry.ticks)
         ends = np.cumsum([len(rows) for rows in batch])
         rows = np.concatenate(batch)
-        left = self.book.take(rows, 0, ends, dirty_max)
+        left = self.book.apply(rows, 0, ends, dirty_max)
         # `take` stops where an entry ends: all entries that end there or before are applied.
         done = int(np.searchsorted(ends, left, side="right"))
         sources = {  # ascending within a source but for its repeats, so the last one stands

@@ -42,8 +42,8 @@ from pkbrokers_redis.aggregate.shard import (
     settle_late,
 )
 from pkbrokers_redis.candles.calendar import Sessions, load_sessions
-from pkbrokers_redis.candles.changeset import Scratch
-from pkbrokers_redis.candles.state import Book, Changes
+from pkbrokers_redis.candles.changeset import Changes, Scratch
+from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
 from pkbrokers_redis.keys import Keys
@@ -100,7 +100,7 @@ class Derivatives:
 log = logs.get("aggregate")
 
 ENTRIES_MAX = 512  # of one shard a read; ~1 MB at 40 ticks an entry
-ODD_TICKS = ("bad", "future_clamped")  # of the book's counts
+ODD_TICKS = ("invalid", "future_clamped")  # of the book's counts
 DIRTY_MAX = 500  # instruments a commit, so that Redis never stalls for long …
 BEHIND_MS, DIRTY_BEHIND_MAX = 1_000, 2_000  # … unless we lag so much: larger batches conflate more ticks
 CLOSE_MAX = 32  # instruments closed a round and shard: the minute's end must not hold up the ticks
@@ -262,7 +262,7 @@ class Aggregator:
     def _load(self, shard: int, epoch: int) -> None:
         """Restore a shard's book as the last commit left it."""
         held = read_position(self._client, self._keys, shard, self.leases.owner, epoch)
-        book = Book(
+        book = ShardState(
             self._settings.intervals,
             self._sessions,
             grace_seconds=self._settings.close_grace_seconds,
@@ -300,7 +300,7 @@ class Aggregator:
             self.counts["repeated_entries"] += applied.repeated
             self._tell_odd_ticks(worker, applied)
             # Close by the wall clock only what no waiting entry can still change.
-            worker.book.close(worker.drained_ms, worker.book.dirty + CLOSE_MAX)
+            worker.book.close_due(worker.drained_ms, worker.book.dirty + CLOSE_MAX)
             changes = settle_late(self._client, self._keys, worker.book, worker.revs, worker.book.collect())
             if changes.ops or applied.move.id != worker.held.id:
                 commits.append((worker, applied.move, changes))
@@ -429,7 +429,7 @@ class Aggregator:
         counts = worker.book.counts()
         news = [name for name in ODD_TICKS if counts[name] and name not in worker.told]
         if news and applied.batch is not None:
-            for name, tick in worker.book.odd_ticks(applied.batch).items():
+            for name, tick in worker.book.invalid_ticks(applied.batch).items():
                 worker.told.add(name)
                 self._tell(f"{name}_tick", self._keys.ticks(worker.shard), tick=str(tick)[:EVIDENCE_BYTES])
 

@@ -1,174 +1,179 @@
 """What a batch changed, as text ready for Redis: the last compiled step before a commit.
 
-`collect` walks the dirty instruments once and writes every row and every state text into one byte
-buffer; an *operation* is six integers that say what to do with a piece of it:
+`collect` visits the changed instruments once and writes every row and every stored state into one byte
+buffer. An *operation* is six integers that say what to do with a piece of that text:
 
-    (kind, instrument, interval, first byte, last byte + 1, rev)
+    (kind, instrument index, interval index, first byte, last byte + 1, rev)
+
+    CURRENT        row of an open candle, for the hash `current`
+    DROP           remove the interval from `current`
+    PUT            row of a complete candle, for its list (appended, or replaced by start)
+    CLOSED         row to announce on the stream `closed`, with its rev
+    INST_STATE     what is known of the instrument, for `state`
+    CANDLES_STATE  what its rows do not say about its recent candles, for `state`
+    REVISION       a candle leaves memory; first byte is its start: remember its rev
 """
 
 from __future__ import annotations
 
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Sequence
+from typing import NamedTuple
 
-from pkbrokers_redis.candles.arrays import (
-    ANNOUNCE,
-    BASE,
-    CLOSE,
-    CLOSE_TIME,
-    CLOSE_VOLUME,
-    COMPLETE,
-    DIRTY,
-    DIRTY_SIZE,
-    EVICTED_SIZE,
-    FIRST_AT,
-    FLAG,
-    HIGH,
-    LISTED,
-    LOW,
-    OPEN,
-    OPEN_TIME,
-    OPEN_VOLUME,
-    R_HIGH,
-    R_LOW,
-    R_PRICE,
-    R_TIME,
-    R_VOLUME,
-    REV,
-    RING_MAX,
-    RING_SIZE,
-    S_OI,
-    SLOT_WIDTH,
-    START,
-    TICKS,
-    TOP,
-    Floats,
-    Tables,
-)
-from pkbrokers_redis.candles.codec import FLAG_BYTES_MAX, NUMBER_BYTES_MAX, Bytes, write_flag, write_number
+import numpy as np
+
+from pkbrokers_redis.candles import columns as col
+from pkbrokers_redis.candles.arrays import Floats, Ints, ShardArrays
+from pkbrokers_redis.candles.codec import FLAG_BYTES_MAX, NUMBER_BYTES_MAX, Bytes, write_cell, write_flag
 from pkbrokers_redis.candles.compiled import compiled
 
-Ints = npt.NDArray[np.int64]
-
-CURRENT, DROP, PUT, CLOSED, HOT, MARKS, REVISION = range(7)
+CURRENT, DROP, PUT, CLOSED, INST_STATE, CANDLES_STATE, REVISION = range(7)
 OP_WIDTH = 6
 
 CELL_BYTES_MAX = NUMBER_BYTES_MAX + 1  # with its comma
 ROW_BYTES_MAX = 8 * CELL_BYTES_MAX + FLAG_BYTES_MAX + 3
-MARK_BYTES_MAX = 16 * CELL_BYTES_MAX
-HOT_BYTES_MAX = (RING_SIZE + RING_MAX * 5) * CELL_BYTES_MAX + 32
+CANDLE_STATE_BYTES_MAX = 16 * CELL_BYTES_MAX
+INST_STATE_BYTES_MAX = (col.WINDOW_SIZE + col.WINDOW_MAX * col.TICK_STATE_WIDTH) * CELL_BYTES_MAX + 96
+
+
+class Changes(NamedTuple):
+    """The changes of one commit: operations in order, and the text they refer to.
+
+    `lists` are whole candle lists (instrument index, interval index, rows) that replace the stored ones
+    before the operations apply.
+    """
+
+    ops: list[list[int]]
+    text: bytes
+    lists: Sequence[tuple[int, int, list[bytes]]] = ()
+
+
+NO_CHANGES = Changes([], b"")
 
 
 class Scratch:
-    """Where `collect` writes before a copy is handed out. The books of one thread share it: it grows to the
-    largest commit and stays, and eight of their own would hold eight times as much."""
+    """The buffers `collect` writes into. The shards of one thread share it.
+
+    It grows to the largest commit and stays: eight shards with buffers of their own would hold eight times
+    as much.
+    """
 
     def __init__(self) -> None:
-        self.text = np.empty(0, np.uint8)
-        self.ops = np.empty((0, OP_WIDTH), np.int64)
+        self._text = np.empty(0, np.uint8)
+        self._ops = np.empty((0, OP_WIDTH), np.int64)
 
-    def grow(self, text_size: int, ops_size: int) -> None:
-        """Room for at least so many bytes and operations."""
-        if len(self.ops) < ops_size:
-            self.ops = np.empty((ops_size, OP_WIDTH), np.int64)
-        if len(self.text) < text_size:
-            self.text = np.empty(text_size, np.uint8)
-
-
-def bytes_max(intervals: int, slots: int) -> int:
-    """The most text one instrument can give in one collect."""
-    return intervals * slots * (ROW_BYTES_MAX + MARK_BYTES_MAX) + HOT_BYTES_MAX + 64
+    def collect(self, shard: ShardArrays, dirty: int, evicted: int) -> Changes:
+        """Return all changes of the shard since the last collect; the arrays count them as written."""
+        intervals, depth = shard.candles.shape[1:3]
+        ops_max = dirty * (intervals * (2 * depth + 1) + 2) + 3 * evicted
+        candle_max = ROW_BYTES_MAX + CANDLE_STATE_BYTES_MAX
+        text_max = dirty * (intervals * depth * candle_max + INST_STATE_BYTES_MAX) + evicted * ROW_BYTES_MAX
+        if len(self._ops) < ops_max:
+            self._ops = np.empty((ops_max, OP_WIDTH), np.int64)
+        if len(self._text) < text_max + CELL_BYTES_MAX:
+            self._text = np.empty(text_max + CELL_BYTES_MAX, np.uint8)
+        n, size = collect(shard, self._text, self._ops)
+        return Changes(self._ops[:n].tolist(), self._text[:size].tobytes())
 
 
 @compiled
-def _volume_of(slot: Floats) -> float:
+def _volume_of(candle: Floats) -> float:
     """Rule 1: the highest cumulative volume inside minus the highest before; 0 without volumes.
 
     A difference of decimals (crypto replays) is rounded to 8 places, the finest any venue quotes.
     """
-    if slot[TOP] != slot[TOP]:
+    if candle[col.VOL_END] != candle[col.VOL_END]:
         return 0.0
-    volume = slot[TOP] - slot[BASE]
+    volume = candle[col.VOL_END] - candle[col.VOL_START]
     if volume != np.floor(volume):
         volume = np.rint(volume * 1e8) / 1e8
     return float(max(volume, 0.0))
 
 
 @compiled
-def _write_row(out: Bytes, pos: int, slot: Floats) -> int:
-    """`[start,open,high,low,close,volume,oi,ticks]`, and the flag of a candle that is not whole."""
+def _write_row(out: Bytes, pos: int, candle: Floats) -> int:
+    """Write `[start,open,high,low,close,volume,oi,ticks]`, with the flag of a candle that is not whole."""
     out[pos] = 91  # [
-    pos = write_number(out, pos + 1, slot[START])
-    for column in (OPEN, HIGH, LOW, CLOSE):
-        out[pos] = 44  # ,
-        pos = write_number(out, pos + 1, slot[column])
-    out[pos] = 44
-    pos = write_number(out, pos + 1, _volume_of(slot))
-    out[pos] = 44
-    pos = write_number(out, pos + 1, slot[S_OI])
-    out[pos] = 44
-    pos = write_number(out, pos + 1, slot[TICKS])
-    pos = write_flag(out, pos, int(slot[FLAG]))
+    pos = write_cell(out, pos + 1, candle[col.START])
+    for column in (col.OPEN, col.HIGH, col.LOW, col.CLOSE):
+        pos = write_cell(out, pos, candle[column])
+    pos = write_cell(out, pos, _volume_of(candle))
+    pos = write_cell(out, pos, candle[col.OPEN_INTEREST])
+    pos = write_cell(out, pos, candle[col.TICKS])
+    pos = write_flag(out, pos - 1, int(candle[col.FLAG]))
     out[pos] = 93  # ]
     return pos + 1
 
 
 @compiled
-def _write_hot(out: Bytes, pos: int, inst: Floats, ring: Floats) -> int:
-    """`[first_at,first_time,first_volume,day,seen,baseline,oi_time,oi_volume,gap_from,gap_to,answered_from,
-    answered_to,outside_time,outside_volume,time,volume,price,high,low, …]`.
+def _write_inst(out: Bytes, pos: int, inst: Floats, window: Floats) -> int:
+    """Write `[first_at, …, off_session_volume, time,volume,price,day_high,day_low, …]`.
 
-    Statements after the newest are differences to it, null where a field equals the newer one's.
+    The columns of `inst` before WINDOW_SIZE, then the recent ticks. Time and volume of the ticks after the
+    newest are differences to it; another cell is null where it equals the newer tick's. A price that the
+    volume makes unnecessary (see `rules._find_place`) is null, too.
     """
     out[pos] = 91
     pos += 1
-    for column in range(FIRST_AT, RING_SIZE):
-        pos = write_number(out, pos, inst[column])
-        out[pos] = 44
-        pos += 1
-    for j in range(int(inst[RING_SIZE])):
-        newer = j - 1
-        for column in (R_TIME, R_VOLUME, R_PRICE, R_HIGH, R_LOW):
-            value = ring[j, column]
+    for column in range(col.FIRST_AT, col.WINDOW_SIZE):
+        pos = write_cell(out, pos, inst[column])
+    for j in range(int(inst[col.WINDOW_SIZE])):
+        newer = max(j - 1, 0)
+        has_volume = window[j, col.TICK_VOLUME] == window[j, col.TICK_VOLUME]
+        for column in range(col.TICK_STATE_WIDTH):
+            value = window[j, column]
             if j > 0:
-                if column == R_TIME or column == R_VOLUME:
-                    value = ring[0, column] - value
-                elif value == ring[newer, column] or (
-                    column == R_PRICE and ring[j, R_VOLUME] == ring[j, R_VOLUME]
-                ):
+                if column == col.TICK_TIME or column == col.TICK_VOLUME:
+                    value = window[0, column] - value
+                elif value == window[newer, column] or (column == col.TICK_PRICE and has_volume):
                     value = np.nan
-            pos = write_number(out, pos, value)
-            out[pos] = 44
-            pos += 1
+            pos = write_cell(out, pos, value)
     out[pos - 1] = 93
     return pos
 
 
 @compiled
-def _write_mark(out: Bytes, pos: int, slot: Floats) -> int:
-    """What a row does not say of its candle; a complete one repeats its row, for it may be amended.
+def _write_candle_state(out: Bytes, pos: int, candle: Floats) -> int:
+    """Write what a row does not say of its candle. A complete one repeats its row: it may be amended.
 
-    `[start,base,flag,open_time-start,open_volume-base]` while it forms, else
-    `[start,base,flag,…,rev,open,high,low,close,top,oi,ticks,close_time-start,close_volume-base]`.
+    `[start,vol_start,flag,open_time-start,open_volume-vol_start]` while it is open, followed by
+    `rev,open,high,low,close,vol_end,oi,ticks,close_time-start,close_volume-vol_start` once it is complete.
     """
+    start_ms = candle[col.START] * 1000
+    zero = 0.0 if candle[col.VOL_START] != candle[col.VOL_START] else candle[col.VOL_START]
     out[pos] = 91
-    pos = write_number(out, pos + 1, slot[START])
-    base = 0.0 if slot[BASE] != slot[BASE] else slot[BASE]
-    start_ms = slot[START] * 1000
-    out[pos] = 44
-    pos = write_number(out, pos + 1, slot[BASE])
-    for value in (slot[FLAG], slot[OPEN_TIME] - start_ms, slot[OPEN_VOLUME] - base):
-        out[pos] = 44
-        pos = write_number(out, pos + 1, value)
-    if slot[COMPLETE] != 0:
-        for value in (
-            slot[REV], slot[OPEN], slot[HIGH], slot[LOW], slot[CLOSE], slot[TOP], slot[S_OI], slot[TICKS],
-            slot[CLOSE_TIME] - start_ms, slot[CLOSE_VOLUME] - base,
+    pos = write_cell(out, pos + 1, candle[col.START])
+    pos = write_cell(out, pos, candle[col.VOL_START])
+    pos = write_cell(out, pos, candle[col.FLAG])
+    pos = write_cell(out, pos, candle[col.OPEN_TIME] - start_ms)
+    pos = write_cell(out, pos, candle[col.OPEN_VOLUME] - zero)
+    if candle[col.COMPLETE] != 0:
+        for column in (
+            col.REV, col.OPEN, col.HIGH, col.LOW, col.CLOSE, col.VOL_END, col.OPEN_INTEREST, col.TICKS,
         ):  # fmt: skip
-            out[pos] = 44
-            pos = write_number(out, pos + 1, value)
-    out[pos] = 93
-    return pos + 1
+            pos = write_cell(out, pos, candle[column])
+        pos = write_cell(out, pos, candle[col.CLOSE_TIME] - start_ms)
+        pos = write_cell(out, pos, candle[col.CLOSE_VOLUME] - zero)
+    out[pos - 1] = 93
+    return pos
+
+
+@compiled
+def _write_candles(out: Bytes, pos: int, candles: Floats) -> int:
+    """Write `[k,[state]],[k,[state]]`, the state of one instrument's recent candles; k is the interval."""
+    first = pos
+    for k in range(candles.shape[0]):
+        for s in range(candles.shape[1]):
+            if candles[k, s, col.START] == 0:
+                continue
+            if pos > first:
+                out[pos] = 44
+                pos += 1
+            out[pos] = 91
+            pos = write_cell(out, pos + 1, float(k))
+            pos = _write_candle_state(out, pos, candles[k, s])
+            out[pos] = 93
+            pos += 1
+    return pos
 
 
 @compiled
@@ -179,88 +184,76 @@ def _op(ops: Ints, n: int, kind: int, i: int, k: int, first: int, last: int, rev
 
 
 @compiled
-def _settle(
-    ops: Ints, n: int, out: Bytes, pos: int, slot: Floats, i: int, k: int, leaves: bool
+def _collect_complete(
+    ops: Ints, n: int, out: Bytes, pos: int, candle: Floats, i: int, k: int, leaves: bool
 ) -> tuple[int, int]:
-    """A complete candle: into the list, and announced when it is due (rev 0) or amended after (rev + 1)."""
-    amended = slot[DIRTY] != 0 and slot[REV] >= 0 and slot[ANNOUNCE] == 0
+    """Rules 4 to 6: list a complete candle; announce it when it is due (rev 0) or was amended (rev + 1)."""
+    amended = candle[col.DIRTY] != 0 and candle[col.REV] >= 0 and candle[col.ANNOUNCE] == 0
     if amended:
-        slot[REV] += 1
-    elif leaves and slot[REV] < 0:
-        slot[REV] = 0.0
-        slot[ANNOUNCE] = 1.0
-    put = slot[DIRTY] != 0 or slot[LISTED] == 0
-    announce = amended or slot[ANNOUNCE] != 0
+        candle[col.REV] += 1
+    elif leaves and candle[col.REV] < 0:
+        candle[col.REV] = 0.0
+        candle[col.ANNOUNCE] = 1.0
+    put = candle[col.DIRTY] != 0 or candle[col.LISTED] == 0
+    announce = amended or candle[col.ANNOUNCE] != 0
     if put or announce:
         first = pos
-        pos = _write_row(out, pos, slot)
+        pos = _write_row(out, pos, candle)
         if put:
             n = _op(ops, n, PUT, i, k, first, pos, 0)
         if announce:
-            n = _op(ops, n, CLOSED, i, k, first, pos, int(slot[REV]))
-    if leaves and slot[REV] > 0:  # the slot goes, its revision must not: a later one has to be higher
-        n = _op(ops, n, REVISION, i, k, int(slot[START]), 0, int(slot[REV]))
-    slot[LISTED], slot[DIRTY], slot[ANNOUNCE] = 1.0, 0.0, 0.0
+            n = _op(ops, n, CLOSED, i, k, first, pos, int(candle[col.REV]))
+    if leaves and candle[col.REV] > 0:  # a later revision of the evicted candle has to be higher
+        n = _op(ops, n, REVISION, i, k, int(candle[col.START]), 0, int(candle[col.REV]))
+    candle[col.LISTED], candle[col.DIRTY], candle[col.ANNOUNCE] = 1.0, 0.0, 0.0
     return n, pos
 
 
 @compiled
-def _write_marks(out: Bytes, pos: int, slots: Floats) -> int:
-    """`[k,[mark]],[k,[mark]]`: the marks of one instrument's candles, k is the interval; or nothing."""
-    first = pos
-    for k in range(slots.shape[0]):
-        for s in range(slots.shape[1]):
-            if slots[k, s, START] == 0:
-                continue
-            if pos > first:
-                out[pos] = 44  # ,
-                pos += 1
-            out[pos] = 91  # [
-            pos = write_number(out, pos + 1, float(k))
-            out[pos] = 44
-            pos = _write_mark(out, pos + 1, slots[k, s])
-            out[pos] = 93  # ]
-            pos += 1
-    return pos
+def _collect_interval(
+    ops: Ints, n: int, out: Bytes, pos: int, candles: Floats, in_current: Ints, i: int, k: int
+) -> tuple[int, int]:
+    """Write the changed candles of one instrument and interval, oldest first."""
+    for s in range(candles.shape[2] - 1, -1, -1):
+        candle = candles[i, k, s]
+        if candle[col.START] == 0:
+            continue
+        if candle[col.COMPLETE] != 0:
+            n, pos = _collect_complete(ops, n, out, pos, candle, i, k, False)
+        elif candle[col.DIRTY] != 0:
+            first = pos
+            pos = _write_row(out, pos, candle)
+            n = _op(ops, n, CURRENT, i, k, first, pos, 0)
+            in_current[i, k] = 1
+            candle[col.DIRTY] = 0.0
+    if in_current[i, k] != 0 and candles[i, k, 0, col.COMPLETE] != 0:
+        n = _op(ops, n, DROP, i, k, 0, 0, 0)
+        in_current[i, k] = 0
+    return n, pos
 
 
 @compiled
-def collect(b: Tables, out: Bytes, ops: Ints) -> tuple[int, int]:
-    """Write all changes since the last collect and mark them clean. Returns (operations, bytes)."""
+def collect(shard: ShardArrays, out: Bytes, ops: Ints) -> tuple[int, int]:
+    """Write all changes since the last collect and mark them clean. Return (operations, bytes)."""
     n = 0
     pos = 0
-    for e in range(int(b.marks[EVICTED_SIZE])):  # in order of time, ahead of what is still in the slots
-        n, pos = _settle(ops, n, out, pos, b.evicted[e, 2:], int(b.evicted[e, 0]), int(b.evicted[e, 1]), True)
-    b.marks[EVICTED_SIZE] = 0
-    for place in range(int(b.marks[DIRTY_SIZE])):
-        i = b.dirty[place]
-        for k in range(b.seconds.size):
-            for s in range(b.slots.shape[2] - 1, -1, -1):
-                slot = b.slots[i, k, s]
-                if slot[START] == 0:
-                    continue
-                if slot[COMPLETE] != 0:
-                    n, pos = _settle(ops, n, out, pos, slot, i, k, False)
-                elif slot[DIRTY] != 0:
-                    first = pos
-                    pos = _write_row(out, pos, slot)
-                    n = _op(ops, n, CURRENT, i, k, first, pos, 0)
-                    b.in_current[i, k] = 1
-                    slot[DIRTY] = 0.0
-            if b.in_current[i, k] != 0 and b.slots[i, k, 0, COMPLETE] != 0:
-                n = _op(ops, n, DROP, i, k, 0, 0, 0)
-                b.in_current[i, k] = 0
+    candles, in_current, evicted = shard.candles, shard.in_current, shard.evicted
+    for e in range(int(shard.scalars[col.EVICTED_SIZE])):  # they are older than what is in `candles`
+        i, k = int(evicted[e, 0]), int(evicted[e, 1])
+        n, pos = _collect_complete(ops, n, out, pos, evicted[e, 2:], i, k, True)
+    shard.scalars[col.EVICTED_SIZE] = 0
+    for place in range(int(shard.scalars[col.DIRTY_SIZE])):
+        i = shard.dirty[place]
+        for k in range(shard.seconds.size):
+            n, pos = _collect_interval(ops, n, out, pos, candles, in_current, i, k)
         first = pos
-        pos = _write_hot(out, pos, b.inst[i], b.ring[i])
-        n = _op(ops, n, HOT, i, 0, first, pos, 0)
-        if b.is_dirty[i] == 2:
+        pos = _write_inst(out, pos, shard.inst[i], shard.window[i])
+        n = _op(ops, n, INST_STATE, i, 0, first, pos, 0)
+        if shard.is_dirty[i] == 2:
             first = pos
-            pos = _write_marks(out, pos, b.slots[i])
+            pos = _write_candles(out, pos, candles[i])
             if pos > first:
-                n = _op(ops, n, MARKS, i, 0, first, pos, 0)
-        b.is_dirty[i] = 0
-    b.marks[DIRTY_SIZE] = 0
+                n = _op(ops, n, CANDLES_STATE, i, 0, first, pos, 0)
+        shard.is_dirty[i] = 0
+    shard.scalars[col.DIRTY_SIZE] = 0
     return n, pos
-
-
-EVICTED_WIDTH = 2 + SLOT_WIDTH

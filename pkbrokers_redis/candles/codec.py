@@ -10,7 +10,6 @@ Kernels take and return byte positions, so that they compose: `pos = write_numbe
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import msgspec
@@ -39,9 +38,6 @@ _FLAG_ELEMENTS = [f',"{name}"'.encode() if name else b"" for name in FLAG_NAMES]
 _FLAG_SIZES = np.array([len(element) for element in _FLAG_ELEMENTS])
 FLAG_BYTES_MAX = int(_FLAG_SIZES.max())
 _FLAG_BYTES = np.array([list(element.ljust(FLAG_BYTES_MAX)) for element in _FLAG_ELEMENTS], np.uint8)
-
-# What became of one entry of a batch.
-ENTRY_OK, ENTRY_ODD = 0, 1
 
 
 @compiled
@@ -103,6 +99,14 @@ def write_number(out: Bytes, pos: int, value: float) -> int:
 
 
 @compiled
+def write_cell(out: Bytes, pos: int, value: float) -> int:
+    """Write a number and a comma."""
+    pos = write_number(out, pos, value)
+    out[pos] = 44  # ,
+    return pos + 1
+
+
+@compiled
 def write_flag(out: Bytes, pos: int, flag: int) -> int:
     """Write the ninth element of a candle row, `,"partial"` and its like; nothing for a whole candle."""
     if not 0 <= flag < _FLAG_SIZES.size:  # no code of ours, so not a whole candle of ours
@@ -143,9 +147,7 @@ def _write_ticks(ticks: Floats, shards: int, out: Bytes, bounds: Ints, counts: I
             out[pos] = 91
             pos += 1
             for column in range(TICK_WIDTH):
-                pos = write_number(out, pos, ticks[i, column])
-                out[pos] = 44  # ,
-                pos += 1
+                pos = write_cell(out, pos, ticks[i, column])
             out[pos - 1] = 93  # ]
             out[pos] = 44
             pos += 1
@@ -206,145 +208,110 @@ def _read_number(text: Bytes, pos: int, end: int) -> tuple[float, int]:
 
 
 @compiled
-def _read_flag(text: Bytes, pos: int, end: int) -> tuple[float, int]:
-    """`"partial"` and its like at `pos` → (flag code, position behind it)."""
-    for code in range(1, _FLAG_SIZES.size):
-        size = int(_FLAG_SIZES[code]) - 1  # without the comma
-        if pos + size <= end:
-            same = True
-            for k in range(size):
-                if text[pos + k] != _FLAG_BYTES[code, k + 1]:
-                    same = False
-                    break
-            if same:
-                return float(code), pos + size
-    return 0.0, -1
-
-
-@compiled
-def _read_row(text: Bytes, pos: int, end: int, least: int, width: int, row: Floats) -> int:
-    """The numbers of one array, `pos` behind its `[` → position behind its `]`, or -1."""
-    column = 0
-    while True:
-        while pos < end and text[pos] <= 32:
-            pos += 1
-        if pos >= end or column == width:
-            return -1
-        if text[pos] == 34:  # "
-            if column < least:
-                return -1
-            row[column], pos = _read_flag(text, pos, end)
-        else:
-            row[column], pos = _read_number(text, pos, end)
-        if pos < 0:
-            return -1
-        column += 1
-        while pos < end and text[pos] <= 32:
-            pos += 1
+def _read_row(text: Bytes, pos: int, end: int, row: Floats) -> int:
+    """Read the nine cells of one row, `pos` after its `[`; return the position after its `]`, or -1."""
+    for column in range(TICK_WIDTH):
+        pos = _skip_space(text, pos, end)
         if pos >= end:
             return -1
-        if text[pos] == 44:
-            pos += 1
-        elif text[pos] == 93:
-            if column < least:
-                return -1
-            for rest in range(column, width):
-                row[rest] = 0.0
-            return pos + 1
-        else:
+        row[column], pos = _read_number(text, pos, end)
+        if pos < 0:
             return -1
+        pos = _skip_space(text, pos, end)
+        if pos >= end or text[pos] != (93 if column == TICK_WIDTH - 1 else 44):  # ] ,
+            return -1
+        pos += 1
+    return pos
 
 
 @compiled
-def _read_entries(
-    text: Bytes, ends: Ints, least: int, width: int, nested: bool, out: Floats, counts: Ints, odd: Bytes
-) -> int:
-    """Entry e is text[ends[e-1]:ends[e]]: `[[row],[row]]` when nested, else rows one after the other.
+def _skip_space(text: Bytes, pos: int, end: int) -> int:
+    while pos < end and text[pos] <= 32:
+        pos += 1
+    return pos
 
-    Fills out row by row, counts[e] and odd[e]; an odd entry gives no rows. Returns the rows in all.
+
+@compiled
+def _read_entry(text: Bytes, pos: int, end: int, out: Floats, first: int) -> int:
+    """Read `[[row],[row]]` into out[first:]; return the row after the last one, or -1."""
+    n = first
+    pos = _skip_space(text, pos, end)
+    if pos >= end or text[pos] != 91:  # [
+        return -1
+    pos = _skip_space(text, pos + 1, end)
+    if pos < end and text[pos] == 93:  # an empty array
+        return n if _skip_space(text, pos + 1, end) == end else -1
+    while True:
+        if pos >= end or text[pos] != 91 or n >= out.shape[0]:
+            return -1
+        pos = _read_row(text, pos + 1, end, out[n])
+        if pos < 0:
+            return -1
+        n += 1
+        pos = _skip_space(text, pos, end)
+        if pos >= end:
+            return -1
+        if text[pos] == 93:
+            return n if _skip_space(text, pos + 1, end) == end else -1
+        if text[pos] != 44:
+            return -1
+        pos = _skip_space(text, pos + 1, end)
+
+
+@compiled
+def _read_entries(text: Bytes, ends: Ints, out: Floats, counts: Ints, malformed: Bytes) -> int:
+    """Read entry e from text[ends[e-1]:ends[e]] into the next rows of `out`; return the rows in all.
+
+    Fills counts[e] and malformed[e]; a malformed entry gives no rows.
     """
     n = 0
     pos = 0
     for entry in range(ends.size):
-        end = ends[entry]
-        first = n
-        ok = True
-        depth = 0
-        closed = not nested
-        wants_row = True  # rows of a nested entry are comma-separated, nothing else
-        while pos < end:
-            c = text[pos]
-            if c <= 32:
-                pos += 1
-            elif c == 91:
-                if nested and depth == 0 and not closed:
-                    depth = 1
-                    pos += 1
-                    continue
-                if (nested and (depth == 0 or not wants_row)) or n >= out.shape[0]:
-                    ok = False
-                    break
-                pos = _read_row(text, pos + 1, end, least, width, out[n])
-                if pos < 0:
-                    ok = False
-                    break
-                n += 1
-                wants_row = False
-            elif c == 44 and (depth == 1 or not nested) and not (nested and wants_row):
-                wants_row = True
-                pos += 1
-            elif c == 93 and nested and depth == 1 and not (wants_row and n > first):
-                depth = 0
-                closed = True
-                pos += 1
-            else:
-                ok = False
-                break
-        if not ok or depth != 0 or not closed:
-            odd[entry] = ENTRY_ODD
-            n = first
-        else:
-            odd[entry] = ENTRY_OK
-        counts[entry] = n - first
-        pos = end
+        last = _read_entry(text, pos, ends[entry], out, n)
+        malformed[entry] = 1 if last < 0 else 0
+        counts[entry] = 0 if last < 0 else last - n
+        n += counts[entry]
+        pos = ends[entry]
     return n
 
 
 def read_tick_entries(texts: list[bytes]) -> tuple[Floats, list[int], list[int]]:
-    """The `ticks` fields of many stream entries, decoded at once.
+    """Decode the `ticks` fields of many stream entries at once.
 
-    Returns `(ticks, counts, odd)`: a float64[n, 10] batch with column AT_MS left unset, how many rows
-    each entry gave, and the indices of entries that are not in our grammar (they gave no rows; ask
-    `read_odd_ticks`).
+    Returns:
+        A float64[n, 10] batch whose column AT_MS is not set, how many rows each entry gave, and the indices
+        of the entries that are not in this module's grammar: they gave no rows, see `recover_ticks`.
     """
     joined = b"".join(texts)
     ends = np.cumsum(np.fromiter(map(len, texts), np.int64, len(texts)))
     ticks = np.empty((len(joined) // TICK_BYTES_MIN + 1, BATCH_WIDTH))
     counts = np.zeros(len(texts), np.int64)
-    odd = np.zeros(len(texts), np.uint8)
-    n = _read_entries(np.frombuffer(joined, np.uint8), ends, TICK_WIDTH, TICK_WIDTH, True, ticks, counts, odd)
-    return ticks[:n], counts.tolist(), np.flatnonzero(odd).tolist()
+    malformed = np.zeros(len(texts), np.uint8)
+    n = _read_entries(np.frombuffer(joined, np.uint8), ends, ticks, counts, malformed)
+    return ticks[:n], counts.tolist(), np.flatnonzero(malformed).tolist()
 
 
-_odd_decoder = msgspec.json.Decoder(list[Any])
-_BETWEEN_ROWS = re.compile(rb"\]\s*\[")
+_decoder = msgspec.json.Decoder(list[Any])
 
 
-def read_odd_ticks(text: bytes) -> tuple[Floats, int]:
-    """What can be saved of an entry the fast reader refused: `(ticks, rows refused)`.
+def recover_ticks(text: bytes) -> tuple[Floats, int]:
+    """Read what is valid in an entry that `read_tick_entries` found malformed.
 
-    A row counts when it is an array of nine numbers or nulls; text that is no JSON array at all
-    gives nothing and counts one.
+    A row is valid when it is an array of nine numbers or nulls. Text that is no JSON array gives no rows
+    and counts as one invalid row.
+
+    Returns:
+        The valid rows as a float64[n, 10] batch, and the number of invalid rows.
     """
     try:
-        rows = _odd_decoder.decode(text)
+        rows = _decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return np.empty((0, BATCH_WIDTH)), 1
-    good = [row for row in rows if _is_tick_row(row)]
-    ticks = np.empty((len(good), BATCH_WIDTH))
-    for i, row in enumerate(good):
+    valid = [row for row in rows if _is_tick_row(row)]
+    ticks = np.empty((len(valid), BATCH_WIDTH))
+    for i, row in enumerate(valid):
         ticks[i, :TICK_WIDTH] = [np.nan if cell is None else float(cell) for cell in row]
-    return ticks, len(rows) - len(good)
+    return ticks, len(rows) - len(valid)
 
 
 def _is_tick_row(row: Any) -> bool:
@@ -353,42 +320,3 @@ def _is_tick_row(row: Any) -> bool:
         and len(row) == TICK_WIDTH
         and all(cell is None or (type(cell) in (int, float) and abs(cell) < 1e300) for cell in row)
     )
-
-
-def read_rows(text: bytes, width: int, least: int | None = None) -> Floats:
-    """JSON arrays of numbers, one after the other with commas or white space → float64[n, width].
-
-    null reads as NaN. A row of fewer than `width` (but at least `least`) cells is filled with 0; the
-    word in a candle row's ninth cell reads as its code in `model.FLAG_NAMES`. Raises ValueError for
-    anything else.
-    """
-    least = width if least is None else least
-    out = np.empty((text.count(b"[") + 1, width))
-    counts = np.zeros(1, np.int64)
-    odd = np.zeros(1, np.uint8)
-    ends = np.array([len(text)], np.int64)
-    n = _read_entries(np.frombuffer(text, np.uint8), ends, least, width, False, out, counts, odd)
-    if odd[0]:
-        return _read_odd_rows(text, width, least)
-    return out[:n]
-
-
-def _read_odd_rows(text: bytes, width: int, least: int) -> Floats:
-    """`read_rows` for numbers the kernel leaves to msgspec (17 digits, exponents)."""
-    joined = b"[" + _BETWEEN_ROWS.sub(b"],[", text) + b"]"
-    try:
-        rows = msgspec.json.decode(joined, type=list[list[float | str | None]])
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not a row of numbers: {error}") from None
-    out = np.zeros((len(rows), width))
-    for i, row in enumerate(rows):
-        if not least <= len(row) <= width:
-            raise ValueError(f"a row of {len(row)} cells where {width} are expected")
-        for column, cell in enumerate(row):
-            if isinstance(cell, str):
-                if column < least or cell not in FLAG_NAMES:
-                    raise ValueError(f"the word {cell[:20]!r} in a row of numbers")
-                out[i, column] = FLAG_NAMES.index(cell)
-            else:
-                out[i, column] = np.nan if cell is None else cell
-    return out

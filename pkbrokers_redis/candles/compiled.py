@@ -21,7 +21,7 @@ import platformdirs
 OLD_FOLDERS_MAX = 4  # of other versions and edits, 3 MB each
 
 _config: Any = numba.config
-_SOURCES = Path(__file__).parent / "core"
+_SOURCES = Path(__file__).parent
 _F = TypeVar("_F", bound=Callable[..., object])
 
 

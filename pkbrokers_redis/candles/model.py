@@ -43,6 +43,10 @@ TICK_WIDTH = 9
 BATCH_WIDTH = 10
 
 TOKEN_MAX = 2**32 - 1
+TIME_MIN_MS = 631_152_000_000  # 1990: a smaller trade time is no time
+TIME_MAX_MS = 4_102_444_800_000  # 2100
+NUMBER_MAX = 1e12  # more than any price, quantity or volume of Kite's 32-bit fields
+FUTURE_MAX_MS = 60_000  # a trade time later than its receipt by more is a clock jump: use the receive time
 
 SEGMENTS = {
     1: "NSE",

@@ -22,10 +22,10 @@ import numpy as np
 import redis
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.candles import arrays as t
+from pkbrokers_redis.candles import columns as col
 from pkbrokers_redis.candles.calendar import Sessions, load_sessions
 from pkbrokers_redis.candles.model import AT_MS, TIME_MS, TOKEN, VOLUME
-from pkbrokers_redis.candles.state import Book
+from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.client.trade_files import TradeFile, days_of, frames_of, read_trades
 from pkbrokers_redis.errors import InputFileError
 from pkbrokers_redis.keys import AGGREGATOR_GROUP, Keys
@@ -55,7 +55,7 @@ def load_known(
 ) -> dict[int, Known]:
     """Those of the instruments that the aggregators have seen; as of their last commits."""
     keys = settings.keys
-    book = Book(settings.intervals[:1], sessions, instruments=max(1, len(tokens)))
+    book = ShardState(settings.intervals[:1], sessions, instruments=max(1, len(tokens)))
     known: dict[int, Known] = {}
     pipe = Pipe(client)
     for first in range(0, len(tokens), TOKENS_AT_ONCE):
@@ -70,13 +70,13 @@ def load_known(
             except ValueError:
                 continue  # a foreign hand's: its aggregator starts anew, too
             i = book.index(token)
-            inst = book.tables.inst[i]
-            if inst[t.FIRST_AT]:
-                first_ms, day_ms = inst[t.FIRST_TIME] // 1000 * 1000, inst[t.DAY_S] * 1000
-                newest_ms = book.tables.ring[i, 0, t.R_TIME] if inst[t.RING_SIZE] else first_ms
-                seen, outside_ms = inst[t.SEEN], inst[t.OUTSIDE_TIME]
+            inst = book.arrays.inst[i]
+            if inst[col.FIRST_AT]:
+                first_ms, day_ms = inst[col.FIRST_TIME] // 1000 * 1000, inst[col.DAY_S] * 1000
+                newest_ms = book.arrays.window[i, 0, col.TICK_TIME] if inst[col.WINDOW_SIZE] else first_ms
+                seen, outside_ms = inst[col.CUM_VOLUME], inst[col.OFF_SESSION_TIME]
                 if outside_ms >= day_ms:  # said outside the windows, and nothing inside since
-                    seen, newest_ms = max(inst[t.OUTSIDE_VOLUME], seen), max(newest_ms, outside_ms)
+                    seen, newest_ms = max(inst[col.OFF_SESSION_VOLUME], seen), max(newest_ms, outside_ms)
                 known[token] = Known(first_ms, day_ms, seen, newest_ms)
     return known
 

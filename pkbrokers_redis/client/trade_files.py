@@ -19,12 +19,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pkbrokers_redis.candles.arrays import NUMBER_MAX, TIME_MAX_MS, TIME_MIN_MS
 from pkbrokers_redis.candles.calendar import Sessions
 from pkbrokers_redis.candles.model import (
     BATCH_WIDTH,
     LAST_PRICE,
     LAST_QUANTITY,
+    NUMBER_MAX,
+    TIME_MAX_MS,
+    TIME_MIN_MS,
     TIME_MS,
     TOKEN,
     VOLUME,

@@ -13,13 +13,12 @@ from functools import cache
 
 import numpy as np
 
-from pkbrokers_redis.candles.amend import HistoryRows, apply_history
+from pkbrokers_redis.candles.amend import HistoryRows, Outage, apply_history, flag_outage
 from pkbrokers_redis.candles.calendar import load_sessions
-from pkbrokers_redis.candles.candle_list import RowList
 from pkbrokers_redis.candles.codec import read_tick_entries, tick_texts
 from pkbrokers_redis.candles.model import AT_MS, BATCH_WIDTH, TIME_MS, TOKEN, Interval
-from pkbrokers_redis.candles.outages import Outage, mark_outage
-from pkbrokers_redis.candles.state import Book
+from pkbrokers_redis.candles.rows import CandleList
+from pkbrokers_redis.candles.state import ShardState
 
 _NOON_MS = 1_767_335_400_000  # 2026-01-02 12:00 in Kolkata
 _TICKS = [b"[[408065,100.5,1,%d,null,100,101,99,%d]]" % (n, _NOON_MS + n * 60_000) for n in range(1, 7)]
@@ -32,16 +31,18 @@ def warm_up_writer() -> None:
 
 def warm_up(intervals: Sequence[Interval]) -> None:
     """Run a few minutes of ticks, an outage and its repair through a book of no consequence."""
-    book = Book(intervals, load_sessions("always"), event_clock=True)
+    book = ShardState(intervals, load_sessions("always"), event_clock=True)
     ticks, _, _ = read_tick_entries(_TICKS)
     ticks[:, AT_MS] = ticks[:, TIME_MS]
-    book.take(ticks, 0, np.arange(1, len(ticks) + 1), len(ticks))
-    book.close(0.0, len(ticks))  # the first minutes are over by the last one's tick
-    mark_outage(book, Outage([int(ticks[0, TOKEN])], _NOON_MS, _NOON_MS + 1))  # repairs use the kernels, too
-    if book.base >= 0:
+    book.apply(ticks, 0, np.arange(1, len(ticks) + 1), len(ticks))
+    book.close_due(0.0, len(ticks))  # the first minutes are over by the last one's tick
+    flag_outage(book, Outage([int(ticks[0, TOKEN])], _NOON_MS, _NOON_MS + 1))  # repairs use the kernels, too
+    if book.base_interval >= 0:
         minute: list[float | int | str | None] = [_NOON_MS // 1000, 100.0, 101.0, 99.0, 100.0, 1.0, None]
-        lists = {k: RowList((), interval.keep) for k, interval in enumerate(book.intervals)}
-        span = HistoryRows(int(ticks[0, TOKEN]), book.base, _NOON_MS // 1000, _NOON_MS // 1000 + 60, [minute])
+        lists = {k: CandleList((), interval.keep) for k, interval in enumerate(book.intervals)}
+        span = HistoryRows(
+            int(ticks[0, TOKEN]), book.base_interval, _NOON_MS // 1000, _NOON_MS // 1000 + 60, [minute]
+        )
         apply_history(book, span, lists, 0.0)
     book.collect()
 

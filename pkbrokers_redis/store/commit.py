@@ -18,8 +18,9 @@ import redis
 from redis.exceptions import ResponseError
 
 from pkbrokers_redis.candles import changeset as ch
+from pkbrokers_redis.candles.changeset import Changes
 from pkbrokers_redis.candles.model import TOKEN_MAX
-from pkbrokers_redis.candles.state import Book, Changes
+from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
 from pkbrokers_redis.keys import AGGREGATOR_GROUP, Keys
 from pkbrokers_redis.store.cluster import Pipe
@@ -30,7 +31,7 @@ INSTRUMENTS_AT_ONCE = 1000  # a pipeline's bound: about 1 MB of replies
 
 
 def load_book(
-    client: redis.Redis, keys: Keys, shard: int, book: Book, on_odd: Callable[[str], None]
+    client: redis.Redis, keys: Keys, shard: int, book: ShardState, on_odd: Callable[[str], None]
 ) -> dict[bytes, bytes]:
     """Restore every instrument of a shard into an empty book.
 
@@ -56,7 +57,7 @@ def load_book(
             rows = {} if isinstance(reply, Exception) else {k.decode(): v for k, v in reply.items()}
             hot = fields[b"%d" % token]
             try:
-                book.restore(token, hot, fields.get(b"%d:marks" % token), rows)
+                book.restore(token, hot, fields.get(b"%d:candles" % token), rows)
             except ValueError as error:
                 on_odd(str(error))
                 book.forget(token)
@@ -143,7 +144,7 @@ class Move:
 
 
 def commit_args(
-    book: Book, changes: Changes, symbol_of: Callable[[int], bytes], extra_state: Mapping[bytes, bytes]
+    book: ShardState, changes: Changes, symbol_of: Callable[[int], bytes], extra_state: Mapping[bytes, bytes]
 ) -> list[Any]:
     """The counted sections of `pkb_commit` behind the header and its sources."""
     tokens = book.tokens.tolist()
@@ -169,10 +170,10 @@ def commit_args(
                 currents += (token, 0)
             currents[fields_at] += 1
             currents += (names[k], text[first:last])
-        elif kind == ch.HOT:
+        elif kind == ch.INST_STATE:
             state += (token, text[first:last])
-        elif kind == ch.MARKS:
-            state += (f"{token}:marks", text[first:last])
+        elif kind == ch.CANDLES_STATE:
+            state += (f"{token}:candles", text[first:last])
         elif kind == ch.PUT:
             row = text[first:last]
             counts[2] += 1

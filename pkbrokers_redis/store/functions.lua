@@ -190,7 +190,7 @@ local function commit(keys, args)
   i = i + fields
   for _ = 1, args[i] and count() or 0 do -- a worker of an older release has no such section
     local token, names = args[i], tonumber(args[i + 1])
-    try(bad, state, 'HDEL', state, token, token .. ':marks', token .. ':revs')
+    try(bad, state, 'HDEL', state, token, token .. ':candles', token .. ':revs')
     for _, key in ipairs({base .. 'current:' .. token, base .. 'quote:' .. token}) do
       try(bad, key, 'DEL', key)
     end

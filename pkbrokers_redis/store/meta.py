@@ -1,6 +1,6 @@
 """`P:meta`: what a store was made with, written once by its first worker.
 
-    schema        "1"
+    schema        "2"
     shards        "8"                    where an instrument's keys are
     intervals     "1m,2m,…,day"          which lists and hash fields exist
     max_candles   "390,195,…,365"        completed rows kept, in the order of `intervals`
@@ -22,7 +22,7 @@ from pkbrokers_redis.errors import MetaMismatch, PkbError, SettingsError, WrongK
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings
 
-SCHEMA = "1"
+SCHEMA = "2"
 
 _MENDS = {
     "schema": "run the version of pkbrokers-redis that made it, or choose another PKB_PREFIX",

@@ -222,16 +222,16 @@ GOOD = json.dumps([tick(30, 105, 1_020)])
         ({"src": "x", "seq": "1", "ticks": "[[1,2,3]]"}, "odd_rows"),
         ({"src": "x", "seq": "1", "ticks": "[[1,1,1,1,1,1,1,1,1e999]]"}, "odd_rows"),
         ({"src": "x", "seq": "1", "ticks": "[[" + "9" * 400 + ",1,1,1,1,1,1,1,1]]"}, "odd_rows"),
-        ({"src": "x", "seq": "1", "ticks": f"[[{INFY},0,1,1,1,1,1,1,{START_S}000]]"}, "bad"),
-        ({"src": "x", "seq": "1", "ticks": f"[[{INFY},5,1,1,1,1,1,1,0]]"}, "bad"),
-        ({"src": "x", "seq": "1", "ticks": f"[[{INFY},5,1,1e13,1,1,1,1,{START_S}000]]"}, "bad"),
+        ({"src": "x", "seq": "1", "ticks": f"[[{INFY},0,1,1,1,1,1,1,{START_S}000]]"}, "invalid"),
+        ({"src": "x", "seq": "1", "ticks": f"[[{INFY},5,1,1,1,1,1,1,0]]"}, "invalid"),
+        ({"src": "x", "seq": "1", "ticks": f"[[{INFY},5,1,1e13,1,1,1,1,{START_S}000]]"}, "invalid"),
         ({"src": "x", "seq": "1", "ticks": f"[[{INFY},5,1,1e300,1,1,1,1,{START_S}000]]"}, "odd_rows"),
-        ({"src": "x", "seq": "1", "ticks": f"[[{INFY},5,1,-1,1,1,1,1,{START_S}000]]"}, "bad"),
-        ({"src": "x", "seq": "1", "ticks": f"[[-1,5,1,1,1,1,1,1,{START_S}000]]"}, "bad"),
-        ({"src": "x", "seq": "1", "ticks": f"[[1.5,5,1,1,1,1,1,1,{START_S}000]]"}, "bad"),
-        ({"src": "x", "seq": "1", "ticks": f"[[1e19,5,1,1,1,1,1,1,{START_S}000]]"}, "bad"),
-        ({"src": "x", "seq": "1", "ticks": f"[[null,5,1,1,1,1,1,1,{START_S}000]]"}, "bad"),
-        ({"src": "x", "seq": "1", "ticks": "[[408065,null,null,null,null,null,null,null,null]]"}, "bad"),
+        ({"src": "x", "seq": "1", "ticks": f"[[{INFY},5,1,-1,1,1,1,1,{START_S}000]]"}, "invalid"),
+        ({"src": "x", "seq": "1", "ticks": f"[[-1,5,1,1,1,1,1,1,{START_S}000]]"}, "invalid"),
+        ({"src": "x", "seq": "1", "ticks": f"[[1.5,5,1,1,1,1,1,1,{START_S}000]]"}, "invalid"),
+        ({"src": "x", "seq": "1", "ticks": f"[[1e19,5,1,1,1,1,1,1,{START_S}000]]"}, "invalid"),
+        ({"src": "x", "seq": "1", "ticks": f"[[null,5,1,1,1,1,1,1,{START_S}000]]"}, "invalid"),
+        ({"src": "x", "seq": "1", "ticks": "[[408065,null,null,null,null,null,null,null,null]]"}, "invalid"),
     ],
 )
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
@@ -248,7 +248,7 @@ def test_an_entry_of_a_foreign_hand_is_counted_told_once_and_changes_no_row(
     assert aggregator.figures()[count] >= (3 if count == "odd_entries" else 1)
     assert store.rows() == [minute(0, 101, 101, 99, 99, volume=20, ticks=2)]
     assert store.lag() == 0
-    told = ("foreign_entry", "odd_rows", "bad_tick")
+    told = ("foreign_entry", "odd_rows", "invalid_tick")
     lines = [line for line in capsys.readouterr().err.splitlines() if any(word in line for word in told)]
     assert len(lines) == 1
     assert len(lines[0]) < 600 and ("evidence=" in lines[0] or "tick=" in lines[0])
@@ -424,10 +424,10 @@ def test_a_cursor_that_is_overwritten_under_way_costs_its_shard_only(store: Stor
         {str(INFY): "[" + "9" * 400 + "]"},
         {str(INFY): '["a","b","c","d","e","f"]'},
         {str(INFY): "[" + ",".join(["1"] * 400) + "]"},
-        {f"{INFY}:marks": "[0]"},
-        {f"{INFY}:marks": "[0,[1e300,0,0,0,0]]"},
-        {f"{INFY}:marks": "[99,[1,2,3,4,5]]"},
-        {f"{INFY}:marks": "[0,[1,2,3]]"},
+        {f"{INFY}:candles": "[0]"},
+        {f"{INFY}:candles": "[0,[1e300,0,0,0,0]]"},
+        {f"{INFY}:candles": "[99,[1,2,3,4,5]]"},
+        {f"{INFY}:candles": "[0,[1,2,3]]"},
         {f"{INFY}:revs": "[1,2]"},
         {f"{INFY}:revs": '{"1m": "x"}'},
     ],

@@ -62,7 +62,7 @@ def test_an_aggregator_gives_a_stock_the_hours_of_the_master_of_today(
 
         def schedules() -> list[int]:
             book = aggregator.workers[0].book
-            return [int(book.tables.schedule[book.index(token)]) for token in (INFY, RELIANCE)]
+            return [int(book.arrays.schedule[book.index(token)]) for token in (INFY, RELIANCE)]
 
         assert schedules() == [cash, cash]
         sync(client, settings, "INFY")

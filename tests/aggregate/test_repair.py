@@ -13,7 +13,7 @@ import redis
 from pkbrokers_redis.aggregate import repairs as repair_module
 from pkbrokers_redis.aggregate import worker as aggregate_module
 from pkbrokers_redis.aggregate.worker import Aggregator
-from pkbrokers_redis.candles.candle_list import start_of
+from pkbrokers_redis.candles.rows import start_of
 from pkbrokers_redis.runtime.health import check_volumes
 from pkbrokers_redis.store.commit import touched_keys
 from pkbrokers_redis.store.connect import connect
@@ -233,7 +233,7 @@ def test_history_waits_for_the_ticks_that_were_there_before_it(
     while shop.client.hget(shop.keys.cursor(0), "repair") is None:
         aggregator.step(block_ms_max=1)
     assert [row[1:6] for row in shop.rows()] == [[101, 102, 100, 101, 10], *[[101, 101, 101, 101, 10]] * 4]
-    assert shop.adds_up() and aggregator.figures()["after_history"] == 0
+    assert shop.adds_up() and aggregator.figures()["already_backfilled"] == 0
 
 
 # -- warm start --------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.candles.test_candles import OPEN, Market, row, tick
+from tests.candles.test_rules import OPEN, Market, row, tick
 
 DAY_S = 86_400
 MIDNIGHT = -(9 * 3600 + 15 * 60)  # in seconds after 09:15

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.candles.late_ticks import amend
+from pkbrokers_redis.candles.amend import amend_rows
 from pkbrokers_redis.candles.state import LateTick
 
 MINUTE = 1_767_584_700  # 09:15
@@ -37,7 +37,7 @@ def late(
 def amended(
     rows: list[Row], tick: LateTick, is_day: bool = False, *, keep: int = 3, flag: str = ""
 ) -> list[Row]:
-    changed = amend(texts(*rows), tick, is_day, keep=keep, flag=flag)
+    changed = amend_rows(texts(*rows), tick, is_day, keep=keep, flag=flag)
     for start, text, _ in changed:
         assert msgspec.json.decode(text)[0] == start
     return [msgspec.json.decode(each.text) for each in changed]
@@ -111,9 +111,9 @@ def test_a_list_with_room_takes_in_a_row_older_than_all_and_its_flag() -> None:
 
 
 def test_only_the_row_that_was_not_there_is_new() -> None:
-    changed = amend(texts(THREE[0], THREE[2]), late(1, 100, 1_025), False, keep=3)
+    changed = amend_rows(texts(THREE[0], THREE[2]), late(1, 100, 1_025), False, keep=3)
     assert [(each.start - MINUTE, each.is_new) for each in changed] == [(60, True), (120, False)]
-    assert not any(each.is_new for each in amend(texts(*THREE), late(1, 105, 1_015), False, keep=3))
+    assert not any(each.is_new for each in amend_rows(texts(*THREE), late(1, 105, 1_015), False, keep=3))
 
 
 def test_without_volumes_only_high_and_low_can_tell() -> None:
@@ -156,12 +156,12 @@ def test_decimals_of_crypto_stay_decimals() -> None:
 )
 def test_rows_of_a_foreign_hand_are_passed_over(foreign: bytes) -> None:
     first, _, last = texts(*THREE)
-    changed = amend([first, foreign, last], late(2, 105, 1_025), False, keep=10)
+    changed = amend_rows([first, foreign, last], late(2, 105, 1_025), False, keep=10)
     assert [msgspec.json.decode(each.text) for each in changed] == [minute(2, 100, 105, 99, 100, ticks=4)]
 
 
 @given(st.lists(st.binary(max_size=60), max_size=5), st.integers(-2, 4), st.floats(0, 2_000))
 @example([b"[1,1,1,1,1,1e308,null,1]"], 0, 1.0)
 def test_no_bytes_break_it(rows: list[bytes], n: int, volume: float) -> None:
-    for start, text, _ in amend([*rows, *texts(*THREE)], late(n, 105, volume), False, keep=10):
+    for start, text, _ in amend_rows([*rows, *texts(*THREE)], late(n, 105, volume), False, keep=10):
         assert msgspec.json.decode(text)[0] == start

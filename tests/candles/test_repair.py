@@ -10,12 +10,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.candles import arrays as t
-from pkbrokers_redis.candles.amend import HistoryRows, Mended, apply_history
-from pkbrokers_redis.candles.candle_list import RowList, row_text
-from pkbrokers_redis.candles.outages import Outage, lists_in_reach, mark_lists, mark_outage
-from pkbrokers_redis.candles.state import Book
-from tests.candles.test_candles import OPEN, TOKEN, Market, row, tick
+from pkbrokers_redis.candles import columns as col
+from pkbrokers_redis.candles.amend import (
+    HistoryRows,
+    Outage,
+    RepairResult,
+    apply_history,
+    flag_lists,
+    flag_outage,
+    lists_in_reach,
+)
+from pkbrokers_redis.candles.rows import CandleList, row_text
+from pkbrokers_redis.candles.state import ShardState
+from tests.candles.test_rules import OPEN, TOKEN, Market, row, tick
 
 NAN = math.nan
 Row = list[Any]
@@ -24,30 +31,30 @@ Row = list[Any]
 class Repaired(Market):
     """A market whose shard gets repairs too, and that can change hands."""
 
-    def hint(
+    def backfill(
         self, first: int, last: int, *rows: Row, now: float | None = None, interval: str = "1m"
-    ) -> Mended:
+    ) -> RepairResult:
         """History answers for the seconds [first, last) after 09:15 as soon as they are over, or at `now`."""
         k = [each.name for each in self.book.intervals].index(interval)
         lists = {n: self._list(n) for n in range(len(self.book.intervals))}
         now_ms = (OPEN + (last + 2 if now is None else now)) * 1000
         self.book.event_clock = False
-        mended = apply_history(
+        result = apply_history(
             self.book, HistoryRows(TOKEN, k, OPEN + first, OPEN + last, list(rows)), lists, now_ms
         )
         self.book.event_clock = True
         for n, rows_of in lists.items():
             self._keep(n, rows_of)
         self.commit(close=False)
-        return mended
+        return result
 
     def outage(self, first: float, last: float) -> int:
         """The feed was down in [first, last), seconds after 09:15."""
         outage = Outage([TOKEN], (OPEN + first) * 1000, (OPEN + last) * 1000)
         places = list(lists_in_reach(self.book, outage))
-        marked = mark_outage(self.book, outage)
+        marked = flag_outage(self.book, outage)
         lists = {place: self._list(place.k) for place in places}
-        marked += mark_lists(self.book, outage, lists)
+        marked += flag_lists(self.book, outage, lists)
         for place, rows_of in lists.items():
             self._keep(place.k, rows_of)
         self.commit(close=False)
@@ -56,31 +63,35 @@ class Repaired(Market):
     def change_hands(self) -> None:
         """The next aggregator knows what was committed, and nothing else."""
         old = self.book
-        self.book = Book(old.intervals, old.sessions, grace_seconds=old.grace_ms / 1000, event_clock=True)
+        self.book = ShardState(
+            old.intervals, old.sessions, grace_seconds=old.grace_ms / 1000, event_clock=True
+        )
         if str(TOKEN) in self.state:
             current = {name: row_text(each) for name, each in self.current.get(TOKEN, {}).items()}
-            marks = self.state.get(f"{TOKEN}:marks")
+            marks = self.state.get(f"{TOKEN}:candles")
             self.book.restore(TOKEN, self.state[str(TOKEN)], marks, current)
-        self.book.tables.marks[t.WATERMARK] = old.watermark_ms
+        self.book.arrays.scalars[col.WATERMARK] = old.watermark_ms
 
-    def _list(self, k: int) -> RowList:
+    def _list(self, k: int) -> CandleList:
         interval = self.book.intervals[k]
         stored = self.lists.get((TOKEN, interval.name), {})
-        return RowList([row_text(stored[start]) for start in sorted(stored)[-interval.keep :]], interval.keep)
+        return CandleList(
+            [row_text(stored[start]) for start in sorted(stored)[-interval.keep :]], interval.keep
+        )
 
-    def _keep(self, k: int, rows: RowList) -> None:
+    def _keep(self, k: int, rows: CandleList) -> None:
         if rows.changed:
             texts = [msgspec.json.decode(text) for text in rows.texts()]
             self.lists[TOKEN, self.book.intervals[k].name] = {each[0]: each for each in texts}
 
     @property
     def inst(self) -> Any:
-        return self.book.tables.inst[self.book.index(TOKEN)]
+        return self.book.arrays.inst[self.book.index(TOKEN)]
 
     def adds_up(self) -> bool:
         """Rule 2, as `pkb doctor` shows it."""
         total = sum(each[5] for each in self.rows("1m"))
-        return bool(abs(total - (self.inst[t.SEEN] - self.inst[t.BASELINE])) < 1e-6)
+        return bool(abs(total - (self.inst[col.CUM_VOLUME] - self.inst[col.BASELINE])) < 1e-6)
 
     def flags(self, interval: str) -> list[str]:
         return [each[8] if len(each) > 8 else "" for each in self.rows(interval)]
@@ -139,7 +150,7 @@ def test_outages_that_touch_are_one() -> None:
     market = Repaired().take(tick(5, 100, 1_000), tick(6, 100, 1_001))
     market.outage(70, 100)
     market.outage(100, 125)
-    assert [market.inst[t.GAP_FROM], market.inst[t.GAP_TO]] == [(OPEN + 70) * 1000, (OPEN + 125) * 1000]
+    assert [market.inst[col.GAP_FROM], market.inst[col.GAP_TO]] == [(OPEN + 70) * 1000, (OPEN + 125) * 1000]
 
 
 def test_partial_says_more_than_gap() -> None:
@@ -164,7 +175,7 @@ def test_the_day_candle_has_its_packets_own_fields_and_no_gap() -> None:
 def test_history_replaces_the_rows_of_an_outage_and_makes_up_the_longer_ones() -> None:
     market = three_minutes()
     market.outage(70, 125)
-    mended = market.hint(60, 180, *LOST)
+    result = market.backfill(60, 180, *LOST)
     assert market.rows("1m") == [
         row(0, 101, 102, 101, 102, 20, None, 2),
         row(60, 103, 109, 99, 106, 60, None, 1, "backfilled"),
@@ -173,13 +184,13 @@ def test_history_replaces_the_rows_of_an_outage_and_makes_up_the_longer_ones() -
     ]
     assert market.rows("5m") == [row(0, 101, 109, 99, 104, 110, None, 5, "backfilled")]
     assert market.rows("60m") == market.rows("5m")
-    assert market.adds_up() and (mended.rows, mended.odd, mended.forming) == (5, 0, 0)
+    assert market.adds_up() and (result.rows, result.malformed, result.forming) == (5, 0, 0)
 
 
 def test_the_candle_that_forms_goes_on_as_if_nothing_had_been_missing() -> None:
     market = three_minutes()
     market.outage(70, 125)
-    market.hint(60, 180, *LOST)
+    market.backfill(60, 180, *LOST)
     market.take(tick(200, 107, 1_130))
     assert market.rows("5m") == [row(0, 101, 109, 99, 107, 130, None, 6, "backfilled")]
     assert market.adds_up()
@@ -192,7 +203,9 @@ def test_a_copy_put_where_it_came_leaves_no_extreme_in_a_longer_candle() -> None
         tick(320, 105, 1_060), tick(365, 106, 1_070),
     )  # fmt: skip
     market.outage(250, 302)
-    market.hint(240, 360, minute(4, 104, 104, 98, 98, volume=40), minute(5, 105, 105, 105, 105, volume=10))
+    market.backfill(
+        240, 360, minute(4, 104, 104, 98, 98, volume=40), minute(5, 105, 105, 105, 105, volume=10)
+    )
     assert market.rows("5m")[1] == row(300, 105, 106, 105, 106, 20, None, 3, "backfilled")
     assert market.rows("5m")[0][1:6] == [110, 110, 98, 98, 50]
     assert market.adds_up()
@@ -206,35 +219,37 @@ def test_an_extreme_between_two_minutes_stays_in_the_longer_candle() -> None:
     )  # fmt: skip
     assert market.rows("5m")[0][2] == 112 and all(each[2] < 112 for each in market.rows("1m"))
     market.outage(70, 180)
-    market.hint(120, 240, minute(2, 110, 111, 109, 110, volume=30), minute(3, 111, 111, 110, 110, volume=40))
+    market.backfill(
+        120, 240, minute(2, 110, 111, 109, 110, volume=30), minute(3, 111, 111, 110, 110, volume=40)
+    )
     assert market.rows("5m")[0][2] == 112
 
 
 def test_what_history_finds_and_we_never_saw_becomes_a_row_and_lowers_the_baseline() -> None:
     market = Repaired().take(tick(-10, 100, 1_000), tick(5, 101, 1_010), tick(130, 105, 1_100))
-    market.hint(60, 120, minute(1, 103, 109, 99, 106, volume=60))
+    market.backfill(60, 120, minute(1, 103, 109, 99, 106, volume=60))
     assert market.rows("1m")[1] == row(60, 103, 109, 99, 106, 60, None, 0, "backfilled")
-    assert market.inst[t.BASELINE] == 940 and market.adds_up()
+    assert market.inst[col.BASELINE] == 940 and market.adds_up()
 
 
-def test_what_is_equal_already_is_left_alone_and_what_is_equal_and_marked_is_mended() -> None:
+def test_what_is_equal_already_is_left_alone_and_what_is_equal_and_marked_is_result() -> None:
     whole = minute(0, 101, 102, 101, 102, volume=20)
     market = three_minutes()
     announced = list(market.closed)
-    assert market.hint(0, 60, whole).rows == 0
+    assert market.backfill(0, 60, whole).rows == 0
     assert market.closed == announced
     market = three_minutes()
     market.outage(10, 20)
     assert market.flags("1m") == ["gap", "", "", ""] and market.flags("5m") == ["gap"]
-    assert market.hint(0, 60, whole).rows == 4
+    assert market.backfill(0, 60, whole).rows == 4
     assert market.flags("1m") == ["backfilled", "", "", ""] and market.flags("5m") == ["backfilled"]
-    assert market.hint(0, 60, whole).rows == 0
+    assert market.backfill(0, 60, whole).rows == 0
 
 
 def test_rows_that_history_does_not_have_stay() -> None:
     market = three_minutes()
     rows = market.rows("1m")
-    market.hint(0, 180)
+    market.backfill(0, 180)
     assert market.rows("1m") == rows
 
 
@@ -242,7 +257,7 @@ def test_open_interest_is_historys_where_it_has_any() -> None:
     market = Repaired().take(
         tick(-10, 100, 0, oi=1), tick(5, 101, 10, oi=7), tick(65, 101, 20, oi=8), tick(125, 1, 30)
     )
-    market.hint(
+    market.backfill(
         0, 120, minute(0, 101, 102, 101, 101, volume=10), minute(1, 101, 101, 101, 101, volume=10, oi=9)
     )
     assert [each[6] for each in market.rows("1m")] == [7, 9, None]
@@ -251,10 +266,10 @@ def test_open_interest_is_historys_where_it_has_any() -> None:
 def test_a_candle_that_is_not_over_is_passed_over() -> None:
     market = three_minutes()
     forming = minute(3, 1, 999, 1, 5, volume=900)
-    assert market.hint(180, 240, forming, now=190).forming == 1
-    assert market.hint(180, 240, forming, now=241).forming == 1  # stragglers may still come
+    assert market.backfill(180, 240, forming, now=190).forming == 1
+    assert market.backfill(180, 240, forming, now=241).forming == 1  # stragglers may still come
     assert market.rows("1m")[-1] == row(180, 104, 104, 104, 104, 10, None, 1)
-    assert market.hint(180, 240, forming, now=242).forming == 0
+    assert market.backfill(180, 240, forming, now=242).forming == 0
     assert market.rows("1m")[-1][1:6] == [1, 999, 1, 5, 900]
 
 
@@ -282,8 +297,8 @@ def test_a_candle_that_is_not_over_is_passed_over() -> None:
 )
 def test_a_row_that_is_no_candle_is_counted_and_the_others_are_taken(odd: Row) -> None:
     market = three_minutes()
-    mended = market.hint(0, 180, odd, LOST[0])
-    assert mended.odd == 1
+    result = market.backfill(0, 180, odd, LOST[0])
+    assert result.malformed == 1
     assert market.rows("1m")[1][1:6] == [103, 109, 99, 106, 60]
     assert market.adds_up()
 
@@ -291,15 +306,15 @@ def test_a_row_that_is_no_candle_is_counted_and_the_others_are_taken(odd: Row) -
 def test_rows_outside_the_session_are_none() -> None:
     market = three_minutes()
     before_the_open = [OPEN - 60, 1, 1, 1, 1, 500, None]
-    assert market.hint(-600, 60, before_the_open).odd == 1
+    assert market.backfill(-600, 60, before_the_open).malformed == 1
     assert market.rows("1m")[0][0] == OPEN
 
 
 def test_a_row_older_than_a_full_list_is_not_kept_and_moves_no_sum() -> None:
     market = Repaired(intervals="1m:3,5m:3,day").take(*(tick(60 * n, 100, 1_000 + n) for n in range(-1, 10)))
-    baseline = market.inst[t.BASELINE]
-    assert market.hint(60, 120, minute(1, 103, 109, 99, 106, volume=60)).rows == 0
-    assert market.inst[t.BASELINE] == baseline
+    baseline = market.inst[col.BASELINE]
+    assert market.backfill(60, 120, minute(1, 103, 109, 99, 106, volume=60)).rows == 0
+    assert market.inst[col.BASELINE] == baseline
 
 
 def test_where_base_rows_are_gone_a_longer_candle_is_extended() -> None:
@@ -308,7 +323,7 @@ def test_where_base_rows_are_gone_a_longer_candle_is_extended() -> None:
     market.lists[TOKEN, "1m"] = {
         start: each for start, each in market.lists[TOKEN, "1m"].items() if start > OPEN + 300
     }
-    market.hint(480, 540, minute(8, 100, 109, 99, 106, volume=51))
+    market.backfill(480, 540, minute(8, 100, 109, 99, 106, volume=51))
     assert market.rows("15m") == [row(0, 100, 109, 99, 100, 60, None, 10, "backfilled")]
 
 
@@ -325,12 +340,12 @@ def test_who_begins_at_noon_has_the_morning_from_history_and_its_own_volume_in_i
     market = Repaired()
     first = tick(NOON + 20, 100, 5_000)
     if rows_first:
-        market.hint(0, NOON, *MORNING, now=NOON + 10)
+        market.backfill(0, NOON, *MORNING, now=NOON + 10)
         market.change_hands()
         market.take(first)
     else:
         market.take(first)
-        market.hint(0, NOON, *MORNING, now=NOON + 30)
+        market.backfill(0, NOON, *MORNING, now=NOON + 30)
     market.take(tick(NOON + 40, 102, 5_030))
     rows = market.rows("1m")
     assert len(rows) == 166 and market.adds_up()
@@ -340,7 +355,7 @@ def test_who_begins_at_noon_has_the_morning_from_history_and_its_own_volume_in_i
     assert sum(each[5] for each in rows) == 1_680
 
     market.take(tick(NOON + 65, 103, 5_040))
-    market.hint(NOON, NOON + 60, minute(165, 101, 102, 98, 102, volume=130), now=NOON + 70)
+    market.backfill(NOON, NOON + 60, minute(165, 101, 102, 98, 102, volume=130), now=NOON + 70)
     assert market.flags("1m")[-2] == "backfilled" and market.flags("60m")[-1] == "backfilled"
     assert market.rows("60m")[-1][1:6] == [100, 103, 98, 103, 450 + 130 + 10]
     assert market.adds_up()
@@ -348,8 +363,8 @@ def test_who_begins_at_noon_has_the_morning_from_history_and_its_own_volume_in_i
 
 def test_todays_morning_of_an_instrument_we_know_from_yesterday_is_not_told_again_by_its_first_tick() -> None:
     market = Repaired().take(tick(-86_400, 90, 8_000), tick(-86_399, 91, 8_001))
-    market.hint(0, NOON, *MORNING, now=NOON + 10)
-    assert market.inst[t.SEEN] == 1_650
+    market.backfill(0, NOON, *MORNING, now=NOON + 10)
+    assert market.inst[col.CUM_VOLUME] == 1_650
     market.take(
         tick(NOON - 5, 100, 1_700)
     )  # Kite's copy of the last trade; 50 had been traded before the open
@@ -362,17 +377,17 @@ def test_todays_morning_of_an_instrument_we_know_from_yesterday_is_not_told_agai
 
 def test_ticks_that_come_after_history_spoke_of_their_minute_change_no_row_and_no_sum() -> None:
     market = three_minutes()
-    market.hint(0, 180, *LOST)
+    market.backfill(0, 180, *LOST)
     rows = {name: market.rows(name) for name in ("1m", "5m", "60m")}
     market.take(tick(70, 150, 1_040), tick(100, 50, 1_095))
     assert {name: market.rows(name) for name in rows} == rows
-    assert market.book.counts()["after_history"] == 2 and market.adds_up()
+    assert market.book.counts()["already_backfilled"] == 2 and market.adds_up()
 
 
-def test_an_instrument_without_volume_is_mended_too() -> None:
+def test_an_instrument_without_volume_is_result_too() -> None:
     market = Repaired().take(tick(-10, 100, None), tick(5, 101, None), tick(130, 105, None))
     market.outage(60, 120)
-    market.hint(60, 120, minute(1, 103, 109, 99, 106, volume=0))
+    market.backfill(60, 120, minute(1, 103, 109, 99, 106, volume=0))
     assert market.rows("1m")[1] == row(60, 103, 109, 99, 106, 0, None, 0, "backfilled")
     assert market.rows("60m")[0][1:6] == [101, 109, 99, 105, 0]
     market.take(tick(131, 105, 700), tick(132, 106, 710))
@@ -386,8 +401,8 @@ def test_days_of_history_are_rows_by_themselves() -> None:
     market = three_minutes()
     yesterday = OPEN - 86_400
     midnight = yesterday - 9 * 3600 - 15 * 60
-    mended = market.hint(-90_000 * 2, -80_000, [midnight, 90, 95, 85, 91, 5_000, None], interval="day")
-    assert (mended.rows, mended.odd) == (1, 0)
+    result = market.backfill(-90_000 * 2, -80_000, [midnight, 90, 95, 85, 91, 5_000, None], interval="day")
+    assert (result.rows, result.malformed) == (1, 0)
     assert market.rows("day")[0] == [yesterday, 90, 95, 85, 91, 5_000, None, 0, "backfilled"]
     assert market.adds_up()
 
@@ -395,7 +410,7 @@ def test_days_of_history_are_rows_by_themselves() -> None:
 def test_rows_of_a_longer_interval_are_replaced_and_nothing_else() -> None:
     market = three_minutes()
     minutes = market.rows("1m")
-    market.hint(0, 300, [OPEN, 101, 120, 90, 104, 999, None], interval="5m", now=400)
+    market.backfill(0, 300, [OPEN, 101, 120, 90, 104, 999, None], interval="5m", now=400)
     assert market.rows("5m") == [row(0, 101, 120, 90, 104, 999, None, 5, "backfilled")]
     assert market.rows("1m") == minutes and market.adds_up()
 
@@ -457,7 +472,7 @@ def test_after_gap_and_history_every_row_is_as_if_the_feed_had_never_been_down(d
         elif kind == 2:
             ours.outage(*what)
         else:
-            ours.hint(*what, *history_of(trades, *what), now=at)
+            ours.backfill(*what, *history_of(trades, *what), now=at)
         if hands:
             ours.change_hands()
         assert ours.adds_up()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def test_the_rules_hold_uncompiled_too() -> None:
-    names = ("test_candles.py", "test_outside.py", "test_days.py")
+    names = ("test_rules.py", "test_off_session.py", "test_days.py")
     tests = [str(Path(__file__).with_name(name)) for name in names]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *tests],

@@ -321,7 +321,7 @@ def test_a_store_made_with_other_settings_is_one_line(
     role: str, make_settings: Callable[..., Settings], client: redis.Redis
 ) -> None:
     settings = make_settings()
-    client.hset(settings.keys.meta(), mapping={"schema": "1", "shards": "8"})
+    client.hset(settings.keys.meta(), mapping={"schema": "2", "shards": "8"})
     env = {**KITE, **settings_env(settings), "PKB_SHARDS": "4"}
     assert_one_line(run_pkb(role, env=env), "shards=8", "shards=4", "PKB_SHARDS")
 

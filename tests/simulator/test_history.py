@@ -16,7 +16,7 @@ from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.subscriptions import MODE_FULL, frames_for
 from pkbrokers_redis.simulator.universe import universe
-from tests.candles.test_candles import Market as BookReader
+from tests.candles.test_rules import Market as BookReader
 
 ROWS = universe(60)
 INFY, NIFTY, SBIN, SIM1 = 408065, 256265, 779521, (100_001 << 8) | 1

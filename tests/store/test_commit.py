@@ -99,7 +99,7 @@ def all_parts() -> dict[str, Any]:
         "currents": {TOKEN: {"1m": row(120), "5m": row(0)}, OTHER: {"1m": row(120)}},
         "puts": [put(60), put(60, token=OTHER)],
         "closed": [(TOKEN, "NSE:INFY", "1m", row(60), 0), (OTHER, "NSE:RELIANCE", "1m", row(60), 3)],
-        "state": {str(TOKEN): b"[1]", f"{TOKEN}:marks": b"[0,[1]]"},
+        "state": {str(TOKEN): b"[1]", f"{TOKEN}:candles": b"[0,[1]]"},
     }
 
 
@@ -133,7 +133,7 @@ def test_a_commit_writes_every_key_of_the_contract(client: redis.Redis, owner: P
         {b"token": b"408065", b"symbol": b"NSE:INFY", b"interval": b"1m", b"row": row(60), b"rev": b"0"},
         {b"token": b"738561", b"symbol": b"NSE:RELIANCE", b"interval": b"1m", b"row": row(60), b"rev": b"3"},
     ]
-    assert client.hgetall(STATE) == {b"408065": b"[1]", b"408065:marks": b"[0,[1]]"}
+    assert client.hgetall(STATE) == {b"408065": b"[1]", b"408065:candles": b"[0,[1]]"}
     assert owner == Position("one", 1, 1, "5-0", 1, {b"s1": 7, b"s2": 9})
     assert own(client, "two") == Position("two", 2, 1, "5-0", 1, {b"s1": 7, b"s2": 9})
 

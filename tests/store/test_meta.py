@@ -22,7 +22,7 @@ def test_the_first_worker_writes_what_the_store_is_made_with(client: redis.Redis
     assert read_meta(client, "pkb") is None
     ensure_meta(client, settings, NOW)
     assert client.hgetall("pkb:meta") == {
-        b"schema": b"1",
+        b"schema": b"2",
         b"shards": b"8",
         b"intervals": ",".join(each.name for each in DEFAULT_INTERVALS).encode(),
         b"max_candles": ",".join(str(each.keep) for each in DEFAULT_INTERVALS).encode(),
@@ -77,7 +77,7 @@ def test_a_store_of_another_schema_is_refused_by_workers_and_readers(
     client: redis.Redis, settings: Settings
 ) -> None:
     ensure_meta(client, settings, NOW)
-    client.hset("pkb:meta", "schema", "2")
+    client.hset("pkb:meta", "schema", "1")
     with pytest.raises(MetaMismatch) as caught:
         ensure_meta(client, settings, NOW)
     assert caught.value.field == "schema"
@@ -88,7 +88,7 @@ def test_a_store_of_another_schema_is_refused_by_workers_and_readers(
 def test_a_hash_that_lacks_a_field_is_no_store_of_ours_and_stays_as_it_is(
     client: redis.Redis, settings: Settings
 ) -> None:
-    client.hset("pkb:meta", mapping={"schema": "1", "shards": "8"})
+    client.hset("pkb:meta", mapping={"schema": "2", "shards": "8"})
     with pytest.raises(MetaMismatch) as caught:
         ensure_meta(client, settings, NOW)
     assert caught.value.field == "intervals"

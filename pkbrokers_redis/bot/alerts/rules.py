@@ -20,8 +20,8 @@ from typing import Any
 
 from pkbrokers_redis.bot.alerts.model import Alert, Kind
 from pkbrokers_redis.bot.text import count, money, percent
-from pkbrokers_redis.candles.arrays import FUTURE_MAX_MS, TIME_MAX_MS, TIME_MIN_MS
 from pkbrokers_redis.candles.calendar import IST_MS
+from pkbrokers_redis.candles.model import FUTURE_MAX_MS, TIME_MAX_MS, TIME_MIN_MS
 
 MINUTE_MS = 60_000
 DAY_MS = 86_400_000

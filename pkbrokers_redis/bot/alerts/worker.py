@@ -35,7 +35,7 @@ from pkbrokers_redis.candles.model import (
     VOLUME,
     TickArray,
 )
-from pkbrokers_redis.candles.rules import is_bad
+from pkbrokers_redis.candles.rules import is_invalid
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings
@@ -187,7 +187,7 @@ class AlertWorker:
         places = np.searchsorted(state.tokens, ticks[:, TOKEN])
         places[places == len(state.tokens)] = 0
         mine = np.flatnonzero(state.tokens[places] == ticks[:, TOKEN])
-        mine = mine[np.array([not is_bad(tick) for tick in ticks[mine]], bool)]
+        mine = mine[np.array([not is_invalid(tick) for tick in ticks[mine]], bool)]
         rows = ticks[mine][:, COLUMNS].tolist()
         self.counts["alert_ticks"] += len(rows)
         told: list[Told] = []

@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkbrokers_redis.candles import changeset as ch
-from pkbrokers_redis.candles.arrays import RING_MAX
 from pkbrokers_redis.candles.calendar import load_sessions
+from pkbrokers_redis.candles.columns import WINDOW_MAX
 from pkbrokers_redis.candles.model import parse_intervals
-from pkbrokers_redis.candles.state import Book
+from pkbrokers_redis.candles.state import ShardState
 
 TOKEN = 408065  # NSE:INFY
 IST = 19_800  # seconds ahead of UTC
@@ -49,7 +49,7 @@ class Market:
         intervals: str = "1m,5m,60m,day",
         derivatives: tuple[int, ...] = (),
     ) -> None:
-        self.book = Book(
+        self.book = ShardState(
             parse_intervals(intervals),
             load_sessions(mode),  # type: ignore[arg-type]
             grace_seconds=grace,
@@ -66,21 +66,21 @@ class Market:
         size = batch or len(ticks)
         for first in range(0, len(ticks), size):
             part = array[first : first + size]
-            assert self.book.take(part, 0, np.array([len(part)]), 10_000) == len(part)
+            assert self.book.apply(part, 0, np.array([len(part)]), 10_000) == len(part)
             self.commit()
         return self
 
     def close(self, second: float) -> Self:
         """The wall clock says `second` seconds after 09:15."""
         self.book.event_clock = False
-        self.book.close((OPEN + second) * 1000, 10_000)
+        self.book.close_due((OPEN + second) * 1000, 10_000)
         self.book.event_clock = True
         self.commit(close=False)
         return self
 
     def commit(self, close: bool = True) -> None:
         if close:
-            self.book.close(0, 10_000)
+            self.book.close_due(0, 10_000)
         changes = self.book.collect()
         for kind, i, k, first, last, rev in changes.ops:
             token = int(self.book.tokens[i])
@@ -96,10 +96,10 @@ class Market:
                 del self.current[token][name]
             elif kind == ch.CLOSED:
                 self.closed.append((name, msgspec.json.decode(text)[0], rev))
-            elif kind == ch.HOT:
+            elif kind == ch.INST_STATE:
                 self.state[str(token)] = text
-            elif kind == ch.MARKS:
-                self.state[f"{token}:marks"] = text
+            elif kind == ch.CANDLES_STATE:
+                self.state[f"{token}:candles"] = text
 
     def rows(self, interval: str, token: int = TOKEN) -> list[list[Any]]:
         """Completed rows by start, then the current one: what a reader sees."""
@@ -334,7 +334,7 @@ def test_bad_ticks_are_counted_and_cost_nothing_else() -> None:
         tick(1e12, 100, 1_020),
     ]
     market = Market().take(good[0], *bad, good[1], *bad)
-    assert market.book.counts()["bad"] == 2 * len(bad)
+    assert market.book.counts()["invalid"] == 2 * len(bad)
     assert market.rows("1m") == [row(0, 100, 100, 100, 100, 10, None, 1)]
 
 
@@ -359,7 +359,7 @@ def test_buckets_are_anchored_at_the_open_for_every_interval() -> None:
 
 def test_a_book_filled_to_the_brim_and_beyond_keeps_every_instrument() -> None:
     market = Market()
-    market.book = Book(INTERVALS, load_sessions("market"), event_clock=True, instruments=4)
+    market.book = ShardState(INTERVALS, load_sessions("market"), event_clock=True, instruments=4)
     tokens = [256 * n + 1 for n in range(1, 10)]
     market.take(
         *(tick(-30, 100, 1_000, token=each) for each in tokens),
@@ -416,11 +416,11 @@ def test_repeats_change_nothing(ticks: list[list[float]], data: st.DataObject) -
 def test_order_within_the_grace_changes_nothing(ticks: list[list[float]], seed: int, batch: int) -> None:
     rng = random.Random(seed)
     delayed = sorted(ticks[1:], key=lambda each: each[8] + rng.uniform(0, 2_000))
-    # The book tells a straggler from a repeat among the last RING_MAX statements of an instrument.
+    # The book tells a straggler from a repeat among the last WINDOW_MAX statements of an instrument.
     kept = [
         each
         for n, each in enumerate(delayed)
-        if sum((other[8], other[3]) > (each[8], each[3]) for other in delayed[:n]) < RING_MAX
+        if sum((other[8], other[3]) > (each[8], each[3]) for other in delayed[:n]) < WINDOW_MAX
     ]
     in_order = sorted(kept, key=lambda each: (each[8], each[3]))
     assert (
@@ -455,7 +455,7 @@ def test_a_book_restored_from_its_state_goes_on_as_if_nothing_had_been(
     second = Market()
     second.lists, second.current, second.closed = first.lists, first.current, first.closed
     texts = {name: msgspec.json.encode(each) for name, each in first.current.get(TOKEN, {}).items()}
-    second.book.restore(TOKEN, first.state[str(TOKEN)], first.state.get(f"{TOKEN}:marks"), texts)
+    second.book.restore(TOKEN, first.state[str(TOKEN)], first.state.get(f"{TOKEN}:candles"), texts)
     if ticks[cut + 1 :]:
         second.take(*ticks[cut + 1 :], batch=3)
     assert second.all_rows() == whole.all_rows()

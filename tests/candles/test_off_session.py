@@ -7,9 +7,9 @@ import itertools
 import msgspec
 import pytest
 
-from pkbrokers_redis.candles import arrays as t
-from tests.candles.test_candles import OPEN, TOKEN, Market, row, tick
+from pkbrokers_redis.candles import columns as col
 from tests.candles.test_repair import Repaired
+from tests.candles.test_rules import OPEN, TOKEN, Market, row, tick
 
 YESTERDAY = tick(-86_400 + 21_900, 90, 70_000)
 CLOSE = 22_500  # 15:30
@@ -24,8 +24,8 @@ def volumes(market: Market) -> list[float]:
 
 def adds_up(market: Market) -> bool:
     """Rule 2 for a market of one day."""
-    inst = market.book.tables.inst[market.book.index(TOKEN)]
-    return bool(sum(volumes(market)) == inst[t.SEEN] - inst[t.BASELINE])
+    inst = market.book.arrays.inst[market.book.index(TOKEN)]
+    return bool(sum(volumes(market)) == inst[col.CUM_VOLUME] - inst[col.BASELINE])
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -78,7 +78,7 @@ def test_history_of_a_minute_before_a_trade_between_two_windows_tells_its_volume
     )
     market.outage(DRILL + 2_640, DRILL + 2_760)
     lost = [OPEN + DRILL + 2_640, 100, 100, 100, 100, 500, None]
-    market.hint(DRILL + 2_640, DRILL + 2_760, lost, now=DRILL + 2_770)
+    market.backfill(DRILL + 2_640, DRILL + 2_760, lost, now=DRILL + 2_770)
     market.take(tick(DRILL + 8_105, 101, 1_700), tick(DRILL + 8_165, 101, 2_300))
     assert volumes(market) == [1_000, 500, 100, 600]
     assert market.adds_up()
@@ -86,7 +86,7 @@ def test_history_of_a_minute_before_a_trade_between_two_windows_tells_its_volume
 
 def test_history_of_the_open_counts_on_from_the_pre_open() -> None:
     market = Repaired().take(YESTERDAY, *PRE_OPEN)
-    market.hint(0, 60, [OPEN, 100, 102, 99, 101, 700, None])
+    market.backfill(0, 60, [OPEN, 100, 102, 99, 101, 700, None])
     market.take(tick(65, 101, 500_800))
     assert volumes(market) == [700, 100]
     assert [each[5] for each in market.rows("60m")] == [800]
@@ -95,11 +95,11 @@ def test_history_of_the_open_counts_on_from_the_pre_open() -> None:
 def test_what_was_said_outside_survives_a_restart() -> None:
     market = Repaired().take(YESTERDAY, *PRE_OPEN)
     hot = msgspec.json.decode(market.state[str(TOKEN)])
-    assert hot[t.OUTSIDE_TIME : t.RING_SIZE] == [(OPEN - 449) * 1000, 500_000]
+    assert hot[col.OFF_SESSION_TIME : col.WINDOW_SIZE] == [(OPEN - 449) * 1000, 500_000]
     market.change_hands()
     market.take(PRE_OPEN[0], FIRST)
     assert volumes(market) == [10]
-    assert market.inst[t.OUTSIDE_TIME] == 0  # it is in the baseline now
+    assert market.inst[col.OFF_SESSION_TIME] == 0  # it is in the baseline now
 
 
 def test_without_volumes_what_trades_outside_is_nothing() -> None:

@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import msgspec
 import numpy as np
-import pytest
 
-from pkbrokers_redis.candles import arrays as t
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.candles.model import parse_intervals
-from pkbrokers_redis.candles.state import Book
-from tests.candles.test_candles import DAY, TOKEN, Market
-from tests.candles.test_repair import three_minutes
+from pkbrokers_redis.candles.state import ShardState
+from tests.candles.test_rules import DAY, Market
 
 HOURS = {
     "first_night": ["00:00", "02:30"], "morning": ["09:00", "10:15"], "noon": ["10:30", "11:30"],
@@ -35,7 +31,7 @@ def test_a_day_has_as_many_windows_as_its_calendar_says(tmp_path: Path) -> None:
         )
     )
     market = Market()
-    market.book = Book(
+    market.book = ShardState(
         parse_intervals("60m,day"), load_sessions("market", path=file), event_clock=True, instruments=4
     )
     token = 600 << 8 | 77
@@ -45,18 +41,4 @@ def test_a_day_has_as_many_windows_as_its_calendar_says(tmp_path: Path) -> None:
         market.take([token, 100, 1, 10 * n + 10, *[np.nan] * 4, second, second])
     starts = [round((each[0] - DAY) / 3600) for each in market.rows("60m", token)]
     assert starts == [9, 11, 14, 22, 23, *(24 * day + 22 for day in range(1, 20))]
-    assert market.book.counts()["outside_session"] == 2
-
-
-@pytest.mark.parametrize("first_new", [t.GAP_FROM, t.OUTSIDE_TIME])
-def test_state_of_a_version_that_knew_less_is_restored(first_new: int) -> None:
-    market = three_minutes()
-    market.change_hands()
-    today = market.book.tables
-    hot = msgspec.json.decode(market.state[str(TOKEN)])
-    market.state[str(TOKEN)] = msgspec.json.encode(hot[:first_new] + hot[t.RING_SIZE :])
-    market.change_hands()
-    before = market.book.tables
-    assert before.inst[0, t.RING_SIZE] == 6
-    for name in ("inst", "ring", "slots"):
-        assert np.array_equal(getattr(before, name)[0], getattr(today, name)[0], equal_nan=True)
+    assert market.book.counts()["off_session"] == 2

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 
 from pkbrokers_redis.candles.codec import (
     NUMBER_BYTES_MAX,
-    read_odd_ticks,
-    read_rows,
     read_tick_entries,
+    recover_ticks,
     tick_texts,
     write_number,
 )
-from pkbrokers_redis.candles.model import FLAG_NAMES, TICK_WIDTH, TickArray
+from pkbrokers_redis.candles.model import TICK_WIDTH, TickArray
 
 INT32_MAX = 2**31 - 1
 GOOD = b"[[408065,1500.05,5,1000,null,null,null,null,1767584700000]]"
@@ -138,7 +137,7 @@ def test_any_bytes_are_read_without_an_error(texts: list[bytes]) -> None:
     assert len(ticks) == sum(sizes)
     assert sizes[-1] == 1 and ticks[-1, 0] == 408065
     for n in odd:
-        rows, refused = read_odd_ticks(texts[n])
+        rows, refused = recover_ticks(texts[n])
         assert rows.shape[1] == 10 and refused >= 0
 
 
@@ -167,7 +166,7 @@ def test_whatever_json_a_writer_chooses_the_numbers_are_those_of_json(
     text = json.dumps(rows, **style).encode()
     ticks, _, odd = read_tick_entries([text])
     if odd:
-        ticks, refused = read_odd_ticks(text)
+        ticks, refused = recover_ticks(text)
         assert refused == 0
     np.testing.assert_array_equal(ticks[:, :TICK_WIDTH], as_json(text))
 
@@ -188,46 +187,5 @@ def test_whatever_json_a_writer_chooses_the_numbers_are_those_of_json(
     ],
 )
 def test_what_can_be_saved_of_an_odd_entry_is_saved(text: bytes, rows: int, refused: int) -> None:
-    ticks, lost = read_odd_ticks(text)
+    ticks, lost = recover_ticks(text)
     assert (len(ticks), lost) == (rows, refused)
-
-
-# -- reading candle rows ---------------------------------------------------------------------------
-
-flags = st.sampled_from(FLAG_NAMES)
-candles = st.tuples(st.lists(st.one_of(st.none(), decimals, counts), min_size=8, max_size=8), flags)
-
-
-@given(st.lists(candles, max_size=8), st.sampled_from([b"", b",", b"\n", b" ,\n ", b"  "]))
-def test_candle_rows_read_back_equal_with_their_flags(
-    rows: list[tuple[list[Any], str]], separator: bytes
-) -> None:
-    text = separator.join(
-        json.dumps([*row, flag] if flag else row, separators=(",", ":")).encode() for row, flag in rows
-    )
-    read = read_rows(text, 9, least=8)
-    expected = [
-        [math.nan if cell is None else float(cell) for cell in row] + [FLAG_NAMES.index(flag)]
-        for row, flag in rows
-    ]
-    np.testing.assert_array_equal(read, np.array(expected, float).reshape(len(rows), 9))
-
-
-@given(st.binary(max_size=120))
-@example(b"")
-@example(b'[1,2,3,4,5,6,7,8,"\xff"]')
-@example(b"[" * 3000)
-@example(b'[1,2,3,4,5,6,7,8,"none"]')
-@example(b"[1,2,3,4,5,6,7,8,1e999]")
-def test_rows_of_a_foreign_hand_are_a_value_error_and_nothing_else(text: bytes) -> None:
-    try:
-        rows = read_rows(text, 9, least=8)
-    except ValueError:
-        return
-    assert rows.shape[1] == 9
-
-
-def test_rows_with_exponents_read_the_same_whatever_stands_between_them() -> None:
-    for separator in (b"", b",", b"\n", b" , ", b"\n\n"):
-        rows = read_rows(separator.join([b"[1e2,2]", b"[3,4]", b"[5,6E-1]"]), 2)
-        assert rows.tolist() == [[100, 2], [3, 4], [5, 0.6]]
