@@ -63,7 +63,7 @@ class KiteSource(Source):
             except UnknownSymbol:
                 self.refused += 1
                 continue
-            rows = self._history.settled_rows(token, DAY, first, last)
+            rows = self._history.cached_rows(token, DAY, first, last)
             if rows:
                 table = np.array([[*row[:6], 0.0, 0.0] for row in rows], np.float64).reshape(
                     -1, len(CANDLE_FIELDS)

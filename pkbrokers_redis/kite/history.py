@@ -1,21 +1,13 @@
-"""History that was downloaded once: a SQLite file, so that years of minutes need not be asked for again.
-
-    rows    token interval start open high low close volume oi      candles, by start
-    spans   token interval from_s to_s                              what Kite was asked for and has answered
-
-A piece of history and its span are written in one transaction: a download that is killed goes on where it
-was. Only settled history is kept: Kite may still correct today's.
-
-Kite's candles of the past: all intervals, any span, at three requests a second shared by all processes.
+"""Kite's historical candles: all intervals, any span, at three requests a second over all processes.
 
     history = KiteTickerHistory()                       # settings, session and limit from the store
     history.rows(408065, "1m", from_s, to_s)            # [(start, open, high, low, close, volume, oi), …]
-    history.frame(408065, "5m", "2026-08-01", "2026-08-20")      # pandas, index in India's time
-    history.get_historical_data(408065, "2026-08-01", "2026-08-20", "5minute")     # as upstream's
+    history.frame(408065, "5m", "2026-08-01", "2026-08-20")      # pandas, index in Indian time
+    history.get_historical_data(408065, "2026-08-01", "2026-08-20", "5minute")     # upstream's
 
-A long span is asked for in pieces of what Kite allows in one request. 5xx and timeouts are tried again with
-growing waits, a 429 makes everybody wait, a dead session is renewed once. What is settled is kept in a file
-(`history_cache.py`) by `frame` and upstream's methods, so that an interrupted download goes on where it was.
+A call is split into spans that Kite allows in one request (`history_api.py`). `frame` and upstream's methods
+keep the days before today in a SQLite file, `HistoryCache`, so that an interrupted download resumes and years
+of minutes are requested once. Today is always requested: Kite may still correct it.
 """
 
 from __future__ import annotations
@@ -41,7 +33,7 @@ from pkbrokers_redis.kite.history_api import (
     BadRequest,
     FixedSession,
     Historical_Interval,
-    HistoryRequests,
+    HistoryApi,
     HistoryRow,
     KiteInterval,
     SessionSource,
@@ -58,7 +50,11 @@ from pkbrokers_redis.store.rate_limit import LIMITS_PER_SECOND, Limiter
 if TYPE_CHECKING:
     import pandas as pd
 
-BUSY_SECONDS_MAX = 30.0  # another process writes
+__all__ = ["Historical_Interval", "HistoryCache", "HistoryRow", "KiteTickerHistory", "SessionSource"]
+
+BUSY_SECONDS_MAX = 30.0  # how long to wait for another process's transaction
+CANDLES_DEFAULT = 365  # upstream's: the length of a request without a beginning
+CACHE_FILE = "history.db"  # in PKB_DATA_DIR
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS rows (
@@ -74,23 +70,32 @@ CREATE TABLE IF NOT EXISTS spans (
 
 
 class HistoryCache:
-    """The file at `path`, made where it is missing. Each call opens it: processes and threads share it."""
+    """Downloaded history in a SQLite file. Each call opens it: processes and threads share it.
+
+        rows    token interval start open high low close volume oi      candles, by start
+        spans   token interval from_s to_s                              what was downloaded
+
+    Rows and their span are written in one transaction.
+
+    Args:
+        path: The file; it is made if it is missing.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def get(self, token: int, interval: str, from_s: int, to_s: int) -> list[HistoryRow]:
-        """The rows of [from_s, to_s) in ascending order, as far as they are known."""
+        """Return the known rows of [from_s, to_s), epoch seconds, in ascending order."""
         with self._open() as database:
-            found = database.execute(
+            rows = database.execute(
                 "SELECT start, open, high, low, close, volume, oi FROM rows"
                 " WHERE token = ? AND interval = ? AND start >= ? AND start < ? ORDER BY start",
                 (token, interval, from_s, to_s),
             )
-            return [HistoryRow(*row) for row in found]
+            return [HistoryRow(*row) for row in rows]
 
     def missing(self, token: int, interval: str, from_s: int, to_s: int) -> list[tuple[int, int]]:
-        """The parts of [from_s, to_s) that have not been asked for, oldest first."""
+        """Return the parts of [from_s, to_s) that were not downloaded, oldest first."""
         with self._open() as database:
             known = database.execute(
                 "SELECT from_s, to_s FROM spans WHERE token = ? AND interval = ? AND from_s < ? AND to_s > ?"
@@ -98,46 +103,39 @@ class HistoryCache:
                 (token, interval, to_s, from_s),
             ).fetchall()
         gaps: list[tuple[int, int]] = []
-        for begins, ends in known:
-            if begins > from_s:
-                gaps.append((from_s, begins))
-            from_s = max(from_s, ends)
+        for known_from, known_to in known:
+            if known_from > from_s:
+                gaps.append((from_s, known_from))
+            from_s = max(from_s, known_to)
         return [*gaps, (from_s, to_s)] if from_s < to_s else gaps
 
     def add(self, token: int, interval: str, rows: Sequence[HistoryRow]) -> None:
-        """Rows of an answer that is not whole: its span stays to be asked for."""
+        """Store rows of an incomplete response. Their span stays missing."""
         with self._open() as database, database:
             database.execute("BEGIN IMMEDIATE")
-            database.executemany(
-                "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [(token, interval, *row) for row in rows],
-            )
+            _insert(database, token, interval, rows)
 
-    def put(self, token: int, interval: str, from_s: int, to_s: int, rows: Sequence[HistoryRow]) -> None:
-        """Kite's whole answer for [from_s, to_s): what stood there before is replaced."""
-        inside = [row for row in rows if from_s <= row.start < to_s]
+    def replace(self, token: int, interval: str, from_s: int, to_s: int, rows: Sequence[HistoryRow]) -> None:
+        """Store a complete response for [from_s, to_s). It replaces the rows of that span."""
         with self._open() as database, database:
             database.execute("BEGIN IMMEDIATE")
             database.execute(
                 "DELETE FROM rows WHERE token = ? AND interval = ? AND start >= ? AND start < ?",
                 (token, interval, from_s, to_s),
             )
-            database.executemany(
-                "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                [(token, interval, *row) for row in inside],
-            )
-            # Neighbours become one span, so that years of daily requests do not make thousands of them.
-            touching = database.execute(
+            _insert(database, token, interval, [row for row in rows if from_s <= row.start < to_s])
+            # Adjacent spans become one, so that years of daily requests do not make thousands of them.
+            first, last = database.execute(
                 "SELECT min(from_s), max(to_s) FROM spans"
                 " WHERE token = ? AND interval = ? AND from_s <= ? AND to_s >= ?",
                 (token, interval, to_s, from_s),
             ).fetchone()
-            begins, ends = min(from_s, touching[0] or from_s), max(to_s, touching[1] or to_s)
+            from_s, to_s = min(from_s, first or from_s), max(to_s, last or to_s)
             database.execute(
                 "DELETE FROM spans WHERE token = ? AND interval = ? AND from_s >= ? AND to_s <= ?",
-                (token, interval, begins, ends),
+                (token, interval, from_s, to_s),
             )
-            database.execute("INSERT INTO spans VALUES (?, ?, ?, ?)", (token, interval, begins, ends))
+            database.execute("INSERT INTO spans VALUES (?, ?, ?, ?)", (token, interval, from_s, to_s))
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -155,18 +153,38 @@ class HistoryCache:
             ) from error
 
 
-__all__ = ["Historical_Interval", "HistoryRow", "KiteTickerHistory", "SessionSource"]
-
-CANDLES_DEFAULT = 365  # upstream's: how far back a request without a beginning goes
-CACHE_FILE = "history.db"  # in PKB_DATA_DIR
+def _insert(database: sqlite3.Connection, token: int, interval: str, rows: Sequence[HistoryRow]) -> None:
+    database.executemany(
+        "INSERT OR REPLACE INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        [(token, interval, *row) for row in rows],
+    )
 
 
 class KiteTickerHistory:
-    """Upstream's class. Its first three arguments are upstream's: an enctoken of a web login, or none.
+    """Kite's history, with upstream's methods. One thread at a time may use it.
 
-    `settings`, `client`, `limiter`, `sessions` and `cache` are made from the environment where they are not
-    given. One thread at a time may use it; its errors are KiteErrors, UnknownInterval and BadRequest, a line
-    each. `failed_tokens` are the instruments that `get_multiple_instruments_history` got nothing for.
+    Its errors are KiteErrors, UnknownInterval and BadRequest.
+
+    Args:
+        enctoken: Upstream's: the token of a web login; None: the shared session.
+        user_id: Upstream's.
+        access_token_response: Upstream's; without effect.
+        settings: Default: the environment's.
+        client: The store; default: a connection of its own.
+        limiter: Default: the shared limit in the store.
+        sessions: Default: the shared session.
+        cache: Default: `history.db` in PKB_DATA_DIR.
+        now_ms: Market time, epoch ms.
+        stop: Ends waits, with a PkbError.
+        attempts: Of each request.
+
+    Attributes:
+        failed_tokens: Instruments for which `get_multiple_instruments_history` got nothing.
+
+    Example:
+        >>> with KiteTickerHistory() as history:                                # doctest: +SKIP
+        ...     history.frame(408065, "5m", "2026-08-01", "2026-08-20")["close"].iloc[-1]
+        1500.0
     """
 
     RATE_LIMIT = int(LIMITS_PER_SECOND["history"])
@@ -193,9 +211,9 @@ class KiteTickerHistory:
         self._client: redis.Redis = client or self._own_client  # type: ignore[assignment]
         if enctoken:
             sessions = FixedSession(Session(user_id=self.user_id, enctoken=SecretStr(enctoken)))
-        self._requests = HistoryRequests(
+        self._api = HistoryApi(
             self.settings,
-            sessions or self._keeper(),
+            sessions or self._session_manager(),
             limiter or Limiter(self._client, self.settings.keys, "history"),
             stop or threading.Event(),
             attempts,
@@ -206,15 +224,13 @@ class KiteTickerHistory:
 
     @property
     def requests(self) -> int:
-        """How many requests were made."""
-        return self._requests.requests
+        """The number of requests made."""
+        return self._api.requests
 
     @property
     def rows_refused(self) -> int:
-        """How many candles of Kite's were none."""
-        return self._requests.rows_refused
-
-    # --- ours
+        """The number of Kite's rows that were no candles."""
+        return self._api.rows_refused
 
     def rows(
         self,
@@ -226,63 +242,69 @@ class KiteTickerHistory:
         oi: bool = True,
         continuous: bool = False,
     ) -> list[HistoryRow]:
-        """The candles that begin in [from_s, to_s), epoch seconds, straight from Kite, oldest first.
+        """Request the candles that start in [from_s, to_s) from Kite, without the cache.
 
-        The candle still forming is among them where the span reaches the present. All there are: raises
-        KiteError where one of Kite's rows is no candle.
+        Args:
+            token: The instrument.
+            interval: `5m`, `5minute`, `day`, …
+            from_s: Epoch seconds.
+            to_s: Epoch seconds, exclusive.
+            oi: Whether to request open interest.
+            continuous: Whether to chain expired futures (day candles only).
+
+        Returns:
+            All candles, oldest first, the current one included.
+
+        Raises:
+            KiteError: One of Kite's rows is no candle, or Kite does not respond.
         """
-        found, refused = self._rows(
+        rows, refused = self._request(
             token, kite_interval(interval), from_s, to_s, oi=oi, continuous=continuous
         )
         if refused:
             raise KiteError(
                 f"{refused} rows of Kite's history of {token} are no candles",
-                "try again later; settled_rows() gives the others",
+                "try again later; cached_rows() returns the valid ones",
             )
-        return found
+        return rows
 
-    def _rows(
-        self, token: int, interval: KiteInterval, from_s: int, to_s: int, **options: bool
-    ) -> tuple[list[HistoryRow], int]:
-        found: list[HistoryRow] = []
-        refused = 0
-        for piece in spans(interval, from_s, to_s):
-            rows, odd = self._requests.rows(token, interval, *piece, **options)
-            found += rows
-            refused += odd
-        return found, refused
-
-    def settled_rows(
+    def cached_rows(
         self, token: int, interval: str | Enum, from_s: int, to_s: int, *, fresh: bool = False
     ) -> list[HistoryRow]:
-        """The same through the file: only what was never downloaded is asked for, and today.
+        """Return the candles of `rows` through the cache: only missing spans and today are requested.
 
-        `fresh` asks for everything again. Killed in between, it goes on with the piece it was at. Rows of
-        Kite's that are no candles are left out, and asked for again the next time.
+        Rows of Kite that are no candles are left out, and requested again the next time.
+
+        Args:
+            token: The instrument.
+            interval: `5m`, `5minute`, `day`, …
+            from_s: Epoch seconds.
+            to_s: Epoch seconds, exclusive.
+            fresh: Whether to request all of it again.
         """
         for _ in self.download(token, interval, from_s, to_s, fresh=fresh):
             pass
-        chosen, settled = kite_interval(interval), self._settled_until()
-        found = self._cache.get(token, chosen.name, from_s, min(to_s, settled))
-        if to_s > settled:
-            found += self._rows(token, chosen, max(from_s, settled), to_s)[0]
-        return found
+        chosen, today_s = kite_interval(interval), self._today_s()
+        rows = self._cache.get(token, chosen.name, from_s, min(to_s, today_s))
+        if to_s > today_s:
+            rows += self._request(token, chosen, max(from_s, today_s), to_s)[0]
+        return rows
 
     def download(
         self, token: int, interval: str | Enum, from_s: int, to_s: int, *, fresh: bool = False
     ) -> Iterator[tuple[int, int]]:
-        """Fill the file for [from_s, to_s) up to yesterday, piece by piece; yields each span it has added."""
+        """Fill the cache for [from_s, to_s) up to yesterday. Yield each span that it adds."""
         chosen = kite_interval(interval)
-        to_s = min(to_s, self._settled_until())
+        to_s = min(to_s, self._today_s())
         missing = [(from_s, to_s)] if fresh else self._cache.missing(token, chosen.name, from_s, to_s)
         for gap in missing:
-            for piece in spans(chosen, *gap):
-                rows, refused = self._requests.rows(token, chosen, *piece)
+            for span in spans(chosen, *gap):
+                rows, refused = self._api.rows(token, chosen, *span)
                 if refused:
                     self._cache.add(token, chosen.name, rows)
                     continue
-                self._cache.put(token, chosen.name, *piece, rows)
-                yield piece
+                self._cache.replace(token, chosen.name, *span, rows)
+                yield span
 
     def frame(
         self,
@@ -293,17 +315,28 @@ class KiteTickerHistory:
         *,
         fresh: bool = False,
     ) -> pd.DataFrame:
-        """Columns open high low close volume oi; a tz-aware index `datetime` in India's time, ascending."""
-        import pandas as pd  # only who wants a frame waits for it
+        """Return candles as a DataFrame, through the cache.
+
+        Args:
+            token: The instrument.
+            interval: `5m`, `5minute`, `day`, …
+            from_date: Indian time; None: 365 candles before the end.
+            to_date: Indian time; a date is included whole; None: now.
+            fresh: Whether to request all of it again.
+
+        Returns:
+            Columns open, high, low, close, volume, oi; an ascending index `datetime` in Asia/Kolkata.
+        """
+        import pandas as pd  # takes half a second, so only here
 
         from_s, to_s = self._span(from_date, to_date, kite_interval(interval))
-        rows = self.settled_rows(token, interval, from_s, to_s, fresh=fresh)
+        rows = self.cached_rows(token, interval, from_s, to_s, fresh=fresh)
         table = pd.DataFrame(rows, columns=list(HistoryRow._fields))
         index = pd.to_datetime(table.pop("start"), unit="s", utc=True).dt.tz_convert("Asia/Kolkata")
         return table.set_index(pd.DatetimeIndex(index, name="datetime"))
 
     def close(self) -> None:
-        """Let go of the store, where we opened it."""
+        """Close the connection to the store, if this object opened it."""
         if self._own_client is not None:
             self._own_client.close()
 
@@ -313,7 +346,7 @@ class KiteTickerHistory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # --- upstream's
+    # --- upstream's methods --------------------------------------------------------------------------
 
     def get_historical_data(
         self,
@@ -327,28 +360,41 @@ class KiteTickerHistory:
         forceFetch: bool = False,  # noqa: N803  upstream's name
         insertOnly: bool = False,  # noqa: N803
     ) -> dict[str, Any]:
-        """`{"status": "success", "data": {"candles": [[time, open, high, low, close, volume, oi], …], …}}`
+        """Return candles in upstream's form.
 
-        Times are Kite's text. Dates are India's; a `to_date` without a time is that whole day, a missing one
-        now, a missing `from_date` 365 candles earlier. `source` is `database` where Kite was not asked.
-        `forceFetch` asks for everything again, `insertOnly` fills the file and returns no candles. Raises
-        BadRequest (a ValueError) without a token.
+        Args:
+            instrument_token: The instrument.
+            from_date: Indian time; None: 365 candles before the end.
+            to_date: Indian time; a date is included whole; None: now.
+            interval: `5m`, `5minute`, `day`, …
+            oi: Whether rows end with open interest.
+            continuous: Whether to chain expired futures; such candles are not cached.
+            max_retries: Attempts of each request.
+            forceFetch: Whether to request all of it again.
+            insertOnly: Whether to fill the cache and return no candles.
+
+        Returns:
+            `{"status": "success", "data": {"candles": [[time, open, high, low, close, volume, oi], …],
+            "source": "api" or "database"}}` with Kite's texts as times; `database` if nothing was requested.
+
+        Raises:
+            BadRequest: There is no token (a ValueError).
         """
         token = _token(instrument_token)
-        self._requests.attempts = max(1, max_retries)
-        from_s, to_s = self._span(from_date, to_date, kite_interval(interval))
-        asked_before = self.requests
+        self._api.attempts = max(1, max_retries)
+        chosen = kite_interval(interval)
+        from_s, to_s = self._span(from_date, to_date, chosen)
+        requests_before = self.requests
         rows: list[HistoryRow] = []
-        if continuous:  # another series than the instrument's own: it must not get into the file
-            chosen = kite_interval(interval)
-            rows, _ = self._rows(token, chosen, from_s, to_s, oi=oi, continuous=True)
+        if continuous:  # a chained series: the cache holds the instrument's own
+            rows, _ = self._request(token, chosen, from_s, to_s, oi=oi, continuous=True)
         elif insertOnly:
             for _ in self.download(token, interval, from_s, to_s, fresh=forceFetch):
                 pass
         else:
-            rows = self.settled_rows(token, interval, from_s, to_s, fresh=forceFetch)
+            rows = self.cached_rows(token, interval, from_s, to_s, fresh=forceFetch)
         candles = [[stamp(row.start), *row[1:6], *([row.oi or 0] if oi else [])] for row in rows]
-        source = "api" if self.requests > asked_before else "database"
+        source = "api" if self.requests > requests_before else "database"
         return {"status": "success", "data": {"candles": candles, "source": source}}
 
     def get_multiple_instruments_history(
@@ -365,14 +411,17 @@ class KiteTickerHistory:
         insertOnly: bool = False,  # noqa: N803
         past_offset: int = 0,
     ) -> dict[int, dict[str, Any]]:
-        """Token → what `get_historical_data` gives, or `{"status": "failed", "error": one line}`.
+        """Return `get_historical_data` of several instruments, by token.
 
-        `batch_size` and `delay` are upstream's and have no effect: the shared limit sets the pace.
-        `past_offset` days further back. Raises BadRequest for an empty list, and what would fail for every
-        instrument: no session, no store.
+        The shared limit sets the pace: `batch_size` and `delay` have no effect. `past_offset` moves the
+        beginning that many days back. A failed instrument is `{"status": "failed", "error": one line}`.
+
+        Raises:
+            BadRequest: There are no instruments, or a date is invalid.
+            SessionExpired: There is no session.
         """
         if not instruments:
-            raise BadRequest("there are no instruments to ask for", "give a list of tokens")
+            raise BadRequest("no instruments were given", "give a list of tokens")
         chosen = kite_interval(interval)
         if from_date is None and past_offset:
             from_s, _ = self._span(None, to_date, chosen)
@@ -390,9 +439,16 @@ class KiteTickerHistory:
                 results[instrument] = {"status": "failed", "error": str(error)}
         return results
 
-    # --- how
+    # --- helpers -------------------------------------------------------------------------------------
 
-    def _keeper(self) -> SessionSource:
+    def _request(
+        self, token: int, interval: KiteInterval, from_s: int, to_s: int, **options: bool
+    ) -> tuple[list[HistoryRow], int]:
+        """Request [from_s, to_s) in spans. Return the rows and the number of refused ones."""
+        parts = [self._api.rows(token, interval, *span, **options) for span in spans(interval, from_s, to_s)]
+        return [row for rows, _ in parts for row in rows], sum(refused for _, refused in parts)
+
+    def _session_manager(self) -> SessionSource:
         from pkbrokers_redis.kite.session import SessionManager
 
         return SessionManager(self.settings, lambda: self._client)
@@ -406,11 +462,11 @@ class KiteTickerHistory:
         if from_s is None:
             from_s = to_s - CANDLES_DEFAULT * (interval.seconds or DAY_SECONDS)
         if from_s >= to_s:
-            raise BadRequest("the history asked for ends before it begins", "swap from_date and to_date")
+            raise BadRequest("the history ends before it begins", "swap from_date and to_date")
         return from_s, to_s
 
-    def _settled_until(self) -> int:
-        """Midnight in India: what lies before it does not change any more."""
+    def _today_s(self) -> int:
+        """Return today's midnight in India, epoch seconds. Kite no longer changes earlier candles."""
         today = datetime.fromtimestamp(self._now_ms() / 1000, IST)
         return int(today.replace(hour=0, minute=0, second=0, microsecond=0).timestamp())
 

@@ -1,18 +1,16 @@
-"""What Kite's historical API speaks: intervals, spans a request may cover, rows. No I/O.
+"""Kite's historical API: intervals, spans of a request, rows, and requests at the shared pace.
 
     GET /instruments/historical/408065/minute?from=2026-08-03 09:15:00&to=2026-08-03 09:29:59&oi=1
     → {"data": {"candles": [["2026-08-03T09:15:00+0530", open, high, low, close, volume(, oi)], …]}}
 
-`from` and `to` are India's time, both inclusive, and name the starts of candles. Candles are stamped with
-their start; the one still forming is among them. Source: https://kite.trade/docs/connect/v3/historical/
+`from` and `to` are Indian time, both inclusive, and name starts of candles. Candles are stamped with their
+start. The current candle is included. Source: https://kite.trade/docs/connect/v3/historical/
 
-One request to Kite's historical API: at the shared pace, tried again where that may help.
-
-5xx, timeouts, no network    again after growing waits with jitter, ATTEMPTS times in all; so is an answer
-                             without a list of candles
-429                          everybody waits (`Limiter.back_off`), then again
-403                          the session is renewed once, whoever of us makes the new one
-anything else                raised: one line
+    5xx, timeouts, no network    repeated after growing waits with jitter, ATTEMPTS times in all; a response
+                                 without a list of candles likewise
+    429                          all processes pause (`Limiter.back_off`), then repeated
+    403                          the session is renewed once
+    anything else                raised
 """
 
 from __future__ import annotations
@@ -41,19 +39,24 @@ from pkbrokers_redis.store.auth import Session
 from pkbrokers_redis.store.rate_limit import Limiter
 
 DAY_SECONDS = 86_400
-NUMBER_MAX = 2**53  # of a price or quantity: what a float holds to the unit
-CASH_SEGMENTS = {1, 4, SEGMENT_INDICES}  # no open interest: Kite answers 0, our rows say null
+NUMBER_MAX = 2**53  # of a price or quantity: integers up to here are exact in a float
+CASH_SEGMENTS = {1, 4, SEGMENT_INDICES}  # no open interest: Kite sends 0, HistoryRow has None
+ATTEMPTS = 4  # of one request, over about 10 s
+WAIT_SECONDS_MAX = 10.0
+BACK_OFF_SECONDS = 2.0  # pause of all processes after a 429; doubled with each further one
+
+log = logs.get("history")
 
 
 class KiteInterval(NamedTuple):
-    """One interval of Kite's: its name there, its length (0: a day), and the days one request may span."""
+    """An interval of Kite: its name, its seconds (0: a day), and the days that one request may span."""
 
     name: str
     seconds: int
     days_max: int
 
 
-# Ours → Kite's. 2m and 4m do not exist there. Days: Kite's forum and its own 400 answers.
+# By our name. Kite has no 2m and 4m. The days are from Kite's forum and its 400 responses.
 KITE_INTERVALS: dict[str, KiteInterval] = {
     "1m": KiteInterval("minute", 60, 60),
     "3m": KiteInterval("3minute", 180, 100),
@@ -67,7 +70,7 @@ KITE_INTERVALS: dict[str, KiteInterval] = {
 
 
 class Historical_Interval(Enum):  # noqa: N801  upstream's name
-    """Upstream's names of the intervals; the values are Kite's."""
+    """Upstream's names of the intervals; the values are Kite's names."""
 
     day = "day"
     min_1 = "minute"
@@ -80,11 +83,11 @@ class Historical_Interval(Enum):  # noqa: N801  upstream's name
 
 
 class BadRequest(PkbError, ValueError):
-    """Raised when what is asked of the history cannot be: no token, no date, an end before its beginning."""
+    """Raised when a history request is invalid: no token, no date, an end before its beginning."""
 
 
 class HistoryRow(NamedTuple):
-    """One candle of Kite's: `start` in epoch seconds, prices in rupees. `oi` is None for cash and indices."""
+    """A candle of Kite: `start` in epoch seconds, prices in rupees. `oi` is None for cash and indices."""
 
     start: int
     open: float
@@ -96,16 +99,16 @@ class HistoryRow(NamedTuple):
 
 
 def kite_interval(name: str | Enum) -> KiteInterval:
-    """`5m`, `5minute`, `minute`, `1h`, `1d` or upstream's enum. Raises UnknownInterval."""
+    """Return the interval of `5m`, `5minute`, `1h`, `1d` or upstream's enum. Raise UnknownInterval."""
     text = str(name.value if isinstance(name, Enum) else name).strip().lower()
-    for ours, interval in KITE_INTERVALS.items():
-        if text == interval.name or normalize(text) == ours:
+    for our_name, interval in KITE_INTERVALS.items():
+        if text == interval.name or normalize(text) == our_name:
             return interval
     raise UnknownInterval(f"Kite has no {text!r} history", "use one of " + " ".join(KITE_INTERVALS))
 
 
 def spans(interval: KiteInterval, from_s: int, to_s: int) -> Iterator[tuple[int, int]]:
-    """[from_s, to_s) in pieces that one request may ask for, oldest first."""
+    """Split [from_s, to_s), epoch seconds, into spans that one request may cover, oldest first."""
     step = interval.days_max * DAY_SECONDS
     while from_s < to_s:
         yield from_s, min(from_s + step, to_s)
@@ -113,19 +116,27 @@ def spans(interval: KiteInterval, from_s: int, to_s: int) -> Iterator[tuple[int,
 
 
 def local_text(epoch_s: int) -> str:
-    """Epoch seconds as Kite wants them in a query."""
+    """Return Indian time as `2026-08-03 09:15:00`: Kite's form in queries, quotes and sessions."""
     return datetime.fromtimestamp(epoch_s, IST).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def stamp(epoch_s: int) -> str:
-    """Epoch seconds as Kite writes them: `2026-08-03T09:15:00+0530`."""
+    """Return Indian time as `2026-08-03T09:15:00+0530`: Kite's form in candles."""
     return datetime.fromtimestamp(epoch_s, IST).strftime("%Y-%m-%dT%H:%M:%S%z")
 
 
 def epoch_of(moment: str | date | None, *, end: bool) -> int | None:
-    """A date or time (India's where it names no zone) → epoch seconds; None for nothing.
+    """Return epoch seconds of a date or time.
 
-    A bare date is its midnight, as an `end` the next one, so that the whole day is in. Raises BadRequest.
+    Args:
+        moment: Without a zone: Indian time. A date is its midnight.
+        end: Whether a date is the next midnight instead, so that the whole day is included.
+
+    Returns:
+        None for None and "".
+
+    Raises:
+        BadRequest: The text is no date.
     """
     if moment is None or moment == "":
         return None
@@ -143,14 +154,19 @@ def epoch_of(moment: str | date | None, *, end: bool) -> int | None:
 
 
 def parse_rows(data: Any, token: int) -> tuple[list[HistoryRow], int]:
-    """Kite's `data` → rows in ascending order, each start once; and how many were no candles.
+    """Parse the `data` of a response.
 
-    A row is refused for a time or number that is none, negative volume, or a high below its low. Raises
-    KiteUnavailable where there is no list of candles: "nothing was traded" is an empty one.
+    A row is refused for an invalid time or number, a negative volume, or a high below its low.
+
+    Returns:
+        The rows in ascending order, each start once, and the number of refused rows.
+
+    Raises:
+        KiteUnavailable: There is no list of candles. (Without trades Kite sends an empty one.)
     """
     candles = data.get("candles") if isinstance(data, dict) else None
     if not isinstance(candles, list):
-        raise KiteUnavailable("Kite's answer holds no list of candles", "try again later")
+        raise KiteUnavailable("Kite's response holds no list of candles", "try again later")
     has_oi = token & 0xFF not in CASH_SEGMENTS
     found: dict[int, HistoryRow] = {}
     refused = 0
@@ -167,9 +183,9 @@ def _row(candle: Any, has_oi: bool) -> HistoryRow | None:
     if not isinstance(candle, list) or not 6 <= len(candle) <= 7 or not isinstance(candle[0], str):
         return None
     numbers = candle[1:]
-    if any(isinstance(each, bool) or not isinstance(each, int | float) for each in numbers):
+    if any(isinstance(number, bool) or not isinstance(number, int | float) for number in numbers):
         return None
-    if not all(-NUMBER_MAX <= each <= NUMBER_MAX for each in numbers):  # false for nan
+    if not all(-NUMBER_MAX <= number <= NUMBER_MAX for number in numbers):  # false for NaN
         return None
     open_, high, low, close, volume, *oi = numbers
     if not (0 <= low <= min(open_, close) and max(open_, close) <= high) or volume < 0:
@@ -184,38 +200,45 @@ def _row(candle: Any, has_oi: bool) -> HistoryRow | None:
     return HistoryRow(start, float(open_), float(high), float(low), float(close), int(volume), interest)
 
 
-ATTEMPTS = 4  # of one request, over about 10 s
-WAIT_SECONDS_MAX = 10.0
-BACK_OFF_SECONDS = 2.0  # of everybody after a 429; twice as long after each further one
-
-log = logs.get("history")
-
-
 class SessionSource(Protocol):
-    """Where the Kite session comes from, and who makes a new one after a 403 (`session.SessionManager`)."""
+    """Gives the Kite session, and a new one after a 403: a `session.SessionManager`."""
 
-    def current(self) -> Session: ...
+    def current(self) -> Session:
+        """Return the session to use now."""
 
-    def renew(self, failed: Session, stop: threading.Event) -> Session: ...
+    def renew(self, failed: Session, stop: threading.Event) -> Session:
+        """Return another session than `failed`."""
 
 
 class FixedSession:
-    """A session that was handed in: nobody can renew it."""
+    """A SessionSource of a session that was given. It cannot be renewed."""
 
     def __init__(self, session: Session) -> None:
         self._session = session
 
     def current(self) -> Session:
+        """Return the session."""
         return self._session
 
     def renew(self, failed: Session, stop: threading.Event) -> Session:
-        raise SessionExpired(
-            "Kite refuses the session that was given", "log in again and hand in the new one"
-        )
+        """Raise SessionExpired."""
+        raise SessionExpired("Kite refuses the session that was given", "log in again and give the new one")
 
 
-class HistoryRequests:
-    """Asks Kite. One thread at a time; the limit is shared by all. `stop` ends waits with a PkbError."""
+class HistoryApi:
+    """Requests history of Kite. One thread at a time may use it; all processes share the limit.
+
+    Args:
+        settings: Kite's addresses.
+        sessions: Gives the session.
+        limiter: The shared limit.
+        stop: Ends waits, with a PkbError.
+        attempts: Of each request.
+
+    Attributes:
+        requests: The number of requests.
+        rows_refused: The number of rows that were no candles.
+    """
 
     def __init__(
         self,
@@ -241,24 +264,27 @@ class HistoryRequests:
         oi: bool = True,
         continuous: bool = False,
     ) -> tuple[list[HistoryRow], int]:
-        """The candles that begin in [from_s, to_s), oldest first, and how many of Kite's rows were none.
+        """Return the candles that start in [from_s, to_s), oldest first, and the number of refused rows.
 
-        The span is one that a request may have. Raises KiteError and its kin, and what redis-py raises.
+        Args:
+            token: The instrument.
+            interval: Kite's interval.
+            from_s: Epoch seconds.
+            to_s: Epoch seconds, exclusive. One request must be able to cover the span.
+            oi: Whether to request open interest.
+            continuous: Whether to chain expired futures (day candles only).
+
+        Raises:
+            KiteError: Kite refuses the request, or does not respond after all attempts.
+            redis.RedisError: The limit cannot be read.
         """
         query = {
             "from": local_text(from_s),
-            "to": local_text(to_s - 1),  # Kite takes both ends in
+            "to": local_text(to_s - 1),  # Kite includes both ends
             "interval": interval.name,
             "continuous": int(continuous),
             "oi": int(oi),
         }
-        rows, refused = self._ask(token, interval.name, query)
-        if refused:
-            self.rows_refused += refused
-            log.warning("odd_history", token=token, interval=interval.name, refused=refused, rows=len(rows))
-        return [row for row in rows if from_s <= row.start < to_s], refused
-
-    def _ask(self, token: int, interval: str, query: dict[str, Any]) -> tuple[list[HistoryRow], int]:
         retrying = Retrying(
             retry=retry_if_exception_type((KiteUnavailable, KiteThrottled)),
             stop=stop_after_attempt(self.attempts),
@@ -267,9 +293,15 @@ class HistoryRequests:
             before_sleep=self._before_retry,
             reraise=True,
         )
-        return retrying(self._ask_once, token, interval, query)
+        rows, refused = retrying(self._request, token, interval.name, query)
+        if refused:
+            self.rows_refused += refused
+            log.warning(
+                "history_rows_refused", token=token, interval=interval.name, refused=refused, rows=len(rows)
+            )
+        return [row for row in rows if from_s <= row.start < to_s], refused
 
-    def _ask_once(self, token: int, interval: str, query: dict[str, Any]) -> tuple[list[HistoryRow], int]:
+    def _request(self, token: int, interval: str, query: dict[str, Any]) -> tuple[list[HistoryRow], int]:
         if self._kite is None:
             self._kite = open_kite(self._settings, self._sessions.current())
         kite = self._kite
@@ -285,10 +317,10 @@ class HistoryRequests:
         self, kite: Kite, token: int, interval: str, query: dict[str, Any]
     ) -> tuple[list[HistoryRow], int]:
         if self._stop.is_set():
-            raise PkbError("stopped before the history was complete", "run it again: it goes on from here")
+            raise PkbError("stopped before the history was complete", "run it again: it resumes")
         self._limiter.wait(self._stop)
         self.requests += 1
-        # What KiteConnect.historical_data does, without its parsing: that takes 50 µs a candle, and one odd
+        # As KiteConnect.historical_data, without its parsing: that takes 50 µs a candle, and one malformed
         # candle loses all of them.
         path = {"instrument_token": token, "interval": interval}
         return parse_rows(kite._get("market.historical", url_args=path, params=query), token)
@@ -297,7 +329,7 @@ class HistoryRequests:
         error = state.outcome.exception() if state.outcome else None
         if isinstance(error, KiteThrottled):
             self._limiter.back_off(BACK_OFF_SECONDS * 2 ** (state.attempt_number - 1))
-        log.warning("history_retried", attempt=state.attempt_number, why=getattr(error, "message", ""))
+        log.warning("history_retried", attempt=state.attempt_number, reason=getattr(error, "message", ""))
 
     def _sleep(self, seconds: float) -> None:
         self._stop.wait(seconds)

@@ -103,7 +103,7 @@ def test_an_instrument_that_kite_refuses_costs_only_itself(desk: Desk) -> None:
 def test_a_kite_that_is_away_fails_the_run_and_the_next_does_what_is_left(
     desk: Desk, kite: SimulatedKite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pkbrokers_redis.kite.history_api.HistoryRequests._sleep", lambda *_: None)
+    monkeypatch.setattr("pkbrokers_redis.kite.history_api.HistoryApi._sleep", lambda *_: None)
     span = (OPENED_S * 1000, (OPENED_S + 60) * 1000)
     real = desk.history.rows
     calls: list[int] = []

@@ -221,11 +221,11 @@ def test_two_who_share_the_limit_meet_no_429(
 
 
 def test_what_is_settled_is_asked_for_once(make_history: MakeHistory, kite: SimulatedKite) -> None:
-    first = make_history().settled_rows(INFY, "5m", OPENED_S - 10 * 86_400, NOW_S)
+    first = make_history().cached_rows(INFY, "5m", OPENED_S - 10 * 86_400, NOW_S)
     before = asked(kite)
-    assert make_history().settled_rows(INFY, "5m", OPENED_S - 10 * 86_400, NOW_S) == first
+    assert make_history().cached_rows(INFY, "5m", OPENED_S - 10 * 86_400, NOW_S) == first
     assert asked(kite) == before + 1  # today's, which Kite may still change
-    assert make_history().settled_rows(INFY, "5m", OPENED_S - 10 * 86_400, NOW_S, fresh=True) == first
+    assert make_history().cached_rows(INFY, "5m", OPENED_S - 10 * 86_400, NOW_S, fresh=True) == first
     assert asked(kite) == before + 3
 
 
@@ -243,14 +243,14 @@ def test_the_file_knows_which_spans_it_has(make_history: MakeHistory, kite_setti
     cache = HistoryCache(kite_settings.data_dir / "own" / "history.db")
     row = make_history().rows(INFY, "1m", OPENED_S, OPENED_S + 60)[0]
     at = row.start
-    cache.put(INFY, "minute", at, at + 60, [row])
-    cache.put(INFY, "minute", at + 180, at + 240, [])
+    cache.replace(INFY, "minute", at, at + 60, [row])
+    cache.replace(INFY, "minute", at + 180, at + 240, [])
     assert cache.missing(INFY, "minute", at - 60, at + 300) == [
         (at - 60, at),
         (at + 60, at + 180),
         (at + 240, at + 300),
     ]
-    cache.put(INFY, "minute", at + 60, at + 180, [row])  # a row outside of its span is not taken
+    cache.replace(INFY, "minute", at + 60, at + 180, [row])  # a row outside of its span is not taken
     assert cache.missing(INFY, "minute", at, at + 240) == []
     assert cache.get(INFY, "minute", at, at + 240) == [row]
     assert cache.missing(INFY, "5minute", at, at + 60) == [(at, at + 60)]
@@ -331,6 +331,6 @@ def test_no_secret_is_in_an_error(make_history: MakeHistory, kite: SimulatedKite
     history = make_history(attempts=1)
     with pytest.raises(KiteUnavailable) as error:
         history.rows(INFY, "1m", OPENED_S, NOW_S)
-    session = history._requests._kite.session  # type: ignore[union-attr]
+    session = history._api._kite.session  # type: ignore[union-attr]
     assert session is not None and session.token
     assert session.token not in repr(error.getrepr(style="long"))

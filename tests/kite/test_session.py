@@ -59,7 +59,7 @@ def everything(kite: SimulatedKite, make_settings: Callable[..., Settings]) -> S
 
 
 @pytest.fixture
-def keeper(web: Settings, client: redis.Redis) -> SessionManager:
+def manager(web: Settings, client: redis.Redis) -> SessionManager:
     return SessionManager(web, lambda: client)
 
 
@@ -227,8 +227,8 @@ def test_a_totp_is_used_once_and_the_next_half_minute_is_waited_for(
     with simulated_kite(accounts=Accounts(now_s=lambda: clock.now)) as kite:
         settings = make_settings(**fields_of(kite, *WEB))
         for _ in range(2):  # another process, the same account: what they share is in Redis
-            keeper = SessionManager(settings, lambda: client, now=lambda: clock.now)
-            keeper.log_in(clock)
+            manager = SessionManager(settings, lambda: client, now=lambda: clock.now)
+            manager.log_in(clock)
         assert kite.accounts.logins == 2
     assert 1_800_000_030 <= clock.now < 1_800_000_032
 
@@ -245,8 +245,8 @@ def test_a_clock_that_went_back_is_not_waited_for(web: Settings, client: redis.R
 def test_the_shared_session_goes_before_the_settings_and_a_login_comes_last(
     kite: SimulatedKite, web: Settings, client: redis.Redis
 ) -> None:
-    keeper = SessionManager(web, lambda: client)
-    made = keeper.current()
+    manager = SessionManager(web, lambda: client)
+    made = manager.current()
     assert made.is_same(load_session(client, web.keys)) and kite.accounts.logins == 1
     fixed = web.model_copy(update={"kite_access_token": SecretStr("fixed"), "kite_api_key": "key"})
     assert SessionManager(fixed, lambda: client).current().is_same(made)
@@ -266,40 +266,40 @@ def test_a_fixed_token_that_kite_refuses_names_pkb_login(
     make_settings: Callable[..., Settings], client: redis.Redis
 ) -> None:
     settings = make_settings(kite_api_key="key", kite_access_token="geheim")
-    keeper = SessionManager(settings, lambda: client)
+    manager = SessionManager(settings, lambda: client)
     with pytest.raises(LoginNeeded, match=r"refuses PKB_KITE_ACCESS_TOKEN.*pkb login") as caught:
-        keeper.renew(keeper.current(), NEVER)
+        manager.renew(manager.current(), NEVER)
     assert "geheim" not in everything_said(caught.value)
     with pytest.raises(LoginNeeded):
-        keeper.current()  # it is dead for good
+        manager.current()  # it is dead for good
     new = save_session(
         client, settings.keys, Session("key", access_token=SecretStr("new"), login_at=time.time())
     )
-    assert keeper.current().is_same(new)
+    assert manager.current().is_same(new)
 
 
 def test_one_logs_in_and_the_others_wait_for_it(
     kite: SimulatedKite, web: Settings, client: redis.Redis
 ) -> None:
-    keepers = [SessionManager(web, lambda: client) for _ in range(8)]
+    managers = [SessionManager(web, lambda: client) for _ in range(8)]
     with ThreadPoolExecutor(16) as pool:
-        first = list(pool.map(lambda keeper: keeper.current(), keepers * 2))
+        first = list(pool.map(lambda manager: manager.current(), managers * 2))
         assert kite.accounts.logins == 1 and all(each.is_same(first[0]) for each in first)
         kite.accounts.expire_all()
         kite.accounts.first.totp_used = 0  # so that the test need not wait half a minute
         client.hdel(web.keys.login(), "totp_window")
-        second = list(pool.map(lambda keeper: keeper.renew(first[0], NEVER), keepers * 2))
+        second = list(pool.map(lambda manager: manager.renew(first[0], NEVER), managers * 2))
     assert kite.accounts.logins == 2 and all(each.is_same(second[0]) for each in second)
     assert not second[0].is_same(first[0])
     assert kite.accounts.with_enctoken(second[0].token) is not None
 
 
 def test_a_late_403_of_the_old_session_takes_the_new_one_and_logs_nobody_in(
-    kite: SimulatedKite, keeper: SessionManager, client: redis.Redis, web: Settings
+    kite: SimulatedKite, manager: SessionManager, client: redis.Redis, web: Settings
 ) -> None:
     old = save_session(client, web.keys, Session("", enctoken=SecretStr("old"), login_at=time.time()))
     new = save_session(client, web.keys, Session("", enctoken=SecretStr("new"), login_at=time.time()))
-    assert keeper.renew(old, NEVER).is_same(new)
+    assert manager.renew(old, NEVER).is_same(new)
     assert kite.accounts.logins == 0
 
 
@@ -350,15 +350,17 @@ def test_sessions_that_die_at_once_are_bounded_too_and_one_that_lasted_is_not(
 ) -> None:
     clock = SteppingEvent(1_800_000_000.0)
     with simulated_kite(accounts=Accounts(now_s=lambda: clock.now)) as kite:
-        keeper = SessionManager(make_settings(**fields_of(kite, *WEB)), lambda: client, now=lambda: clock.now)
-        found = keeper.current(clock)
+        manager = SessionManager(
+            make_settings(**fields_of(kite, *WEB)), lambda: client, now=lambda: clock.now
+        )
+        found = manager.current(clock)
         for _ in range(ATTEMPTS_MAX + 2):
             clock.now += session_module.LASTED_SECONDS + 1
-            found = keeper.renew(found, clock)  # each 403 is an outage of its own
+            found = manager.renew(found, clock)  # each 403 is an outage of its own
         for _ in range(ATTEMPTS_MAX - 1):
-            found = keeper.renew(found, clock)
+            found = manager.renew(found, clock)
         with pytest.raises(LoginRefused, match="brought no session that lasts"):
-            keeper.renew(found, clock)
+            manager.renew(found, clock)
 
 
 def test_one_who_died_while_logging_in_is_waited_for_no_longer_than_its_lock(
@@ -371,9 +373,11 @@ def test_one_who_died_while_logging_in_is_waited_for_no_longer_than_its_lock(
 def test_who_waits_hears_the_stop(web: Settings, client: redis.Redis) -> None:
     client.set(web.keys.login_lock(), "another", px=60_000)
     stop = threading.Event()
-    keeper = SessionManager(web, lambda: client)
+    manager = SessionManager(web, lambda: client)
     with ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(keeper.current, stop) for _ in range(2)]  # one for the lock, one for the other
+        waiting = [
+            pool.submit(manager.current, stop) for _ in range(2)
+        ]  # one for the lock, one for the other
         stop.set()
         for each in waiting:
             with pytest.raises(KiteUnavailable, match="interrupted"):
@@ -404,10 +408,10 @@ def test_while_redis_is_away_the_settings_session_serves(make_settings: Callable
 def test_a_redis_that_comes_back_is_connected_to_anew(web: Settings, client: redis.Redis) -> None:
     broken = redis.Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
     clients = [broken, client]
-    keeper = SessionManager(web, lambda: clients.pop(0))
+    manager = SessionManager(web, lambda: clients.pop(0))
     with pytest.raises(RedisUnavailable):
-        keeper.current()
-    assert keeper.current().kind == "enctoken"
+        manager.current()
+    assert manager.current().kind == "enctoken"
 
 
 def test_two_accounts_do_not_know_each_other(make_settings: Callable[..., Settings]) -> None:
