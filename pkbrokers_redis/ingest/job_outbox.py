@@ -1,6 +1,6 @@
 """Jobs that ingest wants done (repair a gap, warm an instrument), and how they get to RQ.
 
-    want   HSET P:wanted-jobs <id> <job>, in the store, where the outage's notice goes too
+    want   HSET P:job_outbox <id> <job>, in the store, where the outage's notice goes too
     carry  a thread of its own: into RQ's queue, then HDEL
 
 RQ may live on another Redis, and may be away for hours: neither ticks nor notices wait for it, and no request
@@ -27,7 +27,7 @@ from pkbrokers_redis.store.queue import enqueue
 
 log = logs.get("ingest")
 
-JOBS_MAX = 1_000  # that wait in P:wanted-jobs; beyond it new ones are refused, counted and logged
+JOBS_MAX = 1_000  # that wait in P:job_outbox; beyond it new ones are refused, counted and logged
 LOOK_SECONDS = 1.0
 ORPHAN_MS = 30_000  # another worker's request that waited so long is carried by whoever sees it
 PAUSE_SECONDS_MAX = 30.0  # between tries while RQ is away
@@ -52,7 +52,7 @@ class WantedJobs:
     ) -> None:
         self._connect = connect
         self._open_queue = open_queue
-        self._key = keys.wanted_jobs()
+        self._key = keys.job_outbox()
         self._now_ms = now_ms
         self._client: redis.Redis | None = None
         self._queue: Queue | None = None

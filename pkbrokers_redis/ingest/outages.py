@@ -1,11 +1,11 @@
 """Outages: told to the aggregators, mended by jobs, and remembered so that none is lost with a process.
 
-    P:heard          hash   feed → until when what it said is in Redis, written every second
+    P:feed_progress          hash   feed → until when what it said is in Redis, written every second
     P:{S}:repairs    a notice for each outage that is over (`store/repairs.py`)
-    P:wanted-jobs    its backfill, and the warm start of instruments never seen
+    P:job_outbox    its backfill, and the warm start of instruments never seen
 
-The order makes it safe: first the notice, then its job, then `P:heard` moves on. Who dies in between leaves
-an older `P:heard`, and the next reader of the feed tells a longer outage, which marks nothing twice.
+The order makes it safe: first the notice, then its job, then `P:feed_progress`. If the process dies between
+these writes, `P:feed_progress` is older than the truth. The next reader reports a longer outage, which is safe.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Outages:
         seen = self.welcome(client, feed.tokens)
         found: Any = None
         try:
-            found = client.hget(self._keys.heard(), str(feed.number))
+            found = client.hget(self._keys.feed_progress(), str(feed.number))
         except ResponseError as error:
             if "WRONGTYPE" not in str(error):
                 raise
@@ -167,7 +167,7 @@ class Outages:
             except (redis.RedisError, PkbError) as error:
                 self._client = None
                 if "WRONGTYPE" in str(error) and self._once.first(str(error)):
-                    hint = f"look at {self._keys.heard()} and {self._keys.repairs(0)}, …"
+                    hint = f"look at {self._keys.feed_progress()} and {self._keys.repairs(0)}, …"
                     log.error("outages_wait", why=str(error)[:200], hint=hint)
 
     def _tell(self, client: redis.Redis, reading: Reading) -> None:
@@ -198,15 +198,15 @@ class Outages:
             if min(times) > 0:
                 heard[reading.feed.number] = int(min(times))
         if heard:
-            client.hset(self._keys.heard(), mapping=heard)
+            client.hset(self._keys.feed_progress(), mapping=heard)
             # A number that is used again some day says nothing of the time between.
-            numbers: Any = client.hkeys(self._keys.heard())
+            numbers: Any = client.hkeys(self._keys.feed_progress())
             if gone := [name for name in numbers if name.isdigit() and int(name[:9]) >= self._feeds()]:
-                client.hdel(self._keys.heard(), *gone)
+                client.hdel(self._keys.feed_progress(), *gone)
 
 
 def _time_of(found: bytes | None) -> float | None:
-    """A field of `P:heard`; None where there is none, or it is no time."""
+    """A field of `P:feed_progress`; None where there is none, or it is no time."""
     text = (found or b"").decode(errors="replace")
     return float(text) if text.isascii() and text.isdigit() and 0 < int(text[:15]) < TIME_MS_MAX else None
 

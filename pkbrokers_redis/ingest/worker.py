@@ -240,7 +240,7 @@ class Ingest:
             for reading in readings:
                 self.outages.close_feed(client, reading)
         except redis.RedisError:
-            pass  # P:heard is older then, and the outage that the next reader tells longer
+            pass  # P:feed_progress is older then, and the outage that the next reader tells longer
 
     def run(self, stop: threading.Event, on_round: Callable[[], None] = lambda: None) -> None:
         """Receive and write until told to stop; then write what was received, or leave it on disk."""

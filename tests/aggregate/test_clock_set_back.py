@@ -76,7 +76,7 @@ def test_jobs_of_the_dead_are_carried(settings: Settings, client: redis.Redis) -
     dead.want(client, "warm_start", {"tokens": [INFY]})
     now_ms -= HOURS_MS
     alive.carry()
-    assert alive.counts["jobs_queued"] == 1 and not client.exists(settings.keys.wanted_jobs())
+    assert alive.counts["jobs_queued"] == 1 and not client.exists(settings.keys.job_outbox())
 
 
 def test_new_names_are_read(settings: Settings, client: redis.Redis) -> None:

@@ -56,7 +56,7 @@ def outbox(client: redis.Redis, settings: Settings) -> list[str]:
 
 
 def armed(client: redis.Redis, settings: Settings, number: int) -> Any:
-    text = client.hget(settings.keys.bot_armed(), str(number))
+    text = client.hget(settings.keys.bot_alert_state(), str(number))
     return None if text is None else json.loads(text)
 
 
@@ -209,14 +209,14 @@ def test_what_was_read_and_not_committed_is_read_again_with_the_same_result(
         for price in (99.0, 101.0):
             tick(client, bot_settings, price)
         wait_until(lambda: len(outbox(client, bot_settings)) == 1)
-    position, memory = client.hgetall(keys.bot_position()), client.hgetall(keys.bot_armed())
+    position, memory = client.hgetall(keys.bot_position()), client.hgetall(keys.bot_alert_state())
     with Reader(bot_settings):
         tick(client, bot_settings, 98.0)
         wait_until(lambda: len(outbox(client, bot_settings)) == 2)
     # Redis as the commit before had it, outbox too: the same message comes again, once.
-    client.delete(keys.bot_position(), keys.bot_armed())
+    client.delete(keys.bot_position(), keys.bot_alert_state())
     client.hset(keys.bot_position(), mapping=position)
-    client.hset(keys.bot_armed(), mapping=memory)
+    client.hset(keys.bot_alert_state(), mapping=memory)
     last = client.xrevrange(keys.bot_outbox(), count=1)[0][0]
     client.xdel(keys.bot_outbox(), last)
     with Reader(bot_settings):
@@ -305,7 +305,7 @@ def test_rubbish_in_the_streams_and_in_the_hashes_costs_only_itself(
     keys = bot_settings.keys
     add(client, bot_settings, "above", 100)
     client.hset(keys.bot_alerts(), "77", "no alert")
-    client.hset(keys.bot_armed(), "77", "no state")
+    client.hset(keys.bot_alert_state(), "77", "no state")
     client.xadd(keys.bot_outbox(), {"chat": "x"})
     with Reader(bot_settings) as worker:
         tick(client, bot_settings, 99.0)

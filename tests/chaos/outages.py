@@ -29,7 +29,7 @@ from tests.chaos.oracle import TOKEN, VOLUME, Entry, Row, Rows
 
 THRESHOLD_MS = 2_000  # of open market; Kite's pictures come every second, and the next one carries the volume
 GRACE_MS = 1_000
-HEARD_MS = 3_000  # `P:heard` is written every second, after the notices
+HEARD_MS = 3_000  # `P:feed_progress` is written every second, after the notices
 SILENCE_MS = 500  # frames come every 50 ms
 BACK_MS = 7_000  # after a fault: the longest wait between two tries is 5 s, then what waits is sent
 
@@ -132,7 +132,7 @@ def unfounded(notices: Iterable[Notice], received_ms: Iterable[int], faults: Seq
     """Notices of a time in which nothing was wrong.
 
     `received_ms`: when the acknowledged frames were received. `faults`: of Redis and ingest workers, each so
-    long that `P:heard` may not have been written.
+    long that `P:feed_progress` may not have been written.
     """
     times = sorted(set(received_ms))
     words = []
@@ -158,7 +158,7 @@ def _last_silence(times: Sequence[int], span: Span) -> int | None:
 
 
 def _earliest(heard_ms: float, faults: Sequence[Span]) -> float:
-    """When `P:heard` may have been written last, if frames came until `heard_ms`."""
+    """When `P:feed_progress` may have been written last, if frames came until `heard_ms`."""
     earliest_ms = heard_ms - HEARD_MS
     for fault in sorted(faults, key=lambda each: each.from_ms, reverse=True):
         if fault.from_ms <= heard_ms and fault.to_ms >= earliest_ms:

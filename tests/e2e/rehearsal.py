@@ -244,7 +244,7 @@ def settle(stage: Stage) -> None:
 
     def is_quiet() -> bool:
         return not (
-            stage.client.exists(keys.wanted_jobs())
+            stage.client.exists(keys.job_outbox())
             or queue.count
             or queue.started_job_registry.get_job_ids()
             or queue.scheduled_job_registry.get_job_ids()

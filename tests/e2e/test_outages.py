@@ -175,17 +175,21 @@ def test_a_partly_mute_kite_is_noticed_by_its_lively_instruments(stage: Stage) -
 def test_a_killed_ingest_leaves_exactly_one_outage_to_its_successor(stage: Stage) -> None:
     victim = stage.ingest()
     stage.wait_for_ticks()
-    wait_until(lambda: stage.client.hexists(stage.keys.heard(), "0"), timeout_seconds=30, what="P:heard")
+    wait_until(
+        lambda: stage.client.hexists(stage.keys.feed_progress(), "0"),
+        timeout_seconds=30,
+        what="P:feed_progress",
+    )
     stage.wait_for_ticks()
     killed_ms = stage.kite.now_ms()
     victim.kill()
     victim.wait()
-    heard: Any = stage.client.hget(stage.keys.heard(), "0")
+    heard: Any = stage.client.hget(stage.keys.feed_progress(), "0")
     stage.ingest()
     tokens, from_ms, to_ms = stage.wait_for_notice(0, "the dead worker's outage")
     assert len(tokens) == 19
     assert from_ms == int(heard) <= killed_ms < to_ms
     stage.wait_for_ticks()
-    later: Any = stage.client.hget(stage.keys.heard(), "0")
+    later: Any = stage.client.hget(stage.keys.feed_progress(), "0")
     assert int(later) >= to_ms
     assert stage.notices() == [(tokens, from_ms, to_ms)]

@@ -487,7 +487,7 @@ def test_instruments_come_and_go_on_a_running_connection_and_candles_stay(
             listed.names[INFY] = "NSE:INFOSYS"  # a newer master, the same instruments
             wait_until(lambda: client.hget(settings.keys.quote(INFY), "symbol") == b"NSE:INFOSYS")
         assert client.exists(settings.keys.quote(NIFTY))
-        assert client.hexists(settings.keys.heard(), "0")
+        assert client.hexists(settings.keys.feed_progress(), "0")
     finally:
         kite.stop()
 

@@ -87,14 +87,14 @@ class Office:
         return found
 
     def wanted(self) -> list[tuple[str, dict[str, Any]]]:
-        found: Any = self.client.hvals(self.keys.wanted_jobs())
+        found: Any = self.client.hvals(self.keys.job_outbox())
         return [(job["name"], job["arguments"]) for job in map(json.loads, found)]
 
     def queued(self) -> list[tuple[str, dict[str, Any]]]:
         return [(job.func_name, job.kwargs) for job in open_queue(self.settings).get_jobs()]
 
-    def heard(self) -> int | None:
-        found: Any = self.client.hget(self.keys.heard(), "0")
+    def feed_progress(self) -> int | None:
+        found: Any = self.client.hget(self.keys.feed_progress(), "0")
         return None if found is None else int(found)
 
 
@@ -123,7 +123,7 @@ def test_an_outage_is_a_notice_a_shard_and_one_job(make_office: MakeOffice) -> N
     assert office.wanted()[1:] == [
         ("repair_gap", {"tokens": [INFY, TCS], "from_ms": span[0], "to_ms": span[1]})
     ]
-    assert office.heard() == span[1]
+    assert office.feed_progress() == span[1]
 
 
 def test_the_next_reader_tells_the_outage_that_a_killed_one_left(make_office: MakeOffice) -> None:
@@ -132,11 +132,13 @@ def test_the_next_reader_tells_the_outage_that_a_killed_one_left(make_office: Ma
     life.tick(ms("10:00:00"))
     life.heartbeat(ms("10:00:02"))
     dead.outages.look()
-    assert dead.heard() == ms("10:00:02")
+    assert dead.feed_progress() == ms("10:00:02")
     successor = make_office()
     life = successor.read()
     successor.outages.look()
-    assert successor.heard() == ms("10:00:02") and successor.notices() == []  # nobody has heard it yet
+    assert (
+        successor.feed_progress() == ms("10:00:02") and successor.notices() == []
+    )  # nobody has heard it yet
     life.heartbeat(ms("10:05:00"))
     life.tick(ms("10:05:01"))
     successor.outages.look()
@@ -154,7 +156,7 @@ def test_who_dies_before_the_notice_is_out_leaves_it_to_the_next(
     life.tick(ms("10:00:30"))
     with unreachable(client):
         dead.outages.look()
-    assert dead.notices() == [] and dead.heard() == ms("10:00:00")
+    assert dead.notices() == [] and dead.feed_progress() == ms("10:00:00")
     successor = make_office()
     successor.read().tick(ms("10:00:40"))
     successor.outages.look()
@@ -167,10 +169,10 @@ def test_what_is_in_memory_only_does_not_count_as_heard(make_office: MakeOffice)
     life.tick(ms("10:00:10"))
     office.unsent_ms = ms("10:00:07")
     office.outages.look()
-    assert office.heard() == ms("10:00:07")
+    assert office.feed_progress() == ms("10:00:07")
     office.unsent_ms = None
     office.outages.close_feed(office.client, office.readings[0])
-    assert office.heard() == ms("10:00:10")
+    assert office.feed_progress() == ms("10:00:10")
 
 
 def test_a_night_and_a_blink_make_no_notice(make_office: MakeOffice) -> None:
@@ -181,8 +183,8 @@ def test_a_night_and_a_blink_make_no_notice(make_office: MakeOffice) -> None:
     life.tick(ms("23:00:00"))
     life.lost()
     office.outages.look()
-    assert office.notices() == [] and office.heard() == ms("23:00:00")
-    office.client.hset(office.keys.heard(), "0", ms("10:00:00"))
+    assert office.notices() == [] and office.feed_progress() == ms("23:00:00")
+    office.client.hset(office.keys.feed_progress(), "0", ms("10:00:00"))
     office.read().tick(ms("10:00:01"))
     office.outages.look()
     assert office.notices() == []
@@ -253,10 +255,12 @@ def test_who_is_streamed_again_after_a_restart_had_an_outage_of_its_own(
 def test_a_feed_that_is_no_more_is_not_remembered(make_office: MakeOffice) -> None:
     """The number is used again days later: its instruments were streamed by another feed meanwhile."""
     office = make_office()
-    office.client.hset(office.keys.heard(), mapping={"1": ms("09:20:00"), "12": ms("09:20:00"), "x": "mine"})
+    office.client.hset(
+        office.keys.feed_progress(), mapping={"1": ms("09:20:00"), "12": ms("09:20:00"), "x": "mine"}
+    )
     office.read().tick(ms("10:00:00"))
     office.outages.look()
-    assert set(office.client.hkeys(office.keys.heard())) == {b"0", b"x"}  # type: ignore[arg-type]
+    assert set(office.client.hkeys(office.keys.feed_progress())) == {b"0", b"x"}  # type: ignore[arg-type]
     office.feeds = 2
     quote(office, GOLD, "10:00:00")
     assert office.outages.open_feed(office.client, Feed(1, 0, (GOLD,))).heard_ms == ms("10:00:00")
@@ -288,7 +292,7 @@ def test_each_market_has_its_own_notice(make_office: MakeOffice) -> None:
 @pytest.mark.parametrize("heard", ["", "x", "-5", "9" * 40, "0", "1e9"])
 def test_a_time_of_a_foreign_hand_is_no_time(make_office: MakeOffice, heard: str) -> None:
     office = make_office()
-    office.client.hset(office.keys.heard(), "0", heard)
+    office.client.hset(office.keys.feed_progress(), "0", heard)
     assert office.read().heard_ms == 0
 
 
@@ -296,16 +300,16 @@ def test_keys_of_another_type_hold_up_no_feed(
     make_office: MakeOffice, capsys: pytest.CaptureFixture[str]
 ) -> None:
     office = make_office()
-    for key in (office.keys.heard(), office.keys.wanted_jobs(), office.keys.quote(INFY)):
+    for key in (office.keys.feed_progress(), office.keys.job_outbox(), office.keys.quote(INFY)):
         office.client.set(key, "mine")
     life = office.read()
     life.tick(ms("10:00:00"))
     for _ in range(3):
         office.outages.look()
     assert capsys.readouterr().err.count("outages_wait") == 1
-    office.client.delete(office.keys.heard())
+    office.client.delete(office.keys.feed_progress())
     office.outages.look()
-    assert office.heard() == ms("10:00:00")
+    assert office.feed_progress() == ms("10:00:00")
 
 
 @contextlib.contextmanager
@@ -362,7 +366,7 @@ def test_requests_are_bounded_and_the_rest_is_counted(
 @pytest.mark.parametrize("odd", [b"", b"{", b'{"name":"rm","arguments":{},"at":0}', b'{"name":"repair_gap"}'])
 def test_a_request_of_a_foreign_hand_is_no_job(make_office: MakeOffice, odd: bytes) -> None:
     office = make_office()
-    office.client.hset(office.keys.wanted_jobs(), "x", odd)  # type: ignore[arg-type]
+    office.client.hset(office.keys.job_outbox(), "x", odd)  # type: ignore[arg-type]
     office.jobs.carry()
     assert office.queued() == [] and office.wanted() == []
 

@@ -1,7 +1,7 @@
 """Alerts in Redis: added, listed and removed by the chat's commands.
 
 P:{bot}:alerts   hash   <id> → alert, `next` → the last id given out
-P:{bot}:armed    hash   <id> → what it remembers (`rules.Watch.state`)
+P:{bot}:alert_state    hash   <id> → what it remembers (`rules.Watch.state`)
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class AlertBook:
         made = msgspec.structs.replace(alert, id=int(number))
         pipeline = self._client.pipeline(transaction=True)
         if state:
-            pipeline.hset(self._keys.bot_armed(), str(made.id), msgspec.json.encode(state))
+            pipeline.hset(self._keys.bot_alert_state(), str(made.id), msgspec.json.encode(state))
         pipeline.hset(self._keys.bot_alerts(), str(made.id), msgspec.json.encode(made))
         pipeline.execute()
         return made
@@ -70,6 +70,6 @@ class AlertBook:
             return 0
         pipeline = self._client.pipeline(transaction=True)
         pipeline.hdel(self._keys.bot_alerts(), *names)
-        pipeline.hdel(self._keys.bot_armed(), *names)
+        pipeline.hdel(self._keys.bot_alert_state(), *names)
         removed, _ = pipeline.execute()
         return int(removed)

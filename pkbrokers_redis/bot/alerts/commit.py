@@ -68,7 +68,7 @@ def load_picture(client: redis.Redis, keys: Keys) -> Picture:
     """What the last commit left."""
     pipeline = client.pipeline(transaction=True)
     pipeline.hgetall(keys.bot_position())
-    pipeline.hgetall(keys.bot_armed())
+    pipeline.hgetall(keys.bot_alert_state())
     position, armed = pipeline.execute()
     picture = Picture(int(position.pop(b"rev", b"0")))
     picture.positions = {int(shard): at.decode() for shard, at in position.items() if shard.isdigit()}
@@ -80,7 +80,7 @@ def load_armed(client: redis.Redis, keys: Keys, ids: Sequence[int]) -> dict[int,
     """What some alerts remember: those that were set since the picture."""
     if not ids:
         return {}
-    found: Any = client.hmget(keys.bot_armed(), [str(number) for number in ids])
+    found: Any = client.hmget(keys.bot_alert_state(), [str(number) for number in ids])
     return {number: _cells(text) for number, text in zip(ids, found, strict=True)}
 
 
@@ -113,7 +113,7 @@ def commit(
             _COMMIT,
             4,
             keys.bot_position(),
-            keys.bot_armed(),
+            keys.bot_alert_state(),
             keys.bot_alerts(),
             keys.bot_outbox(),
             *arguments,
