@@ -5,7 +5,7 @@
     P:job_outbox    its backfill, and the warm start of instruments never seen
 
 The order makes it safe: first the notice, then its job, then `P:feed_progress`. If the process dies between
-these writes, `P:feed_progress` is older than the truth. The next reader reports a longer outage, which is safe.
+these writes, `P:feed_progress` is older than the truth. The next reader reports a longer outage: safe.
 """
 
 from __future__ import annotations
