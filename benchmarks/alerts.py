@@ -3,7 +3,7 @@
     python -m benchmarks.alerts [--alerts 200] [--instruments 2000] [--rate 20000] [--seconds 30]
 
 Ticks go straight into the streams at a steady rate; each alert's instrument jumps over its level at a random
-moment and stays there. The bot is a process of its own; the Telegram it writes to is one of ours.
+moment and stays there. The bot runs in its own process and writes to a local Bot API server.
 """
 
 from __future__ import annotations
@@ -112,14 +112,14 @@ def run(alerts: int, instruments: int, rate: float, seconds: float) -> Result:
             jumped, ticks = feed(client, settings, chosen, instruments, rate, seconds)
             fed = time.monotonic() - began
             used = cpu_seconds(process) - cpu
-            wait_for("the last alert", lambda: len(_told(telegram)) >= alerts, seconds=20.0)
-            told = _told(telegram)
-        delays = [at - jumped[token] for token, at in told if token in jumped]
-        seen = {token for token, _ in told}
-        return Result(delays, alerts - len(seen), len(told) - len(seen), ticks, fed, used)
+            wait_for("the last alert", lambda: len(_notified(telegram)) >= alerts, seconds=20.0)
+            notified = _notified(telegram)
+        delays = [at - jumped[token] for token, at in notified if token in jumped]
+        seen = {token for token, _ in notified}
+        return Result(delays, alerts - len(seen), len(notified) - len(seen), ticks, fed, used)
 
 
-def _told(telegram: Telegram) -> list[tuple[int, float]]:
+def _notified(telegram: Telegram) -> list[tuple[int, float]]:
     return [(int(token), m.at) for m in telegram.messages() for token in ALERTED.findall(m.text)]
 
 

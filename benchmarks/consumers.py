@@ -115,7 +115,7 @@ def _touch(provider: HighPerformanceDataProvider, n: int) -> None:
 
 
 def feed(link: Connection) -> None:
-    """A process of its own: serves each connection its instruments, one tick a second each, until told."""
+    """Run in a child process: send each connection a tick a second per instrument, until stopped."""
 
     async def client(socket: ServerConnection) -> None:
         wanted: list[int] = []
@@ -155,15 +155,15 @@ def feed(link: Connection) -> None:
 
 def live(seconds: float, consumers: tuple[str, ...]) -> dict[str, Any]:
     """CPU µs a tick by role, the entries' wait in ms, and what the consumers saw."""
-    ours, theirs = multiprocessing.Pipe()
-    feeder = multiprocessing.Process(target=feed, args=(theirs,), daemon=True)
+    parent, child = multiprocessing.Pipe()
+    feeder = multiprocessing.Process(target=feed, args=(child,), daemon=True)
     feeder.start()
     # Streams long enough that nothing is trimmed: followers are compared with all there ever was.
     with private_store(closed_max_entries=1_000_000) as (settings, client):
         wanted = ",".join(map(str, tokens(LIVE_INSTRUMENTS).tolist()))
         env = worker_env(
             settings,
-            PKB_KITE_WS_URL=f"ws://127.0.0.1:{ours.recv()}",
+            PKB_KITE_WS_URL=f"ws://127.0.0.1:{parent.recv()}",
             PKB_INSTRUMENTS=wanted,
             PKB_CLOSED_MAX_ENTRIES="1000000",
         )
@@ -189,7 +189,7 @@ def live(seconds: float, consumers: tuple[str, ...]) -> dict[str, Any]:
             share = (sum(map(cpu_seconds, others)) - others_before) / took
             spent = {name: cpu_seconds(each) - before[name] for name, each in workers.items()}
             spent["redis"] = cpu_seconds(server) - redis_before
-            ours.send("enough")
+            parent.send("enough")
             ingest.terminate()
             wait_for("the last ticks to be applied", lambda: committed(client, settings)[1] == 0)
         saw = [(kind, _end(reader)) for kind, reader in zip(consumers, readers, strict=True)]
@@ -263,7 +263,7 @@ def run(seconds: float = 75.0) -> list[Row]:
         goal, met = ("≤ 1.10", ratio <= 1.1) if role != "redis" else ("", None)
         rows.append(
             Row(
-                f"{role} beside {len(CONSUMERS)} consumers, {LIVE_INSTRUMENTS:,} instruments live",
+                f"{role} while {len(CONSUMERS)} consumers read, {LIVE_INSTRUMENTS:,} instruments live",
                 f"{busy['micros'][role]:.1f} µs a tick",
                 f"alone {alone['micros'][role]:.1f} µs",
                 f"{ratio:.2f}",

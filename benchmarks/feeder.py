@@ -1,4 +1,4 @@
-"""A Kite websocket that only pushes prepared frames: it must cost next to nothing beside what it feeds.
+"""A Kite websocket that only pushes prepared frames: its own cost must be negligible.
 
     python -m benchmarks.feeder TICKS FRAME_PACKETS TICKS_PER_SECOND(0 = as fast as they are taken)
 

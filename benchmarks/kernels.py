@@ -1,4 +1,4 @@
-"""The parts alone, each beside what people use today: candle rules, frame parsing, stream writing.
+"""Measure each part alone, next to what people use today: candle rules, frame parsing, stream writing.
 
 python -m benchmarks.kernels
 """
@@ -37,7 +37,7 @@ def best(work: Callable[[], Any], runs: int = 3) -> float:
 
 
 def dict_aggregator(ticks: list[list[float]], seconds: list[int]) -> dict[tuple[int, int], dict[str, float]]:
-    """What most Python programs do: a dict a candle, touched tick by tick. Fewer rules than ours."""
+    """What most Python programs do: a dict a candle, touched tick by tick. It applies fewer rules."""
     candles: dict[tuple[int, int], dict[str, float]] = {}
     seen: dict[int, float] = {}
     for token, price, _, volume, _, _, _, _, time_ms, _ in ticks:
@@ -73,17 +73,17 @@ def rules(n: int = 1_000_000) -> Row:
     sessions = load_sessions("always")
     ends = np.array([n])
 
-    def ours() -> None:
+    def run() -> None:
         book = ShardState(DEFAULT_INTERVALS, sessions, event_clock=True, instruments=INSTRUMENTS)
         assert book.apply(ticks, 0, ends, n) == n
 
-    mine = n / best(ours)
-    theirs = dicts_per_second(ticks[: n // 10])
+    measured = n / best(run)
+    reference = dicts_per_second(ticks[: n // 10])
     return Row(
         "candle rules alone, 2,000 × 10 intervals",
-        f"{mine:,.0f} ticks/s",
-        f"plain-Python dicts {theirs:,.0f} ticks/s",
-        f"{mine / theirs:.0f} ×",
+        f"{measured:,.0f} ticks/s",
+        f"plain-Python dicts {reference:,.0f} ticks/s",
+        f"{measured / reference:.0f} ×",
     )
 
 
@@ -93,14 +93,14 @@ def commit_text(n: int = 200_000) -> Row:
     book = ShardState(DEFAULT_INTERVALS, load_sessions("always"), event_clock=True, instruments=INSTRUMENTS)
     batch = 10 * INSTRUMENTS
 
-    def ours() -> None:
+    def run() -> None:
         for first in range(0, n, batch):
             part = ticks[first : first + batch]
             book.apply(part, 0, np.array([len(part)]), n)
             book.collect()
 
     return Row(
-        "rules and commit text, batches of ten ticks an instrument", f"{n / best(ours, 1):,.0f} ticks/s"
+        "rules and commit text, batches of ten ticks an instrument", f"{n / best(run, 1):,.0f} ticks/s"
     )
 
 
@@ -110,18 +110,18 @@ def parser(n: int = 200_000) -> Row:
     frames = [encode_full(stream[first : first + FRAME_PACKETS]) for first in range(0, n, FRAME_PACKETS)]
     ticker = KiteTicker("key", "token")
 
-    def ours() -> None:
+    def run() -> None:
         for frame in frames:
             tick_texts(parse_frame(frame, START_MS).ticks, 8)
 
     few = frames[: max(1, len(frames) // 20)]
-    mine = n / best(ours)
-    theirs = len(few) * FRAME_PACKETS / best(lambda: [ticker._parse_binary(frame) for frame in few], 1)
+    measured = n / best(run)
+    reference = len(few) * FRAME_PACKETS / best(lambda: [ticker._parse_binary(frame) for frame in few], 1)
     return Row(
         f"parser alone: frames of {FRAME_PACKETS} full packets → stream text",
-        f"{mine:,.0f} ticks/s",
-        f"kiteconnect's parser {theirs:,.0f} ticks/s",
-        f"{mine / theirs:.0f} ×",
+        f"{measured:,.0f} ticks/s",
+        f"kiteconnect's parser {reference:,.0f} ticks/s",
+        f"{measured / reference:.0f} ×",
     )
 
 
@@ -132,11 +132,11 @@ def writing(n: int = 200_000) -> Row:
     with private_store() as (settings, client):
         writer = FrameWriter(lambda: connect(settings), settings, {})
 
-        def ours() -> None:
+        def run() -> None:
             for first in range(0, len(frames), 8):
                 writer.write(writer.parse_new(frames[first : first + 8]), int(time.time() * 1000))
 
-        mine = n / best(ours, 2)
+        measured = n / best(run, 2)
         few: TickArray = stream[: n // 20]
 
         def raw() -> None:
@@ -147,12 +147,12 @@ def writing(n: int = 200_000) -> Row:
                     pipeline.xadd("raw", dict(zip(names, row, strict=False)))
                 pipeline.execute()
 
-        theirs = len(few) / best(raw, 1)
+        reference = len(few) / best(raw, 1)
     return Row(
         "ingest's writer alone: frames → streams and quotes in Redis",
-        f"{mine:,.0f} ticks/s",
-        f"one XADD a tick, redis-py pipeline {theirs:,.0f} ticks/s",
-        f"{mine / theirs:.0f} ×",
+        f"{measured:,.0f} ticks/s",
+        f"one XADD a tick, redis-py pipeline {reference:,.0f} ticks/s",
+        f"{measured / reference:.0f} ×",
     )
 
 

@@ -97,18 +97,18 @@ def bare_round_trip_ms(client: redis.Redis) -> float:
 def measure(seconds: float = 15.0) -> tuple[float, float, float, int, float]:
     """`(p50, p99, max, probes, bare round trip)`, all but the count in milliseconds."""
     settle_heap()  # neither feeder nor reader may pause for a collection of its own
-    ours, theirs = multiprocessing.Pipe()
-    feeder = multiprocessing.Process(target=feed, args=(seconds, theirs), daemon=True)
+    parent, child = multiprocessing.Pipe()
+    feeder = multiprocessing.Process(target=feed, args=(seconds, child), daemon=True)
     feeder.start()
     seen: dict[float, float] = {}
     with private_store() as (settings, client):
         wanted = ",".join(map(str, tokens().tolist()))
-        env = worker_env(settings, PKB_KITE_WS_URL=f"ws://127.0.0.1:{ours.recv()}", PKB_INSTRUMENTS=wanted)
+        env = worker_env(settings, PKB_KITE_WS_URL=f"ws://127.0.0.1:{parent.recv()}", PKB_INSTRUMENTS=wanted)
         keys = [settings.keys.current(token) for token in PROBE_TOKENS]
         with running("aggregate", env):
             wait_for("the aggregator", lambda: client.exists(settings.keys.cursor(0)))
             with running("ingest", env):
-                while not ours.poll(LOOK_EVERY_SECONDS):
+                while not parent.poll(LOOK_EVERY_SECONDS):
                     pipe = Pipe(client)
                     for key in keys:
                         pipe.add("HGET", key, "1m")
@@ -116,7 +116,7 @@ def measure(seconds: float = 15.0) -> tuple[float, float, float, int, float]:
                     now = time.monotonic()
                     for row in filter(None, rows):
                         seen.setdefault(float(row.split(b",")[4]), now)
-                sent: dict[float, float] = ours.recv()
+                sent: dict[float, float] = parent.recv()
         bare = bare_round_trip_ms(client)
         feeder.join(10)
     delays = [(seen[price] - at) * 1000 for price, at in sent.items() if price in seen]

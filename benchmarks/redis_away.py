@@ -1,6 +1,6 @@
 """Redis is killed for a while under a steady feed: is anything lost, and how fast is it caught up?
 
-python -m benchmarks.redis_away [SECONDS_AWAY] [TICKS_PER_SECOND]     60 and 10,000 unless told otherwise
+python -m benchmarks.redis_away [SECONDS_AWAY] [TICKS_PER_SECOND]     default 60 and 10,000
 """
 
 from __future__ import annotations

@@ -71,7 +71,7 @@ def fill(client: redis.Redis, settings: Settings, count: int) -> None:
         pipe.execute()
 
 
-def measure(kind: str, url: str, folder: str, shift: str, told: Any) -> None:
+def measure(kind: str, url: str, folder: str, shift: str, results: Any) -> None:
     """One snapshot in a process of its own, so that the peak is its own."""
     settings = load_settings(redis_url=url, files_dir=Path(folder), sessions="always", time_shift=shift)
     with open_run(settings) as run:
@@ -91,7 +91,7 @@ def measure(kind: str, url: str, folder: str, shift: str, told: Any) -> None:
         f"{size / 2**20:,.0f}",
         f"{peak_mb():.0f} ({before:.0f})",
     )
-    told.put(figures)
+    results.put(figures)
 
 
 def peak_mb() -> float:
@@ -100,7 +100,7 @@ def peak_mb() -> float:
 
 
 def latency(seconds: float) -> None:
-    """The pipeline beside each kind of snapshot."""
+    """Run the pipeline while each kind of snapshot is written."""
     with private_store() as (settings, client):
         print(machine())
         fill(client, settings, snapshots_latency.INSTRUMENTS)
@@ -122,10 +122,10 @@ def main() -> None:
         shift = f"{OPEN_S + 6.5 * 3600},{datetime.now(UTC).timestamp()},1"
         url = "unix://" + str(client.connection_pool.connection_kwargs["path"])
         for kind in ("ticks", "pickle", "parquet", "sqlite"):
-            told: Any = spawn.Queue()
-            process = spawn.Process(target=measure, args=(kind, url, folder, shift, told))
+            results: Any = spawn.Queue()
+            process = spawn.Process(target=measure, args=(kind, url, folder, shift, results))
             process.start()
-            print(f"| {' | '.join([kind, *told.get(), str(GOALS.get(kind, ''))])} |")
+            print(f"| {' | '.join([kind, *results.get(), str(GOALS.get(kind, ''))])} |")
             process.join()
 
 

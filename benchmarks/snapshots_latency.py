@@ -71,7 +71,7 @@ class Phase:
 
 
 class Cpu:
-    """How many cores processes other than ours keep busy."""
+    """Return how many cores other programs keep busy."""
 
     def __init__(self, server_pid: int) -> None:
         self._server = psutil.Process(server_pid)
@@ -80,8 +80,8 @@ class Cpu:
     def _now(self) -> float:
         times = psutil.cpu_times()
         mine = psutil.Process()
-        ours = sum(sum(each.cpu_times()[:4]) for each in (mine, self._server, *mine.children(recursive=True)))
-        return float(times.user + times.nice + times.system - ours)
+        own = sum(sum(each.cpu_times()[:4]) for each in (mine, self._server, *mine.children(recursive=True)))
+        return float(times.user + times.nice + times.system - own)
 
     def others(self) -> float:
         """Since the last look."""
@@ -97,7 +97,7 @@ def stamp_of(moment: float) -> int:
 
 
 def feed(link: Connection) -> None:
-    """A process of its own: tells its port and its probes, feeds until told, tells what it sent when."""
+    """Run in a child process: report the port and the probes, feed until stopped, report send times."""
     sent: Sent = {}
 
     async def client(socket: ServerConnection) -> None:
@@ -214,18 +214,18 @@ def delays_ms(sent: Sent, seen: Seen, from_at: float, until_at: float) -> list[f
 def run(settings: Settings, client: redis.Redis, seconds: float = PHASE_SECONDS) -> None:
     """Print the table; the store is filled."""
     settle_heap()  # neither feeder nor reader may pause for a collection of its own
-    ours, theirs = multiprocessing.Pipe()
-    feeder = multiprocessing.Process(target=feed, args=(theirs,), daemon=True)
+    parent, child = multiprocessing.Pipe()
+    feeder = multiprocessing.Process(target=feed, args=(child,), daemon=True)
     feeder.start()
     wanted = ",".join(map(str, tokens(INSTRUMENTS).tolist()))
-    env = worker_env(settings, PKB_KITE_WS_URL=f"ws://127.0.0.1:{ours.recv()}", PKB_INSTRUMENTS=wanted)
+    env = worker_env(settings, PKB_KITE_WS_URL=f"ws://127.0.0.1:{parent.recv()}", PKB_INSTRUMENTS=wanted)
     queue = open_queue(settings, client)
     phases: list[Phase] = []
     cpu = Cpu(int(client.info("server")["process_id"]))
     with running("jobs", env), running("aggregate", env):
         wait_for("the aggregator", lambda: client.exists(settings.keys.cursor(0)))
         with running("ingest", env):
-            probes = [token for _ in range(CONNECTIONS) for token in ours.recv()]
+            probes = [token for _ in range(CONNECTIONS) for token in parent.recv()]
             wait_for("the first ticks", lambda: committed(client, settings)[0] > 100)
             reader = Reader(client, settings, probes)
             reader.watch(SETTLE_SECONDS)
@@ -235,8 +235,8 @@ def run(settings: Settings, client: redis.Redis, seconds: float = PHASE_SECONDS)
                 took = reader.watch(seconds, queue, kind, every_seconds)
                 phases.append(Phase(name, began, time.monotonic(), took, cpu.others()))
                 reader.watch(2.0)
-            ours.send("enough")
-            sent: Sent = ours.recv()
+            parent.send("enough")
+            sent: Sent = parent.recv()
     feeder.join(10)
     _print(phases, sent, reader.seen)
 

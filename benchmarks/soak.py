@@ -35,10 +35,10 @@ def market(ticks_per_second: float, link: Connection) -> None:
 
 def measure(seconds: float = 600.0, ticks_per_second: float = 20_000.0) -> list[dict[str, float]]:
     """Samples: `at` seconds, MiB of each process and of Redis, the lag and the entries so far."""
-    ours, theirs = multiprocessing.Pipe()
-    feeder = multiprocessing.Process(target=market, args=(ticks_per_second, theirs), daemon=True)
+    parent, child = multiprocessing.Pipe()
+    feeder = multiprocessing.Process(target=market, args=(ticks_per_second, child), daemon=True)
     feeder.start()
-    url, tokens = ours.recv()
+    url, tokens = parent.recv()
     samples: list[dict[str, float]] = []
     with private_store() as (settings, client):
         env = worker_env(settings, PKB_KITE_WS_URL=url, PKB_INSTRUMENTS=",".join(map(str, tokens)))
@@ -62,7 +62,7 @@ def measure(seconds: float = 600.0, ticks_per_second: float = 20_000.0) -> list[
             for fields in [client.hgetall(key) for key in workers]:
                 if fields[b"role"] == b"aggregate":
                     samples[-1]["ticks"] = float(fields[b"ticks_total"])
-    ours.send("end")
+    parent.send("end")
     feeder.join(10)
     return samples
 

@@ -38,7 +38,7 @@ def main(quick: bool = False, as_json: bool = False) -> int:
         print(msgspec.json.encode({"machine": state, "rows": [asdict(row) for row in found]}).decode())
     else:
         table = Table(box=box.SIMPLE_HEAD, title=state, title_justify="left")
-        for name in ("what", "measured", "beside it in the same run", "ratio", "goal"):
+        for name in ("what", "measured", "reference in the same run", "ratio", "goal"):
             table.add_column(name, overflow="fold")
         for row in found:
             met = "" if row.met is None else (" ✓" if row.met else " ✗")

@@ -215,12 +215,12 @@ class Chaos:
             lambda: self._applied(client) > before + 200, timeout_seconds=120, what="the pipeline to go on"
         )
         self.kite.stop()  # the market closes: what is under way arrives, nothing new comes
-        settled = Counter[int]()
+        looks = Counter[int]()
 
         def quiet() -> bool:
-            settled[self._applied(client)] += 1
+            looks[self._applied(client)] += 1
             lag = lag_entries(client, self.settings.keys)
-            return lag == 0 and settled[self._applied(client)] > 30 and self._are_repairs_applied(client)
+            return lag == 0 and looks[self._applied(client)] > 30 and self._are_repairs_applied(client)
 
         wait_until(quiet, timeout_seconds=120, poll_seconds=0.1, what="the streams to run dry")
 
@@ -237,7 +237,7 @@ class Chaos:
 
     def _judge(self, client: redis.Redis) -> None:
         settings = self.settings
-        ours = all_rows(client, settings)
+        rows_read = all_rows(client, settings)
         expected: oracle.Rows = {}
         sessions = load_sessions("always", settings.timezone)
         arrived: list[tuple[int, oracle.Row]] = []
@@ -248,14 +248,14 @@ class Chaos:
             arrived += ticks
             expected |= oracle.candles(ticks, settings.intervals, sessions)
         self.report.ticks = len(arrived)
-        self._judge_outages(client, ours, arrived)
+        self._judge_outages(client, rows_read, arrived)
         calm = self._undisturbed(client)
-        self.report.rows = sum(map(len, ours.values()))
-        for key in sorted(ours.keys() | expected.keys() | calm.keys()):
+        self.report.rows = sum(map(len, rows_read.values()))
+        for key in sorted(rows_read.keys() | expected.keys() | calm.keys()):
             for start in sorted(
-                ours.get(key, {}).keys() | expected.get(key, {}).keys() | calm.get(key, {}).keys()
+                rows_read.get(key, {}).keys() | expected.get(key, {}).keys() | calm.get(key, {}).keys()
             ):
-                rows = [each.get(key, {}).get(start) for each in (ours, expected, calm)]
+                rows = [each.get(key, {}).get(start) for each in (rows_read, expected, calm)]
                 if rows[0] is not None and rows[0][-1] == "gap":
                     # The oracle knows what arrived; when the feed was down has been judged.
                     rows[0] = rows[0][:-1]
@@ -265,26 +265,26 @@ class Chaos:
                     self.report.columns_different[difference(rows)] += 1
                     if len(self.report.examples) < WORDS_MAX:
                         self.report.examples.append(
-                            f"{key} {start}: ours {rows[0]} oracle {rows[1]} calm {rows[2]}"
+                            f"{key} {start}: pipeline {rows[0]} oracle {rows[1]} calm {rows[2]}"
                         )
-        self._judge_announcements(client, ours)
+        self._judge_announcements(client, rows_read)
 
     def _judge_outages(
-        self, client: redis.Redis, ours: oracle.Rows, arrived: list[tuple[int, oracle.Row]]
+        self, client: redis.Redis, rows_read: oracle.Rows, arrived: list[tuple[int, oracle.Row]]
     ) -> None:
-        """What was lost is told, what is told was so, and the candles show what was told."""
+        """Check that losses are reported, reports are true, and candles carry the flags of the reports."""
         settings, report = self.settings, self.report
-        told = [each for entries in self.recorder.repairs.values() for each in outages.notices_of(entries)]
+        notices = [each for entries in self.recorder.repairs.values() for each in outages.notices_of(entries)]
         lost = outages.losses(self.memory.steps, arrived)
-        report.losses, report.notices = len(lost), len({each[1:] for each in told})
+        report.losses, report.notices = len(lost), len({each[1:] for each in notices})
         report.repairs_unseen = self.recorder.unseen(client)
         if report.repairs_unseen:
             return
         sessions = load_sessions("always", settings.timezone)
         report.outages_wrong = [
-            *outages.untold(lost, told, {token for token, _ in ours}),
-            *outages.unfounded(told, (at_ms for at_ms, _ in arrived), self._untimely),
-            *outages.wrong_flags(ours, told, settings.intervals, sessions),
+            *outages.unreported(lost, notices, {token for token, _ in rows_read}),
+            *outages.unfounded(notices, (at_ms for at_ms, _ in arrived), self._untimely),
+            *outages.wrong_flags(rows_read, notices, settings.intervals, sessions),
         ][:WORDS_MAX]
 
     def _undisturbed(self, client: redis.Redis) -> oracle.Rows:
@@ -305,7 +305,7 @@ class Chaos:
             pass
         return all_rows(client, settings)
 
-    def _judge_announcements(self, client: redis.Redis, ours: oracle.Rows) -> None:
+    def _judge_announcements(self, client: redis.Redis, rows_read: oracle.Rows) -> None:
         """Every final candle announced once; the last announcement of each says what the list says."""
         for shard in range(self.settings.shards):
             first: Counter[tuple[int, str, int]] = Counter()
@@ -318,7 +318,7 @@ class Chaos:
             self.report.announced += len(last)
             self.report.announced_twice += sum(count != 1 for count in first.values())
             self.report.announced_differently += sum(
-                ours[token, interval].get(start) != row for (token, interval, start), row in last.items()
+                rows_read[token, interval].get(start) != row for (token, interval, start), row in last.items()
             )
 
 

@@ -52,7 +52,7 @@ def candles(ticks: Iterable[tuple[int, Row]], intervals: Iterable[Interval], ses
 
 
 def _statements(arrived: list[tuple[int, int, Row]]) -> list[tuple[int, Row]]:
-    """Distinct ones in order, the baseline first; what had traded when we first looked is not ours."""
+    """Return the distinct ticks in order, the baseline first; earlier volume belongs to no candle."""
     _, first_at, first = arrived[0]
     seen = {_identity(first)}
     highest = first[VOLUME]

@@ -1,17 +1,18 @@
-"""Whether the flag `gap` and the notices behind it tell the truth, by what the market itself said.
+"""Judge the flag `gap` and the outage notices by what the simulated market itself recorded.
 
-    losses     times of which news was never acknowledged: the feeder's own memory against the streams
-    notices    what ingest told the aggregators (`P:{S}:repairs`)
-    flags      what the candles say
+    losses     times whose news was never acknowledged: the feeder's record compared with the streams
+    notices    the outage notices of ingest (`P:{S}:repairs`)
+    flags      the flags of the candles
 
-Lost → told     a loss of THRESHOLD_MS + GRACE_MS or more is told of every instrument, but for its first
-                GRACE_MS: so long a frame may wait in a socket before ingest stamps it
-Told → silent   a notice holds a silence of SILENCE_MS, and begins at most HEARD_MS before the last frame that
-                came before it; earlier only where faults kept ingest from noting that all was well
-Told = marked   a candle of minutes or hours carries `gap` exactly where a notice of its instrument overlaps
-                [its start, its end), no tolerance; `partial` says more. The day's has its packets' own fields
+Lost → reported     A loss of THRESHOLD_MS + GRACE_MS or more is reported for every instrument, except its
+                    first GRACE_MS: a frame may wait that long in a socket before ingest stamps it.
+Reported → silent   A notice holds a silence of SILENCE_MS. It begins at most PROGRESS_MS before the last frame
+                    ahead of it, or earlier only where faults kept ingest from writing its progress.
+Reported = marked   A candle of minutes or hours carries `gap` exactly where a notice of its instrument overlaps
+                    [its start, its end), without tolerance. `partial` overrides it; day candles use the
+                    packet's own day fields.
 
-Shares no code with the pipeline but the calendar. The stage has one feed.
+Shares only the calendar with the pipeline. The stage has one feed.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from tests.chaos.oracle import TOKEN, VOLUME, Entry, Row, Rows
 
 THRESHOLD_MS = 2_000  # of open market; Kite's pictures come every second, and the next one carries the volume
 GRACE_MS = 1_000
-HEARD_MS = 3_000  # `P:feed_progress` is written every second, after the notices
+PROGRESS_MS = 3_000  # `P:feed_progress` is written every second, after the notices
 SILENCE_MS = 500  # frames come every 50 ms
 BACK_MS = 7_000  # after a fault: the longest wait between two tries is 5 s, then what waits is sent
 
@@ -42,7 +43,7 @@ class Span(NamedTuple):
 
 
 class Notice(NamedTuple):
-    """Instruments whose feed was down in [from_ms, to_ms), as told."""
+    """Instruments whose feed was down in [from_ms, to_ms)."""
 
     tokens: frozenset[int]
     from_ms: int
@@ -85,8 +86,8 @@ def notices_of(entries: Iterable[Entry]) -> list[Notice]:
 def losses(steps: Iterable[Said], ticks: Sequence[tuple[int, Row]]) -> list[Span]:
     """From each first lost step to the next frame received, in what the acknowledged `ticks` span.
 
-    A step is lost when a volume it told was never acknowledged. What a new subscription's picture shows again
-    was not lost: that ends no loss, the frame that brought it does.
+    A step is lost when its volume was never acknowledged. The cached tick after a subscribe repeats old news:
+    it does not end a loss, the next frame does.
     """
     acknowledged: dict[int, set[int]] = defaultdict(set)
     for _, tick in ticks:
@@ -105,19 +106,20 @@ def losses(steps: Iterable[Said], ticks: Sequence[tuple[int, Row]]) -> list[Span
     return spans
 
 
-def untold(lost: Iterable[Span], notices: Iterable[Notice], tokens: Iterable[int]) -> list[str]:
+def unreported(lost: Iterable[Span], notices: Iterable[Notice], tokens: Iterable[int]) -> list[str]:
     """Losses that some instrument's notices do not cover."""
-    told: dict[int, list[Notice]] = defaultdict(list)
+    reported: dict[int, list[Notice]] = defaultdict(list)
     for notice in sorted(notices, key=lambda each: each.from_ms):
         for token in notice.tokens:
-            told[token].append(notice)
+            reported[token].append(notice)
     words = []
     for span in lost:
         if span.to_ms - span.from_ms < THRESHOLD_MS + GRACE_MS:
             continue
-        bare = [token for token in tokens if not _covers(told[token], span.from_ms + GRACE_MS, span.to_ms)]
+        from_ms = span.from_ms + GRACE_MS
+        bare = [token for token in tokens if not _covers(reported[token], from_ms, span.to_ms)]
         if bare:
-            words.append(f"lost and not told of {len(bare)} instruments: {span}, told {told[bare[0]]}")
+            words.append(f"lost and not reported for {len(bare)} instruments: {span}, {reported[bare[0]]}")
     return words
 
 
@@ -137,11 +139,11 @@ def unfounded(notices: Iterable[Notice], received_ms: Iterable[int], faults: Seq
     times = sorted(set(received_ms))
     words = []
     for span in sorted({Span(notice.from_ms, notice.to_ms) for notice in notices}):
-        heard_ms = _last_silence(times, span)
-        if heard_ms is None:
-            words.append(f"told, and frames came all the time: {span}")
-        elif span.from_ms < (earliest_ms := _earliest(heard_ms, faults)):
-            words.append(f"told from {earliest_ms - span.from_ms:g} ms too early: {span}")
+        received_ms = _last_silence(times, span)
+        if received_ms is None:
+            words.append(f"reported although frames arrived all the time: {span}")
+        elif span.from_ms < (earliest_ms := _earliest(received_ms, faults)):
+            words.append(f"reported from {earliest_ms - span.from_ms:g} ms too early: {span}")
     return words
 
 
@@ -157,23 +159,23 @@ def _last_silence(times: Sequence[int], span: Span) -> int | None:
     return None
 
 
-def _earliest(heard_ms: float, faults: Sequence[Span]) -> float:
-    """When `P:feed_progress` may have been written last, if frames came until `heard_ms`."""
-    earliest_ms = heard_ms - HEARD_MS
+def _earliest(received_ms: float, faults: Sequence[Span]) -> float:
+    """When `P:feed_progress` may have been written last, if frames came until `received_ms`."""
+    earliest_ms = received_ms - PROGRESS_MS
     for fault in sorted(faults, key=lambda each: each.from_ms, reverse=True):
-        if fault.from_ms <= heard_ms and fault.to_ms >= earliest_ms:
-            earliest_ms = min(earliest_ms, fault.from_ms - HEARD_MS)
+        if fault.from_ms <= received_ms and fault.to_ms >= earliest_ms:
+            earliest_ms = min(earliest_ms, fault.from_ms - PROGRESS_MS)
     return earliest_ms
 
 
 def wrong_flags(
     rows: Rows, notices: Iterable[Notice], intervals: Iterable[Interval], sessions: Sessions
 ) -> list[str]:
-    """Candles that carry `gap` without a notice of theirs, or do not and should."""
-    told: dict[int, list[Span]] = defaultdict(list)
+    """Candles that carry `gap` without a notice for them, or lack it despite one."""
+    reported: dict[int, list[Span]] = defaultdict(list)
     for notice in notices:
         for token in notice.tokens:
-            told[token].append(Span(notice.from_ms, notice.to_ms))
+            reported[token].append(Span(notice.from_ms, notice.to_ms))
     seconds = {interval.name: interval.seconds for interval in intervals}
     words = []
     for (token, name), of_start in sorted(rows.items()):
@@ -182,9 +184,9 @@ def wrong_flags(
             closes = sessions.day(schedule, start * 1000).windows[-1][1]
             end_ms = min((start + seconds[name]) * 1000, closes)
             hit = seconds[name] > 0 and any(
-                span.from_ms < end_ms and start * 1000 < span.to_ms for span in told[token]
+                span.from_ms < end_ms and start * 1000 < span.to_ms for span in reported[token]
             )
             flag = row[-1] if isinstance(row[-1], str) else ""
             if flag != "partial" and (flag in ("gap", "backfilled")) != hit:
-                words.append(f"{token} {name} {start}: {flag or 'no flag'}, told {told[token]}")
+                words.append(f"{token} {name} {start}: {flag or 'no flag'}, reported {reported[token]}")
     return words

@@ -23,7 +23,7 @@ class Report:
     rows_different: int = 0
     rows_in_outages: int = 0  # marked `gap`, else as they should be
     losses: int = 0  # times of which news never arrived
-    notices: int = 0  # of outages, as ingest told them
+    notices: int = 0  # of outages, from ingest
     repairs_unseen: int = 0  # trimmed before the recorder came; then the flags cannot be judged
     outages_wrong: list[str] = field(default_factory=list)  # untold losses, unfounded notices, wrong flags
     announced: int = 0
@@ -34,19 +34,19 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """No row different, no candle announced twice, every outage told and shown, and nothing else."""
+        """No row differs, no candle is announced twice, exactly the outages are reported and flagged."""
         wrong = self.rows_different or self.announced_twice or self.announced_differently
         return not (wrong or self.outages_wrong) and self.rows > 0
 
 
 def difference(rows: list[list[Any] | None]) -> str:
     """Which columns differ, and from what: `oracle ticks`."""
-    ours = rows[0]
+    row_read = rows[0]
     words = []
     for name, row in zip(("oracle", "calm"), rows[1:], strict=True):
-        if ours is None or row is None:
-            words.append(f"{name} missing" if row is None else "ours missing")
+        if row_read is None or row is None:
+            words.append(f"{name} missing" if row is None else "row missing in the pipeline")
         else:
-            columns = (n for n, (a, b) in enumerate(zip(ours, row, strict=False)) if a != b)
+            columns = (n for n, (a, b) in enumerate(zip(row_read, row, strict=False)) if a != b)
             words += [f"{name} {(*CANDLE_FIELDS, 'flag')[n]}" for n in columns]
     return ", ".join(words)

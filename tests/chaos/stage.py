@@ -31,7 +31,7 @@ READ_COUNT = 2_000
 class RedisServer:
     """An append-only server on a fixed port that can be killed, stalled and started again."""
 
-    can_go_back = False  # what it acknowledged it has, after any fault of ours
+    can_go_back = False  # it keeps what it acknowledged, whatever fault is injected
 
     def __init__(self, folder: Path, kind: str = "valkey") -> None:
         with socket.socket() as probe:

@@ -12,7 +12,7 @@ from tests.chaos.driver import Chaos
 
 @pytest.mark.timeout(240)
 @pytest.mark.xdist_group("chaos")
-def test_seconds_of_faults_leave_every_row_as_without(tmp_path: Path) -> None:
+def test_rows_after_seconds_of_faults_equal_the_undisturbed_run(tmp_path: Path) -> None:
     # A feed that is away, a hang beyond the lease, a stalled Redis, a killed one, a killed ingest.
     seed = int(os.environ.get("PKB_CHAOS_SEED", "17270"))
     report = Chaos(seed, 10.0, tmp_path, ingests=1, aggregators=2).run()

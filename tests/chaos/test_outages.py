@@ -1,4 +1,4 @@
-"""The judges of outages can condemn: each wrong told, untold, shown or not shown is found."""
+"""Check that the outage judges find every missing, wrong or unflagged report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pkbrokers_redis.simulator.universe import universe
 from tests.chaos.oracle import Row, Rows
 from tests.chaos.outages import (
     GRACE_MS,
-    HEARD_MS,
+    PROGRESS_MS,
     THRESHOLD_MS,
     MarketMemory,
     Notice,
@@ -21,7 +21,7 @@ from tests.chaos.outages import (
     losses,
     notices_of,
     unfounded,
-    untold,
+    unreported,
     wrong_flags,
 )
 
@@ -33,7 +33,7 @@ INTERVALS = parse_intervals("1m,3m,day")
 LONG_MS = THRESHOLD_MS + GRACE_MS
 
 
-def told(from_ms: int, to_ms: int, *tokens: int) -> Notice:
+def notice(from_ms: int, to_ms: int, *tokens: int) -> Notice:
     return Notice(frozenset(tokens or (TOKEN,)), BEGIN_MS + from_ms, BEGIN_MS + to_ms)
 
 
@@ -63,25 +63,25 @@ def steps_and_ticks(arrive: set[int]) -> tuple[list[Said], list[tuple[int, Row]]
     return steps, ticks
 
 
-def test_a_loss_lasts_from_the_first_lost_step_to_the_next_frame() -> None:
+def test_loss_lasts_from_first_lost_step_to_next_frame() -> None:
     steps, ticks = steps_and_ticks(set(range(10)) - {4, 5, 6})
     assert losses(steps, ticks) == [span(4_000, 7_010)]
 
 
-def test_before_the_first_frame_and_after_the_last_nothing_counts_as_lost() -> None:
+def test_nothing_is_lost_before_the_first_and_after_the_last_frame() -> None:
     steps, ticks = steps_and_ticks({3, 4, 5})
     assert losses(steps, ticks) == []
     assert losses(steps, []) == []
 
 
-def test_what_a_new_subscription_shows_again_shortens_no_loss() -> None:
+def test_cached_tick_after_subscribe_does_not_shorten_a_loss() -> None:
     steps, ticks = steps_and_ticks(set(range(10)) - {4, 5, 6})
     at_ms, tick = ticks[4]
     again = [*tick[:3], 106, *tick[4:]]  # step 6's, in the first frame after it
     assert losses(steps, [*ticks, (at_ms, again)]) == [span(4_000, 7_010)]
 
 
-def test_a_market_remembers_what_traded_and_no_picture_without_news() -> None:
+def test_recorder_keeps_trades_and_ignores_repeated_packets() -> None:
     market = Market(universe(20), BEGIN_MS, seed=3)
     memory = MarketMemory(market)
     before = market.volume.copy()
@@ -96,53 +96,53 @@ def test_a_market_remembers_what_traded_and_no_picture_without_news() -> None:
     assert len(pairs) == len(set(pairs)) > 0
 
 
-# -- lost → told -----------------------------------------------------------------------------------
+# -- lost → reported -----------------------------------------------------------------------------------
 
 
-def test_a_long_loss_that_nobody_told_is_found() -> None:
-    assert untold([span(0, LONG_MS)], [], [TOKEN])
-    assert not untold([span(0, LONG_MS - 1)], [], [TOKEN])
-    assert not untold([span(0, LONG_MS)], [told(-50, LONG_MS)], [TOKEN])
+def test_judge_finds_a_long_unreported_loss() -> None:
+    assert unreported([span(0, LONG_MS)], [], [TOKEN])
+    assert not unreported([span(0, LONG_MS - 1)], [], [TOKEN])
+    assert not unreported([span(0, LONG_MS)], [notice(-50, LONG_MS)], [TOKEN])
 
 
-def test_a_loss_must_be_told_of_every_instrument() -> None:
-    assert untold([span(0, LONG_MS)], [told(0, LONG_MS)], [TOKEN, OTHER])
-    assert not untold([span(0, LONG_MS)], [told(0, LONG_MS, TOKEN, OTHER)], [TOKEN, OTHER])
+def test_judge_requires_a_report_for_every_instrument() -> None:
+    assert unreported([span(0, LONG_MS)], [notice(0, LONG_MS)], [TOKEN, OTHER])
+    assert not unreported([span(0, LONG_MS)], [notice(0, LONG_MS, TOKEN, OTHER)], [TOKEN, OTHER])
 
 
-def test_a_loss_must_be_told_to_its_end_and_but_for_the_grace_from_its_begin() -> None:
+def test_judge_requires_a_report_from_begin_plus_grace_to_end() -> None:
     lost = [span(0, 10_000)]
-    assert not untold(lost, [told(GRACE_MS, 10_000)], [TOKEN])
-    assert untold(lost, [told(GRACE_MS + 1, 10_000)], [TOKEN])
-    assert untold(lost, [told(0, 9_999)], [TOKEN])
-    assert not untold(lost, [told(0, 6_000), told(5_000, 10_000)], [TOKEN])
-    assert untold(lost, [told(0, 6_000), told(6_001, 10_000)], [TOKEN])
+    assert not unreported(lost, [notice(GRACE_MS, 10_000)], [TOKEN])
+    assert unreported(lost, [notice(GRACE_MS + 1, 10_000)], [TOKEN])
+    assert unreported(lost, [notice(0, 9_999)], [TOKEN])
+    assert not unreported(lost, [notice(0, 6_000), notice(5_000, 10_000)], [TOKEN])
+    assert unreported(lost, [notice(0, 6_000), notice(6_001, 10_000)], [TOKEN])
 
 
-# -- told → silent ---------------------------------------------------------------------------------
+# -- reported → silent ---------------------------------------------------------------------------------
 
 
-def test_a_notice_while_frames_came_is_found() -> None:
-    heard = frames(0, 0.4, 0.8, 1.2, 1.6, 2, 2.4, 2.8, 6, 6.4, 6.8, 7.2, 7.6, 8, 8.4, 8.8, 9.2)
-    assert not unfounded([told(2_800, 6_000)], heard, [])
-    assert not unfounded([told(2_800, 6_500)], heard, [])  # read by one that had hung, from 6 s on
-    assert unfounded([told(6_000, 9_200)], heard, [])
-    assert unfounded([told(6_000, 9_200)], heard, [span(5_000, 9_000)])
-    assert unfounded([told(0, 2_800)], heard, [])
+def test_judge_finds_a_notice_while_frames_arrived() -> None:
+    arrivals = frames(0, 0.4, 0.8, 1.2, 1.6, 2, 2.4, 2.8, 6, 6.4, 6.8, 7.2, 7.6, 8, 8.4, 8.8, 9.2)
+    assert not unfounded([notice(2_800, 6_000)], arrivals, [])
+    assert not unfounded([notice(2_800, 6_500)], arrivals, [])  # read by a process that had hung, from 6 s on
+    assert unfounded([notice(6_000, 9_200)], arrivals, [])
+    assert unfounded([notice(6_000, 9_200)], arrivals, [span(5_000, 9_000)])
+    assert unfounded([notice(0, 2_800)], arrivals, [])
 
 
-def test_a_notice_that_begins_too_early_is_found_unless_faults_explain_it() -> None:
-    heard = frames(0, 1, 2, 3, 4, 5, 9, 10)
-    early = told(5_000 - HEARD_MS - 1, 9_000)
-    assert not unfounded([told(5_000 - HEARD_MS, 9_000)], heard, [])
-    assert unfounded([early], heard, [])
-    assert not unfounded([early], heard, [span(3_000, 6_000)])
-    assert unfounded([told(-1, 9_000)], heard, [span(3_000, 6_000)])
-    assert not unfounded([told(-1, 9_000)], heard, [span(3_000, 6_000), span(1_000, 2_000)])
-    assert unfounded([early], heard, [span(6_000, 8_000)])  # it came after the feed was gone
+def test_judge_finds_an_early_notice_unless_faults_explain_it() -> None:
+    arrivals = frames(0, 1, 2, 3, 4, 5, 9, 10)
+    early = notice(5_000 - PROGRESS_MS - 1, 9_000)
+    assert not unfounded([notice(5_000 - PROGRESS_MS, 9_000)], arrivals, [])
+    assert unfounded([early], arrivals, [])
+    assert not unfounded([early], arrivals, [span(3_000, 6_000)])
+    assert unfounded([notice(-1, 9_000)], arrivals, [span(3_000, 6_000)])
+    assert not unfounded([notice(-1, 9_000)], arrivals, [span(3_000, 6_000), span(1_000, 2_000)])
+    assert unfounded([early], arrivals, [span(6_000, 8_000)])  # it came after the feed had ended
 
 
-# -- told = marked ---------------------------------------------------------------------------------
+# -- reported = marked ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -155,16 +155,14 @@ def test_a_notice_that_begins_too_early_is_found_unless_faults_explain_it() -> N
         (60_000, 65_000, False),
     ],
 )
-def test_a_minute_is_marked_exactly_where_a_notice_overlaps_it(
-    from_ms: int, to_ms: int, marked: bool
-) -> None:
+def test_minute_carries_gap_exactly_where_a_notice_overlaps(from_ms: int, to_ms: int, marked: bool) -> None:
     for flag in ("gap", ""):
         rows: Rows = {(TOKEN, "1m"): {MINUTE_S: row(MINUTE_S, *filter(None, [flag]))}}
-        found = wrong_flags(rows, [told(from_ms, to_ms)], INTERVALS, SESSIONS)
+        found = wrong_flags(rows, [notice(from_ms, to_ms)], INTERVALS, SESSIONS)
         assert bool(found) == (bool(flag) != marked)
 
 
-def test_a_longer_candle_is_marked_to_its_own_end_and_another_instruments_notice_is_none() -> None:
+def test_longer_candle_carries_gap_by_its_own_end_and_own_instrument() -> None:
     start_s = MINUTE_S // 180 * 180
     rows: Rows = {(TOKEN, "3m"): {start_s: row(start_s)}}
     late = Notice(frozenset({TOKEN}), start_s * 1000 + 179_999, start_s * 1000 + 190_000)
@@ -173,9 +171,9 @@ def test_a_longer_candle_is_marked_to_its_own_end_and_another_instruments_notice
     assert not wrong_flags(rows, [late._replace(from_ms=start_s * 1000 + 180_000)], INTERVALS, SESSIONS)
 
 
-def test_partial_says_more_backfilled_as_much_and_the_day_never_gap() -> None:
+def test_partial_overrides_gap_and_day_candle_never_carries_it() -> None:
     day_s = SESSIONS.day(SESSIONS.schedule_of(TOKEN), BEGIN_MS).anchor_ms // 1000
-    notices = [told(0, 5_000)]
+    notices = [notice(0, 5_000)]
     for name, start_s, flag, is_wrong in (
         ("1m", MINUTE_S, "partial", False),
         ("1m", MINUTE_S, "backfilled", False),
@@ -186,6 +184,6 @@ def test_partial_says_more_backfilled_as_much_and_the_day_never_gap() -> None:
         assert bool(wrong_flags(rows, notices, INTERVALS, SESSIONS)) == is_wrong, (name, flag)
 
 
-def test_only_the_outages_of_a_repair_stream_are_notices() -> None:
+def test_only_outage_entries_of_a_repair_stream_are_notices() -> None:
     gap = {b"kind": b"gap", b"from": b"5", b"to": b"9", b"tokens": b"[1,2]", b"why": b"not heard"}
     assert notices_of([gap, {b"kind": b"rows"}]) == [Notice(frozenset({1, 2}), 5, 9)]

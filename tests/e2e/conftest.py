@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: real data beside the checkout, and an aggregator to drive."""
+"""Fixtures of the end-to-end tests: recorded data next to the checkout, and an aggregator to drive."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DATA = Path(__file__).parents[2].parent / "shared" / "data"
 
 @pytest.fixture
 def market_data() -> Path:
-    """Recorded trades with the exchange's own candles; they lie beside a checkout, not in it."""
+    """Recorded trades with the exchange's own candles; they lie next to a checkout, not in it."""
     folder = DATA / "market"
     if not folder.is_dir():
         pytest.skip("needs the recorded market data in ../shared/data")

@@ -59,28 +59,28 @@ def _compare(
     day = generator.day(stage.kite.market.row_of[token], int(begin_s) * 1000)
     found = read_candles(stage.client, stage.settings.keys, token, interval.name, interval.keep)
     since_s = found[0].start if len(found) >= interval.keep else day.anchor_ms // 1000
-    ours = {
+    pipeline_rows = {
         candle.start: candle
         for candle in found
         if candle.start >= max(since_s, day.anchor_ms // 1000)
         and bucket_end_s(day, interval.seconds, candle.start) <= end_s
     }
-    theirs = {
+    kite_rows = {
         row[0]: row
         for row in kites(stage, token, interval, max(since_s, day.anchor_ms // 1000), int(end_s))
         if bucket_end_s(day, interval.seconds, row[0]) <= end_s
     }
-    for start in sorted(ours.keys() | theirs.keys()):
-        candle, row = ours.get(start), theirs.get(start)
+    for start in sorted(pipeline_rows.keys() | kite_rows.keys()):
+        candle, row = pipeline_rows.get(start), kite_rows.get(start)
         verdict.rows += 1
         verdict.auction += (
             interval.seconds == 60 and len(day.windows) > 1 and start * 1000 >= day.windows[1][0]
         )
         when = f"{name} {datetime.fromtimestamp(start, IST):%H:%M}"
         if candle is None or row is None:
-            verdict.differences.append(f"{when}: ours {candle}, Kite's {row}")
+            verdict.differences.append(f"{when}: pipeline {candle}, Kite's {row}")
         elif tuple(candle[:6]) != row:
-            verdict.differences.append(f"{when}: ours {tuple(candle[:6])} {candle.flag!r}, Kite's {row}")
+            verdict.differences.append(f"{when}: pipeline {tuple(candle[:6])} {candle.flag!r}, Kite's {row}")
         elif candle.flag not in ("", "backfilled"):
             verdict.differences.append(f"{when}: still marked {candle.flag!r}")
         elif candle.flag and start >= calm_s:

@@ -216,7 +216,7 @@ def staged(
         try:
             synced = run_pkb("instruments", "sync", env=env)
             assert synced.returncode == 0, synced.stderr
-            # Whoever logs in first spends the TOTP of this half minute; the next login may then have to wait.
+            # The first login uses the TOTP of this half minute; the next login may then have to wait.
             env["PKB_KITE_ACCESS_TOKEN"] = kite.accounts.open_session()
             for role in ("aggregate", "jobs", "ingest"):
                 stage.start(role)
@@ -234,10 +234,10 @@ def play(stage: Stage, acts: Sequence[Act], end: str, say: Callable[[str], None]
         act.do(stage)
     stage.wait_for(at(end))
     say(f"{end}  the end; waiting for the last repairs")
-    settle(stage)
+    wait_until_applied(stage)
 
 
-def settle(stage: Stage) -> None:
+def wait_until_applied(stage: Stage) -> None:
     """Until no job is wanted, waits or runs."""
     keys = stage.settings.keys
     queue = open_queue(stage.settings)

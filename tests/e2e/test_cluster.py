@@ -23,7 +23,7 @@ INSTRUMENTS = 400
 
 
 @pytest.mark.xdist_group("heavy")
-def test_the_pipeline_runs_on_a_cluster_and_every_row_is_the_oracles(tmp_path: Path) -> None:
+def test_every_row_on_a_cluster_equals_the_oracle(tmp_path: Path) -> None:
     with running_cluster(tmp_path / "cluster") as cluster:
         settings = load_settings(
             redis_url=cluster.url,
@@ -67,9 +67,9 @@ def test_the_pipeline_runs_on_a_cluster_and_every_row_is_the_oracles(tmp_path: P
             for _, tick in ticks:
                 if tick[3] is not None:
                     volumes[tick[0]].append(tick[3])
-        ours = all_rows(client, settings)
-        assert sum(map(len, ours.values())) >= INSTRUMENTS * len(settings.intervals)
-        assert ours == {key: rows for key, rows in expected.items() if rows}
+        rows_read = all_rows(client, settings)
+        assert sum(map(len, rows_read.values())) >= INSTRUMENTS * len(settings.intervals)
+        assert rows_read == {key: rows for key, rows in expected.items() if rows}
         assert len(volumes) > INSTRUMENTS * 0.9
         traded = {token: max(seen) - seen[0] for token, seen in volumes.items()}
         result = check_volumes(client, keys)

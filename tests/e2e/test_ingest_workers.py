@@ -46,7 +46,7 @@ def owners(client: redis.Redis, settings: Settings) -> list[str]:
     return [each.decode() for each in found if isinstance(each, bytes)]
 
 
-def test_a_dead_workers_feed_is_taken_over_and_each_token_read_once(
+def test_feed_of_a_dead_worker_is_taken_over_and_each_token_read_once(
     client: redis.Redis, settings: Settings, kite: SimulatorServer, tmp_path: Path
 ) -> None:
     tokens = tmp_path / "tokens.txt"

@@ -166,7 +166,7 @@ on_one_server = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True
 
 
 @on_one_server
-def test_one_two_four_and_one_again_share_evenly_and_lose_nothing(
+def test_shards_rebalance_over_1_2_4_and_1_aggregators_without_loss(
     client: redis.Redis,
     lease_settings: Settings,
     start_worker: Callable[[], subprocess.Popen[str]],
@@ -195,7 +195,7 @@ def test_one_two_four_and_one_again_share_evenly_and_lose_nothing(
 
 
 @on_one_server
-def test_a_joining_one_pauses_no_shard_for_twice_the_lease(
+def test_joining_aggregator_pauses_no_shard_for_two_leases(
     client: redis.Redis,
     make_settings: Make,
 ) -> None:
@@ -231,7 +231,7 @@ def test_a_joining_one_pauses_no_shard_for_twice_the_lease(
 
 
 @on_one_server
-def test_the_shards_of_a_killed_one_go_on_with_new_epochs_and_the_same_rows(
+def test_shards_of_a_killed_aggregator_continue_with_new_epochs_and_equal_rows(
     client: redis.Redis,
     lease_settings: Settings,
     start_worker: Callable[[], subprocess.Popen[str]],
@@ -255,7 +255,7 @@ def test_the_shards_of_a_killed_one_go_on_with_new_epochs_and_the_same_rows(
 
 
 @on_one_server
-def test_one_that_hung_comes_back_to_its_share_and_spoils_nothing(
+def test_hung_aggregator_gets_its_share_again_and_rows_stay_equal(
     client: redis.Redis,
     lease_settings: Settings,
     start_worker: Callable[[], subprocess.Popen[str]],
@@ -291,7 +291,7 @@ def take_over(client: redis.Redis, settings: Settings, heir: Aggregator, shards:
     assert set(heir.workers) == set(shards)
 
 
-def test_a_zombie_commits_nothing_and_goes_on_with_what_is_still_its_own(
+def test_stale_owner_commits_nothing_and_keeps_its_valid_shards(
     client: redis.Redis,
     slow_settings: Settings,
     make_aggregator: MakeAggregator,
@@ -318,7 +318,7 @@ def test_a_zombie_commits_nothing_and_goes_on_with_what_is_still_its_own(
     assert rows(client, settings) == undisturbed(300)
 
 
-def test_a_sleeper_finds_its_leases_gone_before_it_commits(
+def test_suspended_aggregator_notices_lost_leases_before_committing(
     client: redis.Redis,
     slow_settings: Settings,
     make_aggregator: MakeAggregator,
@@ -362,7 +362,7 @@ def go_back(client: redis.Redis, settings: Settings, older: dict[bytes, bytes]) 
         client.restore(name, 0, value)  # type: ignore[arg-type]
 
 
-def test_a_shard_that_went_back_in_time_is_loaded_and_applied_again(
+def test_rolled_back_shard_is_loaded_and_applied_again(
     client: redis.Redis,
     slow_settings: Settings,
     make_aggregator: MakeAggregator,
@@ -390,7 +390,7 @@ def test_a_shard_that_went_back_in_time_is_loaded_and_applied_again(
     assert rows(client, settings) == undisturbed(300)
 
 
-def test_a_shard_that_went_back_to_before_its_owners_epoch_is_leased_anew(
+def test_shard_rolled_back_before_its_epoch_is_leased_again(
     client: redis.Redis,
     slow_settings: Settings,
     make_aggregator: MakeAggregator,
@@ -416,7 +416,7 @@ def test_a_shard_that_went_back_to_before_its_owners_epoch_is_leased_anew(
     assert rows(client, settings) == undisturbed(300)
 
 
-def test_functions_that_a_failover_lost_are_loaded_again(
+def test_functions_lost_by_a_failover_are_loaded_again(
     client: redis.Redis,
     slow_settings: Settings,
     make_aggregator: MakeAggregator,
@@ -440,7 +440,7 @@ def test_functions_that_a_failover_lost_are_loaded_again(
     assert rows(client, settings) == undisturbed(200)
 
 
-def test_sources_of_long_ago_are_forgotten_and_those_that_live_are_not(
+def test_old_producers_are_evicted_and_live_ones_kept(
     client: redis.Redis, make_settings: Make, make_aggregator: MakeAggregator
 ) -> None:
     settings = make_settings(sessions="always", clock="event", shards=1, lease_seconds=300)
@@ -450,7 +450,7 @@ def test_sources_of_long_ago_are_forgotten_and_those_that_live_are_not(
     aggregator = make_aggregator(settings)
     send(client, settings, 5, 6, "alive")
     drain(aggregator, client, settings)
-    assert client.hlen(cursor) > SOURCES_MAX + 40  # not before each had the time to be heard of
+    assert client.hlen(cursor) > SOURCES_MAX + 40  # not before each producer was recent once
     pipe = Pipe(client)
     for n in range(SETTLED_ENTRIES):
         pipe.add("XADD", settings.keys.ticks(0), "*", "src", "new", "seq", n, "at", START_MS, "ticks", "[]")

@@ -36,7 +36,7 @@ def server_kind() -> str:
 
 
 class Stage:
-    """A simulated Kite on a market day at sixty times its speed, and ingest workers beside it."""
+    """A simulated Kite on a market day at sixty times its speed, and ingest workers that read it."""
 
     def __init__(self, client: redis.Redis, settings: Settings, stack: contextlib.ExitStack) -> None:
         self.client, self.keys, self.settings = client, settings.keys, settings
@@ -57,7 +57,7 @@ class Stage:
         return self.stack.enter_context(running_python("-m", "workers.ingest", env=env))
 
     def notices(self) -> list[tuple[tuple[int, ...], int, int]]:
-        """Every outage told, the shards' parts put together."""
+        """Return every reported outage, with the parts of all shards combined."""
         parts: dict[tuple[int, int], list[int]] = {}
         for shard in range(self.keys.shards):
             for _, fields in self.client.xrange(self.keys.repairs(shard)):  # type: ignore[union-attr]
@@ -99,7 +99,7 @@ def stage(client: redis.Redis, settings: Settings) -> Iterator[Stage]:
         yield Stage(client, settings, stack)
 
 
-def test_an_ingest_lives_through_live_changes_an_expiry_and_a_mute_kite(stage: Stage) -> None:
+def test_ingest_survives_list_changes_session_expiry_and_a_mute_feed(stage: Stage) -> None:
     worker = stage.ingest()
     wait_until(lambda: stage.kite.server.subscriptions == 19, timeout_seconds=60, what="subscriptions")
     stage.wait_for_ticks()
@@ -118,11 +118,11 @@ def test_an_ingest_lives_through_live_changes_an_expiry_and_a_mute_kite(stage: S
     [again, *_] = stage.notices() or [stage.wait_for_notice(0, "the one that was not streamed")]
     assert again[0] == (int(ROWS[1]["instrument_token"]),)
 
-    # The session ends: somebody logs in, and the outage is told for all.
-    told = len(stage.notices())
+    # The session ends: one worker logs in, and the outage is reported for all.
+    notices_before = len(stage.notices())
     began = stage.kite.now_ms()
     stage.kite.expire_sessions()
-    tokens, from_ms, to_ms = stage.wait_for_notice(told, "the expiry")
+    tokens, from_ms, to_ms = stage.wait_for_notice(notices_before, "the expiry")
     assert list(tokens) == TOKENS
     assert abs(from_ms - began) < 120_000 and began < to_ms <= stage.kite.now_ms()
     assert stage.kite.accounts.logins >= 1
@@ -130,17 +130,17 @@ def test_an_ingest_lives_through_live_changes_an_expiry_and_a_mute_kite(stage: S
 
     # Heartbeats, but no ticks: it reconnects, and the outage began with the last tick.
     stage.wait_for_ticks()
-    told, connections = len(stage.notices()), stage.kite.stats.connections
+    notices_before, connections = len(stage.notices()), stage.kite.stats.connections
     began = stage.kite.now_ms()
     stage.kite.faults.add("mute")
     wait_until(lambda: stage.kite.stats.connections > connections, timeout_seconds=60, what="a reconnect")
     stage.kite.faults.clear()
-    tokens, from_ms, to_ms = stage.wait_for_notice(told, "the mute feed")
+    tokens, from_ms, to_ms = stage.wait_for_notice(notices_before, "the mute feed")
     assert list(tokens) == TOKENS and abs(from_ms - began) < 120_000
-    assert len(stage.notices()) == told + 1
+    assert len(stage.notices()) == notices_before + 1
     wait_until(lambda: int(stage.figures().get("doctor_mute", 0)), what="its heartbeat to tell")
 
-    # The jobs that mend all that wait in RQ.
+    # The jobs that repair it wait in RQ.
     def mended() -> set[tuple[int, int]]:
         jobs = open_queue(stage.settings).get_jobs()
         gaps = [job.kwargs for job in jobs if job.func_name.endswith("repair_gap")]
@@ -150,7 +150,7 @@ def test_an_ingest_lives_through_live_changes_an_expiry_and_a_mute_kite(stage: S
     assert worker.poll() is None
 
 
-def test_a_partly_mute_kite_is_noticed_by_its_lively_instruments(stage: Stage) -> None:
+def test_partly_mute_feed_is_noticed_by_its_busiest_instruments(stage: Stage) -> None:
     stage.ingest()
     streamed = [token for token in TOKENS if token != int(ROWS[0]["instrument_token"])]
 
@@ -172,7 +172,7 @@ def test_a_partly_mute_kite_is_noticed_by_its_lively_instruments(stage: Stage) -
     wait_until(lambda: int(stage.figures().get("doctor_partly_mute", 0)), what="its heartbeat to tell")
 
 
-def test_a_killed_ingest_leaves_exactly_one_outage_to_its_successor(stage: Stage) -> None:
+def test_successor_of_a_killed_ingest_reports_exactly_one_outage(stage: Stage) -> None:
     victim = stage.ingest()
     stage.wait_for_ticks()
     wait_until(
@@ -184,11 +184,11 @@ def test_a_killed_ingest_leaves_exactly_one_outage_to_its_successor(stage: Stage
     killed_ms = stage.kite.now_ms()
     victim.kill()
     victim.wait()
-    heard: Any = stage.client.hget(stage.keys.feed_progress(), "0")
+    progress: Any = stage.client.hget(stage.keys.feed_progress(), "0")
     stage.ingest()
     tokens, from_ms, to_ms = stage.wait_for_notice(0, "the dead worker's outage")
     assert len(tokens) == 19
-    assert from_ms == int(heard) <= killed_ms < to_ms
+    assert from_ms == int(progress) <= killed_ms < to_ms
     stage.wait_for_ticks()
     later: Any = stage.client.hget(stage.keys.feed_progress(), "0")
     assert int(later) >= to_ms

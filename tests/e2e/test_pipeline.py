@@ -84,9 +84,9 @@ def statement_of(tick: dict[str, Any]) -> Statement:
 def rows_of(statements: list[Statement], interval: Interval) -> dict[int, Row]:
     """Start → row, of one instrument's statements as they came."""
     first, *rest = statements
-    ours = sorted({each for each in rest if each.time_s >= first.time_s and each != first})
+    expected = sorted({each for each in rest if each.time_s >= first.time_s and each != first})
     distinct: dict[tuple[int, int, float], Statement] = {}
-    for each in ours:  # the same trade seen again says nothing new; an index has no volume to tell by
+    for each in expected:  # a repeated trade is no news; an index has no volume that would show it
         distinct.setdefault((each.time_s, each.volume, each.price if not each.volume else 0), each)
     rows: dict[int, Row] = {}
     before, highest = first, first.volume
@@ -179,7 +179,7 @@ def terminate(process: subprocess.Popen[str]) -> None:
 
 
 @ValkeyOnly
-def test_every_row_and_quote_equals_what_the_frames_say_though_the_aggregator_is_killed(
+def test_rows_and_quotes_equal_the_frames_after_the_aggregator_is_killed(
     make_settings: Callable[..., Settings], client: redis.Redis, tmp_path: Path
 ) -> None:
     instruments = universe(INSTRUMENTS)
@@ -299,7 +299,7 @@ KITE = {"PKB_KITE_WS_URL": "ws://127.0.0.1:1", "PKB_INSTRUMENTS": "NSE:INFY"}
         ("aggregate", {"PKB_TIMEZONE": "Mars/Phobos"}, ["PKB_TIMEZONE"]),
     ],
 )
-def test_a_bad_setting_or_an_unreachable_redis_is_one_line(
+def test_invalid_setting_or_unreachable_redis_prints_one_line(
     role: str, env: dict[str, str], says: list[str]
 ) -> None:
     assert_one_line(run_pkb(role, env={**KITE, **env}), *says)
@@ -307,7 +307,7 @@ def test_a_bad_setting_or_an_unreachable_redis_is_one_line(
 
 @ValkeyOnly
 @pytest.mark.parametrize("role", ["ingest", "aggregate"])
-def test_a_wrong_password_is_one_line(
+def test_wrong_password_prints_one_line(
     role: str, server: Any, client: redis.Redis, settings: Settings
 ) -> None:
     port = client.config_get("port")["port"]  # type: ignore[index]
@@ -317,7 +317,7 @@ def test_a_wrong_password_is_one_line(
 
 @ValkeyOnly
 @pytest.mark.parametrize("role", ["ingest", "aggregate"])
-def test_a_store_made_with_other_settings_is_one_line(
+def test_store_with_other_settings_prints_one_line(
     role: str, make_settings: Callable[..., Settings], client: redis.Redis
 ) -> None:
     settings = make_settings()
@@ -337,7 +337,7 @@ def test_a_store_made_with_other_settings_is_one_line(
         ("all", ["all"]),
     ],
 )
-def test_an_instrument_nobody_knows_is_one_line(
+def test_unknown_instrument_prints_one_line(
     instruments: str, says: list[str], settings: Settings, client: redis.Redis
 ) -> None:
     if instruments != "all":  # which needs a master; this store has none
@@ -347,7 +347,7 @@ def test_an_instrument_nobody_knows_is_one_line(
 
 
 @ValkeyOnly
-def test_no_kite_session_is_one_line(settings: Settings, client: redis.Redis) -> None:
+def test_missing_kite_session_prints_one_line(settings: Settings, client: redis.Redis) -> None:
     save_instruments(client, settings.keys, universe(10))
     env = {**settings_env(settings), "PKB_INSTRUMENTS": "NSE:INFY"}
     assert_one_line(run_pkb("ingest", env=env), "Kite session", "pkb login")

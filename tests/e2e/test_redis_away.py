@@ -197,7 +197,7 @@ def seqs(client: redis.Redis, settings: Settings) -> dict[bytes, list[list[int]]
     return found
 
 
-def test_frames_go_through_the_disk_while_redis_is_away_and_arrive_once_and_in_order(
+def test_frames_are_spooled_while_redis_is_unavailable_and_arrive_once_in_order(
     tmp_path: Path, make_server: Callable[[str], Server]
 ) -> None:
     server = make_server("redis")
@@ -237,7 +237,7 @@ time.sleep(600)
 """
 
 
-def test_what_a_killed_ingest_had_spooled_is_sent_by_the_next_one_first(
+def test_next_ingest_sends_the_spool_of_a_killed_one_first(
     tmp_path: Path, make_server: Callable[[str], Server]
 ) -> None:
     server = make_server("redis")
@@ -324,7 +324,7 @@ def _carry(source: socket.socket, sink: socket.socket) -> None:
         sink.shutdown(socket.SHUT_RDWR)
 
 
-def test_a_failover_to_a_replica_that_lagged_costs_no_row(
+def test_failover_to_a_lagging_replica_loses_no_row(
     tmp_path: Path, make_server: Callable[[str], Server]
 ) -> None:
     master, replica = make_server("master"), make_server("replica")
@@ -359,7 +359,7 @@ def test_a_failover_to_a_replica_that_lagged_costs_no_row(
         assert aggregated(direct, new) == undisturbed(tmp_path, new, replica.port)
 
 
-def test_replies_lost_again_and_again_double_nothing(
+def test_repeatedly_lost_replies_duplicate_nothing(
     tmp_path: Path, make_server: Callable[[str], Server]
 ) -> None:
     """The connection breaks at any moment: nobody knows which commands were carried out."""
@@ -387,7 +387,7 @@ def test_replies_lost_again_and_again_double_nothing(
         assert aggregated(direct, client) == undisturbed(tmp_path, client, server.port)
 
 
-def test_an_ingest_told_to_stop_while_redis_is_away_leaves_its_frames_on_disk(
+def test_ingest_stopped_while_redis_is_unavailable_leaves_its_frames_on_disk(
     tmp_path: Path, make_server: Callable[[str], Server]
 ) -> None:
     server = make_server("redis")

@@ -15,7 +15,7 @@ from tests.e2e.rehearsal import Act, at, cast, cut, expire, play, restart, stage
 @pytest.mark.xdist_group("heavy")
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
-def test_after_outages_an_expiry_and_a_restart_every_row_is_kites(
+def test_rows_after_a_day_with_outages_equal_kites_history(
     settings: Settings, client: redis.Redis, tmp_path: Path
 ) -> None:
     rows = cast(per_segment=1, segments=(1, 2, 3, 7, 9))

@@ -76,16 +76,16 @@ def test_kraken_minutes_equal_the_exchanges_own_candles(
     drain(aggregator, client, settings)
 
     store = CandleStore(settings, client=client)
-    ours = {c.start: c for c in store.get_candles("XBTUSDT", "1m", 1000, include_current=True, fill=True)}
+    candles = {c.start: c for c in store.get_candles("XBTUSDT", "1m", 1000, include_current=True, fill=True)}
     official = json.loads((market_data / "kraken-xbtusdt" / "http_ohlc.json").read_text())["result"][
         "XBTUSDT"
     ]
-    first, last = min(ours), max(ours)
+    first, last = min(candles), max(candles)
     traded = empty = 0
     for start, *prices, _vwap, volume, count in official:
         if not first < start <= last:  # the first minute is cut by the trades' own beginning
             continue
-        candle = ours[start]
+        candle = candles[start]
         assert [candle.open, candle.high, candle.low, candle.close] == [float(each) for each in prices]
         assert candle.volume == float(volume)
         assert candle.ticks == count
@@ -97,7 +97,7 @@ def test_kraken_minutes_equal_the_exchanges_own_candles(
 @pytest.mark.parametrize(
     ("name", "ticks", "equal", "minutes"), [("spy", 460_032, 881, 883), ("ibm", 22_415, 430, 434)]
 )
-def test_a_days_trades_at_full_speed_lose_nothing(
+def test_replay_of_a_day_at_full_speed_loses_nothing(
     name: str,
     ticks: int,
     equal: int,
@@ -150,7 +150,7 @@ def _all_rows(client: redis.Redis, settings: Settings) -> dict[str, Any]:
     return rows
 
 
-def test_a_killed_aggregator_started_again_gives_the_same_rows(
+def test_restarted_aggregator_produces_the_same_rows(
     market_data: Path,
     tmp_path: Path,
     make_settings: Callable[..., Settings],

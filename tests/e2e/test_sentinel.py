@@ -20,7 +20,7 @@ INSTRUMENTS = 200
 
 
 @pytest.mark.xdist_group("heavy")
-def test_a_killed_master_costs_a_pause_and_no_volume(
+def test_killed_master_loses_no_volume(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     with running_sentinels(tmp_path / "set") as found:
