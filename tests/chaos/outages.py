@@ -6,11 +6,11 @@
 
 Lost → reported     A loss of THRESHOLD_MS + GRACE_MS or more is reported for every instrument, except its
                     first GRACE_MS: a frame may wait that long in a socket before ingest stamps it.
-Reported → silent   A notice holds a silence of SILENCE_MS. It begins at most PROGRESS_MS before the last frame
-                    ahead of it, or earlier only where faults kept ingest from writing its progress.
-Reported = marked   A candle of minutes or hours carries `gap` exactly where a notice of its instrument overlaps
-                    [its start, its end), without tolerance. `partial` overrides it; day candles use the
-                    packet's own day fields.
+Reported → silent   A notice holds a silence of SILENCE_MS. It begins at most PROGRESS_MS before the last
+                    frame ahead of it, or earlier only where faults kept ingest from writing its progress.
+Reported = marked   A candle of minutes or hours carries `gap` exactly where a notice of its instrument
+                    overlaps [its start, its end), without tolerance. `partial` overrides it; day candles
+                    use the packet's own day fields.
 
 Shares only the calendar with the pipeline. The stage has one feed.
 """
