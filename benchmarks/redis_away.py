@@ -138,7 +138,9 @@ def outage(seconds_away: float = 60.0, ticks_per_second: int = 10_000, **overrid
                 time.sleep(BEFORE_SECONDS)
             gone_at = time.monotonic()
             while time.monotonic() < gone_at + seconds_away:
-                spool_bytes = max(spool_bytes, sum(each.stat().st_size for each in spool.rglob("*.spool")))
+                spool_bytes = max(
+                    spool_bytes, sum(each.stat().st_size for each in spool.rglob("frames.sqlite*"))
+                )
                 ingest_bytes = max(ingest_bytes, _memory(ingest))
                 time.sleep(0.2)
             stack.enter_context(_server(folder, port))

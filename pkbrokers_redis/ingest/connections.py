@@ -1,26 +1,28 @@
-"""The Kite session as the sockets use it: the newest one at each connect, another one after a 403.
+"""The websockets of an ingest worker: one connection and one thread per feed, and what is known of each.
 
-open    at the start: there is a session, or an operator is told what to do
-url     P:auth as it is now, else the last session that we had: Redis may be away
-renew   after a 403: one worker logs in, the others wait (`kite/session.py`); whatever fails is one log
-        line, and the socket looks for a session of others, slowly
+    FeedSession      an api key's Kite session, shared by its sockets
+    FeedLiveness     until when a feed was received without a hole, and the outages that are over
+    FeedConnection   a feed being read: socket, thread, liveness
+    Connections      opens, changes and closes them; frames go into the frame buffer
 
-The sockets of an ingest worker: one connection and one thread for each feed it reads, started and stopped
-as feeds come and go, changed as instruments do.
+A session is the newest one at each connect. After a 403 one worker of all logs in while the others wait
+(`kite.session`); a failure is one log line, and the socket looks for a session of another process, slowly.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import redis
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.errors import LoginNeeded, PkbError
+from pkbrokers_redis.ingest.buffer import FrameBuffer
 from pkbrokers_redis.ingest.feeds import Feed
-from pkbrokers_redis.ingest.liveness import FeedLife
 from pkbrokers_redis.kite.rest import KITE_WS_URL, address_of, url_for
 from pkbrokers_redis.kite.session import SessionManager
 from pkbrokers_redis.kite.websocket import Invalid, ServerError, TextEvent, ZerodhaWebSocketClient
@@ -29,78 +31,78 @@ from pkbrokers_redis.store.auth import Session, load_session
 
 log = logs.get("ingest")
 
+MUTE_MS_MIN = 5_000  # heartbeats alone for less are no silence
+USUAL_SILENCES = 4  # … nor for less than so many of the feed's usual silences
+USUAL_HALF_LIFE_MS = 60_000
+USUAL_MS_MAX = 600_000  # longer silences are nights and outages, not the feed's rhythm
+OUTAGES_MAX = 1_000  # of a feed, not yet reported; then the last ones are united
+STOP_SECONDS_MAX = 1.0  # a socket ends within half of it; one that waits for a full buffer is left behind
+TICKS_BYTES_MIN = 12  # the shortest frame with a packet: count, length, 8 bytes
+MUTE_CHECK_SECONDS = 1.0  # how often a socket without ticks asks whether it is mute
+
 
 class FeedSession:
-    """One api key's session, shared by its sockets (three at most). Methods may be called by any thread."""
+    """One api key's session, shared by its sockets (three at most). Any thread may call it."""
 
     def __init__(
         self,
         settings: Settings,
         connect: Callable[[], redis.Redis],
         *,
-        keeper: SessionManager | None = None,
+        manager: SessionManager | None = None,
     ) -> None:
+        """Prepare; `connect` returns a client of the store that gives up soon."""
         self._settings = settings
         self._connect = connect
         self._client: redis.Redis | None = None
         self._lock = threading.Lock()  # over _client
-        self._keeper = keeper or SessionManager(settings, connect)
-        self._told = ""  # the last complaint, told once
-        self.session: Session | None = None  # None: a local server that asks for none
+        self._manager = manager or SessionManager(settings, connect)
+        self._last_error = ""  # logged once
+        self.session: Session | None = None  # None: a local server that needs none
 
     @property
     def address(self) -> str:
-        """Where the sockets connect to, for logs."""
+        """Where the sockets connect to, without secrets, for logs."""
         return address_of(url_for(self._settings, self.session))
 
     def open(self, stop: threading.Event) -> None:
-        """Get a session. Raises PkbError where there is none and Kite wants one."""
+        """Get a session. Raises PkbError where there is none and Kite needs one."""
         try:
-            self.session = self._keeper.current(stop)
+            self.session = self._manager.current(stop)
         except LoginNeeded:
             if self._settings.kite_ws_url.rstrip("/") == KITE_WS_URL:
                 raise
 
     def newest(self) -> Session | None:
-        """The session for the next connect. Never raises, never logs in."""
-        shared = self._shared()
-        if shared is not None:
+        """Return the session for the next connect: that in Redis, else the last one. Never logs in."""
+        with self._lock:
+            try:
+                self._client = self._client or self._connect()
+                shared = load_session(self._client, self._settings.keys)
+            except (redis.RedisError, PkbError):
+                self._client = shared = None
+        api_key = self._settings.kite_api_key
+        if shared is not None and (shared.kind == "enctoken" or not api_key or shared.api_key == api_key):
             self.session = shared
         return self.session
 
     def renew(self, failed: Session | None, stop: threading.Event) -> None:
-        """`failed` was refused: have another one made, or say once why there is none."""
+        """Replace a session that Kite refused, or log once why that is impossible."""
         try:
-            if failed is None:
-                self.session = self._keeper.current(stop)
-            else:
-                self.session = self._keeper.renew(failed, stop)
-            self._told = ""
+            self.session = self._manager.renew(failed, stop) if failed else self._manager.current(stop)
+            self._last_error = ""
         except PkbError as error:
-            if not stop.is_set() and str(error) != self._told:
-                self._told = str(error)
-                log.error("no_session", why=error.message, hint=error.hint)
+            if not stop.is_set() and str(error) != self._last_error:
+                self._last_error = str(error)
+                log.error("session_missing", reason=error.message, hint=error.hint)
 
     def for_socket(self) -> SocketSession:
-        """What one socket needs."""
+        """Return what one socket needs."""
         return SocketSession(self, self._settings)
-
-    def _shared(self) -> Session | None:
-        """P:auth, where it is of our api key; None also while Redis is away."""
-        with self._lock:
-            try:
-                self._client = self._client or self._connect()
-                session = load_session(self._client, self._settings.keys)
-            except (redis.RedisError, PkbError):
-                self._client = None
-                return None
-        ours = self._settings.kite_api_key
-        fits = session is None or session.kind == "enctoken" or not ours or session.api_key == ours
-        return session if fits else None
 
 
 class SocketSession:
-    """The session of one socket: remembers with which it connected, as that is the one a 403 is about."""
+    """The session of one socket. It remembers which one it used: a 403 is about that one."""
 
     def __init__(self, shared: FeedSession, settings: Settings) -> None:
         self._shared = shared
@@ -108,26 +110,96 @@ class SocketSession:
         self._used: Session | None = None
 
     def url(self) -> str:
-        """For the next connect. It holds the session: a secret."""
+        """Return the URL for the next connect. It holds the session: a secret."""
         self._used = self._shared.newest()
         return url_for(self._settings, self._used)
 
     def on_forbidden(self, stop: threading.Event) -> None:
-        """Kite answered 403 to the last `url`."""
+        """Renew the session: Kite answered 403 to the last `url`."""
         self._shared.renew(self._used, stop)
 
 
-STOP_SECONDS_MAX = 1.0  # a socket ends within half of it; one stuck in a full inbox is left to itself
-TICKS_BYTES_MIN = 12  # the shortest frame that holds a packet: count, length, 8 bytes
-VERDICT_SECONDS = 1.0  # how often a socket without ticks asks whether it is mute
+class Outage(NamedTuple):
+    """Nothing was received of a feed in [from_ms, to_ms), market time."""
+
+    from_ms: int
+    to_ms: int
+
+
+class FeedLiveness:
+    """When one feed was received, and its outages. Its connection's thread writes, others read.
+
+        last sign of life ─┐                     ┌─ first tick frame after it
+        ───●───●───●───●───[      outage         )●───●───
+
+    A sign of life is any frame, heartbeats too. Where ticks have been missing for far longer than usual, the
+    last tick counts: heartbeats prove a connection, not a subscription. A frame that could not be kept
+    (memory and disk full) counts as not received. All times are market time, epoch ms.
+    """
+
+    def __init__(self, received_to_ms: float | None = None) -> None:
+        """Begin; `received_to_ms` is what the feed's last reader recorded, None if there was none."""
+        self._down_ms = received_to_ms  # since when an outage lasts, None if none does
+        self._frame_ms = 0.0  # the last frame, 0 before any
+        self._outages: deque[Outage] = deque()
+        self.ticked_ms = 0.0  # the last tick frame, 0 before any
+        self.usual_ms = 0.0  # the longest recent silence between tick frames
+
+    def note_tick(self, at_ms: float, is_kept: bool = True) -> None:
+        """Record a frame with ticks; `is_kept` says that it will reach Redis."""
+        if not is_kept:
+            self.note_loss()
+            return
+        if self._down_ms is not None:
+            outage = Outage(int(self._down_ms), int(at_ms))
+            if len(self._outages) >= OUTAGES_MAX:
+                outage = Outage(self._outages.pop().from_ms, outage.to_ms)
+            self._outages.append(outage)
+            self._down_ms = None
+        elif self.ticked_ms:
+            silence_ms = at_ms - self.ticked_ms
+            if 0 <= silence_ms < USUAL_MS_MAX:
+                self.usual_ms = max(silence_ms, self.usual_ms * 0.5 ** (silence_ms / USUAL_HALF_LIFE_MS))
+        self._frame_ms = self.ticked_ms = at_ms
+
+    def note_heartbeat(self, at_ms: float) -> None:
+        """Record a heartbeat."""
+        if self._down_ms is None:
+            self._frame_ms = at_ms
+
+    def note_loss(self) -> None:
+        """Record a lost connection or frame: an outage begins, unless one lasts already."""
+        if self._down_ms is None and self._frame_ms:
+            self._down_ms = self.received_to_ms
+
+    @property
+    def received_to_ms(self) -> float:
+        """Until when the feed was received without a hole; 0 before any frame."""
+        if self._down_ms is not None:
+            return self._down_ms
+        return self.ticked_ms if self._frame_ms - self.ticked_ms > self.mute_ms else self._frame_ms
+
+    @property
+    def mute_ms(self) -> float:
+        """A silence of ticks that is longer than this is unusual."""
+        return max(MUTE_MS_MIN, USUAL_SILENCES * self.usual_ms)
+
+    @property
+    def first_outage(self) -> Outage | None:
+        """The oldest outage that is over and not yet reported."""
+        return self._outages[0] if self._outages else None
+
+    def drop_outage(self) -> None:
+        """Forget the first outage: it is reported."""
+        self._outages.popleft()
 
 
 @dataclass(eq=False)
-class Reading:
-    """A feed being read. `life` knows when it was heard, `is_mute` is the doctor's word to its socket."""
+class FeedConnection:
+    """A feed being read. `is_mute` is set by the watchdog and makes the socket reconnect."""
 
     feed: Feed
-    life: FeedLife
+    liveness: FeedLiveness
     connected_ms: float = 0.0  # market time
     is_mute: bool = False
     stop: threading.Event = field(default_factory=threading.Event)
@@ -135,126 +207,125 @@ class Reading:
     thread: threading.Thread = field(init=False)
 
 
-class Readers:
-    """`read` starts a feed, `change` gives it other instruments, `drop` stops it.
+class Connections:
+    """The connections of one worker. `open`, `change` and `close` in the leases' thread, the rest in any.
 
-    `sessions` are those of each api key; `on_frame(frame, at_ms)` is called in the readers' threads and says
-    whether the frame was kept; what a socket raises is handed to `on_failure`. `now_ms` is market time.
+    Each connection's thread (`feed-<n>`) runs its socket and puts frames into the buffer.
     """
 
     def __init__(
         self,
         sessions: Sequence[FeedSession],
         mode: str,
+        buffer: FrameBuffer,
         *,
         now_ms: Callable[[], float],
-        on_frame: Callable[[bytes, int], bool],
         on_failure: Callable[[BaseException], None],
     ) -> None:
+        """Prepare.
+
+        Args:
+            sessions: one per api key, by its number.
+            mode: Kite's mode: `ltp`, `quote` or `full`.
+            buffer: takes the frames.
+            now_ms: market time, which stamps frames.
+            on_failure: is called with what a connection's thread raises.
+        """
         self._sessions = sessions
         self._mode = mode
+        self._buffer = buffer
         self._now_ms = now_ms
-        self._on_frame = on_frame
         self._on_failure = on_failure
-        self._lock = threading.Lock()  # over _reading and _past
-        self._reading: dict[int, Reading] = {}
-        self._past: dict[str, int] = {}  # the counters of sockets that ended
+        self._lock = threading.Lock()  # over the next two
+        self._connections: dict[int, FeedConnection] = {}
+        self._closed_totals: Counter[str] = Counter()  # the counters of sockets that ended
         self._once = logs.Once()
 
-    def read(self, feed: Feed, life: FeedLife) -> None:
+    def open(self, feed: Feed, liveness: FeedLiveness) -> None:
         """Start to read a feed."""
         session = self._sessions[feed.session].for_socket()
-        reading = Reading(feed, life)
-        reading.socket = ZerodhaWebSocketClient(
+        connection = FeedConnection(feed, liveness)
+        connection.socket = ZerodhaWebSocketClient(
             session.url,
             feed.tokens,
             self._mode,
-            on_frame=lambda frame, at_ms: self._take(reading, frame, at_ms),
-            on_text=self._take_text,
-            on_heartbeat=life.heartbeat,
-            on_state=lambda state: self._enter(reading, state),
+            on_frame=lambda frame, at_ms: self._receive(connection, frame, at_ms),
+            on_text=self._log_text,
+            on_heartbeat=liveness.note_heartbeat,
+            on_state=lambda state: self._enter(connection, state),
             on_forbidden=session.on_forbidden,
-            expects_ticks=lambda _: reading.is_mute,
-            tickless_seconds=VERDICT_SECONDS,
+            expects_ticks=lambda _: connection.is_mute,
+            tickless_seconds=MUTE_CHECK_SECONDS,
             now_ms=self._now_ms,
         )
         name = f"feed-{feed.number}"
-        reading.thread = threading.Thread(target=self._run, args=(reading,), name=name, daemon=True)
+        connection.thread = threading.Thread(target=self._run, args=(connection,), name=name, daemon=True)
         with self._lock:
-            self._reading[feed.number] = reading
-        reading.thread.start()
+            self._connections[feed.number] = connection
+        connection.thread.start()
 
     def change(self, feed: Feed) -> None:
-        """The feed has other instruments now: subscribe and unsubscribe on its connection."""
-        reading = self.of(feed.number)
-        if reading is None:
+        """Subscribe and unsubscribe on a feed's connection: it has other instruments now."""
+        with self._lock:
+            connection = self._connections.get(feed.number)
+        if connection is None:
             return
-        before, after = set(reading.feed.tokens), set(feed.tokens)
-        reading.feed = feed
-        reading.socket.unsubscribe(before - after)  # first, for there are at most 3,000
-        reading.socket.subscribe(after - before)
+        before, after = set(connection.feed.tokens), set(feed.tokens)
+        connection.feed = feed
+        connection.socket.unsubscribe(before - after)  # first: a connection takes at most 3,000
+        connection.socket.subscribe(after - before)
         log.info("feed_changed", feed=feed.number, added=len(after - before), removed=len(before - after))
 
-    def drop(self, numbers: Collection[int]) -> list[Reading]:
-        """Stop to read feeds; returns them when their connections are closed, as a rule."""
+    def close(self, numbers: Collection[int]) -> list[FeedConnection]:
+        """Stop to read feeds; return their connections, which are closed as a rule."""
         with self._lock:
-            readings = [self._reading.pop(number) for number in numbers if number in self._reading]
-        for reading in readings:
-            reading.stop.set()
-        for reading in readings:
-            reading.thread.join(STOP_SECONDS_MAX)
+            connections = [self._connections.pop(n) for n in numbers if n in self._connections]
+        for connection in connections:
+            connection.stop.set()
+        for connection in connections:
+            connection.thread.join(STOP_SECONDS_MAX)
         with self._lock:
-            for reading in readings:
-                _add(self._past, reading.socket.stats.as_dict())
-        return readings
+            for connection in connections:
+                self._closed_totals.update(connection.socket.stats.as_dict())
+        return connections
 
-    def all(self) -> list[Reading]:
-        """The feeds being read."""
+    def all(self) -> list[FeedConnection]:
+        """Return the connections of the feeds being read."""
         with self._lock:
-            return list(self._reading.values())
-
-    def of(self, number: int) -> Reading | None:
-        """One of them."""
-        with self._lock:
-            return self._reading.get(number)
+            return list(self._connections.values())
 
     def figures(self) -> dict[str, int]:
-        """The sockets' counters added up (`socket_…`), and how many are `connected` now."""
+        """Return the sockets' counters added up (`socket_…`), and how many are `connected` now."""
         with self._lock:
-            sockets = [reading.socket for reading in self._reading.values()]
-            totals = dict(self._past)
+            totals = self._closed_totals.copy()
+        sockets = [connection.socket for connection in self.all()]
         for socket in sockets:
-            _add(totals, socket.stats.as_dict())
+            totals.update(socket.stats.as_dict())
         figures = {f"socket_{name}": value for name, value in totals.items()}
         return {**figures, "connected": sum(socket.state == "connected" for socket in sockets)}
 
-    # --- in the readers' threads ---------------------------------------------------------------------
+    # -- connections' threads ----------------------------------------------------------------------------
 
-    def _run(self, reading: Reading) -> None:
+    def _run(self, connection: FeedConnection) -> None:
         try:
-            reading.socket.run(reading.stop)
+            connection.socket.run(connection.stop)
         except BaseException as error:
             self._on_failure(error)
 
-    def _take(self, reading: Reading, frame: bytes, at_ms: int) -> None:
-        is_kept = self._on_frame(frame, at_ms)
+    def _receive(self, connection: FeedConnection, frame: bytes, at_ms: int) -> None:
+        is_kept = self._buffer.put(frame, at_ms)
         if len(frame) >= TICKS_BYTES_MIN:
-            reading.life.tick(at_ms, is_kept)
+            connection.liveness.note_tick(at_ms, is_kept)
 
-    def _enter(self, reading: Reading, state: str) -> None:
-        reading.is_mute = False
+    def _enter(self, connection: FeedConnection, state: str) -> None:
+        connection.is_mute = False
         if state == "connected":
-            reading.connected_ms = self._now_ms()
+            connection.connected_ms = self._now_ms()
         else:
-            reading.life.lost()
+            connection.liveness.note_loss()
 
-    def _take_text(self, event: TextEvent) -> None:
-        """Kite's words: what it complains of is logged once. Orders and greetings are not ours."""
+    def _log_text(self, event: TextEvent) -> None:
+        """Log what Kite complains of, once. Orders and greetings do not concern ingest."""
         kind = type(event).__name__
         if isinstance(event, ServerError | Invalid) and self._once.first((kind, str(event)[:80])):
-            log.warning("kite_says", kind=kind, text=str(event)[:200])
-
-
-def _add(totals: dict[str, int], more: dict[str, int]) -> None:
-    for name, value in more.items():
-        totals[name] = totals.get(name, 0) + value
+            log.warning("kite_error", kind=kind, text=str(event)[:200])

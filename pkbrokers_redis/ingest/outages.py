@@ -1,20 +1,21 @@
-"""Outages: told to the aggregators, mended by jobs, and remembered so that none is lost with a process.
+"""Report outages to the aggregators, ask for their repair, and remember them beyond the life of a process.
 
-    P:feed_progress          hash   feed → until when what it said is in Redis, written every second
-    P:{S}:repairs    a notice for each outage that is over (`store/repairs.py`)
-    P:job_outbox    its backfill, and the warm start of instruments never seen
+    P:{S}:repairs     a notice for each outage that is over (`store.repairs`)
+    job outbox        its backfill, and the warm start of instruments never seen (`job_outbox`)
+    P:feed_progress   feed → until when its frames are in Redis, written every second
 
-The order makes it safe: first the notice, then its job, then `P:feed_progress`. If the process dies between
-these writes, `P:feed_progress` is older than the truth. The next reader reports a longer outage: safe.
+The order makes it safe: first the notice, then its job, then the progress. If the process dies in between,
+the feed's progress is older than the truth. The next reader then reports a longer outage, which marks nothing
+twice.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Collection, Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple
 from zoneinfo import ZoneInfo
 
 import redis
@@ -23,197 +24,247 @@ from redis.exceptions import ResponseError
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles.calendar import MARKET_TIMEZONE, TIME_MS_MAX, Sessions
 from pkbrokers_redis.errors import PkbError
-from pkbrokers_redis.ingest.connections import Reading
+from pkbrokers_redis.ingest.buffer import FrameBuffer
+from pkbrokers_redis.ingest.connections import Connections, FeedConnection, FeedLiveness, Outage
 from pkbrokers_redis.ingest.feeds import Feed
-from pkbrokers_redis.ingest.job_outbox import WantedJobs
-from pkbrokers_redis.ingest.liveness import FeedLife, Outage, notices
+from pkbrokers_redis.ingest.job_outbox import JobOutbox
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.repairs import send_gap
 
 log = logs.get("ingest")
 
-EVERY_SECONDS = 1.0
-JOINED_MS = 5_000  # an instrument that a new cut brings ticks within so long, whoever reads it
-STRAYS_MAX = 1_000  # outages of single instruments not yet told; then the oldest are given up
+REPORT_SECONDS = 1.0
+# Kite sends a picture a second: an outage below two of them hides at most one, whose volume and day's
+# extremes the next one carries.
+GAP_MS_MIN = 2_000
+GAP_MS_MAX = 7 * 86_400_000  # older rows have left the lists of all but the day's candles
+ADDED_MS = 5_000  # an added instrument ticks within so long, whichever worker reads it
+PENDING_MAX = 1_000  # outages of instruments that wait to be reported; then the oldest is dropped
 READ_AT_ONCE = 1_000
 MARKET_ZONE = ZoneInfo(MARKET_TIMEZONE)
 
-Stray = tuple[str, tuple[int, ...], Outage]  # why, instruments
+
+class Notice(NamedTuple):
+    """Instruments of which nothing was received in [from_ms, to_ms), which begins and ends in session
+    hours."""
+
+    tokens: tuple[int, ...]
+    from_ms: int
+    to_ms: int
+
+
+def notices(
+    calendar: Sessions, schedule_of: Callable[[int], int], tokens: Iterable[int], outage: Outage
+) -> list[Notice]:
+    """Return the session hours of an outage: one notice for all instruments of the same hours.
+
+    A night, a holiday, or less than GAP_MS_MIN of open market gives none.
+    """
+    by_schedule: dict[int, list[int]] = defaultdict(list)
+    for token in tokens:
+        by_schedule[schedule_of(token)].append(token)
+    by_span: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for schedule, members in by_schedule.items():
+        span = open_span(calendar, schedule, outage)
+        if span is not None:
+            by_span[span] += members
+    return [Notice(tuple(sorted(members)), *span) for span, members in sorted(by_span.items())]
+
+
+def open_span(calendar: Sessions, schedule: int, outage: Outage) -> tuple[int, int] | None:
+    """Return the outage without the closed hours at its ends; None where too little is left."""
+    day_ms = from_ms = max(outage.from_ms, outage.to_ms - GAP_MS_MAX)
+    windows: list[tuple[int, int]] = []
+    while day_ms < outage.to_ms:
+        day = calendar.day(schedule, day_ms)
+        windows += [(max(opened, from_ms), min(closed, outage.to_ms)) for opened, closed in day.windows]
+        day_ms = day.day_end_ms
+    windows = [(begin, end) for begin, end in windows if begin < end]
+    if sum(end - begin for begin, end in windows) < GAP_MS_MIN:
+        return None
+    return windows[0][0], windows[-1][1]
 
 
 class Outages:
-    """`open_feed`, `close_feed`, `welcome` and `join` in the leases' thread, `add` in any, `run` in its own.
+    """The outages of one worker's feeds. Times are market time.
 
-    `jobs` None: nothing can be asked of Kite's history, outages are only marked. `feeds` says how many there
-    are; `unsent_ms`, when the oldest frame was received that is in memory only, None when there is none.
-    Times are market time.
+    Threads: `open_feed`, `close_feed`, `note_subscribed` and `note_added` in the leases' thread, `add` in
+    any, `run` in its own. At most PENDING_MAX outages of single instruments wait; dropped ones are counted.
     """
 
     def __init__(
         self,
         connect: Callable[[], redis.Redis],
         keys: Keys,
-        sessions: Sessions,
+        calendar: Sessions,
         schedule_of: Callable[[int], int],
+        connections: Connections,
+        buffer: FrameBuffer,
+        jobs: JobOutbox | None,
         *,
         now_ms: Callable[[], float],
-        readings: Callable[[], Sequence[Reading]],
-        feeds: Callable[[], int],
-        unsent_ms: Callable[[], int | None],
-        jobs: WantedJobs | None,
     ) -> None:
+        """Prepare; without `jobs` outages are only marked, as nothing can be asked of Kite's history."""
         self._connect = connect
         self._client: redis.Redis | None = None
         self._keys = keys
-        self._sessions = sessions
+        self._calendar = calendar
         self._schedule_of = schedule_of
-        self._now_ms = now_ms
-        self._readings = readings
-        self._feeds = feeds
-        self._unsent_ms = unsent_ms
+        self._connections = connections
+        self._buffer = buffer
         self._jobs = jobs
-        self._lock = threading.Lock()  # over telling: each outage once
-        self._strays: deque[Stray] = deque(maxlen=STRAYS_MAX)
+        self._now_ms = now_ms
+        self._report_lock = threading.Lock()  # each outage is reported once
+        self._pending: deque[tuple[str, tuple[int, ...], Outage]] = deque()  # reason, instruments, span
+        self._pending_lock = threading.Lock()
         self._once = logs.Once()
-        self.counts = dict.fromkeys(("outages", "gap_notices", "new_instruments"), 0)
+        self.feeds: list[Feed] = []  # all feeds, also those of other workers; set by the leases' thread
+        self.counts = dict.fromkeys(("outages", "outages_dropped", "gap_notices", "new_instruments"), 0)
 
-    # --- the leases' thread --------------------------------------------------------------------------
+    # -- the leases' thread; all raise what redis-py raises ------------------------------------------------
 
-    def open_feed(self, client: redis.Redis, feed: Feed) -> FeedLife:
-        """What is known of a feed that is about to be read; instruments never seen are warmed.
-
-        Raises what redis-py raises.
-        """
-        seen = self.welcome(client, feed.tokens)
-        found: Any = None
+    def open_feed(self, client: redis.Redis, feed: Feed) -> FeedLiveness:
+        """Return what is known of a feed that is about to be read; warm instruments never seen."""
+        seen = self.note_subscribed(client, feed.tokens)
+        progress: Any = None
         try:
-            found = client.hget(self._keys.feed_progress(), str(feed.number))
+            progress = client.hget(self._keys.feed_progress(), str(feed.number))
         except ResponseError as error:
             if "WRONGTYPE" not in str(error):
                 raise
-        heard_ms = _time_of(found) or max(seen.values(), default=None)
-        return FeedLife(heard_ms)
+        return FeedLiveness(_parse_progress(progress) or max(seen.values(), default=None))
 
-    def join(self, client: redis.Redis, tokens: Collection[int]) -> None:
-        """A new cut of ours has these instruments, the one before had not. Raises what redis-py raises.
+    def close_feed(self, client: redis.Redis, connection: FeedConnection) -> None:
+        """Report the last outages and the progress of a feed that this worker is about to release."""
+        with self._report_lock:
+            self._report(client, connection)
+            self._save_progress(client, [connection])
 
-        Who was streamed before, and then was not, has had an outage of its own.
-        """
-        now_ms = int(self._now_ms()) + JOINED_MS
+    def note_added(self, client: redis.Redis, tokens: Collection[int]) -> None:
+        """Report the outage of instruments that are added: those seen earlier were not streamed meanwhile."""
+        now_ms = int(self._now_ms()) + ADDED_MS
         for token, seen_ms in self._last_seen(client, tokens).items():
             self.add("not streamed", (token,), Outage(int(seen_ms), now_ms))
 
-    def close_feed(self, client: redis.Redis, reading: Reading) -> None:
-        """A feed that we read no more, and that is still ours: tell and note the last. Raises as above."""
-        with self._lock:
-            self._tell(client, reading)
-            self._note(client, [reading])
-
-    def welcome(self, client: redis.Redis, tokens: Collection[int]) -> dict[int, float]:
-        """When instruments that we begin to read were last seen, by their quotes; the others are warmed.
-
-        Raises what redis-py raises.
-        """
+    def note_subscribed(self, client: redis.Redis, tokens: Collection[int]) -> dict[int, float]:
+        """Return when instruments were last seen, by their quotes; ask for a warm start of the others."""
         seen = self._last_seen(client, tokens)
-        fresh = sorted(set(tokens) - seen.keys())
-        if fresh:
+        if fresh := sorted(set(tokens) - seen.keys()):
             self.counts["new_instruments"] += len(fresh)
-            log.info("new_instruments", instruments=len(fresh), warmed=self._jobs is not None)
+            log.info("instruments_added", instruments=len(fresh), warm_start=self._jobs is not None)
             if self._jobs is not None:
-                # The day makes it another request than yesterday's, which RQ still remembers.
+                # The date makes it another job than yesterday's, which RQ still remembers.
                 day = datetime.fromtimestamp(self._now_ms() / 1000, MARKET_ZONE).date()
-                self._jobs.want(client, "warm_start", {"tokens": fresh, "why": f"warm {day}"})
+                self._jobs.add(client, "warm_start", {"tokens": fresh, "why": f"warm {day}"})
         return seen
 
     def _last_seen(self, client: redis.Redis, tokens: Collection[int]) -> dict[int, float]:
         seen: dict[int, float] = {}
         ordered = sorted(tokens)
         for first in range(0, len(ordered), READ_AT_ONCE):
-            some = ordered[first : first + READ_AT_ONCE]
+            chunk = ordered[first : first + READ_AT_ONCE]
             pipeline = client.pipeline(transaction=False)
-            for token in some:
+            for token in chunk:
                 pipeline.hget(self._keys.quote(token), "received_at")
-            for token, found in zip(some, pipeline.execute(raise_on_error=False), strict=True):
-                if isinstance(found, Exception) and "WRONGTYPE" not in str(found):
-                    raise found
-                if found is not None:
-                    seen[token] = _moment_of(found) if isinstance(found, bytes) else 0.0
-        # A quote without a readable time was seen, we know not when: as if just now.
-        return {token: at_ms or self._now_ms() for token, at_ms in seen.items()}
+            for token, reply in zip(chunk, pipeline.execute(raise_on_error=False), strict=True):
+                if isinstance(reply, Exception) and "WRONGTYPE" not in str(reply):
+                    raise reply
+                if reply is not None:  # a quote without a readable time counts as seen just now
+                    moment_ms = _parse_moment(reply) if isinstance(reply, bytes) else 0.0
+                    seen[token] = moment_ms or self._now_ms()
+        return seen
 
-    # --- any thread ----------------------------------------------------------------------------------
+    # -- any thread --------------------------------------------------------------------------------------
 
-    def add(self, why: str, tokens: tuple[int, ...], outage: Outage) -> None:
-        """An outage of single instruments, while their feed was well."""
-        self._strays.append((why, tokens, outage))
+    def add(self, reason: str, tokens: tuple[int, ...], outage: Outage) -> None:
+        """Let an outage of single instruments be reported, while their feed was well."""
+        with self._pending_lock:
+            if len(self._pending) >= PENDING_MAX:
+                self._pending.popleft()
+                self.counts["outages_dropped"] += 1
+            self._pending.append((reason, tokens, outage))
 
     def run(self, stop: threading.Event) -> None:
-        """`look` every second."""
-        while not stop.wait(EVERY_SECONDS):
-            self.look()
+        """Report every second until `stop` is set."""
+        while not stop.wait(REPORT_SECONDS):
+            self.report()
 
-    def look(self) -> None:
-        """Tell what is over, note who was heard. While Redis is away everything waits."""
-        with self._lock:
+    def report(self) -> None:
+        """Report what is over, and save the feeds' progress. While Redis is unavailable all of it waits."""
+        while self._buffer.lost_spans:
+            # Which instruments a damaged spool held is unknown: it may be another process's.
+            tokens = tuple(token for feed in self.feeds for token in feed.tokens)
+            self.add("spool damaged", tokens, Outage(*self._buffer.lost_spans.popleft()))
+        with self._report_lock:
             try:
                 client = self._client = self._client or self._connect()
-                readings = self._readings()
-                for reading in readings:
-                    self._tell(client, reading)
-                while self._strays:
-                    self._send(client, *self._strays[0])
-                    self._strays.popleft()
-                self._note(client, readings)
+                connections = self._connections.all()
+                for connection in connections:
+                    self._report(client, connection)
+                self._report_pending(client)
+                self._save_progress(client, connections)
             except (redis.RedisError, PkbError) as error:
                 self._client = None
                 if "WRONGTYPE" in str(error) and self._once.first(str(error)):
                     hint = f"look at {self._keys.feed_progress()} and {self._keys.repairs(0)}, …"
-                    log.error("outages_wait", why=str(error)[:200], hint=hint)
+                    log.error("outages_not_reported", reason=str(error)[:200], hint=hint)
 
-    def _tell(self, client: redis.Redis, reading: Reading) -> None:
-        life = reading.life
-        while outage := life.first_outage:
-            self._send(client, "not heard", reading.feed.tokens, outage)
-            life.settle()
+    def _report(self, client: redis.Redis, connection: FeedConnection) -> None:
+        while outage := connection.liveness.first_outage:
+            self._send(client, "no data", connection.feed.tokens, outage)
+            connection.liveness.drop_outage()
 
-    def _send(self, client: redis.Redis, why: str, tokens: tuple[int, ...], outage: Outage) -> None:
+    def _report_pending(self, client: redis.Redis) -> None:
+        while self._pending:
+            first = self._pending[0]
+            self._send(client, *first)
+            with self._pending_lock:
+                if self._pending and self._pending[0] is first:
+                    self._pending.popleft()
+                else:  # `add` dropped it while it was being sent
+                    self.counts["outages_dropped"] -= 1
+
+    def _send(self, client: redis.Redis, reason: str, tokens: tuple[int, ...], outage: Outage) -> None:
         self.counts["outages"] += 1
-        for notice in notices(self._sessions, self._schedule_of, tokens, outage):
+        for notice in notices(self._calendar, self._schedule_of, tokens, outage):
             span = {"from_ms": notice.from_ms, "to_ms": notice.to_ms}
-            self.counts["gap_notices"] += send_gap(client, self._keys, notice.tokens, **span, why=why)
+            self.counts["gap_notices"] += send_gap(client, self._keys, notice.tokens, **span, why=reason)
             if self._jobs is not None:
-                self._jobs.want(client, "repair_gap", {"tokens": list(notice.tokens), **span})
+                self._jobs.add(client, "repair_gap", {"tokens": list(notice.tokens), **span})
+            seconds = round((notice.to_ms - notice.from_ms) / 1000, 1)
             log.warning(
-                "outage", why=why, instruments=len(notice.tokens), **span, seconds=round(
-                    (notice.to_ms - notice.from_ms) / 1000, 1), backfill=self._jobs is not None,
+                "outage_reported", reason=reason, instruments=len(notice.tokens), **span, seconds=seconds,
+                backfill=self._jobs is not None,
             )  # fmt: skip
 
-    def _note(self, client: redis.Redis, readings: Sequence[Reading]) -> None:
-        unsent_ms = self._unsent_ms()
-        heard: dict[Any, Any] = {}
-        for reading in readings:
-            times = [reading.life.heard_ms]
-            times += [outage.from_ms for outage in [reading.life.first_outage] if outage is not None]
-            times += [unsent_ms] if unsent_ms is not None else []
+    def _save_progress(self, client: redis.Redis, connections: Sequence[FeedConnection]) -> None:
+        unsent_ms = self._buffer.oldest_ms
+        progress: dict[Any, Any] = {}
+        for connection in connections:
+            times = [connection.liveness.received_to_ms]
+            if (outage := connection.liveness.first_outage) is not None:
+                times.append(outage.from_ms)
+            if unsent_ms is not None:
+                times.append(unsent_ms)
             if min(times) > 0:
-                heard[reading.feed.number] = int(min(times))
-        if heard:
-            client.hset(self._keys.feed_progress(), mapping=heard)
-            # A number that is used again some day says nothing of the time between.
+                progress[connection.feed.number] = int(min(times))
+        if progress:
+            client.hset(self._keys.feed_progress(), mapping=progress)
+            # A number that is used again some day must not be taken for the same feed.
             numbers: Any = client.hkeys(self._keys.feed_progress())
-            if gone := [name for name in numbers if name.isdigit() and int(name[:9]) >= self._feeds()]:
-                client.hdel(self._keys.feed_progress(), *gone)
+            if stale := [n for n in numbers if n.isdigit() and int(n[:9]) >= len(self.feeds)]:
+                client.hdel(self._keys.feed_progress(), *stale)
 
 
-def _time_of(found: bytes | None) -> float | None:
-    """A field of `P:feed_progress`; None where there is none, or it is no time."""
-    text = (found or b"").decode(errors="replace")
+def _parse_progress(reply: bytes | None) -> float | None:
+    """Return a feed's progress (epoch ms); None where there is none, or it is no time."""
+    text = (reply or b"").decode(errors="replace")
     return float(text) if text.isascii() and text.isdigit() and 0 < int(text[:15]) < TIME_MS_MAX else None
 
 
-def _moment_of(found: bytes) -> float:
-    """An ISO time as epoch ms; 0 for anything else."""
+def _parse_moment(reply: bytes) -> float:
+    """Return an ISO time as epoch ms; 0 for anything else."""
     try:
-        return datetime.fromisoformat(found.decode()).timestamp() * 1000
+        return datetime.fromisoformat(reply.decode()).timestamp() * 1000
     except (ValueError, OverflowError):
         return 0.0

@@ -1,12 +1,7 @@
-"""Ingest: Kite's websockets → tick streams and quote hashes.
+"""The ingest worker: Kite's websockets → tick streams and quote hashes.
 
-    reader threads   one per connection: frames into the inbox, and when its feed was heard
-    writer (caller)  inbox → parse → one XADD per frame and shard, in one write; then a slice of quotes
-
-A frame stays in the inbox, in memory or on disk, until Redis has it. What a process that died could not
-send is sent by the next one, before its own.
-
-An ingest worker put together from settings: its session, its list, its queue of jobs.
+A frame stays in the frame buffer, in memory or on disk, until Redis has it. What a process that died could
+not send is sent by the next one, before its own frames.
 """
 
 from __future__ import annotations
@@ -22,22 +17,20 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import SettingsError
-from pkbrokers_redis.ingest.buffer import Inbox
-from pkbrokers_redis.ingest.connections import STOP_SECONDS_MAX, FeedSession, Readers
+from pkbrokers_redis.ingest.buffer import FrameBuffer
+from pkbrokers_redis.ingest.connections import STOP_SECONDS_MAX, Connections, FeedSession
 from pkbrokers_redis.ingest.feeds import (
     Feed,
+    FeedAssignments,
     FeedLeases,
     Instruments,
     InstrumentSource,
-    Roster,
     feed_figures,
     sessions_of,
 )
-from pkbrokers_redis.ingest.job_outbox import WantedJobs
-from pkbrokers_redis.ingest.liveness import Outage
+from pkbrokers_redis.ingest.job_outbox import JobOutbox
 from pkbrokers_redis.ingest.outages import Outages
-from pkbrokers_redis.ingest.spool import Spool
-from pkbrokers_redis.ingest.watchdog import FeedMonitor, TickActivity
+from pkbrokers_redis.ingest.watchdog import TickActivity, Watchdog
 from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.kite.quotes import INTERVAL_MS
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
@@ -49,71 +42,53 @@ from pkbrokers_redis.store.instrument_list import instrument_list, list_version
 from pkbrokers_redis.store.instruments import load_derivative_tokens
 from pkbrokers_redis.store.queue import open_queue
 
-__all__ = ["FrameWriter", "Inbox", "Ingest", "figures_of", "forward", "open_inbox", "pump", "run_ingest"]
-
 log = logs.get("ingest")
 
-FRAMES_A_ROUND = 64
+FRAMES_PER_WRITE = 64
 IDLE_SECONDS = 0.2
-QUOTES_PENDING_SECONDS = 0.005  # pause between slices while quotes wait and no frame comes
-SAVE_SECONDS = 3.0  # of trying, once told to stop; then what is left is on disk, whatever Redis does
-DRAIN_SECONDS_MAX = 5.0  # of sending what is left, once told to stop; the rest waits on disk
+QUOTES_WAIT_SECONDS = 0.005  # between slices of quotes while no frame arrives
+HEARTBEAT_SECONDS = 0.5
+DRAIN_SECONDS_MAX = 5.0  # of sending what is left after a stop; the rest waits on disk
+WRITER_SECONDS_MAX = 5.0  # for a reply of Redis; then frames are kept
 
 
 def wall_ms() -> float:
-    """The machine's clock, epoch ms: for writing, whatever the market's time is."""
+    """Return the machine's clock in epoch ms: for writing, whatever the market's time is."""
     return time.time() * 1000
 
 
-def open_inbox(settings: Settings, source: str) -> Inbox:
-    """The inbox of a source, with its spool, and with what dead processes left in theirs."""
-    root = settings.spool_dir or settings.data_dir / "spool"
-    inbox = Inbox(
-        source,
-        Spool(root, source),
-        spool_bytes_max=settings.spool_max_bytes,
-        bytes_max=settings.buffer_max_bytes,
-    )
-    inherited = Spool.of_the_dead(root)
-    if size := sum(spool.size_bytes for spool in inherited):
-        log.warning("spool_found", folder=str(root), size_bytes=size)
-    inbox.inherit(inherited)
-    return inbox
-
-
 def forward(
-    inbox: Inbox, writer: FrameWriter, now_ms: Callable[[], float], stop: threading.Event, wait_seconds: float
+    buffer: FrameBuffer, writer: FrameWriter, stop: threading.Event, wait_seconds: float
 ) -> int | None:
-    """One round: inbox → Redis. Returns the frames; None when told to stop and Redis does not take them."""
-    frames = inbox.peek(FRAMES_A_ROUND, wait_seconds)
-    if not writer.write(writer.parse(frames), int(now_ms()), stop):
+    """Write the oldest frames; return how many, or None when stopped and Redis does not take them."""
+    frames = buffer.peek(FRAMES_PER_WRITE, wait_seconds)
+    if not writer.write(writer.parse(frames), int(wall_ms()), stop):
         return None
-    inbox.acknowledge(frames)
+    buffer.acknowledge(frames)
     return len(frames)
 
 
-def pump(
-    inbox: Inbox,
-    writer: FrameWriter,
-    now_ms: Callable[[], float],
-    stop: threading.Event,
-    on_round: Callable[[], None] = lambda: None,
-) -> bool:
-    """`forward` until told to stop. Returns whether Redis took the last round."""
-    taken: int | None = 0
+def forward_all(buffer: FrameBuffer, writer: FrameWriter, stop: threading.Event) -> bool:
+    """Forward frames until `stop` is set. Returns whether Redis took the last ones."""
+    written: int | None = 0
     while not stop.is_set():
-        wait_seconds = QUOTES_PENDING_SECONDS if len(writer.quotes) else IDLE_SECONDS
-        taken = forward(inbox, writer, now_ms, stop, wait_seconds)
-        on_round()
-    return taken is not None
+        wait_seconds = QUOTES_WAIT_SECONDS if len(writer.quotes) else IDLE_SECONDS
+        written = forward(buffer, writer, stop, wait_seconds)
+    return written is not None
 
 
 class Ingest:
-    """One worker: it reads its share of the feeds (`assign.py`), and writes what they bring.
+    """One worker: it reads its share of the feeds and writes what they bring.
 
-    Beside the readers and the writer: the leases' thread, which also follows the instrument list
-    (`roster.py`); the feed monitor, which asks the feed doctor; outages (`outages.py`) and the jobs they ask
-    for.
+    thread       runs                                            waits for
+    feed-<n>     a socket of `connections`: frames → `buffer`    the socket; a full buffer (its bounds)
+    the caller   `buffer` → `writer` → Redis                     frames; Redis
+    spool        `buffer.run`: memory → disk                     the disk
+    feeds        `leases.run`, which calls `update_feeds`, `open_feed`, `close_feeds`    Redis
+    watchdog     `watchdog.run`: judge feeds, resubscribe or reconnect                   nothing
+    outages      `outages.run`: notices and progress             Redis
+    jobs         `jobs.run`: outbox → RQ                         RQ's Redis
+    heartbeat    what the caller of `run` gives                  Redis
     """
 
     def __init__(
@@ -128,196 +103,184 @@ class Ingest:
         connect_leases: Callable[[], redis.Redis] | None = None,
         list_source: InstrumentSource | None = None,
         sessions: Sequence[FeedSession] | None = None,
-        jobs: WantedJobs | None = None,
+        jobs: JobOutbox | None = None,
     ) -> None:
-        """`now_ms` is market time: it stamps frames. `connect_leases`: a client that gives up sooner than the
-        writer's. `list_source`: where the list comes from while we run; none: it stays. `sessions`: one an
-        api key. `jobs`: who has gaps repaired; none: they are only marked."""
+        """Put the parts together; nothing runs yet.
+
+        Args:
+            connect: returns a client of the store for the writer.
+            settings: of the worker.
+            instruments: `(token, symbol)` of each instrument to stream.
+            now_ms: market time, which stamps frames.
+            source: the id under which frames are numbered; unset: one of this process.
+            worker_id: the id in heartbeats and leases; unset: the source.
+            connect_leases: returns a client that gives up sooner than the writer's.
+            list_source: where the list comes from while the worker runs; unset: it stays.
+            sessions: one per api key.
+            jobs: requests repairs; unset: outages are only marked.
+        """
         connect_leases = connect_leases or connect
-        self._now_ms = now_ms
-        self._keys = settings.keys
-        self._failures: list[BaseException] = []
-        self._stop = threading.Event()
-        self.sessions = sessions or [FeedSession(each, connect_leases) for each in sessions_of(settings)]
-        self.roster = Roster(settings.keys, instruments, len(self.sessions), list_source)
+        keys = settings.keys
+        self._keys = keys
         self._calendar = load_sessions(settings.sessions, settings.timezone, settings.calendar)
-        self._with_derivatives: frozenset[int] = frozenset()
-        self._named = self.roster.symbols  # the names that the writer knows
-        self._applied: list[Feed] = []  # the feeds that everything here knows of
+        self._derivative_tokens: frozenset[int] = frozenset()
+        self._stop = threading.Event()
+        self._failures: list[BaseException] = []
+        self.sessions = sessions or [FeedSession(each, connect_leases) for each in sessions_of(settings)]
+        self.assignments = FeedAssignments(keys, instruments, len(self.sessions), list_source)
+        self._known_symbols = self.assignments.symbols  # the names that the writer knows
+        self._known_feeds: list[Feed] = []  # the feeds that all parts know
         self.activity = TickActivity(self._schedule_of)
-        self.activity.follow(self.roster.feeds)
+        self.activity.follow(self.feeds)
         self.writer = FrameWriter(
-            connect,
-            settings,
-            self.roster.symbols,
-            source=source,
-            only_known=True,
-            on_ticks=self.activity.note,
+            connect, settings, self._known_symbols, source=source, only_known=True, activity=self.activity
         )
-        self.inbox = open_inbox(settings, self.writer.source)
-        self.readers = Readers(
-            self.sessions, settings.kite_mode, now_ms=now_ms, on_frame=self.inbox.put, on_failure=self._fail
+        self.buffer = FrameBuffer.open(settings, self.writer.source)
+        self.connections = Connections(
+            self.sessions, settings.kite_mode, self.buffer, now_ms=now_ms, on_failure=self._fail
         )
         self.jobs = jobs
         self.outages = Outages(
-            connect_leases,
-            settings.keys,
-            self._calendar,
-            self._schedule_of,
+            connect_leases, keys, self._calendar, self._schedule_of, self.connections, self.buffer, jobs,
             now_ms=now_ms,
-            readings=self.readers.all,
-            feeds=lambda: len(self.roster.feeds),
-            unsent_ms=lambda: self.inbox.oldest_ms,
-            jobs=jobs,
+        )  # fmt: skip
+        self.outages.feeds = self.feeds
+        speed = float(getattr(now_ms, "speed", 1.0))
+        self.watchdog = Watchdog(
+            self._calendar, self.activity, self.connections, self.outages, now_ms=now_ms, speed=speed
         )
-        # Whose instruments a damaged spool held is not known: it may be another process's.
-        self.inbox.on_loss = lambda from_ms, to_ms: self.outages.add(
-            "spool damaged",
-            tuple(token for feed in self.roster.feeds for token in feed.tokens),
-            Outage(from_ms, to_ms),
-        )
-        self.monitor = FeedMonitor(
-            self._calendar,
-            self.activity,
-            now_ms=now_ms,
-            speed=float(getattr(now_ms, "speed", 1.0)),
-            readings=self.readers.all,
-            on_silence_over=lambda tokens, outage: self.outages.add("silent", tokens, outage),
-        )
-        self.leases = FeedLeases(
-            connect_leases,
-            settings.keys,
-            worker_id or self.writer.source,
-            settings.lease_seconds,
-            count=self._count_feeds,
-            now_ms=wall_ms,
-            on_take=self._take,
-            on_drop=self._drop,
-        )
+        name = worker_id or self.writer.source
+        self.leases = FeedLeases(connect_leases, keys, name, settings.lease_seconds, self, now_ms=wall_ms)
 
     @property
     def feeds(self) -> list[Feed]:
-        """All feeds, whoever reads them."""
-        return self.roster.feeds
+        """All feeds, whichever workers read them."""
+        return self.assignments.feeds
 
     def _schedule_of(self, token: int) -> int:
-        return self._calendar.schedule_of(token, token in self._with_derivatives)
+        return self._calendar.schedule_of(token, token in self._derivative_tokens)
 
-    # -- in the leases' thread -------------------------------------------------------------------
+    # -- the leases' thread ------------------------------------------------------------------------------
 
-    def _count_feeds(self, client: redis.Redis, others: Collection[str]) -> int:
-        """Bring list and feeds up to date, and what hangs on them; how many feeds there are."""
-        self.roster.look(client, others)
-        if self.roster.added:  # before anybody subscribes to them: their quotes say when they were seen last
-            self.outages.join(client, self.roster.added)
-            self.roster.added = frozenset()
-        if self.roster.symbols is not self._named:  # also the same instruments, by a newer master's names
-            self._named = self.roster.symbols
-            self.writer.add_symbols(self._named)
-        feeds = self.roster.feeds
-        if feeds is not self._applied:
-            self._with_derivatives = frozenset(load_derivative_tokens(client, self._keys))
+    def update_feeds(self, client: redis.Redis, other_workers: Collection[str]) -> int:
+        """Bring the list, the feeds and all parts up to date; return how many feeds there are."""
+        self.assignments.update(client, other_workers)
+        if self.assignments.added:  # before any worker subscribes: their quotes show when they were seen last
+            self.outages.note_added(client, self.assignments.added)
+            self.assignments.added = frozenset()
+        if self.assignments.symbols is not self._known_symbols:  # maybe only a newer master's names
+            self._known_symbols = self.assignments.symbols
+            self.writer.add_symbols(self._known_symbols)
+        feeds = self.feeds
+        if feeds is not self._known_feeds:
+            self._derivative_tokens = frozenset(load_derivative_tokens(client, self._keys))
             self.activity.follow(feeds)
+            self.outages.feeds = feeds
             streamed = {token: str(token) for feed in feeds for token in feed.tokens}
-            self.writer.add_symbols(streamed | self.roster.symbols)
-            ours = [feed for feed in feeds if feed.number in self.leases.held]
-            known = {token for feed in self._applied for token in feed.tokens}
-            self.outages.welcome(client, {token for feed in ours for token in feed.tokens} - known)
-            for feed in ours:
-                self.readers.change(feed)
-            self._applied = feeds
+            self.writer.add_symbols(streamed | self.assignments.symbols)
+            held = [feed for feed in feeds if feed.number in self.leases.held]
+            known = {token for feed in self._known_feeds for token in feed.tokens}
+            self.outages.note_subscribed(client, {token for feed in held for token in feed.tokens} - known)
+            for feed in held:
+                self.connections.change(feed)
+            self._known_feeds = feeds
         return len(feeds)
 
-    def _take(self, client: redis.Redis, number: int) -> None:
-        feed = self.roster.feeds[number]
-        self.readers.read(feed, self.outages.open_feed(client, feed))
+    def open_feed(self, client: redis.Redis, number: int) -> None:
+        """Start to read a feed."""
+        feed = self.feeds[number]
+        self.connections.open(feed, self.outages.open_feed(client, feed))
 
-    def _drop(self, client: redis.Redis | None, numbers: Collection[int]) -> None:
-        readings = self.readers.drop(numbers)
+    def close_feeds(self, client: redis.Redis | None, numbers: Collection[int]) -> None:
+        """Stop to read feeds; without a client another worker reads them already."""
+        closed = self.connections.close(numbers)
         if client is None:
             return
         try:
-            for reading in readings:
-                self.outages.close_feed(client, reading)
+            for connection in closed:
+                self.outages.close_feed(client, connection)
         except redis.RedisError:
-            pass  # P:feed_progress is older then, and the outage that the next reader tells longer
+            pass  # the feed's progress is older then, and the next reader reports a longer outage
 
-    def run(self, stop: threading.Event, on_round: Callable[[], None] = lambda: None) -> None:
-        """Receive and write until told to stop; then write what was received, or leave it on disk."""
+    # -- the whole ---------------------------------------------------------------------------------------
+
+    def run(self, stop: threading.Event, heartbeat: Callable[[], None] = lambda: None) -> None:
+        """Receive and write until `stop` is set; then write what was received, or leave it on disk.
+
+        Args:
+            stop: ends the worker; also set by a failure in any of its threads, which is raised here.
+            heartbeat: is called twice a second in a thread of its own.
+        """
         self._stop = stop
-        finished = threading.Event()
-        beside: list[tuple[str, Callable[[threading.Event], None]]] = [
-            ("feeds", self.leases.run), ("doctor", self.monitor.run), ("outages", self.outages.run)
-        ]  # fmt: skip
-        if self.jobs is not None:
-            beside.append(("jobs", self.jobs.run))
         threads = [
-            threading.Thread(target=self._guarded, args=(each,), name=name, daemon=True)
-            for name, each in beside
+            self._start("feeds", self.leases.run),
+            self._start("spool", self.buffer.run),
+            self._start("watchdog", self.watchdog.run),
+            self._start("outages", self.outages.run),
+            self._start("heartbeat", lambda stop: _repeat(heartbeat, stop)),
         ]
-        threads.append(threading.Thread(target=self._save, args=(finished,), name="save", daemon=True))
-        for thread in threads:
-            thread.start()
+        if self.jobs is not None:
+            self._start("jobs", self.jobs.run)
         try:
             try:
-                healthy = pump(self.inbox, self.writer, wall_ms, stop, on_round)
+                healthy = forward_all(self.buffer, self.writer, stop)
             finally:
                 stop.set()
-                self.inbox.close()
-                threads[0].join(STOP_SECONDS_MAX)
+                self.buffer.close()
+                threads[0].join(STOP_SECONDS_MAX)  # closes the sockets
+                threads[-1].join(STOP_SECONDS_MAX)
             deadline = time.monotonic() + DRAIN_SECONDS_MAX
             while healthy and time.monotonic() < deadline:
-                healthy = bool(forward(self.inbox, self.writer, wall_ms, stop, 0.0))
+                healthy = bool(forward(self.buffer, self.writer, stop, 0.0))
             self._write_last_quotes(deadline)
         finally:
-            if waiting := self.inbox.finish():
+            if size_bytes := self.buffer.finish():
                 log.warning(
-                    "left_on_disk", size_bytes=waiting, why="Redis did not take it",
-                    hint="the next `pkb ingest` with this PKB_SPOOL_DIR sends it",
+                    "frames_left_on_disk", size_bytes=size_bytes, reason="Redis did not take them",
+                    hint="the next `pkb ingest` with this PKB_SPOOL_DIR sends them",
                 )  # fmt: skip
-            finished.set()
         if self._failures:
             raise self._failures[0]
 
+    def _start(self, name: str, run: Callable[[threading.Event], None]) -> threading.Thread:
+        def guarded() -> None:
+            try:
+                run(self._stop)
+            except BaseException as error:
+                self._fail(error)
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        return thread
+
+    def _fail(self, error: BaseException) -> None:
+        """Let `run` end with an error of one of its threads."""
+        self._failures.append(error)
+        self._stop.set()
+
     def _write_last_quotes(self, deadline: float) -> None:
-        """The newest packet of each instrument may still wait for its half second."""
+        """Write the newest packets, which may still wait for their half second."""
         while len(self.writer.quotes) and time.monotonic() < deadline:
             if not self.writer.write([], int(wall_ms()) + INTERVAL_MS, self._stop):
                 return
 
-    def _save(self, finished: threading.Event) -> None:
-        """Told to stop while the writer waits for Redis: a SIGKILL may follow, so put all on disk."""
-        self._stop.wait()
-        if not finished.wait(SAVE_SECONDS):
-            self.inbox.save()
-
-    def _guarded(self, run: Callable[[threading.Event], None]) -> None:
-        try:
-            run(self._stop)
-        except BaseException as error:
-            self._fail(error)
-
-    def _fail(self, error: BaseException) -> None:
-        """From a thread of ours: `run` must end with it."""
-        self._failures.append(error)
-        self._stop.set()
+    def figures(self) -> dict[str, Any]:
+        """Return the worker's counters for its heartbeat."""
+        return {
+            **self.writer.counts,
+            **self.connections.figures(),
+            **feed_figures(self.feeds, self.leases.held),
+            "list": self.assignments.own_id,
+            **self.buffer.figures(),
+            **self.watchdog.figures(),
+            **self.outages.counts,
+            **(self.jobs.counts if self.jobs is not None else {}),
+        }
 
 
-def figures_of(ingest: Ingest) -> dict[str, Any]:
-    """The counters of a running ingest, for its heartbeat."""
-    return {
-        **ingest.writer.counts,
-        **ingest.readers.figures(),
-        **feed_figures(ingest.feeds, ingest.leases.held),
-        "list": ingest.roster.own_id,
-        **ingest.inbox.figures(),
-        **ingest.monitor.figures(),
-        **ingest.outages.counts,
-        **(ingest.jobs.counts if ingest.jobs is not None else {}),
-    }
-
-
-WRITER_SECONDS_MAX = 5.0  # what ingest waits for an answer of Redis before it keeps frames itself
+def _repeat(work: Callable[[], None], stop: threading.Event) -> None:
+    while not stop.wait(HEARTBEAT_SECONDS):
+        work()
 
 
 class WatchedList:
@@ -327,19 +290,22 @@ class WatchedList:
         self._settings = settings
 
     def version(self, client: redis.Redis) -> str:
-        """Another one whenever `read` may say something else."""
+        """Return a text that differs whenever `read` may return another list."""
         return list_version(client, self._settings)
 
     def read(self, client: redis.Redis) -> list[tuple[int, str]]:
-        """`(token, symbol)` of each instrument. Raises UnknownSymbol, InputFileError."""
+        """Return `(token, symbol)` of each instrument. Raises UnknownSymbol, InputFileError."""
         return instrument_list(client, self._settings)
 
 
 def make_ingest(settings: Settings, client: redis.Redis, worker_id: str, stop: threading.Event) -> Ingest:
-    """A worker that is ready to `run`. Logs in where that is needed. Raises PkbError for what a person must
-    mend: no session, no instruments, too many of them."""
+    """Return a worker that is ready to `run`; log in where that is needed.
 
-    def connect_beside() -> redis.Redis:
+    Raises:
+        PkbError: a person must act: there is no session, no instrument, or too many of them.
+    """
+
+    def connect_leases() -> redis.Redis:
         return connect(settings, socket_timeout_seconds=max(settings.lease_seconds, 1.0))
 
     instruments = instrument_list(client, settings)
@@ -347,19 +313,19 @@ def make_ingest(settings: Settings, client: redis.Redis, worker_id: str, stop: t
         raise SettingsError(
             "there is nothing to stream", "set PKB_INSTRUMENTS, e.g. NSE:INFY,NSE:TCS, or a file of tokens"
         )
-    sessions = [FeedSession(each, connect_beside) for each in sessions_of(settings)]
+    sessions = [FeedSession(each, connect_leases) for each in sessions_of(settings)]
     for session in sessions:
         session.open(stop)
-    # History is asked with the session: a local feed that needs none has none to ask.
+    # Kite's history needs a session: a local feed without one has no history to ask.
     has_history = any(session.session is not None for session in sessions)
-    jobs = WantedJobs(connect_beside, lambda: open_queue(settings), settings.keys) if has_history else None
+    jobs = JobOutbox(connect_leases, lambda: open_queue(settings), settings.keys) if has_history else None
     return Ingest(
-        lambda: connect(settings, socket_timeout_seconds=WRITER_SECONDS_MAX),  # hung is as good as away
+        lambda: connect(settings, socket_timeout_seconds=WRITER_SECONDS_MAX),  # hung counts as unavailable
         settings,
         instruments,
         now_ms=market_clock(settings),
         worker_id=worker_id,
-        connect_leases=connect_beside,
+        connect_leases=connect_leases,
         list_source=WatchedList(settings),
         sessions=sessions,
         jobs=jobs,
@@ -387,7 +353,7 @@ def run_ingest(settings: Settings, stop: threading.Event, *, restartable: bool =
 
     def beat() -> None:
         if heart.due(at := now_ms()):
-            heart.beat(client, at, worker.writer.counts["ticks"], figures_of(worker))
+            heart.beat(client, at, worker.writer.counts["ticks"], worker.figures())
             if worker.writer.counts["ticks"]:  # every kernel has run by now
                 settle_heap()
             if restartable:
@@ -395,12 +361,12 @@ def run_ingest(settings: Settings, stop: threading.Event, *, restartable: bool =
 
     log.info(
         "started", store=describe(settings), kite=worker.sessions[0].address, feeds=len(worker.feeds),
-        instruments=len(worker.roster.symbols), api_keys=len(worker.sessions),
+        instruments=len(worker.assignments.symbols), api_keys=len(worker.sessions),
         repairs=worker.jobs is not None,
     )  # fmt: skip
     try:
         worker.run(stop, beat)
     finally:
         heart.end(client)
-    log.info("stopped", **figures_of(worker))
+    log.info("stopped", **worker.figures())
     restart.raise_if_requested()

@@ -12,8 +12,8 @@ import numpy as np
 import redis
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.candles.model import TickArray
-from pkbrokers_redis.ingest.spool import Frame
+from pkbrokers_redis.ingest.buffer import Frame
+from pkbrokers_redis.ingest.watchdog import TickActivity
 from pkbrokers_redis.kite.protocol import ParsedFrame, parse_frame
 from pkbrokers_redis.kite.quotes import PendingQuotes
 from pkbrokers_redis.settings import Settings
@@ -36,7 +36,7 @@ class FrameWriter(TickWriter):
         *,
         source: str | None = None,
         only_known: bool = False,
-        on_ticks: Callable[[TickArray, int], None] | None = None,
+        activity: TickActivity | None = None,
     ) -> None:
         """Prepare a writer.
 
@@ -46,12 +46,12 @@ class FrameWriter(TickWriter):
             symbols: token → the name that quotes show.
             source: the producer's id; unset: one of this process and moment.
             only_known: drop and count ticks of tokens that are not in `symbols`.
-            on_ticks: is called with the ticks of each frame of this source and their receive time.
+            activity: records when each instrument of this source ticks.
         """
         self.quotes = PendingQuotes(settings.keys, symbols)
         super().__init__(connect, settings, source=source, quotes=self.quotes)
         self._known = frozenset(symbols) if only_known else None
-        self._on_ticks = on_ticks
+        self._activity = activity
         self.counts = self.counts | dict.fromkeys(
             ("frames", "unknown_packets", "truncated_frames", "trailing_bytes", "unknown_tokens"), 0
         )
@@ -82,8 +82,8 @@ class FrameWriter(TickWriter):
                 if self._known is not None and not self._known.issuperset(parsed.tokens.tolist()):
                     parsed = self._without_unknown(parsed)
                 self.quotes.add(frame, parsed, at_ms)
-                if self._on_ticks is not None:
-                    self._on_ticks(parsed.ticks, at_ms)
+                if self._activity is not None:
+                    self._activity.note(parsed.tokens, parsed.ticks, at_ms)
             if len(parsed.ticks):
                 self.counts["ticks"] += len(parsed.ticks)
                 batches.append(TickBatch(source, seq, at_ms, parsed.ticks))

@@ -138,7 +138,7 @@ FEED_TROUBLES = {  # the feed doctor's states (`feed_doctor.py`) that an operato
 
 
 def feeds_well(facts: Facts) -> Iterator[Finding]:
-    """No feed is mute, refused or told to wait, as its reader's feed doctor sees it."""
+    """No feed is mute, refused or told to wait, as its watchdog judges it."""
     for worker in facts.alive("ingest"):
         pairs = [pair.partition(":")[::2] for pair in worker.fields.get("feed_state", "").split(",")]
         for state, (what, hint) in FEED_TROUBLES.items():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import redis
@@ -10,7 +12,7 @@ import redis
 from pkbrokers_redis.aggregate.shard import Names
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.ingest.feeds import FeedLeases
-from pkbrokers_redis.ingest.job_outbox import WantedJobs
+from pkbrokers_redis.ingest.job_outbox import JobOutbox
 from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
@@ -51,15 +53,17 @@ def test_a_worker_beats(settings: Settings, client: redis.Redis) -> None:
 
 def test_a_new_worker_takes_its_feeds(settings: Settings, client: redis.Redis) -> None:
     now_ms, taken = float(NOW_MS), []
+    reader: Any = SimpleNamespace(
+        update_feeds=lambda client, other_workers: 2,
+        open_feed=lambda client, number: taken.append(number),
+    )
     leases = FeedLeases(
         lambda: client,
         settings.keys,
         "w",
         1.0,
-        count=lambda client, others: 2,
+        reader,
         now_ms=lambda: now_ms,
-        on_take=lambda client, number: taken.append(number),
-        on_drop=lambda client, numbers: None,
     )
     now_ms -= HOURS_MS
     leases.look()
@@ -69,13 +73,13 @@ def test_a_new_worker_takes_its_feeds(settings: Settings, client: redis.Redis) -
 def test_jobs_of_the_dead_are_carried(settings: Settings, client: redis.Redis) -> None:
     now_ms = float(NOW_MS)
     dead, alive = (
-        WantedJobs(lambda: client, lambda: open_queue(settings), settings.keys, now_ms=lambda: now_ms)
+        JobOutbox(lambda: client, lambda: open_queue(settings), settings.keys, now_ms=lambda: now_ms)
         for _ in range(2)
     )
-    alive.carry()
-    dead.want(client, "warm_start", {"tokens": [INFY]})
+    alive.send()
+    dead.add(client, "warm_start", {"tokens": [INFY]})
     now_ms -= HOURS_MS
-    alive.carry()
+    alive.send()
     assert alive.counts["jobs_queued"] == 1 and not client.exists(settings.keys.job_outbox())
 
 

@@ -14,7 +14,7 @@ import pytest
 import redis
 
 from pkbrokers_redis.candles.calendar import load_sessions
-from pkbrokers_redis.ingest.watchdog import CANARY_TICKS_MIN
+from pkbrokers_redis.ingest.watchdog import ACTIVE_TICKS_MIN
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
@@ -138,7 +138,7 @@ def test_ingest_survives_list_changes_session_expiry_and_a_mute_feed(stage: Stag
     tokens, from_ms, to_ms = stage.wait_for_notice(notices_before, "the mute feed")
     assert list(tokens) == TOKENS and abs(from_ms - began) < 120_000
     assert len(stage.notices()) == notices_before + 1
-    wait_until(lambda: int(stage.figures().get("doctor_mute", 0)), what="its heartbeat to tell")
+    wait_until(lambda: int(stage.figures().get("watchdog_mute", 0)), what="its heartbeat to tell")
 
     # The jobs that repair it wait in RQ.
     def mended() -> set[tuple[int, int]]:
@@ -156,7 +156,7 @@ def test_partly_mute_feed_is_noticed_by_its_busiest_instruments(stage: Stage) ->
 
     def are_known() -> bool:
         ticks = stage.ticks_a_token()
-        return min(ticks[token] for token in streamed) > CANARY_TICKS_MIN
+        return min(ticks[token] for token in streamed) > ACTIVE_TICKS_MIN
 
     wait_until(are_known, timeout_seconds=60, what="the doctor to know who is lively")
     silent = streamed[: len(streamed) * 3 // 4]
@@ -169,7 +169,7 @@ def test_partly_mute_feed_is_noticed_by_its_busiest_instruments(stage: Stage) ->
         timeout_seconds=60,
         what="a notice of the silent ones",
     )
-    wait_until(lambda: int(stage.figures().get("doctor_partly_mute", 0)), what="its heartbeat to tell")
+    wait_until(lambda: int(stage.figures().get("watchdog_partly_mute", 0)), what="its heartbeat to tell")
 
 
 def test_successor_of_a_killed_ingest_reports_exactly_one_outage(stage: Stage) -> None:

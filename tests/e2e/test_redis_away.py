@@ -20,7 +20,8 @@ import redis
 
 from pkbrokers_redis.aggregate.worker import Aggregator
 from pkbrokers_redis.client.replay import lag_entries
-from pkbrokers_redis.ingest.worker import open_inbox, pump
+from pkbrokers_redis.ingest.buffer import FrameBuffer
+from pkbrokers_redis.ingest.worker import forward_all
 from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.kite.protocol import encode_full
 from pkbrokers_redis.settings import Settings, load_settings
@@ -123,36 +124,37 @@ def settings_of(tmp_path: Path, port: int, **overrides: Any) -> Settings:
 
 
 class Ingesting:
-    """An inbox and its writer at work in a thread: what a worker is without its sockets."""
+    """A frame buffer and its writer at work: what a worker is without its sockets."""
 
     def __init__(self, settings: Settings) -> None:
         self.stop = threading.Event()
         self.writer = FrameWriter(lambda: connect(settings), settings, {})
-        self.inbox = open_inbox(settings, self.writer.source)
+        self.buffer = FrameBuffer.open(settings, self.writer.source)
         self._thread = threading.Thread(
-            target=pump, args=(self.inbox, self.writer, lambda: time.time() * 1000, self.stop), daemon=True
+            target=forward_all, args=(self.buffer, self.writer, self.stop), daemon=True
         )
         self._thread.start()
+        threading.Thread(target=self.buffer.run, args=(self.stop,), daemon=True).start()
 
     def put(self, frames: list[bytes], first: int, pause_seconds: float = 0.001) -> None:
         """Frames `first`, … of the feed, at a steady pace."""
         for n, frame in enumerate(frames, first):
-            self.inbox.put(frame, START_MS + n * 250)
+            self.buffer.put(frame, START_MS + n * 250)
             time.sleep(pause_seconds)
 
     def empty(self) -> None:
         """Wait until Redis has everything."""
         wait_until(
-            lambda: not len(self.inbox) and not self.inbox.spool_bytes,
+            lambda: not len(self.buffer) and not self.buffer.spool_bytes,
             timeout_seconds=60,
-            what="an empty inbox",
+            what="an empty buffer",
         )
 
     def end(self) -> int:
         self.stop.set()
         self._thread.join(30)
         assert not self._thread.is_alive()
-        return self.inbox.finish()
+        return self.buffer.finish()
 
 
 def aggregated(settings: Settings, client: redis.Redis) -> dict[str, Any]:
@@ -207,13 +209,13 @@ def test_frames_are_spooled_while_redis_is_unavailable_and_arrive_once_in_order(
     ingesting.put(frames[:200], 0)
     server.kill()
     ingesting.put(frames[200:500], 200)
-    assert ingesting.inbox.figures()["frames_spooled"] > 100
-    assert ingesting.inbox.size_bytes <= 100_000
+    assert ingesting.buffer.figures()["frames_spooled"] > 100
+    assert ingesting.buffer.size_bytes <= 100_000
     server.start()
     ingesting.put(frames[500:], 500)
     ingesting.empty()
     assert ingesting.end() == 0
-    assert not list((tmp_path / "data" / "spool").rglob("*.spool"))
+    assert not list((tmp_path / "data" / "spool").rglob("frames.sqlite"))
 
     with server.client() as client:
         source = ingesting.writer.source.encode()
@@ -232,7 +234,9 @@ ingesting.empty()
 print("kill redis", flush=True)
 sys.stdin.readline()
 ingesting.put(frames[100:400], 100)
-print(ingesting.writer.source, ingesting.inbox.figures()["frames_spooled"], flush=True)
+while len(ingesting.buffer):
+    time.sleep(0.01)
+print(ingesting.writer.source, ingesting.buffer.figures()["frames_spooled"], flush=True)
 time.sleep(600)
 """
 
@@ -411,11 +415,11 @@ def test_ingest_stopped_while_redis_is_unavailable_leaves_its_frames_on_disk(
             ingest.send_signal(signal.SIGTERM)
             output, _ = ingest.communicate(timeout=30)
             assert ingest.returncode == 0, output
-            assert "left_on_disk" in output
-        assert list(spool.rglob("*.spool"))
+            assert "frames_left_on_disk" in output
+        assert list(spool.rglob("frames.sqlite"))
         server.start()
         with running_python("-m", "workers.ingest", env=env) as ingest, server.client() as client:
-            wait_until(lambda: not list(spool.rglob("*.spool")), what="the spool to be sent")
+            wait_until(lambda: not list(spool.rglob("frames.sqlite")), what="the spool to be sent")
             wait_until(lambda: len(seqs(client, settings)) == 2, what="both sources in the streams")
             ingest.send_signal(signal.SIGTERM)
             output, _ = ingest.communicate(timeout=30)

@@ -125,7 +125,7 @@ def test_a_wrong_password_is_one_line_and_then_it_waits_for_others(
             each.on_forbidden(threading.Event())
     assert kite.accounts.first.wrong_passwords == 1  # tried once, over all sockets and all 403s
     printed = capsys.readouterr().err
-    assert printed.count("no_session") == 1 and "wrong-pass" not in printed and dead not in printed
+    assert printed.count("session_missing") == 1 and "wrong-pass" not in printed and dead not in printed
     shared(kite, client, settings.keys)  # `pkb login`
     assert all(map(connects, sockets))
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +22,9 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from pkbrokers_redis.errors import PkbError, SettingsError
-from pkbrokers_redis.ingest.buffer import Inbox
-from pkbrokers_redis.ingest.connections import FeedSession, Readers
+from pkbrokers_redis.ingest.connections import Connections, FeedLiveness, FeedSession
 from pkbrokers_redis.ingest.feeds import Feed
-from pkbrokers_redis.ingest.liveness import FeedLife
-from pkbrokers_redis.ingest.worker import Ingest, figures_of
+from pkbrokers_redis.ingest.worker import Ingest
 from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.kite.protocol import encode_frame, encode_packet
 from pkbrokers_redis.settings import Settings
@@ -410,7 +409,7 @@ def test_frames_of_a_socket_are_in_the_streams_when_it_stops(
         thread = threading.Thread(target=ingest.run, args=(stop,), daemon=True)
         thread.start()
         wait_until(
-            lambda: kite.clients == 1 and ingest.readers.figures()["connected"] == 1, what="a connection"
+            lambda: kite.clients == 1 and ingest.connections.figures()["connected"] == 1, what="a connection"
         )
         for frame in frames(200):
             kite.publish(frame)
@@ -480,8 +479,8 @@ def test_instruments_come_and_go_on_a_running_connection_and_candles_stay(
             wait_until(lambda: kite.subscriptions == 2, what="the other to go")
             assert kite.stats.connections == 1
             assert [feed.tokens for feed in ingest.feeds] == [(INFY, RELIANCE)]
-            figures = figures_of(ingest)
-            assert figures["list"] == ingest.roster.own_id and figures["instruments"] == 2
+            figures = ingest.figures()
+            assert figures["list"] == ingest.assignments.own_id and figures["instruments"] == 2
             assert figures["unknown_tokens"] == 0
             assert client.hget(settings.keys.quote(RELIANCE), "symbol") == b"NSE:RELIANCE"
             listed.names[INFY] = "NSE:INFOSYS"  # a newer master, the same instruments
@@ -492,58 +491,47 @@ def test_instruments_come_and_go_on_a_running_connection_and_candles_stay(
         kite.stop()
 
 
-def test_an_inbox_says_what_it_kept_and_how_old_its_oldest_frame_is() -> None:
-    inbox = Inbox("a", frames_max=2)
-    assert inbox.oldest_ms is None
-    assert inbox.put(b"x", 1_000) and inbox.put(b"y", 2_000)
-    assert inbox.oldest_ms == 1_000
-    inbox.acknowledge(inbox.peek(1, 0))
-    assert inbox.oldest_ms == 2_000
-    inbox.finish()
-    assert inbox.oldest_ms is None
-    assert not inbox.put(b"z", 3_000)
-
-
 @ValkeyOnly
-def test_frames_that_found_no_room_are_an_outage_of_their_feed(settings: Settings) -> None:
+def test_frames_that_find_no_room_are_an_outage_of_their_feed(settings: Settings) -> None:
     has_room = threading.Event()
     kept: list[bytes] = []
 
-    def take(frame: bytes, at_ms: int) -> bool:
+    def put(frame: bytes, at_ms: int) -> bool:
         if has_room.is_set():
             kept.append(frame)
         return has_room.is_set()
 
+    buffer: Any = SimpleNamespace(put=put)
     clock = iter(range(0, 10_000_000, 1_000))
     kite = SimulatorServer(None, heartbeat_seconds=100)
     kite.start()
     local = settings.model_copy(update={"kite_ws_url": kite.url})
     failures: list[BaseException] = []
-    readers = Readers(
+    connections = Connections(
         [FeedSession(local, lambda: connect(settings))],
         "full",
+        buffer,
         now_ms=lambda: float(next(clock)),
-        on_frame=take,
         on_failure=failures.append,
     )
-    life = FeedLife()
+    liveness = FeedLiveness()
     try:
-        readers.read(Feed(0, 0, (INFY,)), life)
-        wait_until(lambda: readers.figures()["connected"] == 1 and kite.clients == 1)
+        connections.open(Feed(0, 0, (INFY,)), liveness)
+        wait_until(lambda: connections.figures()["connected"] == 1 and kite.clients == 1)
         has_room.set()
         kite.publish(frames(1)[0])
         wait_until(lambda: len(kept) == 1)
-        heard_ms = life.heard_ms
+        received_to_ms = liveness.received_to_ms
         has_room.clear()
         for frame in frames(5):
             kite.publish(frame)
-        wait_until(lambda: readers.figures()["socket_frames"] == 6)
+        wait_until(lambda: connections.figures()["socket_frames"] == 6)
         has_room.set()
         kite.publish(frames(1)[0])
-        wait_until(lambda: life.first_outage is not None)
-        assert life.first_outage is not None and life.first_outage.from_ms == heard_ms
-        assert life.first_outage.to_ms == life.ticked_ms
+        wait_until(lambda: liveness.first_outage is not None)
+        assert liveness.first_outage is not None and liveness.first_outage.from_ms == received_to_ms
+        assert liveness.first_outage.to_ms == liveness.ticked_ms
     finally:
-        readers.drop([0])
+        connections.close([0])
         kite.stop()
     assert not failures

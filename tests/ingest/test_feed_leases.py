@@ -1,4 +1,4 @@
-"""Who reads which feed: shared evenly, moved when a worker dies."""
+"""Which worker reads which feed: shared evenly, taken over when a worker dies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def server_kind() -> str:
     return "valkey"
 
 
-# --- several api keys
+# -- several api keys
 
 
 def test_each_api_key_has_its_access_token() -> None:
@@ -51,7 +51,7 @@ def test_lists_of_different_length_are_a_mistake_that_shows_no_secret() -> None:
     assert "geheim" not in str(raised.value)
 
 
-# --- sharing
+# -- sharing
 
 
 @given(st.sets(st.text("abc", min_size=1), min_size=1, max_size=8), st.integers(0, 40))
@@ -61,42 +61,47 @@ def test_shares_are_even_and_add_up(members: set[str], feeds: int) -> None:
     assert max(shares) - min(shares) <= 1
 
 
-def test_who_is_not_yet_seen_by_others_counts_itself() -> None:
+def test_a_worker_that_is_not_announced_yet_counts_itself() -> None:
     assert share_of("new", ["a"], 3) == 1
 
 
-# --- leases, on a real server
+# -- leases, on a real server
 
 
 class Worker:
-    """A worker's leases and what it reads, without the sockets. Its clock stands past the first wait."""
+    """A worker's leases and what it reads, without the sockets. Its clock is past the first wait."""
 
     def __init__(self, name: str, connect: Callable[[], redis.Redis], settings: Settings, feeds: int) -> None:
         self.reading: set[int] = set()
         self.ms = 0.0
         self.feeds = feeds
-        self.handed_over: set[int] = set()  # dropped while the lease was still ours
+        self.open_fails = False
+        self.handed_over: set[int] = set()  # closed while the lease was still held
         self.leases = FeedLeases(
             connect,
             settings.keys,
             name,
             settings.lease_seconds,
-            count=lambda client, others: self._count(others),
+            self,
             now_ms=lambda: self.ms,
-            on_take=lambda client, feed: self.reading.add(feed),
-            on_drop=self._drop,
         )
         self.ms = 60_000.0
 
-    def _count(self, others: Collection[str]) -> int:
-        self.others = list(others)
+    def update_feeds(self, client: redis.Redis, other_workers: Collection[str]) -> int:
+        self.others = list(other_workers)
         return self.feeds
 
-    def _drop(self, client: redis.Redis | None, feeds: Collection[int]) -> None:
-        assert self.reading.issuperset(feeds)
-        self.reading.difference_update(feeds)
+    def open_feed(self, client: redis.Redis, number: int) -> None:
+        if self.open_fails:
+            self.open_fails = False
+            raise redis.ConnectionError("down")
+        self.reading.add(number)
+
+    def close_feeds(self, client: redis.Redis | None, numbers: Collection[int]) -> None:
+        assert self.reading.issuperset(numbers)
+        self.reading.difference_update(numbers)
         if client is not None:
-            self.handed_over.update(feeds)
+            self.handed_over.update(numbers)
 
     def look(self) -> set[int]:
         self.leases.look()
@@ -117,7 +122,7 @@ def make_worker(client: redis.Redis, settings: Settings) -> MakeWorker:
 
 @contextmanager
 def unreachable(client: redis.Redis) -> Iterator[None]:
-    """Every command of this client fails, as while Redis is away."""
+    """Every command of this client fails, as while Redis is unavailable."""
     pool = client.connection_pool
     client.connection_pool = redis.ConnectionPool(host="127.0.0.1", port=1)
     try:
@@ -130,7 +135,7 @@ def test_a_lone_worker_reads_everything(make_worker: MakeWorker) -> None:
     assert make_worker("a").look() == {0, 1, 2, 3}
 
 
-def test_at_its_first_look_a_worker_only_shows_itself(make_worker: MakeWorker) -> None:
+def test_at_its_first_look_a_worker_only_announces_itself(make_worker: MakeWorker) -> None:
     worker = make_worker("a")
     worker.ms = 0.0
     assert worker.look() == set()
@@ -179,7 +184,7 @@ def test_the_feeds_of_a_worker_that_falls_silent_are_taken_over(
     assert b.reading == {0, 1}
 
 
-def test_feeds_come_and_go_with_the_list(make_worker: MakeWorker) -> None:
+def test_feeds_are_opened_and_closed_with_the_list(make_worker: MakeWorker) -> None:
     worker = make_worker("a", feeds=2)
     assert worker.look() == {0, 1} and worker.others == []
     worker.feeds = 3
@@ -191,15 +196,9 @@ def test_feeds_come_and_go_with_the_list(make_worker: MakeWorker) -> None:
     assert worker.others == ["b"]
 
 
-def test_a_feed_that_cannot_be_begun_is_tried_again(make_worker: MakeWorker) -> None:
+def test_a_feed_that_cannot_be_opened_is_tried_again(make_worker: MakeWorker) -> None:
     worker = make_worker("a", feeds=1)
-    begin = worker.leases._on_take
-
-    def fail(client: redis.Redis, feed: int) -> None:
-        worker.leases._on_take = begin
-        raise redis.ConnectionError("away")
-
-    worker.leases._on_take = fail
+    worker.open_fails = True
     assert worker.look() == set()
     worker.ms += 60_000
     worker.look()
@@ -207,7 +206,7 @@ def test_a_feed_that_cannot_be_begun_is_tried_again(make_worker: MakeWorker) -> 
     assert worker.look() == {0}
 
 
-def test_without_redis_everybody_reads_on(make_worker: MakeWorker, client: redis.Redis) -> None:
+def test_without_redis_a_worker_keeps_reading(make_worker: MakeWorker, client: redis.Redis) -> None:
     worker = make_worker("a")
     worker.look()
     with unreachable(client):
@@ -215,7 +214,7 @@ def test_without_redis_everybody_reads_on(make_worker: MakeWorker, client: redis
     assert worker.look() == {0, 1, 2, 3}
 
 
-def test_a_feed_that_another_took_meanwhile_is_dropped_when_redis_is_back(
+def test_a_feed_that_another_worker_took_meanwhile_is_closed(
     make_worker: MakeWorker, client: redis.Redis, settings: Settings
 ) -> None:
     worker = make_worker("a")
@@ -226,14 +225,14 @@ def test_a_feed_that_another_took_meanwhile_is_dropped_when_redis_is_back(
     assert worker.look() == {0, 2, 3}
 
 
-def test_after_an_outage_nothing_new_is_taken_before_the_others_could_renew(
+def test_after_an_outage_no_feed_is_taken_before_other_workers_could_renew(
     make_worker: MakeWorker, client: redis.Redis, settings: Settings
 ) -> None:
     a, b = make_worker("a"), make_worker("b")
     a.look(), b.look(), a.look(), b.look()
     with unreachable(client):
         a.look(), b.look()
-    client.flushall()  # every lease and every sign of life is gone
+    client.flushall()  # every lease and every announcement is deleted
     assert a.look() == {0, 1}
     assert a.look() == {0, 1}  # though it believes to be alone, and the feeds of b are free
     assert b.look() == {2, 3}
@@ -248,10 +247,10 @@ def test_a_store_that_lost_its_functions_gets_them_again(
     assert worker.look() == {0, 1, 2, 3}
 
 
-def test_a_store_that_cannot_be_reached_at_first_is_asked_again(
+def test_a_store_that_cannot_be_reached_at_first_is_tried_again(
     make_worker: MakeWorker, client: redis.Redis
 ) -> None:
-    answers = iter([RedisUnavailable("away"), client, client])
+    answers = iter([RedisUnavailable("down"), client, client])
 
     def connect() -> redis.Redis:
         answer = next(answers)
@@ -266,7 +265,7 @@ def test_a_store_that_cannot_be_reached_at_first_is_asked_again(
     assert worker.look() == {0, 1, 2, 3}
 
 
-def test_the_registry_names_the_worker(
+def test_a_worker_is_in_the_registry_until_it_ends(
     make_worker: MakeWorker, client: redis.Redis, settings: Settings
 ) -> None:
     worker = make_worker("ingest-host-1")
