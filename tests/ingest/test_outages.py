@@ -258,7 +258,9 @@ def test_an_instrument_streamed_again_after_a_restart_had_an_outage_of_its_own(
 def test_progress_of_a_feed_that_no_longer_exists_is_deleted(make_worker: MakeWorker) -> None:
     """The number is used again days later: its instruments were streamed by another feed meanwhile."""
     worker = make_worker()
-    worker.client.hset(worker.keys.feed_progress(), mapping={"1": ms("09:20:00"), "12": ms("09:20:00"), "x": "mine"})
+    worker.client.hset(
+        worker.keys.feed_progress(), mapping={"1": ms("09:20:00"), "12": ms("09:20:00"), "x": "mine"}
+    )
     worker.read().note_tick(ms("10:00:00"))
     worker.outages.report()
     assert set(worker.client.hkeys(worker.keys.feed_progress())) == {b"0", b"x"}  # type: ignore[arg-type]
