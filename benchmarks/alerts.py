@@ -32,7 +32,7 @@ from pkbrokers_redis.bot.alerts.model import Alert
 from pkbrokers_redis.candles.model import LAST_PRICE, TOKEN
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import Pipe
-from pkbrokers_redis.store.streams import queue_frames
+from pkbrokers_redis.store.tick_writer import queue_batches
 from tests.bot.telegram import TOKEN as BOT_TOKEN
 from tests.bot.telegram import Telegram
 
@@ -86,7 +86,7 @@ def feed(
         if wait > 0:
             time.sleep(wait)
         now = time.time()
-        queue_frames(
+        queue_batches(
             pipe, settings.keys, "bench", [(seq, int(now * 1000), ticks[first : first + FRAME_TICKS])]
         )
         pipe.execute()

@@ -24,15 +24,13 @@ from __future__ import annotations
 import selectors
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import islice
 from typing import Any
 
 import redis
 from redis.exceptions import RedisClusterException
 
-from pkbrokers_redis.candles.codec import tick_texts
-from pkbrokers_redis.candles.model import TickArray
 from pkbrokers_redis.keys import AGGREGATOR_GROUP, Keys
 from pkbrokers_redis.store.cluster import Pipe, cluster_of, master_pool, refresh
 
@@ -190,27 +188,6 @@ def _silence(bells: dict[str, _Bell]) -> None:
     for bell in bells.values():
         bell.close()
     bells.clear()
-
-
-def queue_frames(
-    pipe: Pipe, keys: Keys, source: str, frames: Sequence[tuple[int, int, TickArray]]
-) -> list[str]:
-    """Append frames `(seq, at_ms, ticks)`, one entry per frame and shard. Returns the entries' keys in order.
-
-    A shard's entries go in together or not at all: had Redis refused one (out of memory, say) and taken
-    the next, that one's higher `seq` would make the first look like a repeat when it is sent again.
-    """
-    entries: dict[int, list[tuple[Any, ...]]] = {}
-    for seq, at_ms, ticks in frames:
-        for shard, n, text in tick_texts(ticks, keys.shards):
-            fields = ("src", source, "seq", seq, "at", at_ms, "n", n, "ticks", text)
-            entries.setdefault(shard, []).append(("XADD", keys.ticks(shard), "*", *fields))
-    for commands in entries.values():
-        if len(commands) > 1:
-            commands = [("MULTI",), *commands, ("EXEC",)]
-        for command in commands:
-            pipe.add(*command)
-    return [keys.ticks(shard) for shard, commands in entries.items() for _ in commands]
 
 
 def trim(

@@ -29,6 +29,7 @@ import redis
 from redis.exceptions import ResponseError
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.candles.codec import tick_texts
 from pkbrokers_redis.candles.model import TOKEN, TickArray
 from pkbrokers_redis.errors import RedisUnavailable
 from pkbrokers_redis.keys import Keys
@@ -36,7 +37,7 @@ from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import PinnedConnections, Pipe
 from pkbrokers_redis.store.connect import describe, explain
 from pkbrokers_redis.store.errors import is_not_now
-from pkbrokers_redis.store.streams import enforce_cap, queue_frames
+from pkbrokers_redis.store.streams import enforce_cap
 
 log = logs.get("ingest")
 
@@ -185,6 +186,30 @@ def highest_seq(client: redis.Redis, keys: Keys, shard: int, source: str, enough
     return held
 
 
+def queue_batches(
+    pipe: Pipe, keys: Keys, source: str, batches: Iterable[tuple[int, int, TickArray]]
+) -> list[str]:
+    """Append batches `(seq, at_ms, ticks)` of a source to a pipe, one entry per batch and shard.
+
+    A shard's entries are one transaction: had Redis refused one (out of memory, say) and taken the next, that
+    one's higher `seq` would make the first look like a repeat when it is sent again.
+
+    Returns:
+        The entries' keys in the order of the replies.
+    """
+    entries: dict[int, list[tuple[Any, ...]]] = {}
+    for seq, at_ms, ticks in batches:
+        for shard, n, text in tick_texts(ticks, keys.shards):
+            fields = ("src", source, "seq", seq, "at", at_ms, "n", n, "ticks", text)
+            entries.setdefault(shard, []).append(("XADD", keys.ticks(shard), "*", *fields))
+    for commands in entries.values():
+        if len(commands) > 1:
+            commands = [("MULTI",), *commands, ("EXEC",)]
+        for command in commands:
+            pipe.add(*command)
+    return [keys.ticks(shard) for shard, commands in entries.items() for _ in commands]
+
+
 class TickWriter:
     """Writes batches to the tick streams and repeats a call until Redis has it. Used by one thread.
 
@@ -300,7 +325,7 @@ class TickWriter:
     def _queue(self, pipe: Pipe, batches: Sequence[TickBatch]) -> list[str]:
         keys: list[str] = []
         for source, group in groupby(batches, key=lambda batch: batch.source):
-            keys += queue_frames(
+            keys += queue_batches(
                 pipe, self._keys, source, [(seq, at_ms, ticks) for _, seq, at_ms, ticks in group]
             )
         return keys

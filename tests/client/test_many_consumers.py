@@ -22,7 +22,7 @@ from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.meta import ensure_meta
-from pkbrokers_redis.store.streams import queue_frames
+from pkbrokers_redis.store.tick_writer import queue_batches
 from tests.client.contract import OPEN_S
 from tests.support import PKB, running_process, running_python, settings_env, wait_until
 
@@ -42,7 +42,7 @@ def feed(client: redis.Redis, settings: Settings, frames: range) -> None:
         ticks[:, 8] = (OPEN_S + n * STEP_S - late_s) * 1000
         ticks[:, 9] = ticks[:, 8]
         pipe = Pipe(client)
-        queue_frames(pipe, settings.keys, "test", [(n + 1, int(ticks[0, 9]), ticks)])
+        queue_batches(pipe, settings.keys, "test", [(n + 1, int(ticks[0, 9]), ticks)])
         pipe.execute()
 
 

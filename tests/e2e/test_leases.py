@@ -23,7 +23,7 @@ from pkbrokers_redis.candles.model import TickArray
 from pkbrokers_redis.client.replay import lag_entries
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import Pipe
-from pkbrokers_redis.store.streams import queue_frames
+from pkbrokers_redis.store.tick_writer import queue_batches
 from tests.e2e.conftest import drain
 from tests.support import running_process, settings_env, wait_until
 
@@ -50,7 +50,7 @@ def send(client: redis.Redis, settings: Settings, first: int, last: int, source:
     """Frames `first` … `last` - 1 into the streams; `seq` is their number."""
     pipe = Pipe(client)
     frames = [(n + 1, START_MS + n * 1_000, frame(n)) for n in range(first, last)]
-    queue_frames(pipe, settings.keys, source, frames)
+    queue_batches(pipe, settings.keys, source, frames)
     assert not [each for each in pipe.execute() if isinstance(each, Exception)]
 
 

@@ -16,7 +16,8 @@ from pkbrokers_redis.candles.model import TickArray
 from pkbrokers_redis.keys import AGGREGATOR_GROUP, Keys
 from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import ensure_groups
-from pkbrokers_redis.store.streams import enforce_cap, id_order, queue_frames, trim
+from pkbrokers_redis.store.streams import enforce_cap, id_order, trim
+from pkbrokers_redis.store.tick_writer import queue_batches
 
 KEYS = Keys("pkb", 2)
 INFY, RELIANCE = 408065, 738561  # shards 0 and 1 of 2
@@ -53,7 +54,7 @@ def test_an_entry_a_frame_and_shard_with_the_fields_of_the_contract(client: redi
         (7, 1_767_584_700_123, ticks(infy(1500.05, 10), reliance)),
         (8, 1_767_584_701_124, ticks(infy(1501, 12))),
     ]
-    assert queue_frames(pipe, KEYS, "s", frames) == [KEYS.ticks(0), KEYS.ticks(0), KEYS.ticks(1)]
+    assert queue_batches(pipe, KEYS, "s", frames) == [KEYS.ticks(0), KEYS.ticks(0), KEYS.ticks(1)]
     pipe.execute()
     assert entries(client, 0) == [
         {b"src": b"s", b"seq": b"7", b"at": b"1767584700123", b"n": b"1",
@@ -74,13 +75,13 @@ def test_a_shards_frames_are_refused_together(client: redis.Redis) -> None:
     client.config_set("maxmemory", used + 400_000)
     try:
         pipe = Pipe(client)
-        queue_frames(pipe, KEYS, "s", frames)
+        queue_batches(pipe, KEYS, "s", frames)
         replies = pipe.execute()
     finally:
         client.config_set("maxmemory", "0")
     assert any(isinstance(reply, redis.exceptions.OutOfMemoryError) for reply in replies)
     assert client.exists(KEYS.ticks(0)) == 0
-    queue_frames(pipe, KEYS, "s", frames)
+    queue_batches(pipe, KEYS, "s", frames)
     pipe.execute()
     assert [int(each[b"seq"]) for each in entries(client, 0)] == list(range(1, 201))
 
@@ -89,7 +90,7 @@ def test_a_stream_of_another_type_refuses_its_frames_alone(client: redis.Redis) 
     client.set(KEYS.ticks(0), "mine")
     pipe = Pipe(client)
     reliance = [RELIANCE, 1, 1, 1, None, None, None, None, 1]
-    queue_frames(pipe, KEYS, "s", [(n, 0, ticks(infy(1, n), reliance)) for n in (1, 2)])
+    queue_batches(pipe, KEYS, "s", [(n, 0, ticks(infy(1, n), reliance)) for n in (1, 2)])
     pipe.execute()
     assert client.get(KEYS.ticks(0)) == b"mine"
     assert len(entries(client, 1)) == 2
