@@ -10,7 +10,7 @@ import redis
 
 from pkbrokers_redis.candles.calendar import Sessions, load_sessions
 from pkbrokers_redis.candles.model import CANDLE_FIELDS, FLAG_NAMES, Candle, Interval, find_interval
-from pkbrokers_redis.client.dataframes import fill_gaps
+from pkbrokers_redis.client.fill import fill_gaps
 from pkbrokers_redis.client.follow import ClosedCandle, Follower, follow_ticks, last_closed
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.keys import Keys

@@ -1,9 +1,7 @@
-"""Upstream PKBrokers' parser by name and shape, on our `kite.wire`: there is no second parser.
+"""`ZerodhaWebSocketClient` and `ZerodhaWebSocketParser`: upstream's classes on this package's connection.
 
-`ZerodhaWebSocketClient` with upstream's constructor and methods, on our socket and parser.
-
-Kite takes 3,000 instruments per connection and three connections per key; upstream opened one per batch of
-500. Here the batches share connections, and each tick still says which batch its instrument came from.
+Kite accepts 3,000 instruments a connection and three connections an api key; upstream opened a connection for
+each batch of 500. Here the batches share connections, and each tick carries its batch's index.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from pydantic import SecretStr
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles.calendar import KOLKATA
-from pkbrokers_redis.compat.upstream_types import DepthEntry, Tick
+from pkbrokers_redis.compat.upstream_types import OPTIMAL_TOKEN_BATCH_SIZE, DepthEntry, Tick
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.kite.protocol import (
     FULL,
@@ -38,11 +36,16 @@ from pkbrokers_redis.store.auth import Session
 
 
 class ZerodhaWebSocketParser:
-    """Kite's binary frames → `Tick` objects. For whole arrays of ticks use `kite.wire.parse_frame`."""
+    """Parse Kite's binary frames into `Tick` objects; `kite.protocol.parse_frame` gives arrays.
+
+    Example:
+        >>> ZerodhaWebSocketParser.parse_binary_message(b"\\x00")  # a heartbeat
+        []
+    """
 
     @staticmethod
     def parse_binary_message(message: bytes, websocket_index: int = -1, batch_index: int = -1) -> list[Tick]:
-        """All ticks of a frame, in its order. Any bytes are fine; a heartbeat gives an empty list."""
+        """Return all ticks of a frame, in its order; unknown packets are skipped."""
         received_at = int(time.time())
         parsed = parse_frame(message, received_at * 1000)
         return [
@@ -84,20 +87,35 @@ def _tick(packet: bytes, received_at: int, websocket_index: int, batch_index: in
 
 log = logs.get("kite")
 
-BATCH_TOKENS = 500  # upstream's batches
 TOKENS_MAX = TOKENS_PER_CONNECTION_MAX * CONNECTIONS_PER_KEY_MAX
-PUT_SECONDS = 1.0  # how long a full queue is waited for, before the tick is dropped and counted
+PUT_SECONDS = 1.0  # how long to wait for room in a full queue before the tick is dropped and counted
 JOIN_SECONDS = 5.0
 POLL_SECONDS = 0.5
 
 
 class ZerodhaWebSocketClient:
-    """Ticks from Kite into `watcher_queue` (as `Tick` objects) and `db_conn.insert_ticks` (as dicts).
+    """Send ticks from Kite to `watcher_queue` (as `Tick` objects) and `db_conn.insert_ticks` (as dicts).
 
-    `start` blocks until `stop`, or until `ws_stop_event` is set. Without `token_batches` it takes what
-    PKB_INSTRUMENTS names. A full queue drops ticks, which `dropped` counts; `inserts_failed` counts the calls
-    of `insert_ticks` that raised. Ticks that are to become candles go through `pkb ingest`, or from the queue
-    into `TickProcessor`.
+    `start` blocks until `stop`, or until `ws_stop_event` is set. Each connection has a thread, which also
+    puts its ticks. A full queue drops ticks, counted in `dropped`; `inserts_failed` counts calls of
+    `insert_ticks` that raised. For candles, use `pkb ingest`, or give the queue to `TickProcessor`.
+
+    Args:
+        enctoken: A web session's token; default: the shared session in Redis or the settings.
+        user_id: The user of `enctoken`.
+        api_key: The api key of `enctoken`.
+        token_batches: Lists of instrument tokens; default: PKB_INSTRUMENTS.
+        watcher_queue: Receives `Tick` objects.
+        db_conn: An object with `insert_ticks(list_of_dicts)`, perhaps `close_all()`.
+        ws_stop_event: An event that ends `start`.
+        settings: Default: from the environment.
+
+    Example:
+        >>> ticks = queue.Queue()
+        >>> client = ZerodhaWebSocketClient(token_batches=[[408065]], watcher_queue=ticks)
+        >>> threading.Thread(target=client.start, daemon=True).start()
+        >>> ticks.get().last_price
+        1512.5
     """
 
     def __init__(
@@ -121,7 +139,7 @@ class ZerodhaWebSocketClient:
         self.stop_event = threading.Event()
         self.dropped = 0
         self.inserts_failed = 0
-        self.batch_last_tick_time: dict[int, float] = {}  # batch → when its last tick came, epoch seconds
+        self.batch_last_tick_time: dict[int, float] = {}  # batch → when its last tick arrived, epoch seconds
         self._session = Session("", user_id or "", enctoken=SecretStr(enctoken)) if enctoken else None
         self._settings = settings or load_settings()
         self._batch_of: dict[int, int] = {}
@@ -132,9 +150,10 @@ class ZerodhaWebSocketClient:
     def start(self) -> None:
         """Connect and receive until stopped.
 
-        Raises PkbError: no session, an unknown instrument, more than one api key may stream.
+        Raises:
+            PkbError: No session, an unknown instrument, or more instruments than one api key may stream.
         """
-        url = url_for(self._settings, self._session)  # a missing session shows here, not in a thread
+        url = url_for(self._settings, self._session)  # raises here if there is no session, not in a thread
         if not self.token_batches:
             self.token_batches = self._build_batches()
         self._batch_of = {token: n for n, batch in enumerate(self.token_batches) for token in batch}
@@ -145,12 +164,10 @@ class ZerodhaWebSocketClient:
                 "give fewer in token_batches, or run `pkb ingest` with several api keys",
             )
         for first in range(0, len(tokens), TOKENS_PER_CONNECTION_MAX):
-            some = tokens[first : first + TOKENS_PER_CONNECTION_MAX]
-            socket = Socket(url, some, "full", on_frame=self._on_frame)
-            number = len(self._threads)
-            thread = threading.Thread(
-                target=socket.run, args=(self.stop_event,), name=f"kite-{number}", daemon=True
-            )
+            chunk = tokens[first : first + TOKENS_PER_CONNECTION_MAX]
+            socket = Socket(url, chunk, "full", on_frame=self._on_frame)
+            name = f"kite-{len(self._threads)}"
+            thread = threading.Thread(target=socket.run, args=(self.stop_event,), name=name, daemon=True)
             self._threads.append(thread)
             thread.start()
         while not self.stop_event.wait(POLL_SECONDS):
@@ -158,7 +175,7 @@ class ZerodhaWebSocketClient:
                 self.stop()
 
     def stop(self) -> None:
-        """End all connections; `start` returns."""
+        """End all connections, so that `start` returns."""
         self.stop_event.set()
         for thread in self._threads:
             if thread is not threading.current_thread():
@@ -167,17 +184,17 @@ class ZerodhaWebSocketClient:
             self.db_conn.close_all()
 
     def get_batch_last_tick_times(self) -> dict[int, float]:
-        """Batch → when its last tick came, epoch seconds."""
+        """Return batch → when its last tick arrived, epoch seconds."""
         with self._lock:
             return dict(self.batch_last_tick_time)
 
     def get_unhealthy_batches(self, current_time: float, stale_threshold: float) -> list[int]:
-        """Batches without a tick for more than `stale_threshold` seconds before `current_time`."""
+        """Return the batches without a tick for more than `stale_threshold` seconds before `current_time`."""
         times = self.get_batch_last_tick_times()
         return [batch for batch, last in times.items() if current_time - last > stale_threshold]
 
     def update_batch_tick_time(self, batch_index: int) -> None:
-        """A tick of that batch has come now."""
+        """Record that a tick of that batch arrived now."""
         with self._lock:
             self.batch_last_tick_time[batch_index] = time.time()
 
@@ -199,11 +216,11 @@ class ZerodhaWebSocketClient:
             try:
                 self.db_conn.insert_ticks([database_row(tick) for tick in ticks])
             except Exception as error:
-                # Whatever a caller's database raises, the connection must go on.
+                # The connection must survive any error of a caller's database.
                 self.inserts_failed += 1
-                why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                if self._once.first(why):
-                    log.error("insert_ticks_failed", why=why)
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                if self._once.first(reason):
+                    log.error("insert_ticks_failed", reason=reason)
 
     def _build_batches(self) -> list[list[int]]:
         from pkbrokers_redis.store.connect import connect
@@ -217,33 +234,25 @@ class ZerodhaWebSocketClient:
         finally:
             client.close()
         tokens = [token for token, _ in chosen]
-        return [tokens[first : first + BATCH_TOKENS] for first in range(0, len(tokens), BATCH_TOKENS)]
+        return [
+            tokens[first : first + OPTIMAL_TOKEN_BATCH_SIZE]
+            for first in range(0, len(tokens), OPTIMAL_TOKEN_BATCH_SIZE)
+        ]
 
 
 def database_row(tick: Tick) -> dict[str, Any]:
-    """A tick as upstream hands it to `insert_ticks`: 0 for what the packet did not have."""
-    depth = tick.depth or {}
+    """Return a tick as upstream passes it to `insert_ticks`: 0 for fields that the packet lacks."""
+    names = "day_volume oi buy_quantity sell_quantity high_price low_price open_price prev_day_close"
     row: dict[str, Any] = {
         "instrument_token": tick.instrument_token,
         "timestamp": datetime.fromtimestamp(tick.exchange_timestamp or time.time(), KOLKATA),
         "last_price": tick.last_price,
-        "day_volume": tick.day_volume or 0,
-        "oi": tick.oi or 0,
-        "buy_quantity": tick.buy_quantity or 0,
-        "sell_quantity": tick.sell_quantity or 0,
-        "high_price": tick.high_price or 0,
-        "low_price": tick.low_price or 0,
-        "open_price": tick.open_price or 0,
-        "prev_day_close": tick.prev_day_close or 0,
+        **{name: getattr(tick, name) or 0 for name in names.split()},
         "websocket_index": tick.websocket_index,
         "batch_index": tick.batch_index,
     }
-    if depth:
+    if tick.depth:
         row["depth"] = {
-            side: [
-                {"price": level.price, "quantity": level.quantity, "orders": level.orders}
-                for level in depth.get(side, [])
-            ]
-            for side in ("bid", "ask")
+            side: [level._asdict() for level in tick.depth.get(side, [])] for side in ("bid", "ask")
         }
     return row

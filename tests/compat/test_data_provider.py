@@ -9,8 +9,8 @@ import pandas as pd
 import pytest
 import redis
 
-from pkbrokers_redis.client import dataframes
 from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.compat import shapes
 from pkbrokers_redis.compat.candle_store import InMemoryCandleStore
 from pkbrokers_redis.compat.data_provider import HighPerformanceDataProvider
 from pkbrokers_redis.settings import Settings
@@ -105,7 +105,7 @@ def test_unknown_symbols_cost_few_looks_at_the_whole_master(
 
 def test_what_is_not_known_is_an_empty_frame(provider: HighPerformanceDataProvider) -> None:
     for frame in (provider.get_stock_data("NOBODY"), provider.get_stock_data("INFY", "7m")):
-        assert frame.empty and list(frame.columns) == list(dataframes.EMPTY_COLUMNS)
+        assert frame.empty and list(frame.columns) == list(shapes.EMPTY_COLUMNS)
     assert provider.get_stock_data("NIFTY 50", "5m").empty
     assert provider.get_current_price("NOBODY") is None
 
@@ -123,8 +123,8 @@ def test_frames_of_older_pandas_are_the_same(server_kind: str, monkeypatch: pyte
     import numpy as np
 
     rows = np.array([[OPEN_S + 300 * n, 1, 2, 0.5, 1.5, 10 + n, np.nan, 3] for n in range(4)], np.float64)
-    new = dataframes.ohlcv_frame(rows)
-    monkeypatch.setattr(dataframes, "_api", None)
-    pd.testing.assert_frame_equal(dataframes.ohlcv_frame(rows), new)
+    new = shapes.ohlcv_frame(rows)
+    monkeypatch.setattr(shapes, "_pandas_api", None)
+    pd.testing.assert_frame_equal(shapes.ohlcv_frame(rows), new)
     rows[0, 5] = 0.25  # a market that trades fractions
-    assert dataframes.ohlcv_frame(rows)["volume"].tolist() == [0.25, 11, 12, 13]
+    assert shapes.ohlcv_frame(rows)["volume"].tolist() == [0.25, 11, 12, 13]
