@@ -1,21 +1,18 @@
-"""One instrument, typed, with upstream's name and fields; to and from the rows of Kite's CSV.
-
-Kite's instruments CSV → rows that may be stored. ~97,000 rows of
-
-    instrument_token,exchange_token,tradingsymbol,name,last_price,expiry,strike,tick_size,lot_size,…
-    408065,1594,INFY,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE
-
-Columns are found by name, so that a new one does no harm. A row that is no instrument is counted and left
-out, and costs the others nothing. (kiteconnect's own parser stops at the first, and takes 50 µs a date.)
-
-`KiteInstruments`: Kite's instrument master, fetched, checked, swapped into Redis, and asked for.
+"""Kite's instrument master: fetched, checked row by row, and swapped into Redis.
 
     with connect(settings) as client:
         KiteInstruments(settings=settings, client=client).sync()
 
-Upstream's names and arguments; its SQLite file is Redis here (`db_path`, `local` and `recreate_schema` are
-taken and have no effect), and instead of a filtered list of NSE shares the whole master is kept: the filter
-is in the question (`get_equities`).
+Kite publishes a CSV of about 97,000 rows:
+
+    instrument_token,exchange_token,tradingsymbol,name,last_price,expiry,strike,tick_size,lot_size,…
+    408065,1594,INFY,INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE
+
+Columns are found by name, so that a new one does no harm. An invalid row is counted and left out.
+(kiteconnect's own parser stops at the first invalid row.)
+
+`KiteInstruments` has upstream's names and arguments. Redis replaces upstream's SQLite file, and holds the
+whole master instead of NSE's shares: `get_equities` filters.
 """
 
 from __future__ import annotations
@@ -46,10 +43,24 @@ from pkbrokers_redis.store.auth import Session, load_session
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.symbols import is_nse_equity, read_names
 
+log = logs.get("instruments")
+
+EXCHANGES = ("NSE", "BSE", "NFO", "BFO", "CDS", "BCD", "MCX", "NSEIX", "GLOBAL", "NCO")
+ALL = "all"  # the scope of a sync of all exchanges
+REFRESH_SECONDS = 23.5 * 3600  # upstream's: an older master is fetched again
+REQUIRED = ("instrument_token", "tradingsymbol", "exchange")
+NUMBERS = ("last_price", "strike", "tick_size", "lot_size")
+ROWS_MAX = 1_000_000  # ten times what Kite has
+COLUMNS_MAX = 40
+_EXCHANGE = re.compile(r"[A-Z][A-Z0-9_]{1,11}")
+_COLUMN = re.compile(r"[a-z][a-z0-9_]{0,39}")
+_SYMBOL_LENGTH_MAX = 64
+_CELL_LENGTH_MAX = 200
+
 
 @dataclass
 class Instrument:
-    """One row, typed. `expiry` is YYYY-MM-DD, `last_updated` ISO 8601."""
+    """One instrument with upstream's fields. `expiry` is YYYY-MM-DD, `last_updated` ISO 8601."""
 
     instrument_token: int
     exchange_token: str
@@ -68,10 +79,10 @@ class Instrument:
 
 
 def instrument_of(row: Mapping[str, str], at: str) -> Instrument:
-    """A row of the master, read at that time. A field `nse_stock` overrules what the series says."""
+    """Return the instrument of a CSV row, read `at` (ISO 8601). A field `nse_stock` overrides the series."""
     token, exchange = int(row["instrument_token"]), row.get("exchange", "")
     symbol = row.get("tradingsymbol", "")
-    overruled = row.get("nse_stock", "")
+    override = row.get("nse_stock", "")
     return Instrument(
         instrument_token=token,
         exchange_token=row.get("exchange_token", ""),
@@ -86,7 +97,7 @@ def instrument_of(row: Mapping[str, str], at: str) -> Instrument:
         segment=row.get("segment", ""),
         exchange=exchange,
         last_updated=at,
-        nse_stock=overruled == "1" if overruled else is_nse_equity(f"{exchange}:{symbol}", token),
+        nse_stock=override == "1" if override else is_nse_equity(f"{exchange}:{symbol}", token),
     )
 
 
@@ -98,7 +109,7 @@ def _number(text: str | None) -> float | None:
 
 
 def csv_of(instruments: Iterable[Instrument]) -> bytes:
-    """Kite's CSV of some instruments."""
+    """Return instruments as Kite's CSV."""
     text = io.StringIO()
     columns = [name for name in Instrument.__dataclass_fields__ if name not in ("last_updated", "nse_stock")]
     writer = csv.DictWriter(text, columns, extrasaction="ignore")
@@ -107,19 +118,15 @@ def csv_of(instruments: Iterable[Instrument]) -> bytes:
     return text.getvalue().encode()
 
 
-REQUIRED = ("instrument_token", "tradingsymbol", "exchange")
-NUMBERS = ("last_price", "strike", "tick_size", "lot_size")
-ROWS_MAX = 1_000_000  # ten times what Kite has
-COLUMNS_MAX = 40
-_EXCHANGE = re.compile(r"[A-Z][A-Z0-9_]{1,11}")
-_COLUMN = re.compile(r"[a-z][a-z0-9_]{0,39}")
-_SYMBOL_LENGTH_MAX = 64
-_CELL_LENGTH_MAX = 200
-
-
 class Parsed(NamedTuple):
-    """`rows`: column → text, each with a valid token, exchange and symbol, none twice. `expired` contracts
-    are left out too. `refused` counts by reason. `sha256` is the download's."""
+    """A parsed CSV.
+
+    Attributes:
+        rows: Column → text, with a valid and unique token and symbol.
+        expired: The number of expired contracts, which are left out.
+        refused: The number of invalid rows by reason.
+        sha256: Of the download.
+    """
 
     rows: list[dict[str, str]]
     expired: int
@@ -128,16 +135,21 @@ class Parsed(NamedTuple):
 
 
 def parse_instruments(content: bytes, today: date) -> Parsed:
-    """`today` is the date in India: a contract is expired from the day after its expiry.
+    """Parse Kite's CSV.
 
-    Raises KiteUnavailable when this is no instruments CSV at all.
+    Args:
+        content: The download.
+        today: The date in India. A contract is expired from the day after its expiry.
+
+    Raises:
+        KiteUnavailable: The content is no instruments CSV.
     """
     reader = csv.reader(io.StringIO(content.decode("utf-8", errors="replace"), newline=""))
     header = [name.strip().lstrip("\ufeff") for name in next(_lines(reader, Counter()), [])]
     if not set(REQUIRED) <= set(header) or len(header) > COLUMNS_MAX or len(set(header)) < len(header):
-        raise KiteUnavailable("Kite's instruments are no CSV as documented", "try again later")
+        raise KiteUnavailable("Kite's instruments are not the documented CSV", "try again later")
     if not all(_COLUMN.fullmatch(name) for name in header):
-        raise KiteUnavailable("Kite's instruments have odd column names", "try again later")
+        raise KiteUnavailable("Kite's instruments have invalid column names", "try again later")
     rows: list[dict[str, str]] = []
     refused: Counter[str] = Counter()
     expired = 0
@@ -150,12 +162,12 @@ def parse_instruments(content: bytes, today: date) -> Parsed:
             refused["columns"] += 1
             continue
         row = dict(zip(header, (cell.strip() for cell in cells), strict=True))
-        why = _refusal(row)
+        reason = _invalid_reason(row)
         symbol = f"{row['exchange']}:{row['tradingsymbol']}"
-        if not why and (row["instrument_token"] in tokens or symbol in symbols):
-            why = "repeated"
-        if why:
-            refused[why] += 1
+        if not reason and (row["instrument_token"] in tokens or symbol in symbols):
+            reason = "repeated"
+        if reason:
+            refused[reason] += 1
         elif row.get("expiry") and date.fromisoformat(row["expiry"]) < today:
             expired += 1
         else:
@@ -174,12 +186,12 @@ def _lines(reader: Iterator[list[str]], refused: Counter[str]) -> Iterator[list[
             yield next(reader)
         except StopIteration:
             return
-        except csv.Error:  # a NUL, a cell without an end: the reader goes on behind it
+        except csv.Error:  # a NUL, an unclosed quote: the reader continues after it
             refused["unreadable"] += 1
 
 
-def _refusal(row: dict[str, str]) -> str:
-    """Why it is no instrument; "" when it is one. Makes the token canonical (no leading zeros)."""
+def _invalid_reason(row: dict[str, str]) -> str:
+    """Return why a row is no instrument, or "". Remove leading zeros of the token."""
     token, symbol = row["instrument_token"], row["tradingsymbol"]
     if not (token.isascii() and token.isdecimal() and len(token) <= 12 and 0 < int(token) <= TOKEN_MAX):
         return "token"
@@ -217,15 +229,8 @@ def _is_date(text: str) -> bool:
     return len(text) == 10
 
 
-log = logs.get("instruments")
-
-EXCHANGES = ("NSE", "BSE", "NFO", "BFO", "CDS", "BCD", "MCX", "NSEIX", "GLOBAL", "NCO")
-REFRESH_SECONDS = 23.5 * 3600  # upstream's: a master this old is fetched anew
-ALL = "all"
-
-
 class Synced(NamedTuple):
-    """What a sync did. `changed` is False when the same master stood there already."""
+    """The result of a sync. `changed` is False if the store already had the same master."""
 
     rows: int
     added: int
@@ -236,10 +241,22 @@ class Synced(NamedTuple):
 
 
 class KiteInstruments:
-    """The master in Redis. `settings` and `client` default to the configured store.
+    """The instrument master in Redis.
 
-    A session is used where there is one (`api_key` and `access_token`, else P:auth, else the settings); Kite
-    gives the list without one too.
+    A session is sent if there is one: `api_key` and `access_token`, else P:auth, else the settings'. Kite
+    publishes the list without a session too.
+
+    Args:
+        api_key: Upstream's.
+        access_token: Upstream's.
+        db_path: Upstream's; without effect, as `local` and `recreate_schema`.
+        settings: Default: the environment's.
+        client: Default: a connection to the configured store.
+        now: Market time, epoch seconds, which decides what has expired.
+
+    Example:
+        >>> KiteInstruments().sync(["NSE"]).rows                                # doctest: +SKIP
+        9217
     """
 
     def __init__(
@@ -254,7 +271,6 @@ class KiteInstruments:
         client: redis.Redis | None = None,
         now: Callable[[], float] = time.time,
     ) -> None:
-        """`now`: epoch seconds of the market, which say what has expired."""
         self.settings = settings or load_settings()
         self._client = client
         self._session = _session_of(api_key, access_token)
@@ -262,20 +278,26 @@ class KiteInstruments:
 
     @property
     def client(self) -> redis.Redis:
-        """The store, connected to when first needed."""
+        """The store; connected at the first use."""
         if self._client is None:
             self._client = connect(self.settings)
         return self._client
 
-    # --- ours ----------------------------------------------------------------------------------------
-
     def fetch(self, exchanges: Sequence[str] = ()) -> Parsed:
-        """Download and check the master, whole or of some exchanges. Raises KiteError, SettingsError."""
-        wanted = [exchange.strip().upper() for exchange in exchanges]
-        for exchange in wanted:
+        """Download and parse the master.
+
+        Args:
+            exchanges: Default: all.
+
+        Raises:
+            KiteError: Kite does not respond, or not with a CSV.
+            SettingsError: An exchange is unknown.
+        """
+        named = [exchange.strip().upper() for exchange in exchanges]
+        for exchange in named:
             if exchange not in EXCHANGES:
                 raise SettingsError(f"Kite has no exchange {exchange[:20]!r}", "use " + ", ".join(EXCHANGES))
-        files: list[str | None] = [*wanted] or [None]
+        files: list[str | None] = [*named] or [None]
         session = self._session or load_session(self.client, self.settings.keys)
         kite = open_kite(self.settings, session)
         try:
@@ -283,33 +305,40 @@ class KiteInstruments:
         except KiteError as error:
             if error.status not in (401, 403):
                 raise
-            kite = open_kite(self.settings, anonymous=True)  # a dead session is no reason to have no names
+            kite = open_kite(self.settings, anonymous=True)  # the list is public: the session may be dead
             content = [kite.instruments_csv(exchange) for exchange in files]
-        first, *others = content
+        first, *further = content
         # Each exchange's file has its own header line.
-        joined = first + b"".join(b"\n" + other.partition(b"\n")[2] for other in others)
+        joined = first + b"".join(b"\n" + other.partition(b"\n")[2] for other in further)
         return parse_instruments(joined, datetime.fromtimestamp(self._now(), IST).date())
 
     def sync(self, exchanges: Sequence[str] = (), *, force: bool = False) -> Synced:
-        """Make Kite's list ours. The same list again costs a download and one small write.
+        """Fetch the master and store it. An unchanged list costs a download and one small write.
 
-        Raises KiteError, MasterShrunk (unless `force`), SettingsError.
+        Args:
+            exchanges: Default: all.
+            force: Whether to store an unchanged list again, and one that lost half of its rows.
+
+        Raises:
+            KiteError: Kite does not respond, or not with a CSV.
+            MasterShrunk: The list lost half of its rows.
+            SettingsError: An exchange is unknown.
         """
-        parsed = self.fetch(exchanges)
-        return self.store(parsed, exchanges, force=force)
+        return self.store(self.fetch(exchanges), exchanges, force=force)
 
     def store(self, parsed: Parsed, exchanges: Sequence[str] = (), *, force: bool = False) -> Synced:
-        """Swap a parsed master in: of `exchanges`, or of all exchanges in it."""
+        """Store a parsed master of `exchanges`, or of all exchanges in it. See `sync`."""
         client, keys = self.client, self.settings.keys
         if not parsed.rows:
-            raise PkbError("Kite's instrument list is empty", "try again later: the stored one stays")
+            raise PkbError("Kite's instrument list is empty", "try again later: the stored list is unchanged")
         named = sorted({exchange.strip().upper() for exchange in exchanges})
         scope = ",".join(named) or ALL
         refused = parsed.refused.total()
         if refused:
-            log.warning("instruments_refused", rows=refused, why=_some(parsed.refused.items()))
+            reasons = ",".join(f"{reason}={count}" for reason, count in parsed.refused.items())
+            log.warning("instruments_refused", rows=refused, reason=reasons)
         at = datetime.fromtimestamp(self._now(), IST).isoformat(timespec="seconds")
-        # What has expired depends on the day, not only on the file.
+        # The stored rows depend on the day too, because of expired contracts.
         digest = parsed.sha256 if not parsed.expired else f"{parsed.sha256}-{parsed.expired}"
         before = instruments.read_manifest(client, keys)
         changed = force or not instruments.is_current(client, keys, digest, scope)
@@ -328,17 +357,22 @@ class KiteInstruments:
         )  # fmt: skip
         return Synced(swapped.names, swapped.added, swapped.removed, parsed.expired, refused, changed)
 
-    # --- upstream's ----------------------------------------------------------------------------------
+    # --- upstream's methods --------------------------------------------------------------------------
 
     def fetch_instruments(self, reTrial: bool = False) -> list[Instrument]:  # noqa: N803  upstream's name
-        """NSE's instruments from Kite, as upstream: nothing is stored."""
+        """Fetch NSE's instruments. Nothing is stored."""
         at = self._iso_now()
         return [instrument_of(row, at) for row in self.fetch(["NSE"]).rows]
 
     def sync_instruments(self, instruments: Sequence[Instrument] = (), force_fetch: bool = True) -> bool:
-        """`sync` when the stored master is older than 23.5 hours. False, and a line in the log, if it fails.
+        """Sync if the stored master is older than 23.5 hours.
 
-        With `force_fetch=False` the given instruments are stored instead of a download.
+        Args:
+            instruments: What to store if `force_fetch` is False.
+            force_fetch: Whether to fetch Kite's list.
+
+        Returns:
+            False if the sync failed; the log has the reason.
         """
         try:
             if not self._needs_refresh():
@@ -349,17 +383,17 @@ class KiteInstruments:
                 content = csv_of(instruments)
                 self.store(parse_instruments(content, datetime.fromtimestamp(self._now(), IST).date()))
         except (PkbError, redis.RedisError) as error:
-            log.error("instruments_sync_failed", why=str(error))
+            log.error("instruments_sync_failed", reason=str(error))
             return False
         return True
 
     def get_instrument_count(self) -> int:
-        """Names in the master."""
+        """Return the number of names in the master."""
         count: Any = self.client.hlen(self.settings.keys.symbols())
         return int(count)
 
     def get_nse_stock_count(self) -> int:
-        """Shares on NSE."""
+        """Return the number of shares on NSE."""
         return sum(is_nse_equity(name, token) for name, token in self._names().items())
 
     def get_equities(
@@ -368,33 +402,38 @@ class KiteInstruments:
         segment: str = "NSE",
         only_nse_stocks: bool = False,
     ) -> list[dict[str, Any]]:
-        """The shares of NSE, and its indices unless `only_nse_stocks`, with those columns.
+        """Return the shares of NSE with some columns.
 
-        Another `segment` (BSE, NFO-FUT, INDICES) gives that segment's rows. Raises ValueError for a column
-        that is none.
+        Args:
+            column_names: A comma list of `Instrument`'s fields.
+            segment: `NSE`, or another segment (`BSE`, `NFO-FUT`, `INDICES`), whose rows are returned.
+            only_nse_stocks: Whether to leave out NSE's indices.
+
+        Raises:
+            ValueError: A column is unknown.
         """
         columns = [name.strip() for name in column_names.split(",")]
         known = set(Instrument.__dataclass_fields__)
         if unknown := sorted(set(columns) - known):
             raise ValueError(f"no such columns: {', '.join(unknown)}")
-        found = []
-        for instrument in self._read(self._wanted(segment, only_nse_stocks)):
+        rows = []
+        for instrument in self._read(self._tokens_of(segment, only_nse_stocks)):
             if segment != "NSE" and instrument.segment != segment:
                 continue
             row = asdict(instrument)
-            found.append({name: row[name] for name in columns})
-        return found
+            rows.append({name: row[name] for name in columns})
+        return rows
 
     def get_or_fetch_instrument_tokens(
         self, all_columns: bool = True, only_nse_stocks: bool = False
     ) -> list[int]:
-        """The tokens of `get_equities`; an empty master is fetched first."""
+        """Return the tokens of `get_equities`. An empty master is fetched first."""
         if not self.get_instrument_count():
             self.sync_instruments(force_fetch=True)
         return self.get_instrument_tokens(self.get_equities("instrument_token", "NSE", only_nse_stocks))
 
     def get_instrument_tokens(self, equities: Iterable[dict[str, Any]]) -> list[int]:
-        """`instrument_token` of each row that has one."""
+        """Return the `instrument_token` of each row that has one."""
         tokens = []
         for row in equities:
             try:
@@ -404,17 +443,17 @@ class KiteInstruments:
         return tokens
 
     def get_instrument(self, instrument_token: int) -> dict[str, Any] | None:
-        """One row with all columns, or None."""
+        """Return an instrument with all columns, or None."""
         found = self._read([int(instrument_token)])
         return asdict(found[0]) if found else None
 
     def get_nse_stocks(self) -> list[dict[str, Any]]:
-        """The shares of NSE."""
+        """Return the shares of NSE."""
         columns = "instrument_token,tradingsymbol,name,last_price,nse_stock"
         return self.get_equities(columns, only_nse_stocks=True)
 
     def update_nse_stock_status(self, tradingsymbol: str, is_nse_stock: bool) -> bool:
-        """Overrule whether an NSE instrument counts as a share. False for an unknown one."""
+        """Set whether an NSE instrument counts as a share. Return False if it is unknown."""
         keys = self.settings.keys
         token: Any = self.client.hget(keys.symbols(), f"NSE:{tradingsymbol}")
         if token is None:
@@ -423,10 +462,10 @@ class KiteInstruments:
         return True
 
     def migrate_to_nse_stock_column(self) -> bool:
-        """Nothing to migrate: shares are told by their series."""
+        """Return True: shares are known by their series, so there is nothing to migrate."""
         return True
 
-    # --- reading -------------------------------------------------------------------------------------
+    # --- helpers -------------------------------------------------------------------------------------
 
     def _needs_refresh(self) -> bool:
         manifest = instruments.read_manifest(self.client, self.settings.keys)
@@ -436,7 +475,7 @@ class KiteInstruments:
     def _names(self) -> dict[str, int]:
         return read_names(self.client, self.settings.keys)
 
-    def _wanted(self, segment: str, only_nse_stocks: bool) -> list[int]:
+    def _tokens_of(self, segment: str, only_nse_stocks: bool) -> list[int]:
         names = self._names().items()
         if segment != "NSE":
             prefix = "" if segment == "INDICES" else segment.partition("-")[0] + ":"
@@ -463,7 +502,3 @@ def _session_of(api_key: str | None, access_token: str | None) -> Session | None
     if not (api_key and access_token):
         return None
     return Session(api_key, access_token=SecretStr(access_token))
-
-
-def _some(counts: Iterable[tuple[str, int]]) -> str:
-    return ",".join(f"{why}={count}" for why, count in counts)
