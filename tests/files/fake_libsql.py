@@ -100,36 +100,12 @@ class FakeLibsql:
         kind = request["type"]
         if kind == "close":
             return {"type": "ok", "response": {"type": "close"}}
+        assert kind == "execute"
         try:
-            result = (
-                self._execute(request["stmt"])
-                if kind == "execute"
-                else self._batch(request["batch"]["steps"])
-            )
+            result = self._execute(request["stmt"])
         except sqlite3.Error as error:
             return {"type": "error", "error": {"message": str(error), "code": "SQLITE_ERROR"}}
         return {"type": "ok", "response": {"type": kind, "result": result}}
-
-    def _batch(self, steps: list[dict[str, Any]]) -> dict[str, Any]:
-        results: list[Any] = []
-        errors: list[Any] = []
-        for step in steps:
-            result, error = None, None
-            if self._holds(step.get("condition"), results):
-                try:
-                    result = self._execute(step["stmt"])
-                except sqlite3.Error as problem:
-                    error = {"message": str(problem), "code": "SQLITE_ERROR"}
-            results.append(result)
-            errors.append(error)
-        return {"step_results": results, "step_errors": errors}
-
-    def _holds(self, condition: dict[str, Any] | None, results: list[Any]) -> bool:
-        if condition is None:
-            return True
-        if condition["type"] == "not":
-            return not self._holds(condition["cond"], results)
-        return results[condition["step"]] is not None
 
     def _execute(self, statement: dict[str, Any]) -> dict[str, Any]:
         if self.mode == "blocked":

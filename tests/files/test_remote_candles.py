@@ -115,7 +115,7 @@ def test_a_restart_forgets_nothing_that_waits(tmp_path: Path, remote: FakeLibsql
 
 
 def test_many_rows_go_in_slices(tmp_path: Path, remote: FakeLibsql, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("ROWS_A_PUSH", 250), ("ROWS_A_STATEMENT", 40), ("ROWS_A_PULL", 90)):
+    for name, value in (("ROWS_A_PUSH", 250), ("ROWS_A_PULL", 90)):
         monkeypatch.setattr(turso, name, value)
     rows = [(f"S{i:04}", "2026-11-20", *CANDLE) for i in range(1000)]
     with shared(tmp_path / "a", remote, Clock()) as one, shared(tmp_path / "b", remote, Clock()) as other:
@@ -131,18 +131,25 @@ def test_the_outbox_is_bounded(tmp_path: Path, remote: FakeLibsql, monkeypatch: 
             database.write_daily([(f"S{i:04}", "2026-11-20", *CANDLE) for i in range(60)])
         assert database.get_stats()["remote"]["waiting"] == 60
         database.write_daily([(f"T{i:04}", "2026-11-20", *CANDLE) for i in range(60)])
-        assert database.get_stats()["remote"] == {"state": "not asked yet", "waiting": 100, "dropped": 20}
+        assert database.get_stats()["remote"] == {"state": "not synced yet", "waiting": 100, "dropped": 20}
 
 
-def test_a_half_failed_push_leaves_the_remote_as_it_was(tmp_path: Path, remote: FakeLibsql) -> None:
-    with shared(tmp_path, remote, Clock()) as database:
+def test_a_half_failed_push_keeps_its_rows_in_the_outbox_and_is_repeated(
+    tmp_path: Path, remote: FakeLibsql
+) -> None:
+    clock = Clock()
+    with shared(tmp_path, remote, clock) as database:
         database.sync_from_turso()
         remote.run("CREATE TRIGGER no BEFORE INSERT ON intraday_candles BEGIN SELECT RAISE(ABORT, 'no'); END")
         database.update_daily_candle("INFY", "2026-11-20", *CANDLE)
         database.update_intraday_candle("INFY", "2026-11-20T09:15:00", "1m", *CANDLE)
         assert not database.sync_from_turso()
-        assert remote.rows("SELECT * FROM daily_candles") == []
         assert database.get_stats()["remote"]["waiting"] == 2
+        remote.run("DROP TRIGGER no")
+        clock.now += turso.UNAVAILABLE_SECONDS
+        assert database.sync_from_turso() and database.get_stats()["remote"]["waiting"] == 0
+        assert remote.rows("SELECT symbol, close FROM daily_candles") == [("INFY", 101)]
+        assert remote.rows("SELECT symbol, close FROM intraday_candles") == [("INFY", 101)]
 
 
 def test_the_token_is_in_no_message(
@@ -165,7 +172,7 @@ def test_an_answer_that_breaks_off_costs_only_freshness(
     database = shared(tmp_path, remote, Clock())
     database.update_daily_candle("INFY", "2026-11-20", *CANDLE)
     assert database.get_daily_candles()["INFY"]["close"].to_list() == [101]
-    assert "does not answer" in database.get_stats()["remote"]["state"]
+    assert "does not respond" in database.get_stats()["remote"]["state"]
     database.close()
     database.close()
 
