@@ -1,7 +1,7 @@
-"""`CandleAggregator`: short candles or ticks → longer candles, with upstream's names and arguments.
+"""`CandleAggregator`: makes longer candles of short ones or of ticks, with upstream's names and arguments.
 
-Buckets are the exchange's, not the clock's: `60m` of NSE begin at 09:15 and each day begins anew, so they
-equal Kite's own and this store's. Results are tz-aware in Asia/Kolkata; day candles stand at midnight.
+Buckets are anchored to each day's open: `60m` of NSE begins at 09:15, as on Kite and in the store. Results are
+tz-aware in Asia/Kolkata; day candles are stamped with midnight.
 """
 
 from __future__ import annotations
@@ -20,49 +20,51 @@ from pkbrokers_redis.errors import PkbError, UnknownInterval
 from pkbrokers_redis.files.frames import kolkata, midnights, moments_of
 
 DAY_SECONDS = 86_400
-NSE_SEGMENT = 1  # whose hours are taken where nobody says otherwise
+NSE_SEGMENT = 1  # its hours are the default
 STANDARD_INTERVALS = ("1m", "5m", "15m", "30m", "1h", "1d")
 PRICE_COLUMNS = ("price", "ltp", "last_price", "close")
 
 Ints = npt.NDArray[np.int64]
 
 _SPELLINGS = {
-    "minute": "1m",
-    "hour": "1h",
-    "60minute": "1h",
-    "day": "1d",
-    "d": "1d",
     **{f"{n}{unit}": f"{n}m" for n in (1, 2, 3, 4, 5, 10, 15, 30) for unit in ("minute", "min")},
-    "60min": "1h",
-    "1hour": "1h",
-    "1day": "1d",
+    **dict.fromkeys(("hour", "1hour", "60minute", "60min"), "1h"),
+    **dict.fromkeys(("day", "d", "1day"), "1d"),
+    "minute": "1m",
 }
 
 
 @cache
 def nse_sessions() -> Sessions:
-    """The shipped calendar."""
+    """Return the package's calendar."""
     return load_sessions("market")
 
 
 class CandleAggregator:
-    """All methods are static. `token` is an instrument whose trading hours count; None: NSE's cash market."""
+    """Upstream's aggregator. All methods are static.
+
+    `token` is an instrument whose trading hours apply; None: those of NSE's cash market.
+
+    Example:
+        >>> CandleAggregator.normalize_interval("5minute"), CandleAggregator.get_interval_seconds("1h")
+        ('5m', 3600)
+    """
 
     INTERVALS: ClassVar[dict[str, int]] = {
-        **{each.name: each.seconds or DAY_SECONDS for each in DEFAULT_INTERVALS},
+        **{interval.name: interval.seconds or DAY_SECONDS for interval in DEFAULT_INTERVALS},
         "1h": 3600,
         "1d": DAY_SECONDS,
     }
 
     @staticmethod
     def normalize_interval(interval: str) -> str:
-        """`5minute`, `5min` → `5m`; `60minute` → `1h`; `day` → `1d`. Others come back in lower case."""
+        """Return `5m` for `5minute` and `5min`, `1h` for `60minute`, `1d` for `day`; others in lower case."""
         name = interval.strip().lower()
         return _SPELLINGS.get(name, name)
 
     @staticmethod
     def get_interval_seconds(interval: str) -> int:
-        """Seconds of an interval, 86,400 for a day. Raises UnknownInterval."""
+        """Return the seconds of an interval, 86,400 for a day. Raise UnknownInterval."""
         name = CandleAggregator.normalize_interval(interval)
         known = CandleAggregator.INTERVALS.get(name)
         if known is not None:
@@ -81,10 +83,18 @@ class CandleAggregator:
         token: int | None = None,
         sessions: Sessions | None = None,
     ) -> pd.DataFrame:
-        """Candles (`open high low close`, perhaps `volume oi`, any case) → longer ones; no empty buckets.
+        """Merge candles into longer ones. Empty buckets make no row.
 
-        Moments are the index, or `timestamp_column`; naive ones are Kolkata's. The frame is left as it is.
-        Raises ValueError for a missing column or moments that are none, UnknownInterval.
+        Args:
+            df: Columns open, high, low, close, and optionally volume and oi, in any case. It is not changed.
+            target_interval: `5m`, `1h`, `1d`, …
+            timestamp_column: The column of times; None: the index. Naive times are Indian time.
+            token: See the class.
+            sessions: Another calendar than the package's.
+
+        Raises:
+            ValueError: A column is missing, or a time is invalid.
+            UnknownInterval: The interval is unknown.
         """
         if df is None or df.empty:
             return pd.DataFrame()
@@ -110,11 +120,22 @@ class CandleAggregator:
         token: int | None = None,
         sessions: Sessions | None = None,
     ) -> pd.DataFrame:
-        """Ticks → candles. Volumes are added up; with `cumulative` they are the day's so far, as Kite sends
-        them: a candle's is the highest in it less the highest before it; the first tick's counts for nothing.
+        """Merge ticks into candles.
 
-        Without `price_column` one of `price ltp last_price close` is taken, without `timestamp_column` the
-        index. Raises ValueError where there is no price, UnknownInterval.
+        Args:
+            ticks_df: One row a tick. It is not changed.
+            target_interval: `1m`, `1h`, `1d`, …
+            price_column: If it is missing, the first of `price ltp last_price close`.
+            volume_column: The traded volume.
+            timestamp_column: If it is missing, the index has the times. Naive times are Indian time.
+            cumulative: Whether volumes are the day's so far, as Kite sends them. A candle's volume is then the
+                highest in it minus the highest before it; the volume before the first tick is not counted.
+            token: See the class.
+            sessions: Another calendar than the package's.
+
+        Raises:
+            ValueError: There is no price, or a time is invalid.
+            UnknownInterval: The interval is unknown.
         """
         if ticks_df is None or ticks_df.empty:
             return pd.DataFrame()
@@ -140,9 +161,9 @@ class CandleAggregator:
     def resample_to_multiple_timeframes(
         df: pd.DataFrame | None, intervals: Sequence[str] | None = None, *, token: int | None = None
     ) -> dict[str, pd.DataFrame]:
-        """Interval as asked for → candles, of `1m 5m 15m 30m 1h 1d` if none are named.
+        """Return candles by interval, as given; default: `1m 5m 15m 30m 1h 1d`.
 
-        An empty frame for one that cannot be made.
+        An interval that cannot be made has an empty frame.
         """
         results: dict[str, pd.DataFrame] = {}
         for interval in intervals or STANDARD_INTERVALS:
@@ -154,7 +175,7 @@ class CandleAggregator:
 
     @staticmethod
     def validate_ohlcv(df: pd.DataFrame | None) -> bool:
-        """Whether there are rows, and `low` is the lowest, `high` the highest price of each."""
+        """Return whether there are rows, and `low` is the lowest, `high` the highest price of each."""
         if df is None or df.empty:
             return False
         frame = df.rename(columns=lambda name: str(name).lower())
@@ -172,7 +193,7 @@ def _require(frame: pd.DataFrame, names: Sequence[str]) -> None:
 
 
 def _starts_of(frame: pd.DataFrame, column: str | None) -> Ints:
-    """The rows' moments in epoch seconds. Raises ValueError where one is none."""
+    """Return the rows' times in epoch seconds. Raise ValueError if one is invalid."""
     named = column is not None and column.lower() in frame.columns
     index = moments_of(pd.Index(frame[str(column).lower()]) if named else frame.index)
     if index.hasnans:
@@ -181,19 +202,19 @@ def _starts_of(frame: pd.DataFrame, column: str | None) -> Ints:
 
 
 def bucket_starts_of(starts: Ints, seconds: int, token: int | None, sessions: Sessions | None) -> Ints:
-    """The start of each moment's bucket, epoch seconds, anchored to the day's open; a day's is midnight."""
+    """Return the bucket of each time, epoch seconds: anchored to the day's open; a day's is midnight."""
     days = midnights(starts)
     if seconds == DAY_SECONDS:
         return days
     calendar = sessions or nse_sessions()
     schedule = calendar.schedule_of(NSE_SEGMENT if token is None else token)
-    each, which = np.unique(days, return_inverse=True)
-    # On a closed day (a special session the calendar does not know) the usual open is better than midnight.
-    anchors = np.array([_anchor_s(calendar, schedule, int(day)) for day in each], np.int64)[which]
+    distinct, which = np.unique(days, return_inverse=True)
+    anchors = np.array([_anchor_s(calendar, schedule, int(day)) for day in distinct], np.int64)[which]
     return anchors + (starts - anchors) // seconds * seconds
 
 
 def _anchor_s(calendar: Sessions, schedule: int, midnight_s: int) -> int:
+    """Return the day's open; on a closed day (an unknown special session) the time of the next open."""
     day = calendar.day(schedule, midnight_s * 1000)
     if day.windows:
         return day.anchor_ms // 1000
@@ -221,7 +242,7 @@ def _grouped(
 
 
 def _increments(traded: npt.NDArray[Any], days: Ints) -> npt.NDArray[Any]:
-    """Cumulative volumes → what each added; repeats and late copies add nothing, each day begins anew."""
+    """Return what each cumulative volume added. Repeats and late copies add 0; each day starts from 0."""
     series = pd.Series(traded).fillna(0)
     highest = series.groupby(days).cummax()
     return highest.groupby(days).diff().fillna(0).astype(series.dtype).to_numpy()

@@ -157,7 +157,7 @@ class LocalCandleDatabase:
         close: float,
         volume: int,
     ) -> bool:
-        """Write one candle; `timestamp` is ISO 8601, Indian time by default. Return False if it is invalid."""
+        """Write one candle; `timestamp` is ISO 8601, Indian time by default. Return False if invalid."""
         return self.write_intraday([(symbol, timestamp, interval, open_price, high, low, close, volume)]) == 1
 
     def write_daily(self, records: Iterable[Record]) -> int:
