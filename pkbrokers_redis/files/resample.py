@@ -1,7 +1,7 @@
 """`CandleAggregator`: makes longer candles of short ones or of ticks, with upstream's names and arguments.
 
-Buckets are anchored to each day's open: `60m` of NSE begins at 09:15, as on Kite and in the store. Results are
-tz-aware in Asia/Kolkata; day candles are stamped with midnight.
+Buckets are anchored to each day's open: `60m` of NSE begins at 09:15, as on Kite and in the store.
+Results are tz-aware in Asia/Kolkata; day candles are stamped with midnight.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class CandleAggregator:
             price_column: If it is missing, the first of `price ltp last_price close`.
             volume_column: The traded volume.
             timestamp_column: If it is missing, the index has the times. Naive times are Indian time.
-            cumulative: Whether volumes are the day's so far, as Kite sends them. A candle's volume is then the
-                highest in it minus the highest before it; the volume before the first tick is not counted.
+            cumulative: Whether volumes are the day's so far, as Kite sends them. A candle's volume is then
+                the highest in it minus the highest before it; the volume before the first tick is not counted.
             token: See the class.
             sessions: Another calendar than the package's.
 
