@@ -129,7 +129,7 @@ class CandleAggregator:
             volume_column: The traded volume.
             timestamp_column: If it is missing, the index has the times. Naive times are Indian time.
             cumulative: Whether volumes are the day's so far, as Kite sends them. A candle's volume is then
-                the highest in it minus the highest before it; the volume before the first tick is not counted.
+                the highest in it minus the highest before it; volume before the first tick is not counted.
             token: See the class.
             sessions: Another calendar than the package's.
 
