@@ -18,7 +18,7 @@ from pkbrokers_redis.files.pickles import DAILY_LATEST, ReadFrames, daily_name, 
 from pkbrokers_redis.files.published import Context, Published, Source, fetch, folder_of
 from pkbrokers_redis.files.sqlite import LocalCandleDatabase
 from pkbrokers_redis.files.ticks_json import BYTES_MAX, NAME, ReadTicks, read_ticks_json
-from pkbrokers_redis.files.unpickler import PICKLE_BYTES_MAX
+from pkbrokers_redis.files.pickle_reader import PICKLE_BYTES_MAX
 from pkbrokers_redis.kite.history import KiteTickerHistory
 
 SYMBOLS_MAX = 3_000  # asked of Kite's history: 17 minutes of requests

@@ -52,6 +52,12 @@ def kolkata(starts: npt.NDArray[np.int64], name: str | None = "datetime") -> pd.
     return moments.tz_localize("UTC").tz_convert(MARKET_TIMEZONE)
 
 
+def kolkata_ns(moments: npt.NDArray[np.int64]) -> pd.DatetimeIndex:
+    """Return the frame's index of these epoch nanoseconds."""
+    index = pd.DatetimeIndex(moments.view("datetime64[ns]"), name="datetime")
+    return index.tz_localize("UTC").tz_convert(MARKET_TIMEZONE)
+
+
 def rows_frame(rows: Floats, daily: bool) -> pd.DataFrame:
     """float64[n, 8] as in CANDLE_FIELDS → frame."""
     starts = rows[:, 0].astype(np.int64)
@@ -73,13 +79,22 @@ def is_whole(numbers: Floats) -> bool:
 
 
 def tidy(table: Any) -> pd.DataFrame:
-    """Any spelling of a symbol's candles that upstream's files hold → frame.
+    """Return the frame of a symbol's candles in any spelling that upstream's files use.
 
-    A DataFrame, `{"data", "columns", "index"}`, or `{moment: {"open": …}}`; columns in either case, others
-    (`Adj Close`) are dropped, a missing volume is 0; moments as text, dates or times, naive ones are
-    Kolkata's. Rows without a price are dropped. Raises ValueError for what is none of these.
+    Args:
+        table: A DataFrame, `{"data", "columns", "index"}`, or `{moment: {"open": …}}`. Column names in either
+            case, further columns (`Adj Close`) are dropped, a missing volume is 0. Moments are text, dates or
+            times; naive ones are in Kolkata's zone. Rows without a price are dropped.
+
+    Raises:
+        ValueError: The table is none of these.
     """
-    columns, moments = _parts(table)
+    return frame_of(*tidy_rows(table))
+
+
+def tidy_rows(table: Any) -> tuple[pd.DatetimeIndex, Floats]:
+    """Return the index and the float64[n, 5] of `tidy`. `table` may also be (column → cells, moments)."""
+    columns, moments = table if isinstance(table, tuple) else _parts(table)
     missing = [name for name in COLUMNS[:4] if name not in columns]
     if missing:
         raise ValueError(f"no column {missing[0]}")
@@ -87,18 +102,25 @@ def tidy(table: Any) -> pd.DataFrame:
     zeros = np.zeros(len(index))
     numbers = np.column_stack([_floats(columns.get(name, zeros)) for name in COLUMNS])
     numbers[:, 4] = np.nan_to_num(numbers[:, 4], posinf=0, neginf=0)
-    good = np.isfinite(numbers).all(axis=1) & ~np.asarray(index.isna())
-    if not good.all():
-        numbers, index = numbers[good], index[good]
+    if len(numbers) != len(index):
+        raise ValueError(f"{len(index)} moments for {len(numbers)} rows")
+    is_complete = np.isfinite(numbers).all(axis=1) & ~np.asarray(index.isna())
+    if not is_complete.all():
+        numbers, index = numbers[is_complete], index[is_complete]
     if not (index.is_monotonic_increasing and index.is_unique):
         order = np.argsort(index.asi8, kind="stable")
         numbers, index = numbers[order], index[order]
         last = ~np.asarray(index.duplicated(keep="last"))
         numbers, index = numbers[last], index[last]
-    made: dict[str, Any] = {name: numbers[:, i] for i, name in enumerate(COLUMNS)}
+    return index, numbers
+
+
+def frame_of(index: pd.DatetimeIndex, numbers: Floats) -> pd.DataFrame:
+    """Return the frame of float64[n, 5] `open high low close volume`."""
+    columns: dict[str, Any] = {name: numbers[:, i] for i, name in enumerate(COLUMNS)}
     if is_whole(numbers[:, 4]):
-        made["volume"] = numbers[:, 4].astype(np.int64)
-    return pd.DataFrame(made, index=index)
+        columns["volume"] = numbers[:, 4].astype(np.int64)
+    return pd.DataFrame(columns, index=index)
 
 
 def _parts(table: Any) -> tuple[dict[str, Any], Any]:

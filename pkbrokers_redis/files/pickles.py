@@ -12,27 +12,23 @@ from __future__ import annotations
 import datetime as dt
 import io
 import pickle
-from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pandas as pd
 
-from pkbrokers_redis.errors import InputFileError
 from pkbrokers_redis.files.frames import (
     COLUMNS,
     Floats,
-    Frames,
-    is_symbol,
     is_whole,
     iso_texts,
     kolkata,
     midnights,
-    tidy,
 )
-from pkbrokers_redis.files.unpickler import PICKLE_BYTES_MAX, load_pickle
+from pkbrokers_redis.files.pickle_reader import ReadFrames, read_frames
+
+__all__ = ["PickledDict", "ReadFrames", "Shape", "read_frames", "shaped"]
 
 Shape = Literal["published", "split"]
 
@@ -173,34 +169,3 @@ def shaped(rows: Floats, daily: bool, shape: Shape) -> Any:
     """A symbol's value in a file of that shape; days are cut to the newest 251."""
     rows = rows[-DAILY_ROWS_MAX:] if daily else rows
     return published(rows, daily) if shape == "published" else split(rows, daily)
-
-
-class ReadFrames(NamedTuple):
-    """What a file held: `refused` entries were no table of candles, `why` is the first one's reason."""
-
-    frames: Frames
-    refused: int
-    why: str
-
-
-def read_frames(source: Path | bytes, bytes_max: int = PICKLE_BYTES_MAX) -> ReadFrames:
-    """Symbol → frame from a pickle in any of upstream's shapes. Entries that are none are counted, left out.
-
-    Raises RefusedPickle, InputFileError (no dict of symbols), OSError.
-    """
-    tree = load_pickle(source, bytes_max)
-    if isinstance(tree, Mapping) and isinstance(tree.get("symbol_data"), Mapping):
-        tree = tree["symbol_data"]  # upstream's "hybrid" files
-    if not isinstance(tree, Mapping):
-        raise InputFileError(f"the pickle holds a {type(tree).__name__}", "it should hold a dict of symbols")
-    frames: Frames = {}
-    refused, why = 0, ""
-    for symbol, table in tree.items():
-        try:
-            if not is_symbol(symbol):
-                raise ValueError("no symbol")
-            frames[symbol] = tidy(table)
-        except (ValueError, TypeError, KeyError, AssertionError) as error:
-            refused += 1
-            why = why or f"{str(symbol)[:40]!r}: {str(error)[:80]}"
-    return ReadFrames(frames, refused, why)

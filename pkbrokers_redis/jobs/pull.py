@@ -25,7 +25,7 @@ from pkbrokers_redis.files.manifest import NAME as MANIFEST
 from pkbrokers_redis.files.manifest import Entry, parse_manifest, read_manifest, update_manifest
 from pkbrokers_redis.files.published import MANIFEST_BYTES_MAX, folder_of
 from pkbrokers_redis.files.ticks_json import read_ticks_json
-from pkbrokers_redis.files.unpickler import load_pickle
+from pkbrokers_redis.files.pickle_reader import read_frames
 from pkbrokers_redis.jobs.github import LOOPBACK, Git, GitFailed, RemoteAway, fetch, target_of
 from pkbrokers_redis.jobs.progress import Listener
 from pkbrokers_redis.jobs.retention import chosen
@@ -136,7 +136,7 @@ def _take(remote: Remote, path: Path, name: str, entry: Entry) -> None:
                     f"{name} is not the file its manifest names", "it may be half-way published; try again"
                 )
         if path.suffix in (".pkl", ".pickle"):
-            load_pickle(temporary)
+            read_frames(temporary)
         elif path.name == "ticks.json":
             read_ticks_json(temporary)
 

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 
 from pkbrokers_redis.errors import InputFileError
+from pkbrokers_redis.files.frames import tidy
 from pkbrokers_redis.files.pickles import (
     DAILY_ROWS_MAX,
     INDEXES_SHARED_MAX,
@@ -23,7 +24,6 @@ from pkbrokers_redis.files.pickles import (
     read_frames,
     shaped,
 )
-from pkbrokers_redis.files.unpickler import load_pickle
 from tests.client.contract import OPEN_S
 from tests.files.pandas_2 import PICKLES
 
@@ -52,10 +52,11 @@ def test_an_index_that_many_share_is_written_once_and_every_frame_is_as_if_writt
     frames = {name: shaped(table, True, "published") for name, table in tables.items()}
     data = pickled(frames)
     alone = {name: pickle.loads(pickle.dumps(frame)) for name, frame in frames.items()}
-    for got in (pickle.loads(data), dict(load_pickle(data))):
-        assert list(got) == list(alone)
-        for name, frame in alone.items():
-            pd.testing.assert_frame_equal(got[name], frame, check_freq=False, check_column_type=False)
+    got, read = pickle.loads(data), read_frames(data).frames
+    assert list(got) == list(alone) == list(read)
+    for name, frame in alone.items():
+        pd.testing.assert_frame_equal(got[name], frame, check_freq=False, check_column_type=False)
+        pd.testing.assert_frame_equal(read[name], tidy(frame))
     assert len(data) < sum(len(pickled({name: frames[name]})) for name in frames) - 60 * 120 * 8
     got = pickle.loads(data)
     got["S1"].loc[got["S1"].index[0], "Close"] = 0.0
