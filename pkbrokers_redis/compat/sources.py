@@ -14,11 +14,11 @@ from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import UnknownSymbol
 from pkbrokers_redis.files.candle_file import NAME as DATABASE_NAME
 from pkbrokers_redis.files.frames import KOLKATA_SECONDS, Frames, cut, file_symbol, rows_frame
+from pkbrokers_redis.files.pickle_reader import PICKLE_BYTES_MAX
 from pkbrokers_redis.files.pickles import DAILY_LATEST, ReadFrames, daily_name, read_frames
 from pkbrokers_redis.files.published import Context, Published, Source, fetch, folder_of
 from pkbrokers_redis.files.sqlite import LocalCandleDatabase
 from pkbrokers_redis.files.ticks_json import BYTES_MAX, NAME, ReadTicks, read_ticks_json
-from pkbrokers_redis.files.pickle_reader import PICKLE_BYTES_MAX
 from pkbrokers_redis.kite.history import KiteTickerHistory
 
 SYMBOLS_MAX = 3_000  # asked of Kite's history: 17 minutes of requests

@@ -23,9 +23,9 @@ from pkbrokers_redis.errors import InputFileError, SettingsError
 from pkbrokers_redis.files.atomic import replacing_path
 from pkbrokers_redis.files.manifest import NAME as MANIFEST
 from pkbrokers_redis.files.manifest import Entry, parse_manifest, read_manifest, update_manifest
+from pkbrokers_redis.files.pickle_reader import read_frames
 from pkbrokers_redis.files.published import MANIFEST_BYTES_MAX, folder_of
 from pkbrokers_redis.files.ticks_json import read_ticks_json
-from pkbrokers_redis.files.pickle_reader import read_frames
 from pkbrokers_redis.jobs.github import LOOPBACK, Git, GitFailed, RemoteAway, fetch, target_of
 from pkbrokers_redis.jobs.progress import Listener
 from pkbrokers_redis.jobs.retention import chosen
