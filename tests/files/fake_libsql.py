@@ -1,4 +1,4 @@
-"""A libSQL server on loopback: its HTTP pipeline API over a SQLite in memory, and its bad days."""
+"""A libSQL server on loopback: its HTTP pipeline API over a SQLite in memory, and its failures."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class FakeLibsql:
         return f"http://127.0.0.1:{self.port}"
 
     def rows(self, sql: str) -> list[tuple[Any, ...]]:
-        """What it holds."""
+        """Return rows that it has."""
         return self._database.execute(sql).fetchall()
 
     def run(self, sql: str) -> None:
-        """Another machine's write."""
+        """Write a row as another machine."""
         self._database.execute(sql)
 
     def __enter__(self) -> FakeLibsql:
@@ -81,13 +81,13 @@ class FakeLibsql:
             return web.Response(status=502, text="no")
         if self.mode in BREAKS:
             return await self._break_off(request, BREAKS[self.mode])
-        told = await request.json()
+        document = await request.json()
         return web.json_response(
-            {"baton": None, "base_url": None, "results": [self._one(each) for each in told["requests"]]}
+            {"baton": None, "base_url": None, "results": [self._respond(one) for one in document["requests"]]}
         )
 
     async def _break_off(self, request: web.Request, headers: str) -> web.StreamResponse:
-        """An answer by hand, whose body is not what its headers say."""
+        """Send a body that contradicts its headers."""
         await request.read()
         transport = request.transport
         assert isinstance(transport, asyncio.Transport)
@@ -96,7 +96,7 @@ class FakeLibsql:
             transport.close()
         return web.StreamResponse()
 
-    def _one(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _respond(self, request: dict[str, Any]) -> dict[str, Any]:
         kind = request["type"]
         if kind == "close":
             return {"type": "ok", "response": {"type": "close"}}
@@ -112,7 +112,7 @@ class FakeLibsql:
             raise sqlite3.OperationalError(
                 "Operation was blocked: SQL read operations are forbidden (reads are blocked)"
             )
-        arguments = [_plain(each) for each in statement.get("args", [])]
+        arguments = [_plain(argument) for argument in statement.get("args", [])]
         cursor = self._database.execute(statement["sql"], arguments)
         rows = [[_typed(cell) for cell in row] for row in cursor.fetchall()]
         return {"cols": [], "rows": rows, "affected_row_count": max(cursor.rowcount, 0)}

@@ -35,7 +35,7 @@ def clock(frame: pd.DataFrame) -> list[str]:
     return [moment.strftime("%d %H:%M") for moment in frame.index]
 
 
-def test_hours_begin_at_the_open_and_the_last_is_short() -> None:
+def test_hours_start_at_the_open_and_the_last_is_short() -> None:
     got = CandleAggregator.aggregate_candles(minutes("2026-11-20 09:15", 375), "60m")
     assert clock(got) == [f"20 {hour:02}:15" for hour in range(9, 16)]
     assert got["volume"].to_list() == [600] * 6 + [150] and got["volume"].dtype == np.int64
@@ -43,13 +43,13 @@ def test_hours_begin_at_the_open_and_the_last_is_short() -> None:
     assert str(got.index.tz) == "Asia/Kolkata" and got.index.name == "datetime"
 
 
-def test_each_day_begins_anew() -> None:
+def test_buckets_restart_each_day() -> None:
     two_days = pd.concat([minutes("2026-11-19 15:20", 10), minutes("2026-11-20 09:15", 10)])
     got = CandleAggregator.aggregate_candles(two_days, "30m")
     assert clock(got) == ["19 15:15", "20 09:15"] and got["volume"].to_list() == [100, 100]
 
 
-def test_days_stand_at_midnight() -> None:
+def test_days_are_stamped_with_midnight() -> None:
     two_days = pd.concat([minutes("2026-11-19 09:15", 375), minutes("2026-11-20 09:15", 10)])
     got = CandleAggregator.aggregate_candles(two_days, "1d")
     assert clock(got) == ["19 00:00", "20 00:00"] and got["volume"].to_list() == [3750, 100]
@@ -63,7 +63,7 @@ def test_other_segments_have_other_hours() -> None:
     assert clock(got) == ["21 00:00", "21 01:00"]
 
 
-def test_a_day_the_calendar_calls_closed_keeps_the_usual_anchor() -> None:
+def test_a_closed_day_has_the_usual_anchor() -> None:
     got = CandleAggregator.aggregate_candles(minutes("2026-11-21 09:15", 60), "1h")  # a Saturday
     assert clock(got) == ["21 09:15"]
 
@@ -76,7 +76,7 @@ def test_empty_buckets_make_no_rows_and_other_columns_are_left_out() -> None:
     ]  # fmt: skip
 
 
-def test_rows_in_any_order_any_case_and_a_column_of_moments() -> None:
+def test_rows_in_any_order_columns_in_any_case_and_a_time_column() -> None:
     frame = minutes("2026-11-20 09:15", 10).sample(frac=1, random_state=3).reset_index()
     frame.columns = [name.upper() for name in frame.columns]
     before = frame.copy()
@@ -86,13 +86,13 @@ def test_rows_in_any_order_any_case_and_a_column_of_moments() -> None:
 
 
 @pytest.mark.parametrize("zone", ["UTC", "America/New_York", dt.timezone(dt.timedelta(hours=5, minutes=30))])
-def test_moments_of_any_zone_are_kolkatas(zone: Any) -> None:
+def test_times_of_any_zone_are_converted_to_kolkata(zone: Any) -> None:
     frame = minutes("2026-11-20 09:15", 10)
     expected = CandleAggregator.aggregate_candles(frame, "5m")
     pd.testing.assert_frame_equal(CandleAggregator.aggregate_candles(frame.tz_convert(zone), "5m"), expected)
 
 
-def test_naive_moments_and_texts_are_kolkatas() -> None:
+def test_naive_times_and_texts_are_kolkata_time() -> None:
     frame = minutes("2026-11-20 09:15", 10)
     expected = CandleAggregator.aggregate_candles(frame, "5m")
     naive = frame.tz_localize(None)
@@ -101,7 +101,7 @@ def test_naive_moments_and_texts_are_kolkatas() -> None:
     pd.testing.assert_frame_equal(CandleAggregator.aggregate_candles(naive, "5m"), expected)
 
 
-def test_nothing_gives_an_empty_frame_and_a_missing_column_a_value_error() -> None:
+def test_no_rows_give_an_empty_frame_and_a_missing_column_a_value_error() -> None:
     assert CandleAggregator.aggregate_candles(None, "5m").empty
     assert CandleAggregator.aggregate_candles(pd.DataFrame(), "5m").empty
     assert CandleAggregator.aggregate_ticks(None).empty
@@ -122,26 +122,26 @@ def ticks() -> pd.DataFrame:
     )
 
 
-def test_ticks_become_candles_and_volumes_are_added_up() -> None:
+def test_ticks_become_candles_with_summed_volumes() -> None:
     got = CandleAggregator.aggregate_ticks(ticks(), "1m")
     assert clock(got) == ["20 09:15", "20 09:16", "20 09:17"]
     assert got.iloc[0].to_list() == [100, 103, 100, 101, 3030]
     assert got.columns.to_list() == ["open", "high", "low", "close", "volume"]
 
 
-def test_cumulative_volumes_count_once_and_a_lower_copy_takes_nothing_away() -> None:
+def test_cumulative_volumes_count_once_and_lower_copies_count_nothing() -> None:
     got = CandleAggregator.aggregate_ticks(ticks(), "1m", cumulative=True)
     assert got["volume"].to_list() == [20, 10, 0]
 
 
-def test_the_price_may_have_another_name_and_must_be_there() -> None:
+def test_the_price_column_may_have_another_name_but_must_exist() -> None:
     got = CandleAggregator.aggregate_ticks(ticks().rename(columns={"last_price": "LTP"}), "5m")
     assert got["close"].to_list() == [105]
     with pytest.raises(ValueError, match="price"):
         CandleAggregator.aggregate_ticks(ticks().drop(columns="last_price"))
 
 
-def test_several_at_once_and_one_that_cannot_be_made_is_empty() -> None:
+def test_several_intervals_at_once_and_an_impossible_one_is_empty() -> None:
     got = CandleAggregator.resample_to_multiple_timeframes(minutes("2026-11-20 09:15", 60))
     assert {name: len(frame) for name, frame in got.items()} == {
         "1m": 60, "5m": 12, "15m": 4, "30m": 2, "1h": 1, "1d": 1,
@@ -161,7 +161,7 @@ def test_several_at_once_and_one_that_cannot_be_made_is_empty() -> None:
         ("2h", "2h", 7200),
     ],
 )
-def test_intervals_are_spelt_in_many_ways(spelt: str, normal: str, seconds: int) -> None:
+def test_intervals_have_several_spellings(spelt: str, normal: str, seconds: int) -> None:
     assert CandleAggregator.normalize_interval(spelt) == normal
     assert CandleAggregator.get_interval_seconds(spelt) == seconds
 
@@ -171,7 +171,7 @@ def test_an_unknown_interval_is_one_line() -> None:
         CandleAggregator.aggregate_candles(minutes("2026-11-20 09:15", 2), "soon")
 
 
-def test_candles_are_valid_when_high_and_low_hold_the_rest() -> None:
+def test_candles_are_valid_if_high_and_low_include_open_and_close() -> None:
     good = minutes("2026-11-20 09:15", 5)
     assert CandleAggregator.validate_ohlcv(good) and CandleAggregator.validate_ohlcv(
         good.rename(columns=str.upper)

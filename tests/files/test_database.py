@@ -37,7 +37,7 @@ def database(tmp_path: Path) -> Iterator[LocalCandleDatabase]:
         yield opened
 
 
-def test_days_come_back_under_kolkata_midnights(database: LocalCandleDatabase) -> None:
+def test_days_are_read_with_kolkata_midnights(database: LocalCandleDatabase) -> None:
     assert database.update_daily_candle("INFY", "2026-11-20", *CANDLE)
     assert database.update_daily_candle("INFY", "2026-11-19", *CANDLE)
     frame = database.get_daily_candles("INFY")["INFY"]
@@ -52,14 +52,14 @@ def test_days_come_back_under_kolkata_midnights(database: LocalCandleDatabase) -
     assert frame.iloc[0].to_list() == list(CANDLE) and frame["volume"].dtype == "int64"
 
 
-def test_a_second_write_replaces(database: LocalCandleDatabase) -> None:
+def test_a_second_write_replaces_the_row(database: LocalCandleDatabase) -> None:
     database.update_daily_candle("INFY", "2026-11-20", *CANDLE)
     database.update_daily_candle("INFY", "2026-11-20", 100, 103, 99, 103, 2000)
     assert database.get_daily_candles()["INFY"]["close"].to_list() == [103]
     assert database.get_stats()["daily"]["records"] == 1
 
 
-def test_moments_in_any_spelling_are_one_row(database: LocalCandleDatabase) -> None:
+def test_a_time_in_any_form_is_one_row(database: LocalCandleDatabase) -> None:
     spellings = [
         "2026-11-20T09:15:00+05:30", "2026-11-20 09:15:00", "2026-11-20T03:45:00Z",
         dt.datetime(2026, 11, 20, 9, 15),
@@ -71,7 +71,7 @@ def test_moments_in_any_spelling_are_one_row(database: LocalCandleDatabase) -> N
     assert frame.index.to_list() == [pd.Timestamp("2026-11-20 09:15", tz="Asia/Kolkata")]
 
 
-def test_ranges_take_in_both_ends_and_a_date_is_its_whole_day(database: LocalCandleDatabase) -> None:
+def test_ranges_include_both_ends_and_whole_days(database: LocalCandleDatabase) -> None:
     for day in (18, 19, 20):
         database.update_daily_candle("INFY", f"2026-11-{day}", *CANDLE)
         for minute in (15, 16):
@@ -84,7 +84,7 @@ def test_ranges_take_in_both_ends_and_a_date_is_its_whole_day(database: LocalCan
     assert database.get_intraday_candles("INFY", "5m") == {} == database.get_daily_candles("TCS")
 
 
-def test_intervals_may_be_spelt_as_kite_does(database: LocalCandleDatabase) -> None:
+def test_intervals_may_have_kites_names(database: LocalCandleDatabase) -> None:
     assert database.update_intraday_candle("INFY", "2026-11-20T09:15:00", "1h", *CANDLE)
     assert len(database.get_intraday_candles("INFY", "60m")["INFY"]) == 1
 
@@ -92,7 +92,7 @@ def test_intervals_may_be_spelt_as_kite_does(database: LocalCandleDatabase) -> N
 HOSTILE = ["'; DROP TABLE daily_candles; --", '" OR 1=1 --', "%", "INFY' --", "é₹", "a" * 100, "NSE:M&M-BE"]
 
 
-def test_hostile_symbols_are_only_names(database: LocalCandleDatabase) -> None:
+def test_hostile_symbols_are_plain_data(database: LocalCandleDatabase) -> None:
     for symbol in HOSTILE:
         assert database.update_daily_candle(symbol, "2026-11-20", *CANDLE)
         assert list(database.get_daily_candles(symbol)) == [symbol]
@@ -101,7 +101,7 @@ def test_hostile_symbols_are_only_names(database: LocalCandleDatabase) -> None:
 
 
 @pytest.mark.parametrize("symbol", ["", "a" * 101, "nul\0", "line\nbreak", None, 7, "\ud800"])
-def test_what_is_no_symbol_is_refused_and_counted(database: LocalCandleDatabase, symbol: Any) -> None:
+def test_an_invalid_symbol_is_refused_and_counted(database: LocalCandleDatabase, symbol: Any) -> None:
     assert not database.update_daily_candle(symbol, "2026-11-20", *CANDLE)
     assert not database.update_intraday_candle(symbol, "2026-11-20T09:15:00", "1m", *CANDLE)
     assert database.rows_refused == 2 and database.get_stats()["daily"]["records"] == 0
@@ -113,24 +113,24 @@ def test_what_is_no_symbol_is_refused_and_counted(database: LocalCandleDatabase,
      ("x", 2, 1, 1, 1),
      (1, float("inf"), 0.5, 1, 1)],
 )  # fmt: skip
-def test_what_is_no_candle_is_refused(database: LocalCandleDatabase, cells: Any) -> None:
+def test_an_invalid_candle_is_refused(database: LocalCandleDatabase, cells: Any) -> None:
     assert not database.update_daily_candle("INFY", "2026-11-20", *cells)
 
 
 @pytest.mark.parametrize(
     "moment", ["", "soon", "2026-13-01", None, "2026-11-20T25:00:00", float("nan"), [], True]
 )
-def test_what_is_no_moment_is_refused(database: LocalCandleDatabase, moment: Any) -> None:
+def test_an_invalid_time_is_refused(database: LocalCandleDatabase, moment: Any) -> None:
     assert not database.update_daily_candle("INFY", moment, *CANDLE)
     assert not database.update_intraday_candle("INFY", moment, "1m", *CANDLE)
 
 
 @pytest.mark.parametrize("interval", ["", "day", "soon", "1x", None, "m"])
-def test_what_is_no_interval_is_refused(database: LocalCandleDatabase, interval: Any) -> None:
+def test_an_invalid_interval_is_refused(database: LocalCandleDatabase, interval: Any) -> None:
     assert not database.update_intraday_candle("INFY", "2026-11-20T09:15:00", interval, *CANDLE)
 
 
-def test_one_bad_row_of_many_costs_only_itself(database: LocalCandleDatabase) -> None:
+def test_one_invalid_row_does_not_affect_the_rest(database: LocalCandleDatabase) -> None:
     rows: list[Any] = [
         ("INFY", "2026-11-20", *CANDLE),
         ("TCS", "never", *CANDLE),
@@ -140,7 +140,7 @@ def test_one_bad_row_of_many_costs_only_itself(database: LocalCandleDatabase) ->
     assert database.write_daily(rows) == 2 and database.rows_refused == 2
 
 
-def test_an_exported_pickle_is_read_back(database: LocalCandleDatabase, tmp_path: Path) -> None:
+def test_an_exported_pickle_can_be_read(database: LocalCandleDatabase, tmp_path: Path) -> None:
     for day in range(1, 29):
         for month in range(1, 13):
             database.update_daily_candle("INFY", f"2026-{month:02}-{day:02}", *CANDLE)
@@ -150,11 +150,11 @@ def test_an_exported_pickle_is_read_back(database: LocalCandleDatabase, tmp_path
         "intraday_stock_data_"
     )
     assert len(read_frames(Path(daily)).frames["INFY"]) == 251
-    told = pickle.loads(Path(minutes).read_bytes())["INFY"]
-    assert told["index"] == ["2026-11-20T09:15:00+05:30"] and told["data"] == [list(CANDLE)]
+    pickled = pickle.loads(Path(minutes).read_bytes())["INFY"]
+    assert pickled["index"] == ["2026-11-20T09:15:00+05:30"] and pickled["data"] == [list(CANDLE)]
 
 
-def test_old_minutes_are_forgotten(settings: Settings, tmp_path: Path) -> None:
+def test_trim_deletes_old_minutes(settings: Settings, tmp_path: Path) -> None:
     with LocalCandleDatabase(tmp_path, settings) as database:
         now = dt.datetime.now(dt.UTC)
         for days in (0, 29, 31):
@@ -179,7 +179,7 @@ def test_two_openers_and_threads_share_the_file(tmp_path: Path) -> None:
         }
 
 
-def test_a_file_of_the_first_version_is_brought_up(tmp_path: Path) -> None:
+def test_a_file_of_the_first_version_is_migrated(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / NAME) as old:
         old.executescript(MIGRATIONS[0])
         old.execute("INSERT INTO daily_candles VALUES ('INFY', '2026-11-20', 1, 2, 0.5, 1.5, 9, 'x')")
@@ -191,7 +191,7 @@ def test_a_file_of_the_first_version_is_brought_up(tmp_path: Path) -> None:
         assert now.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
 
 
-def test_a_file_of_a_later_release_and_a_damaged_one_are_one_line(tmp_path: Path) -> None:
+def test_a_later_or_damaged_file_is_a_one_line_error(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / NAME) as later:
         later.execute("PRAGMA user_version = 99")
     with pytest.raises(CandleFileError, match="later release"):
@@ -201,7 +201,7 @@ def test_a_file_of_a_later_release_and_a_damaged_one_are_one_line(tmp_path: Path
         LocalCandleDatabase(tmp_path)
 
 
-def test_every_reader_of_a_symbol_uses_the_key_and_of_the_last_minutes_the_index(tmp_path: Path) -> None:
+def test_queries_use_the_key_or_the_time_index(tmp_path: Path) -> None:
     LocalCandleDatabase(tmp_path).close()
     with sqlite3.connect(tmp_path / NAME) as connection:
 
@@ -217,7 +217,7 @@ def test_every_reader_of_a_symbol_uses_the_key_and_of_the_last_minutes_the_index
 # From the store
 
 
-def test_days_and_minutes_are_taken_over_from_redis(
+def test_days_and_minutes_are_copied_from_redis(
     client: redis.Redis, make_settings: Any, tmp_path: Path
 ) -> None:
     now = dt.datetime.now(dt.UTC).timestamp()
@@ -246,12 +246,14 @@ def test_days_and_minutes_are_taken_over_from_redis(
         assert database.get_intraday_candles("INFY")["INFY"]["close"].to_list()[0] == 77
 
 
-def test_an_empty_store_and_none_give_false(client: redis.Redis, settings: Settings, tmp_path: Path) -> None:
+def test_an_empty_or_missing_store_returns_false(
+    client: redis.Redis, settings: Settings, tmp_path: Path
+) -> None:
     with LocalCandleDatabase(tmp_path, settings) as database, CandleStore(settings, client) as store:
         assert not database.update_from_ticks(None) and not database.update_from_ticks(store)
 
 
-def test_a_store_with_upstreams_methods_is_enough(database: LocalCandleDatabase) -> None:
+def test_a_store_with_upstreams_methods_is_accepted(database: LocalCandleDatabase) -> None:
     class Upstream:
         def get_all_symbols(self) -> list[str]:
             return ["INFY"]

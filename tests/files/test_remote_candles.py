@@ -1,4 +1,4 @@
-"""Candles shared through a libSQL database: rows go and come, and a remote's bad days cost only freshness."""
+"""Candles shared through a libSQL database: rows are exchanged, and a failing remote only delays them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_two_machines_share_their_rows(tmp_path: Path, remote: FakeLibsql) -> No
         assert one.get_stats()["remote"] == {"state": "in sync", "waiting": 0, "dropped": 0}
 
 
-def test_a_row_that_waits_is_not_overwritten_by_an_older_remote_one(
+def test_a_row_in_the_outbox_is_not_overwritten_by_an_older_remote_row(
     tmp_path: Path, remote: FakeLibsql
 ) -> None:
     clock = Clock()
@@ -66,7 +66,7 @@ def test_a_row_that_waits_is_not_overwritten_by_an_older_remote_one(
 
 
 @pytest.mark.parametrize("mode", ["blocked", "quota", "garbage", "broken"])
-def test_while_the_remote_refuses_the_file_goes_on_and_catches_up_afterwards(
+def test_while_the_remote_refuses_the_file_works_and_a_later_sync_catches_up(
     tmp_path: Path, remote: FakeLibsql, mode: str
 ) -> None:
     clock = Clock()
@@ -80,9 +80,9 @@ def test_while_the_remote_refuses_the_file_goes_on_and_catches_up_afterwards(
         stats = database.get_stats()["remote"]
         assert stats["waiting"] == 1 and "in sync" not in stats["state"]
 
-        asked = remote.requests
-        clock.now += 5  # too early: it is left alone
-        assert not database.sync_from_turso() and remote.requests == asked
+        requests_before = remote.requests
+        clock.now += 5  # within the pause: no request
+        assert not database.sync_from_turso() and remote.requests == requests_before
         remote.mode = "ok"
         clock.now += turso.BLOCKED_SECONDS
         assert database.sync_from_turso()
@@ -94,7 +94,7 @@ def test_while_the_remote_refuses_the_file_goes_on_and_catches_up_afterwards(
         assert database.get_stats()["remote"]["waiting"] == 0
 
 
-def test_no_server_and_a_wrong_token_cost_only_freshness(tmp_path: Path, remote: FakeLibsql) -> None:
+def test_no_server_or_a_wrong_token_only_delays_rows(tmp_path: Path, remote: FakeLibsql) -> None:
     with shared(tmp_path / "a", remote, Clock(), token="wrong") as database:
         assert database.update_daily_candle("INFY", "2026-11-20", *CANDLE) and not database.sync_from_turso()
         assert "401" in database.get_stats()["remote"]["state"]
@@ -104,7 +104,7 @@ def test_no_server_and_a_wrong_token_cost_only_freshness(tmp_path: Path, remote:
         assert database.get_daily_candles()["INFY"]["close"].to_list() == [101]
 
 
-def test_a_restart_forgets_nothing_that_waits(tmp_path: Path, remote: FakeLibsql) -> None:
+def test_the_outbox_survives_a_restart(tmp_path: Path, remote: FakeLibsql) -> None:
     remote.mode = "broken"
     with shared(tmp_path, remote, Clock()) as database:
         database.update_daily_candle("INFY", "2026-11-20", *CANDLE)
@@ -114,7 +114,9 @@ def test_a_restart_forgets_nothing_that_waits(tmp_path: Path, remote: FakeLibsql
     assert remote.rows("SELECT symbol, open, volume FROM daily_candles") == [("INFY", 100.0, 1000)]
 
 
-def test_many_rows_go_in_slices(tmp_path: Path, remote: FakeLibsql, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_rows_are_exchanged_in_slices(
+    tmp_path: Path, remote: FakeLibsql, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in (("ROWS_A_PUSH", 250), ("ROWS_A_PULL", 90)):
         monkeypatch.setattr(turso, name, value)
     rows = [(f"S{i:04}", "2026-11-20", *CANDLE) for i in range(1000)]
@@ -158,13 +160,13 @@ def test_the_token_is_in_no_message(
     with shared(tmp_path, remote, Clock(), token="very-secret") as database:
         database.update_daily_candle("INFY", "2026-11-20", *CANDLE)
         database.sync_from_turso()
-        told = str(database.get_stats()) + repr(database.settings)
+        shown = str(database.get_stats()) + repr(database.settings)
     captured = capfd.readouterr()
-    assert "very-secret" not in told + captured.out + captured.err
+    assert "very-secret" not in shown + captured.out + captured.err
 
 
 @pytest.mark.parametrize("mode", ["short", "cut chunk", "no gzip", "stall"])
-def test_an_answer_that_breaks_off_costs_only_freshness(
+def test_a_truncated_response_only_delays_rows(
     tmp_path: Path, remote: FakeLibsql, mode: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(turso, "TIMEOUT_SECONDS", (20.0, 0.2 if mode == "stall" else 20.0))
@@ -177,9 +179,7 @@ def test_an_answer_that_breaks_off_costs_only_freshness(
     database.close()
 
 
-def test_rows_of_a_remote_that_are_no_candles_are_refused_and_passed(
-    tmp_path: Path, remote: FakeLibsql
-) -> None:
+def test_invalid_rows_of_the_remote_are_refused_and_skipped(tmp_path: Path, remote: FakeLibsql) -> None:
     with shared(tmp_path, remote, Clock()) as database:
         assert database.sync_from_turso()
         remote.run(

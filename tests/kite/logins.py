@@ -34,8 +34,8 @@ def secrets_of(account: Account) -> list[str]:
     return [account.password, account.totp_secret, account.api_secret]
 
 
-def everything_said(error: BaseException) -> str:
-    """What a person or a log may ever see of an error: its text, its fields, its traceback with causes."""
+def everything_shown(error: BaseException) -> str:
+    """Return all that a person or a log can see of an error: text, fields, traceback with causes."""
     return "".join([str(error), repr(error), *traceback.format_exception(error)])
 
 

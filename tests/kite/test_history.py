@@ -91,25 +91,25 @@ INFY = int(
 INDEX = int(next(row["instrument_token"] for row in ROWS if row["segment"] == "INDICES"))
 
 
-def asked(kite: SimulatedKite) -> int:
-    return sum(each.kind == "historical" for each in kite.limits.seen)
+def history_requests(kite: SimulatedKite) -> int:
+    return sum(seen.kind == "historical" for seen in kite.limits.seen)
 
 
 # --- rows
 
 
 @pytest.mark.parametrize("interval", KITE_INTERVALS)
-def test_every_interval_is_what_kite_has(
+def test_every_interval_equals_kites_candles(
     interval: str, make_history: MakeHistory, kite: SimulatedKite
 ) -> None:
     found = make_history().rows(INFY, interval, OPENED_S - 3 * 86_400, NOW_S)
     name = KITE_INTERVALS[interval].name
-    theirs = kite.history.rows(INFY, name, OPENED_S - 3 * 86_400, NOW_S - 1, kite.now_ms())
-    assert [row[:6] for row in found] == [row[:6] for row in theirs if row[0] >= OPENED_S - 3 * 86_400]
+    expected = kite.history.rows(INFY, name, OPENED_S - 3 * 86_400, NOW_S - 1, kite.now_ms())
+    assert [row[:6] for row in found] == [row[:6] for row in expected if row[0] >= OPENED_S - 3 * 86_400]
     assert found
 
 
-def test_the_span_is_half_open_and_reaches_into_the_forming_candle(make_history: MakeHistory) -> None:
+def test_the_span_is_half_open_and_includes_the_current_candle(make_history: MakeHistory) -> None:
     rows = make_history().rows(INFY, "1m", OPENED_S + 60, OPENED_S + 180)
     assert [row.start for row in rows] == [OPENED_S + 60, OPENED_S + 120]
     assert make_history().rows(INFY, "1m", OPENED_S, NOW_S + 60)[-1].start <= NOW_S
@@ -121,12 +121,12 @@ def test_open_interest_is_for_derivatives_only(make_history: MakeHistory) -> Non
     assert make_history().rows(future, "1m", OPENED_S, NOW_S)[0].oi is not None
 
 
-def test_a_long_span_is_asked_for_in_pieces_that_kite_allows(
+def test_a_long_span_is_split_into_spans_that_kite_allows(
     make_history: MakeHistory, kite: SimulatedKite
 ) -> None:
     history = make_history()
     rows = history.rows(INFY, "60m", NOW_S - 900 * 86_400, NOW_S)
-    assert asked(kite) == 3  # 400 days each
+    assert history_requests(kite) == 3  # 400 days each
     starts = [row.start for row in rows]
     assert starts == sorted(set(starts))
     assert starts[0] < NOW_S - 890 * 86_400
@@ -136,7 +136,7 @@ def test_a_long_span_is_asked_for_in_pieces_that_kite_allows(
 
 
 @pytest.mark.parametrize("kind", ["503", "500", "drop", "html", "garbage_json"])
-def test_what_may_pass_is_tried_again(kind: str, make_history: MakeHistory, kite: SimulatedKite) -> None:
+def test_transient_errors_are_retried(kind: str, make_history: MakeHistory, kite: SimulatedKite) -> None:
     history = make_history()
     history.rows(INFY, "1m", OPENED_S, NOW_S)
     kite.faults.add(kind, count=2, on="rest", path="/instruments/historical")
@@ -144,7 +144,7 @@ def test_what_may_pass_is_tried_again(kind: str, make_history: MakeHistory, kite
     assert kite.faults.struck[kind] == 2
 
 
-def test_what_does_not_pass_is_one_line(make_history: MakeHistory, kite: SimulatedKite) -> None:
+def test_a_lasting_error_is_one_line(make_history: MakeHistory, kite: SimulatedKite) -> None:
     kite.faults.add("503", on="rest", path="/instruments/historical")
     with pytest.raises(KiteUnavailable) as error:
         make_history().rows(INFY, "1m", OPENED_S, NOW_S)
@@ -152,22 +152,22 @@ def test_what_does_not_pass_is_one_line(make_history: MakeHistory, kite: Simulat
     assert "\n" not in str(error.value)
 
 
-def test_a_429_makes_everybody_wait_and_is_tried_again(
+def test_a_429_pauses_all_processes_and_is_retried(
     make_history: MakeHistory, kite: SimulatedKite, patient: Patient
 ) -> None:
     kite.faults.add("429", count=2, on="rest", path="/instruments/historical")
     assert make_history().rows(INFY, "1m", OPENED_S, NOW_S)
-    waits = sorted(each for each in patient.waits if each > 1)
-    assert [math.ceil(each) for each in waits[-2:]] == [2, 4]  # longer after each
+    waits = sorted(wait for wait in patient.waits if wait > 1)
+    assert [math.ceil(wait) for wait in waits[-2:]] == [2, 4]  # doubled
 
 
-def test_a_429_that_stays_is_one_line(make_history: MakeHistory, kite: SimulatedKite) -> None:
+def test_a_lasting_429_is_one_line(make_history: MakeHistory, kite: SimulatedKite) -> None:
     kite.faults.add("429", on="rest", path="/instruments/historical")
     with pytest.raises(KiteThrottled):
         make_history(attempts=2).rows(INFY, "1m", OPENED_S, NOW_S)
 
 
-def test_an_expired_session_is_renewed_on_the_way(
+def test_an_expired_session_is_renewed_during_a_download(
     make_history: MakeHistory, client: redis.Redis, kite_settings: Settings, kite: SimulatedKite
 ) -> None:
     stale = Session(
@@ -183,7 +183,7 @@ def test_an_expired_session_is_renewed_on_the_way(
     assert renewed is not None and not renewed.is_same(stale)
 
 
-def test_a_session_that_was_handed_in_is_not_renewed(make_history: MakeHistory) -> None:
+def test_a_given_session_is_not_renewed(make_history: MakeHistory) -> None:
     with pytest.raises(SessionExpired, match="log in again"):
         make_history(enctoken="stale-token", user_id="AB1234").rows(INFY, "1m", OPENED_S, NOW_S)
 
@@ -201,10 +201,10 @@ def test_a_stop_ends_a_long_download(make_history: MakeHistory, kite: SimulatedK
     stop.set()
     with pytest.raises(PkbError, match="stopped"):
         history.rows(INFY, "1m", OPENED_S, NOW_S)
-    assert asked(kite) == 1
+    assert history_requests(kite) == 1
 
 
-def test_two_who_share_the_limit_meet_no_429(
+def test_two_processes_that_share_the_limit_get_no_429(
     kite: SimulatedKite, kite_settings: Settings, client: redis.Redis
 ) -> None:
     kite.limits.enforced = True
@@ -220,26 +220,26 @@ def test_two_who_share_the_limit_meet_no_429(
 # --- the file
 
 
-def test_what_is_settled_is_asked_for_once(make_history: MakeHistory, kite: SimulatedKite) -> None:
+def test_days_before_today_are_requested_once(make_history: MakeHistory, kite: SimulatedKite) -> None:
     first = make_history().cached_rows(INFY, "5m", OPENED_S - 10 * 86_400, NOW_S)
-    before = asked(kite)
+    before = history_requests(kite)
     assert make_history().cached_rows(INFY, "5m", OPENED_S - 10 * 86_400, NOW_S) == first
-    assert asked(kite) == before + 1  # today's, which Kite may still change
+    assert history_requests(kite) == before + 1  # today's, which Kite may still change
     assert make_history().cached_rows(INFY, "5m", OPENED_S - 10 * 86_400, NOW_S, fresh=True) == first
-    assert asked(kite) == before + 3
+    assert history_requests(kite) == before + 3
 
 
-def test_an_interrupted_download_goes_on_where_it_was(make_history: MakeHistory, kite: SimulatedKite) -> None:
+def test_an_interrupted_download_resumes(make_history: MakeHistory, kite: SimulatedKite) -> None:
     span = (NOW_S - 1500 * 86_400, OPENED_S - 86_400)
     done = list(islice(make_history().download(INFY, "60m", *span), 2))  # and then it was killed
-    assert asked(kite) == 2
+    assert history_requests(kite) == 2
     rest = list(make_history().download(INFY, "60m", *span))
-    assert asked(kite) == 4
+    assert history_requests(kite) == 4
     assert [piece[0] for piece in done + rest] == [span[0] + n * 400 * 86_400 for n in range(4)]
     assert list(make_history().download(INFY, "60m", *span)) == []
 
 
-def test_the_file_knows_which_spans_it_has(make_history: MakeHistory, kite_settings: Settings) -> None:
+def test_the_cache_returns_its_missing_spans(make_history: MakeHistory, kite_settings: Settings) -> None:
     cache = HistoryCache(kite_settings.data_dir / "own" / "history.db")
     row = make_history().rows(INFY, "1m", OPENED_S, OPENED_S + 60)[0]
     at = row.start
@@ -256,7 +256,7 @@ def test_the_file_knows_which_spans_it_has(make_history: MakeHistory, kite_setti
     assert cache.missing(INFY, "5minute", at, at + 60) == [(at, at + 60)]
 
 
-def test_a_file_that_is_none_is_one_line(make_history: MakeHistory, kite_settings: Settings) -> None:
+def test_a_damaged_cache_file_is_a_one_line_error(make_history: MakeHistory, kite_settings: Settings) -> None:
     path = kite_settings.data_dir / "history.db"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("this is no database, it is a letter to my aunt" * 100)
@@ -267,7 +267,7 @@ def test_a_file_that_is_none_is_one_line(make_history: MakeHistory, kite_setting
 # --- for people and upstream's users
 
 
-def test_a_frame_has_an_index_in_indias_time(make_history: MakeHistory) -> None:
+def test_a_frame_has_an_index_in_indian_time(make_history: MakeHistory) -> None:
     frame = make_history().frame(INFY, "15m", "2026-08-03", "2026-08-04")
     assert list(frame.columns) == ["open", "high", "low", "close", "volume", "oi"]
     assert str(frame.index.tz) == "Asia/Kolkata"
@@ -276,7 +276,7 @@ def test_a_frame_has_an_index_in_indias_time(make_history: MakeHistory) -> None:
     assert frame.index.is_monotonic_increasing
 
 
-def test_upstreams_answer_has_its_shape(make_history: MakeHistory, kite: SimulatedKite) -> None:
+def test_historical_data_has_upstreams_shape(make_history: MakeHistory, kite: SimulatedKite) -> None:
     history = make_history()
     answer = history.get_historical_data(INFY, "2026-08-03", "2026-08-04", interval="5minute")
     assert answer["status"] == "success"
@@ -293,13 +293,13 @@ def test_upstreams_answer_has_its_shape(make_history: MakeHistory, kite: Simulat
     assert filled["data"]["candles"] == []
 
 
-def test_without_dates_it_is_the_last_year(make_history: MakeHistory) -> None:
+def test_without_dates_the_last_365_candles_are_returned(make_history: MakeHistory) -> None:
     candles = make_history().get_historical_data(INFY)["data"]["candles"]
     assert 230 < len(candles) < 260
     assert candles[-1][0].startswith("2026-08-05")
 
 
-def test_many_instruments_fail_one_by_one(make_history: MakeHistory) -> None:
+def test_one_failed_instrument_does_not_affect_the_rest(make_history: MakeHistory) -> None:
     history = make_history()
     unknown = 4242 << 8 | 1
     found = history.get_multiple_instruments_history([INFY, unknown, INDEX], "2026-08-03", "2026-08-04")
@@ -318,7 +318,7 @@ def test_many_instruments_fail_one_by_one(make_history: MakeHistory) -> None:
         lambda history: history.get_multiple_instruments_history([]),
     ],
 )
-def test_a_request_that_cannot_be_is_one_line_and_a_value_error(
+def test_an_invalid_request_is_a_one_line_value_error(
     make_history: MakeHistory, ask: Callable[[KiteTickerHistory], Any]
 ) -> None:
     with pytest.raises(BadRequest) as error:

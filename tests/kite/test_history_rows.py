@@ -28,7 +28,7 @@ INFY = 408065
 
 
 @given(st.integers(0, 4 * 10**9), st.integers(0, 10**9), st.sampled_from(sorted(KITE_INTERVALS)))
-def test_pieces_cover_a_span_once(from_s: int, length: int, name: str) -> None:
+def test_spans_cover_a_request_once(from_s: int, length: int, name: str) -> None:
     interval = KITE_INTERVALS[name]
     pieces = list(islice(spans(interval, from_s, from_s + length), 1000))
     assert sum(ends - begins for begins, ends in pieces) == min(length, 1000 * interval.days_max * 86_400)
@@ -37,12 +37,12 @@ def test_pieces_cover_a_span_once(from_s: int, length: int, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["1m", "minute", "1min", Historical_Interval.min_1, " Minute "])
-def test_an_interval_goes_by_our_name_kites_and_upstreams(name: Any) -> None:
+def test_an_interval_has_our_name_kites_and_upstreams(name: Any) -> None:
     assert kite_interval(name).name == "minute"
 
 
 @pytest.mark.parametrize("name", ["2m", "4m", "", "week", "1s", "day5"])
-def test_an_interval_that_kite_has_not_is_one_line(name: str) -> None:
+def test_an_interval_unknown_to_kite_is_one_line(name: str) -> None:
     with pytest.raises(UnknownInterval, match="use one of 1m 3m"):
         kite_interval(name)
 
@@ -80,20 +80,20 @@ GOOD = ["2026-08-03T09:15:00+0530", 100.0, 101.5, 99.5, 100.5, 1200]
         [GOOD[0], 100.0, 10**400, 99.5, 100.5, 1],
     ],
 )
-def test_a_row_that_is_no_candle_is_counted_and_the_others_are_kept(candle: Any) -> None:
+def test_a_malformed_row_is_counted_and_valid_rows_are_kept(candle: Any) -> None:
     rows, refused = parse_rows({"candles": [candle, GOOD]}, INFY)
     assert [row.close for row in rows] == [100.5]
     assert refused == 1
 
 
 @pytest.mark.parametrize("data", [None, [], "x", {}, {"candles": None}, {"candles": {}}])
-def test_an_answer_without_candles_is_none(data: Any) -> None:
+def test_a_response_without_a_list_of_candles_is_unavailable(data: Any) -> None:
     with pytest.raises(KiteUnavailable, match="no list of candles"):
         parse_rows(data, INFY)
     assert parse_rows({"candles": []}, INFY) == ([], 0)
 
 
-def test_rows_come_in_order_and_each_start_once() -> None:
+def test_rows_are_sorted_and_starts_are_unique() -> None:
     later = ["2026-08-03T09:16:00+0530", *GOOD[1:]]
     rows, refused = parse_rows({"candles": [later, GOOD, [*later[:4], 101.0, 5]]}, INFY)
     assert [(row.start, row.close) for row in rows] == [(1785728700, 100.5), (1785728760, 101.0)]
@@ -101,10 +101,10 @@ def test_rows_come_in_order_and_each_start_once() -> None:
 
 
 @pytest.mark.parametrize("file", ["historical.json", "historical_minute.json", "historical_oi.json"])
-def test_kites_recorded_answers_are_understood(file: str) -> None:
+def test_kites_recorded_responses_are_parsed(file: str) -> None:
     path = SHARED_DATA / "rest" / file
     if not path.exists():
-        pytest.skip("no recorded answers beside this checkout")
+        pytest.skip("the recorded responses are absent")
     data = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
     rows, refused = parse_rows(data, 12_073_986)  # a future: with open interest where it is given
     assert len(rows) == len(data["candles"])
@@ -113,7 +113,7 @@ def test_kites_recorded_answers_are_understood(file: str) -> None:
     assert rows[0].start % 60 == 0
 
 
-def test_dates_are_indias() -> None:
+def test_dates_are_indian_time() -> None:
     assert epoch_of("2026-08-03", end=False) == epoch_of(date(2026, 8, 3), end=False)
     assert epoch_of("2026-08-03", end=True) == epoch_of(datetime(2026, 8, 4), end=False)
     assert epoch_of("2026-08-03 09:15:00", end=True) == 1785728700

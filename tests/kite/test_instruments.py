@@ -88,7 +88,7 @@ def parsed(*rows: dict[str, Any], today: date = TODAY) -> Parsed:
 # --- the CSV -------------------------------------------------------------------------------------------
 
 
-def test_kites_own_sample_is_read_whole() -> None:
+def test_kites_sample_is_parsed_completely() -> None:
     path = SHARED_DATA / "rest" / "instruments_all.csv"
     if not path.exists():
         pytest.skip("the recorded answers are not here")
@@ -124,7 +124,7 @@ def test_kites_own_sample_is_read_whole() -> None:
         (f'999,1594,"{"Q" * 200_000}",INFOSYS,0.0,,0.0,0.05,1,EQ,NSE,NSE', "unreadable"),
     ],
 )
-def test_a_row_that_is_no_instrument_is_counted_and_costs_the_others_nothing(line: str, why: str) -> None:
+def test_an_invalid_row_is_counted_and_valid_rows_are_kept(line: str, why: str) -> None:
     last = "738561,2885,RELIANCE,RELIANCE INDUSTRIES,0.0,,0.0,0.05,1,EQ,NSE,NSE"
     found = parse_instruments("\n".join([HEADER, GOOD, line, "", last]).encode(), TODAY)
     assert [row["tradingsymbol"] for row in found.rows] == ["INFY", "RELIANCE"]
@@ -143,12 +143,12 @@ def test_columns_are_found_by_name_and_a_new_one_is_kept() -> None:
     [b"", b"<html>maintenance</html>", b"\x00\xff\x1f\x8b", b"a,b\n1,2\n", HEADER.encode() + b",name\n",
      HEADER.encode() + b",Robert'); DROP\n"],
 )  # fmt: skip
-def test_what_is_no_instruments_csv_is_one_line(content: bytes) -> None:
+def test_other_content_than_the_csv_is_unavailable(content: bytes) -> None:
     with pytest.raises(KiteUnavailable):
         parse_instruments(content, TODAY)
 
 
-def test_a_contract_trades_on_its_last_day_and_is_gone_the_day_after() -> None:
+def test_a_contract_expires_the_day_after_its_expiry() -> None:
     row = contract(1, "NIFTY", "2026-11-23")
     assert len(parsed(row).rows) == 1
     after = parsed(row, today=date(2026, 11, 24))
@@ -158,7 +158,7 @@ def test_a_contract_trades_on_its_last_day_and_is_gone_the_day_after() -> None:
 # --- in Redis ------------------------------------------------------------------------------------------
 
 
-def test_what_kite_lists_is_in_redis_as_the_key_table_says(
+def test_a_sync_stores_the_master_in_the_documented_keys(
     master: KiteInstruments, kite: SimulatedKite, client: redis.Redis
 ) -> None:
     synced = master.sync()
@@ -175,9 +175,7 @@ def test_what_kite_lists_is_in_redis_as_the_key_table_says(
         }
 
 
-def test_the_same_list_again_is_a_download_and_one_small_write(
-    master: KiteInstruments, client: redis.Redis
-) -> None:
+def test_an_unchanged_list_is_not_stored_again(master: KiteInstruments, client: redis.Redis) -> None:
     master.sync()
     before = read_manifest(client, master.settings.keys)
     client.hset(master.settings.keys.instrument(408065), "name", "TOUCHED")
@@ -188,10 +186,10 @@ def test_the_same_list_again_is_a_download_and_one_small_write(
     after = read_manifest(client, master.settings.keys)
     assert before is not None and after is not None and before.sha256 == after.sha256
     client.delete(master.settings.keys.symbols())
-    assert master.sync().changed  # the manifest says it is there: it is looked at
+    assert master.sync().changed  # the manifest names them, but the names are missing
 
 
-def test_a_master_can_be_had_without_a_session_and_with_a_dead_one(
+def test_a_sync_needs_no_live_session(
     kite: SimulatedKite, make_settings: Callable[..., Settings], client: redis.Redis
 ) -> None:
     settings = make_settings(**fields_of(kite))
@@ -200,14 +198,12 @@ def test_a_master_can_be_had_without_a_session_and_with_a_dead_one(
     assert KiteInstruments(settings=settings, client=client).sync(["bse", "NFO"]).rows > 0
 
 
-def test_an_exchange_that_kite_has_not_is_the_users_mistake(master: KiteInstruments) -> None:
+def test_an_unknown_exchange_is_a_settings_error(master: KiteInstruments) -> None:
     with pytest.raises(SettingsError, match=r"no exchange 'NYSE'.*NSE, BSE"):
         master.sync(["nyse"])
 
 
-def test_gone_contracts_are_removed_with_their_rows_and_others_stay(
-    alone: KiteInstruments, client: redis.Redis
-) -> None:
+def test_expired_contracts_are_removed_with_their_rows(alone: KiteInstruments, client: redis.Redis) -> None:
     keys = alone.settings.keys
     rows = [
         equity(1),
@@ -222,9 +218,7 @@ def test_gone_contracts_are_removed_with_their_rows_and_others_stay(
     assert not client.exists(keys.instrument(3 << 8 | 2)) and client.exists(keys.instrument(4 << 8 | 2))
 
 
-def test_a_symbol_that_moves_to_another_token_leaves_no_old_row(
-    alone: KiteInstruments, client: redis.Redis
-) -> None:
+def test_a_symbol_with_a_new_token_leaves_no_old_row(alone: KiteInstruments, client: redis.Redis) -> None:
     keys = alone.settings.keys
     alone.store(parsed(equity(1, "INFY")))
     assert alone.store(parsed(equity(2, "INFY"))).added == 1
@@ -234,7 +228,7 @@ def test_a_symbol_that_moves_to_another_token_leaves_no_old_row(
     assert client.hget(keys.instrument(2 << 8 | 1), "tradingsymbol") == b"INFY26"
 
 
-def test_one_exchange_is_synced_and_the_others_are_left_alone(
+def test_a_sync_of_one_exchange_keeps_the_other_exchanges(
     alone: KiteInstruments, client: redis.Redis
 ) -> None:
     alone.store(parsed(equity(1), equity(2, exchange="BSE")))
@@ -242,9 +236,7 @@ def test_one_exchange_is_synced_and_the_others_are_left_alone(
     assert set(read_names(client, alone.settings.keys)) == {"NSE:EQ3", "BSE:EQ2"}
 
 
-def test_a_list_cut_short_is_refused_and_an_empty_one_too(
-    alone: KiteInstruments, client: redis.Redis
-) -> None:
+def test_a_truncated_or_empty_list_is_refused(alone: KiteInstruments, client: redis.Redis) -> None:
     alone.store(parsed(*(equity(number) for number in range(1, 2001))))
     few = parsed(*(equity(number) for number in range(1, 900)))
     with pytest.raises(MasterShrunk, match=r"899 rows where 2,000 were.*--force"):
@@ -255,7 +247,7 @@ def test_a_list_cut_short_is_refused_and_an_empty_one_too(
     assert alone.store(few, force=True).removed == 1101
 
 
-def test_stocks_with_derivatives_are_known_by_their_own_exchanges_contracts(
+def test_stocks_with_derivatives_are_found_by_their_exchanges_contracts(
     alone: KiteInstruments, client: redis.Redis
 ) -> None:
     keys = alone.settings.keys
@@ -290,11 +282,11 @@ def test_a_reader_sees_the_old_master_or_the_new_one(alone: KiteInstruments, cli
     def read() -> None:
         with redis.Redis(connection_pool=pool) as own:
             while not done.is_set():
-                names: Any = own.hkeys(keys.symbols())  # one command: what stands there at one moment
+                names: Any = own.hkeys(keys.symbols())  # one command: one consistent state
                 seen.append({name[4:5].decode() + str(len(names)) for name in names})
                 first: Any = own.hget(keys.symbols(), "NSE:A1")
                 if first is not None and not own.exists(keys.instrument(int(first))):
-                    assert own.hget(keys.symbols(), "NSE:A1") is None  # it went between our two looks
+                    assert own.hget(keys.symbols(), "NSE:A1") is None  # it was removed between the two reads
 
     reader = threading.Thread(target=read)
     reader.start()
@@ -302,7 +294,7 @@ def test_a_reader_sees_the_old_master_or_the_new_one(alone: KiteInstruments, cli
         alone.store(generations[(turn + 1) % 2], force=True)
     done.set()
     reader.join()
-    assert len(seen) > 3 and {frozenset(each) for each in seen} <= {
+    assert len(seen) > 3 and {frozenset(names) for names in seen} <= {
         frozenset({"A3000"}),
         frozenset({"B3000"}),
     }
@@ -311,7 +303,7 @@ def test_a_reader_sees_the_old_master_or_the_new_one(alone: KiteInstruments, cli
 # --- upstream's names ----------------------------------------------------------------------------------
 
 
-def test_upstreams_calls_answer_from_redis(master: KiteInstruments, client: redis.Redis) -> None:
+def test_upstreams_methods_read_from_redis(master: KiteInstruments, client: redis.Redis) -> None:
     tokens = master.get_or_fetch_instrument_tokens()  # an empty master is fetched first
     shares = {token for token, _ in resolve_many(client, master.settings.keys, "nse-equity")}
     indices = {token for token, _ in resolve_many(client, master.settings.keys, "nse-indices")}
@@ -328,9 +320,9 @@ def test_upstreams_calls_answer_from_redis(master: KiteInstruments, client: redi
         master.get_equities("instrument_token, password")
 
 
-def test_upstreams_fetch_and_store(master: KiteInstruments, client: redis.Redis) -> None:
+def test_upstreams_methods_fetch_and_store(master: KiteInstruments, client: redis.Redis) -> None:
     fetched = master.fetch_instruments()
-    assert {each.exchange for each in fetched} == {"NSE"}
+    assert {row.exchange for row in fetched} == {"NSE"}
     assert master.sync_instruments(fetched[:7], force_fetch=False)
     assert master.get_instrument_count() == 7
     assert master.sync_instruments()  # fresh enough: nothing is done
@@ -342,7 +334,7 @@ def test_upstreams_fetch_and_store(master: KiteInstruments, client: redis.Redis)
     assert master.migrate_to_nse_stock_column()
 
 
-def test_a_sync_that_fails_is_false_as_upstreams_and_leaves_the_master(
+def test_a_failed_sync_returns_false_and_keeps_the_master(
     master: KiteInstruments, kite: SimulatedKite
 ) -> None:
     kite.faults.add("html")

@@ -1,4 +1,4 @@
-"""The official KiteConnect with our errors: each failure is of a kind one can act on; none tells a secret."""
+"""The official KiteConnect with one-line errors by kind, none with a secret."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pkbrokers_redis.kite.rest import open_kite
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.store.auth import Session
-from tests.kite.logins import APP, everything_said, fields_of, simulated_kite
+from tests.kite.logins import APP, everything_shown, fields_of, simulated_kite
 
 SECRET = "geheimes-token"
 
@@ -81,10 +81,12 @@ def serve() -> Iterator[Callable[[Answer], Settings]]:
         server.server_close()
 
 
-def test_both_kinds_of_session_are_let_in(kite: SimulatedKite, settings: Settings, session: Session) -> None:
+def test_both_kinds_of_session_are_accepted(
+    kite: SimulatedKite, settings: Settings, session: Session
+) -> None:
     web = kite.accounts.open_web_session()
-    for each in (session, Session("", web.user_id, enctoken=SecretStr(web.enctoken))):
-        assert open_kite(settings, each).profile()["user_id"] == "SIM001"
+    for one in (session, Session("", web.user_id, enctoken=SecretStr(web.enctoken))):
+        assert open_kite(settings, one).profile()["user_id"] == "SIM001"
 
 
 def test_the_settings_session_is_the_default_and_anonymous_sends_none(
@@ -98,7 +100,7 @@ def test_the_settings_session_is_the_default_and_anonymous_sends_none(
     assert anonymous.instruments_csv("NSE").startswith(b"instrument_token,")
 
 
-def test_a_password_in_netrc_does_not_take_the_sessions_place(
+def test_a_password_in_netrc_does_not_replace_the_session(
     settings: Settings, session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password mine\n")
@@ -121,7 +123,7 @@ def test_a_token_set_later_is_used_and_a_session_is_generated_as_kiteconnect_doe
 
 def test_an_api_url_with_a_path_keeps_it(settings: Settings, session: Session) -> None:
     deeper = settings.model_copy(update={"kite_api_url": settings.kite_login_url + "/oms/"})
-    with pytest.raises(SessionExpired):  # /oms is there, and wants an enctoken
+    with pytest.raises(SessionExpired):  # /oms requires an enctoken
         open_kite(deeper, session).profile()
 
 
@@ -144,18 +146,16 @@ def test_each_failure_is_one_line_of_its_kind(
     kite.faults.add(fault)
     with pytest.raises(error, match=words) as caught:
         open_kite(settings, session).invalidate_access_token()  # its URL carries the token
-    assert session.token not in everything_said(caught.value)
+    assert session.token not in everything_shown(caught.value)
 
 
-def test_what_kite_refuses_for_another_reason_is_told_in_its_words(
-    settings: Settings, session: Session
-) -> None:
+def test_another_refusal_has_kites_words(settings: Settings, session: Session) -> None:
     with pytest.raises(KiteError, match=r"refuses the request .invalid token") as caught:
         open_kite(settings, session).historical_data(1, "2026-01-05", "2026-01-06", "minute")
     assert caught.value.status == 400
 
 
-def test_a_slow_kite_is_given_up_in_time(kite: SimulatedKite, settings: Settings, session: Session) -> None:
+def test_a_slow_kite_times_out(kite: SimulatedKite, settings: Settings, session: Session) -> None:
     kite.faults.add("slow", delay_seconds=30)
     with pytest.raises(KiteUnavailable, match="timed out"):
         open_kite(settings, session, timeout_seconds=0.2).profile()
@@ -180,43 +180,43 @@ ECHO = b'{"status":"error","error_type":"InputException","message":"no \\u001b[3
         ((200, JSON, b"[" * 100_000), KiteUnavailable),
     ],
 )
-def test_hostile_answers_are_one_line_and_echo_no_secret(
+def test_hostile_responses_are_one_line_without_a_secret(
     serve: Callable[[Answer], Settings], answer: Answer, error: type[KiteError]
 ) -> None:
     session = Session("key", access_token=SecretStr(SECRET))
     with pytest.raises(error) as caught:
         open_kite(serve(answer), session).profile()
-    said = everything_said(caught.value)
-    assert SECRET not in said and "\x1b" not in said
+    shown = everything_shown(caught.value)
+    assert SECRET not in shown and "\x1b" not in shown
     assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("answer", [(302, "/entretien-\xe9", b""), (200, JSON, b"[" * 100_000)])
-def test_a_login_page_that_is_none_is_one_line(serve: Callable[[Answer], Settings], answer: Answer) -> None:
+def test_a_malformed_login_page_is_one_line(serve: Callable[[Answer], Settings], answer: Answer) -> None:
     visit = WebLogin(serve(answer).kite_login_url, 5.0)
     with pytest.raises(KiteUnavailable) as caught:
         visit.open()
         visit.send_password("AB1234", SECRET)
-    assert SECRET not in everything_said(caught.value)
+    assert SECRET not in everything_shown(caught.value)
 
 
-def test_a_login_time_that_is_none_is_one_line(serve: Callable[[Answer], Settings]) -> None:
+def test_a_malformed_login_time_is_one_line(serve: Callable[[Answer], Settings]) -> None:
     body = b'{"status": "success", "data": {"access_token": "a", "login_time": "9999999999999999999"}}'
     with pytest.raises(KiteUnavailable, match="no access token"):
         KiteAuthenticator(settings=serve((200, JSON, body))).exchange("a-request-token")
 
 
-def test_a_token_that_no_header_can_carry_is_named_and_not_shown(serve: Callable[[Answer], Settings]) -> None:
+def test_a_token_unfit_for_a_header_is_named_and_not_shown(serve: Callable[[Answer], Settings]) -> None:
     token = SECRET + "\u2019"
     with pytest.raises(KiteError, match=r"no HTTP header can carry.*PKB_KITE_ACCESS_TOKEN") as caught:
         open_kite(serve((200, JSON, b"{}")), Session("key", access_token=SecretStr(token))).profile()
     assert not isinstance(caught.value, KiteUnavailable)
-    assert SECRET not in everything_said(caught.value)
+    assert SECRET not in everything_shown(caught.value)
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://no-such-host.invalid"])
-def test_a_server_that_is_not_there_is_one_line(url: str) -> None:
+def test_an_unreachable_server_is_one_line(url: str) -> None:
     with pytest.raises(KiteUnavailable, match="cannot be reached") as caught:
         session = Session("key", access_token=SecretStr(SECRET))
         open_kite(load_settings(kite_api_url=url), session).invalidate_access_token()
-    assert SECRET not in everything_said(caught.value)
+    assert SECRET not in everything_shown(caught.value)

@@ -1,4 +1,4 @@
-"""Logging in at Kite, and sharing the session: one logs in, the others wait, and nobody hammers."""
+"""Logging in at Kite, and sharing the session between processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.accounts import Account, Accounts
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.store.auth import Session, load_login_state, load_session, save_session
-from tests.kite.logins import APP, WEB, everything_said, fields_of, requests_to, secrets_of, simulated_kite
+from tests.kite.logins import APP, WEB, everything_shown, fields_of, requests_to, secrets_of, simulated_kite
 
 NEVER = threading.Event()
 
@@ -78,20 +78,20 @@ class SteppingEvent(threading.Event):
 # --- logging in ----------------------------------------------------------------------------------------
 
 
-def test_a_web_login_gives_an_enctoken_that_serves_for_market_data(web: Settings) -> None:
+def test_a_web_login_gives_an_enctoken_for_market_data(web: Settings) -> None:
     found = KiteAuthenticator(settings=web).log_in()
     assert (found.kind, found.user_id) == ("enctoken", "SIM001")
     assert "NSE:INFY" in open_kite(web, found).ltp("NSE:INFY")
 
 
-def test_with_an_app_a_web_login_goes_on_to_an_access_token(everything: Settings) -> None:
+def test_a_web_login_with_an_app_gives_an_access_token(everything: Settings) -> None:
     found = KiteAuthenticator(settings=everything).log_in()
     assert (found.kind, found.api_key, found.user_id) == ("access_token", everything.kite_api_key, "SIM001")
     assert open_kite(everything, found).profile()["user_id"] == "SIM001"
 
 
 def official_token(kite: SimulatedKite) -> str:
-    """What a person brings back from the browser."""
+    """Return the request token of a login in the browser."""
     accounts = kite.accounts
     return accounts.finish_connect(accounts.begin_connect(accounts.first.api_key), accounts.first.api_key)
 
@@ -99,7 +99,7 @@ def official_token(kite: SimulatedKite) -> str:
 @pytest.mark.parametrize(
     "form", ["{}", " http://app.local/back?action=login&request_token={}&status=success\n"]
 )
-def test_a_request_token_or_the_url_it_came_in_is_exchanged(
+def test_a_request_token_or_its_redirect_url_is_exchanged(
     kite: SimulatedKite, make_settings: Callable[..., Settings], form: str
 ) -> None:
     settings = make_settings(**fields_of(kite, *APP))
@@ -113,11 +113,11 @@ def test_a_request_token_serves_once(kite: SimulatedKite, make_settings: Callabl
     authenticator.exchange(token)
     with pytest.raises(LoginRefused, match=r"refuses the request token.*serves once") as caught:
         authenticator.exchange(token)
-    assert token not in everything_said(caught.value)
+    assert token not in everything_shown(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "two words", "https://x/?status=success", "x" * 300, "a\x00b"])
-def test_what_is_no_request_token_never_reaches_kite(
+def test_text_that_is_no_request_token_is_not_sent(
     kite: SimulatedKite, make_settings: Callable[..., Settings], text: str
 ) -> None:
     with pytest.raises(LoginRefused, match="no request token"):
@@ -125,7 +125,7 @@ def test_what_is_no_request_token_never_reaches_kite(
     assert requests_to(kite, "/session/token") == 0
 
 
-def test_upstreams_call_gives_the_enctoken(kite: SimulatedKite, everything: Settings) -> None:
+def test_get_enctoken_returns_the_enctoken(kite: SimulatedKite, everything: Settings) -> None:
     account = kite.accounts.first
     nothing = everything.model_copy(update=dict.fromkeys(WEB))
     found = KiteAuthenticator(timeout=10, settings=nothing).get_enctoken(
@@ -149,28 +149,26 @@ REFUSALS: dict[str, tuple[dict[str, object], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_kite_refuses_is_one_line_with_a_mend_and_no_secret(
+def test_a_refused_login_is_one_line_with_a_hint_and_no_secret(
     kite: SimulatedKite, make_settings: Callable[..., Settings], case: str
 ) -> None:
     wrong, words = REFUSALS[case]
     settings = make_settings(**{**fields_of(kite, *WEB, *APP), **wrong})
     with pytest.raises(LoginRefused, match=words) as caught:
         KiteAuthenticator(settings=settings).log_in()
-    said = everything_said(caught.value)
+    shown = everything_shown(caught.value)
     assert "\n" not in str(caught.value) and "pkb login" in str(caught.value)
     given = [value for name, value in wrong.items() if name not in ("kite_user_id", "kite_api_key")]
-    assert [secret for secret in [*secrets_of(kite.accounts.first), *given] if str(secret) in said] == []
+    assert [secret for secret in [*secrets_of(kite.accounts.first), *given] if str(secret) in shown] == []
 
 
-def test_a_locked_account_says_how_to_unlock_it(kite: SimulatedKite, web: Settings) -> None:
+def test_a_locked_account_error_names_how_to_unlock_it(kite: SimulatedKite, web: Settings) -> None:
     kite.accounts.first.wrong_passwords = 99
     with pytest.raises(LoginRefused, match=r"locked the account.*unlock it"):
         KiteAuthenticator(settings=web).log_in()
 
 
-def test_an_app_that_nobody_authorised_names_the_page_to_open(
-    kite: SimulatedKite, everything: Settings
-) -> None:
+def test_an_unauthorised_app_error_names_the_page_to_open(kite: SimulatedKite, everything: Settings) -> None:
     kite.accounts.first.authorised = False
     with pytest.raises(LoginRefused, match=r"authorise this app first: open http://\S+api_key=\S+ in a"):
         KiteAuthenticator(settings=everything).log_in()
@@ -191,36 +189,36 @@ def test_an_app_that_nobody_authorised_names_the_page_to_open(
         ("drop", "/session/token", KiteUnavailable, "cannot be reached"),
     ],
 )
-def test_a_kite_that_is_not_itself_is_told_from_one_that_refuses(
+def test_an_unavailable_kite_differs_from_one_that_refuses(
     kite: SimulatedKite, everything: Settings, fault: str, path: str, error: type[PkbError], words: str
 ) -> None:
     kite.faults.add(fault, path=path)
     with pytest.raises(error, match=words) as caught:
         KiteAuthenticator(settings=everything).log_in()
-    said = everything_said(caught.value)
-    assert [secret for secret in secrets_of(kite.accounts.first) if secret in said] == []
+    shown = everything_shown(caught.value)
+    assert [secret for secret in secrets_of(kite.accounts.first) if secret in shown] == []
 
 
-def test_a_kite_that_hangs_is_given_up(kite: SimulatedKite, web: Settings) -> None:
+def test_a_login_at_a_hanging_kite_times_out(kite: SimulatedKite, web: Settings) -> None:
     kite.faults.add("slow", path="/api/login", delay_seconds=30)
     with pytest.raises(KiteUnavailable, match="timed out"):
         KiteAuthenticator(0.2, settings=web).log_in()
 
 
-def test_a_kite_that_is_not_there_is_one_line(kite: SimulatedKite, web: Settings) -> None:
+def test_a_login_at_an_unreachable_kite_is_one_line(kite: SimulatedKite, web: Settings) -> None:
     kite.stop()
     with pytest.raises(KiteUnavailable, match=r"127.0.0.1 cannot be reached .Connection refused"):
         KiteAuthenticator(settings=web).log_in()
 
 
-def test_a_totp_secret_that_is_none_is_the_settings_fault(web: Settings) -> None:
+def test_a_malformed_totp_secret_is_a_settings_error(web: Settings) -> None:
     settings = web.model_copy(update={"kite_totp_secret": SecretStr("not base32!")})
     with pytest.raises(SettingsError, match="PKB_KITE_TOTP_SECRET") as caught:
         KiteAuthenticator(settings=settings).log_in()
-    assert "base32!" not in everything_said(caught.value)
+    assert "base32!" not in everything_shown(caught.value)
 
 
-def test_a_totp_is_used_once_and_the_next_half_minute_is_waited_for(
+def test_a_second_login_waits_for_the_next_totp(
     make_settings: Callable[..., Settings], client: redis.Redis
 ) -> None:
     clock = SteppingEvent(start=1_800_000_005.0)
@@ -233,7 +231,7 @@ def test_a_totp_is_used_once_and_the_next_half_minute_is_waited_for(
     assert 1_800_000_030 <= clock.now < 1_800_000_032
 
 
-def test_a_clock_that_went_back_is_not_waited_for(web: Settings, client: redis.Redis) -> None:
+def test_a_totp_window_in_the_future_is_not_waited_for(web: Settings, client: redis.Redis) -> None:
     client.hset(web.keys.login(), "totp_window", int(time.time() / 30) + 1000)
     stop = SteppingEvent(time.time())
     assert SessionManager(web, lambda: client).log_in(stop).kind == "enctoken"
@@ -242,7 +240,7 @@ def test_a_clock_that_went_back_is_not_waited_for(web: Settings, client: redis.R
 # --- sharing -------------------------------------------------------------------------------------------
 
 
-def test_the_shared_session_goes_before_the_settings_and_a_login_comes_last(
+def test_the_shared_session_precedes_the_settings_and_a_login(
     kite: SimulatedKite, web: Settings, client: redis.Redis
 ) -> None:
     manager = SessionManager(web, lambda: client)
@@ -255,21 +253,21 @@ def test_the_shared_session_goes_before_the_settings_and_a_login_comes_last(
     assert kite.accounts.logins == 1
 
 
-def test_without_any_way_to_a_session_the_settings_to_give_are_named(
+def test_without_credentials_the_error_names_the_settings(
     make_settings: Callable[..., Settings], client: redis.Redis
 ) -> None:
     with pytest.raises(LoginNeeded, match=r"no Kite session.*pkb login.*PKB_KITE_TOTP_SECRET"):
         SessionManager(make_settings(), lambda: client).current()
 
 
-def test_a_fixed_token_that_kite_refuses_names_pkb_login(
+def test_a_refused_token_of_the_settings_names_pkb_login(
     make_settings: Callable[..., Settings], client: redis.Redis
 ) -> None:
     settings = make_settings(kite_api_key="key", kite_access_token="geheim")
     manager = SessionManager(settings, lambda: client)
     with pytest.raises(LoginNeeded, match=r"refuses PKB_KITE_ACCESS_TOKEN.*pkb login") as caught:
         manager.renew(manager.current(), NEVER)
-    assert "geheim" not in everything_said(caught.value)
+    assert "geheim" not in everything_shown(caught.value)
     with pytest.raises(LoginNeeded):
         manager.current()  # it is dead for good
     new = save_session(
@@ -278,23 +276,23 @@ def test_a_fixed_token_that_kite_refuses_names_pkb_login(
     assert manager.current().is_same(new)
 
 
-def test_one_logs_in_and_the_others_wait_for_it(
+def test_one_process_logs_in_and_the_rest_wait(
     kite: SimulatedKite, web: Settings, client: redis.Redis
 ) -> None:
     managers = [SessionManager(web, lambda: client) for _ in range(8)]
     with ThreadPoolExecutor(16) as pool:
         first = list(pool.map(lambda manager: manager.current(), managers * 2))
-        assert kite.accounts.logins == 1 and all(each.is_same(first[0]) for each in first)
+        assert kite.accounts.logins == 1 and all(session.is_same(first[0]) for session in first)
         kite.accounts.expire_all()
         kite.accounts.first.totp_used = 0  # so that the test need not wait half a minute
         client.hdel(web.keys.login(), "totp_window")
         second = list(pool.map(lambda manager: manager.renew(first[0], NEVER), managers * 2))
-    assert kite.accounts.logins == 2 and all(each.is_same(second[0]) for each in second)
+    assert kite.accounts.logins == 2 and all(session.is_same(second[0]) for session in second)
     assert not second[0].is_same(first[0])
     assert kite.accounts.with_enctoken(second[0].token) is not None
 
 
-def test_a_late_403_of_the_old_session_takes_the_new_one_and_logs_nobody_in(
+def test_a_late_403_of_the_old_session_returns_the_new_one_without_a_login(
     kite: SimulatedKite, manager: SessionManager, client: redis.Redis, web: Settings
 ) -> None:
     old = save_session(client, web.keys, Session("", enctoken=SecretStr("old"), login_at=time.time()))
@@ -303,7 +301,7 @@ def test_a_late_403_of_the_old_session_takes_the_new_one_and_logs_nobody_in(
     assert kite.accounts.logins == 0
 
 
-def test_a_refused_password_is_tried_once_by_all_processes_together(
+def test_a_refused_password_is_tried_once_over_all_processes(
     kite: SimulatedKite, web: Settings, client: redis.Redis
 ) -> None:
     wrong = web.model_copy(update={"kite_password": SecretStr("not-mine")})
@@ -321,7 +319,7 @@ def test_a_refused_password_is_tried_once_by_all_processes_together(
     assert load_login_state(client, web.keys, time.time()).refused == ""
 
 
-def test_attempts_are_bounded_over_all_processes_and_then_a_person_is_asked(
+def test_attempts_are_bounded_over_all_processes(
     kite: SimulatedKite, web: Settings, client: redis.Redis
 ) -> None:
     kite.faults.add("503", path="/api/login")
@@ -334,9 +332,7 @@ def test_attempts_are_bounded_over_all_processes_and_then_a_person_is_asked(
     assert requests_to(kite, "/api/login") == ATTEMPTS_MAX
 
 
-def test_a_kite_that_was_not_reached_costs_no_attempt(
-    kite: SimulatedKite, web: Settings, client: redis.Redis
-) -> None:
+def test_an_unreached_kite_costs_no_attempt(kite: SimulatedKite, web: Settings, client: redis.Redis) -> None:
     kite.faults.add("html", path="/connect/login")
     for _ in range(ATTEMPTS_MAX + 1):
         with pytest.raises(KiteUnavailable):
@@ -345,7 +341,7 @@ def test_a_kite_that_was_not_reached_costs_no_attempt(
     assert SessionManager(web, lambda: client).current().kind == "enctoken"
 
 
-def test_sessions_that_die_at_once_are_bounded_too_and_one_that_lasted_is_not(
+def test_logins_for_short_lived_sessions_are_bounded(
     make_settings: Callable[..., Settings], client: redis.Redis
 ) -> None:
     clock = SteppingEvent(1_800_000_000.0)
@@ -363,49 +359,49 @@ def test_sessions_that_die_at_once_are_bounded_too_and_one_that_lasted_is_not(
             manager.renew(found, clock)
 
 
-def test_one_who_died_while_logging_in_is_waited_for_no_longer_than_its_lock(
-    web: Settings, client: redis.Redis
-) -> None:
-    client.set(web.keys.login_lock(), "a worker that is no more", px=300)
+def test_the_wait_for_a_dead_process_ends_with_its_lock(web: Settings, client: redis.Redis) -> None:
+    client.set(web.keys.login_lock(), "a dead worker", px=300)
     assert SessionManager(web, lambda: client).current().kind == "enctoken"
 
 
-def test_who_waits_hears_the_stop(web: Settings, client: redis.Redis) -> None:
+def test_stop_ends_the_wait_for_another_login(web: Settings, client: redis.Redis) -> None:
     client.set(web.keys.login_lock(), "another", px=60_000)
     stop = threading.Event()
     manager = SessionManager(web, lambda: client)
     with ThreadPoolExecutor(2) as pool:
         waiting = [
             pool.submit(manager.current, stop) for _ in range(2)
-        ]  # one for the lock, one for the other
+        ]  # for the lock in Redis, and for the thread lock
         stop.set()
-        for each in waiting:
+        for future in waiting:
             with pytest.raises(KiteUnavailable, match="interrupted"):
-                each.result(timeout=30)
+                future.result(timeout=30)
 
 
 def test_the_session_of_another_api_key_is_neither_used_nor_replaced(
     everything: Settings, client: redis.Redis
 ) -> None:
-    others = Session("another", access_token=SecretStr("theirs"), login_at=time.time())
-    save_session(client, everything.keys, others)
+    foreign = Session("another", access_token=SecretStr("foreign"), login_at=time.time())
+    save_session(client, everything.keys, foreign)
     with pytest.raises(LoginNeeded, match=r"another api key.*PKB_KITE_ACCESS_TOKEN"):
         SessionManager(everything, lambda: client).current()
     loaded = load_session(client, everything.keys)
-    assert loaded is not None and loaded.is_same(others)
+    assert loaded is not None and loaded.is_same(foreign)
 
 
-def test_while_redis_is_away_the_settings_session_serves(make_settings: Callable[..., Settings]) -> None:
-    def away() -> redis.Redis:
+def test_while_redis_is_unavailable_the_settings_session_is_used(
+    make_settings: Callable[..., Settings],
+) -> None:
+    def unavailable() -> redis.Redis:
         raise RedisUnavailable("no Redis answers", "start it")
 
     fixed = make_settings(kite_api_key="key", kite_access_token="fixed")
-    assert SessionManager(fixed, away).current().token == "fixed"
+    assert SessionManager(fixed, unavailable).current().token == "fixed"
     with pytest.raises(RedisUnavailable):
-        SessionManager(make_settings(), away).current()
+        SessionManager(make_settings(), unavailable).current()
 
 
-def test_a_redis_that_comes_back_is_connected_to_anew(web: Settings, client: redis.Redis) -> None:
+def test_a_recovered_redis_is_connected_to_again(web: Settings, client: redis.Redis) -> None:
     broken = redis.Redis(host="127.0.0.1", port=1, retry=Retry(NoBackoff(), 0))
     clients = [broken, client]
     manager = SessionManager(web, lambda: clients.pop(0))
@@ -414,7 +410,7 @@ def test_a_redis_that_comes_back_is_connected_to_anew(web: Settings, client: red
     assert manager.current().kind == "enctoken"
 
 
-def test_two_accounts_do_not_know_each_other(make_settings: Callable[..., Settings]) -> None:
+def test_each_account_has_its_own_credentials(make_settings: Callable[..., Settings]) -> None:
     other = Account(user_id="SIM002", password="other", totp_secret=pyotp.random_base32(), api_key="k2")
     with simulated_kite(accounts=Accounts(Account(), other)) as kite:
         mixed = {**fields_of(kite, *WEB), "kite_user_id": "sim002", "kite_password": "other"}

@@ -1,4 +1,4 @@
-"""`pkb sim` and `pkb record` as a user runs them, the one recording the other."""
+"""`pkb sim` and `pkb record` as a user runs them, and `record` captures what `sim` sends."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ SIM = "import typer; from pkbrokers_redis.cli.sim import sim; typer.run(sim)"
 RECORD = "import typer; from pkbrokers_redis.cli.captures import record; typer.run(record)"
 
 
-def test_a_simulator_says_where_it_is_and_what_it_sends_can_be_recorded(tmp_path: Path) -> None:
+def test_sim_prints_its_addresses_and_record_captures_its_frames(tmp_path: Path) -> None:
     with running_python("-c", SIM, "--port", "0", "--instruments", "20", "--rate", "400") as simulator:
         assert simulator.stdout is not None
-        said = list(itertools.takewhile(lambda line: not line.startswith("Ctrl-C"), simulator.stdout))
-        assert "20 instruments, 400 ticks a second" in said[0]
-        env = dict(re.findall(r"export (PKB_\w+)=(\S+)", "".join(said)))
+        output_lines = list(itertools.takewhile(lambda line: not line.startswith("Ctrl-C"), simulator.stdout))
+        assert "20 instruments, 400 ticks a second" in output_lines[0]
+        env = dict(re.findall(r"export (PKB_\w+)=(\S+)", "".join(output_lines)))
         for name in ("PKB_KITE_WS_URL", "PKB_KITE_API_URL", "PKB_KITE_LOGIN_URL"):
-            assert env[name] in said[1]
-        wanted = {int(text) for text in env["PKB_INSTRUMENTS"].split(",")}
+            assert env[name] in output_lines[1]
+        expected = {int(text) for text in env["PKB_INSTRUMENTS"].split(",")}
         with running_python("-c", RECORD, "frames.cap", env=env) as recorder:
-            wait_until(lambda: recorded_tokens() == wanted or recorder.poll() is not None, timeout_seconds=60)
+            wait_until(
+                lambda: recorded_tokens() == expected or recorder.poll() is not None, timeout_seconds=60
+            )
             recorder.send_signal(signal.SIGTERM)
             output, _ = recorder.communicate(timeout=60)
         assert recorder.returncode == 0, output
@@ -46,7 +48,7 @@ def test_a_simulator_says_where_it_is_and_what_it_sends_can_be_recorded(tmp_path
         rest, _ = simulator.communicate(timeout=60)
         assert simulator.returncode == 0
         assert "1 connections" in rest
-    assert recorded_tokens() == wanted
+    assert recorded_tokens() == expected
 
 
 def recorded_tokens() -> set[int]:
@@ -60,7 +62,7 @@ def recorded_tokens() -> set[int]:
     return tokens
 
 
-def test_both_stop_by_themselves_when_told() -> None:
+def test_sim_and_record_stop_after_the_given_seconds() -> None:
     with running_python("-c", SIM, "--port", "0", "--seconds", "0.1") as simulator:
         simulator.communicate(timeout=60)
     env = {"PKB_INSTRUMENTS": "408065", "PKB_KITE_WS_URL": "ws://127.0.0.1:1"}
@@ -70,11 +72,15 @@ def test_both_stop_by_themselves_when_told() -> None:
     assert "0 frames" in output
 
 
-def test_a_running_simulator_takes_orders(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sim_control_adds_faults_and_expires_sessions_of_a_running_simulator(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with running_python("-c", SIM, "--port", "0", "--instruments", "3", "--fault", "mute") as simulator:
         assert simulator.stdout is not None
-        said = "".join(itertools.takewhile(lambda line: not line.startswith("Ctrl-C"), simulator.stdout))
-        env = dict(re.findall(r"export (PKB_\w+)=(\S+)", said))
+        output_lines = "".join(
+            itertools.takewhile(lambda line: not line.startswith("Ctrl-C"), simulator.stdout)
+        )
+        env = dict(re.findall(r"export (PKB_\w+)=(\S+)", output_lines))
         address = env["PKB_KITE_API_URL"]
         headers = {"Authorization": f"token {env['PKB_KITE_API_KEY']}:{env['PKB_KITE_ACCESS_TOKEN']}"}
 
@@ -98,24 +104,24 @@ def test_a_running_simulator_takes_orders(capsys: pytest.CaptureFixture[str]) ->
         ({"start": "tomorrow"}, "2026-11-20T08:55"),
     ],
 )
-def test_an_order_that_cannot_be_is_told_in_one_line(options: dict[str, Any], word: str) -> None:
+def test_an_invalid_sim_option_is_a_one_line_error(options: dict[str, Any], word: str) -> None:
     with pytest.raises(PkbError, match=word):
         sim(port=0, **options)
 
 
 @pytest.mark.usefixtures("_signals")
-def test_a_simulator_begins_when_told_at_the_speed_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sim_starts_at_the_given_time_and_speed(capsys: pytest.CaptureFixture[str]) -> None:
     sim(port=0, instruments=5, sessions=True, start="2026-09-10T08:55", speed=60, seconds=0.1)
-    said = capsys.readouterr().out
-    shift = re.search(r"PKB_TIME_SHIFT=([\d.]+),([\d.]+),([\d.]+)", said)
+    output_lines = capsys.readouterr().out
+    shift = re.search(r"PKB_TIME_SHIFT=([\d.]+),([\d.]+),([\d.]+)", output_lines)
     assert shift is not None
     assert (float(shift[1]), float(shift[3])) == (1_789_010_700.0, 60.0)
-    assert "PKB_SESSIONS" not in said
+    assert "PKB_SESSIONS" not in output_lines
 
 
 @pytest.fixture
 def _signals() -> Iterator[None]:
-    """A command installs signal handlers; this process gets its own back."""
+    """A command installs signal handlers; the fixture restores those of this process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -123,7 +129,7 @@ def _signals() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_signals")
-def test_recording_with_a_dead_session_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_record_with_an_expired_session_is_a_one_line_error(monkeypatch: pytest.MonkeyPatch) -> None:
     server = SimulatorServer(None, access_token="right")
     server.start()
     monkeypatch.setenv("PKB_KITE_WS_URL", server.url)
@@ -148,7 +154,7 @@ def test_recording_with_a_dead_session_ends_in_one_line(monkeypatch: pytest.Monk
         ),
     ],
 )
-def test_what_cannot_be_recorded_is_told_before_anything_starts(
+def test_record_checks_its_settings_before_it_starts(
     env: dict[str, str], word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in env.items():

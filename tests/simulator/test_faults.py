@@ -27,7 +27,7 @@ HEARTBEAT = b"\x00"
 TOKENS = np.array([1, 2, 3, 4, 5, 6, 7, 8], np.int64)
 
 
-class Hand:
+class ManualClock:
     def __init__(self) -> None:
         self.now_s = 0.0
 
@@ -35,7 +35,7 @@ class Hand:
         return self.now_s
 
 
-def test_a_fault_with_a_count_strikes_so_often() -> None:
+def test_a_fault_with_a_count_ends_after_that_many_strikes() -> None:
     faults = Faults()
     faults.add("429", count=2, on="rest")
     struck = [faults.strike("rest", "429", path="/quote") is not None for _ in range(4)]
@@ -44,17 +44,17 @@ def test_a_fault_with_a_count_strikes_so_often() -> None:
     assert faults.active() == []
 
 
-def test_a_fault_with_a_duration_ends_by_itself() -> None:
-    hand = Hand()
-    faults = Faults(now_s=hand)
+def test_a_fault_with_a_duration_ends_after_it() -> None:
+    clock = ManualClock()
+    faults = Faults(now_s=clock)
     faults.add("mute", seconds=5)
     rows = np.arange(len(TOKENS))
     assert faults.unmuted(rows, TOKENS).size == 0
-    hand.now_s = 5.0
+    clock.now_s = 5.0
     assert faults.unmuted(rows, TOKENS).size == len(TOKENS)
 
 
-def test_a_fault_knows_its_side_and_its_path() -> None:
+def test_a_fault_strikes_on_its_side_and_path_only() -> None:
     faults = Faults()
     faults.add("503", on="rest", path="/instruments/historical")
     assert faults.strike("ws", "503") is None
@@ -62,30 +62,30 @@ def test_a_fault_knows_its_side_and_its_path() -> None:
     assert faults.strike("rest", "503", path="/instruments/historical/1/day") is not None
 
 
-def test_clearing_one_kind_leaves_the_others() -> None:
+def test_clearing_one_kind_keeps_the_other_faults() -> None:
     faults = Faults()
     faults.add("mute")
     faults.add("stall")
     assert faults.stalled()
     faults.clear("stall")
     assert not faults.stalled()
-    assert [each["kind"] for each in faults.active()] == ["mute"]
+    assert [fault["kind"] for fault in faults.active()] == ["mute"]
     faults.clear()
     assert faults.active() == []
 
 
-def test_a_partly_mute_feed_lacks_the_same_instruments_all_the_time() -> None:
+def test_mute_some_mutes_the_same_instruments_while_it_lasts() -> None:
     faults, tokens = Faults(), np.arange(1000, dtype=np.int64) << 8 | 1
     faults.add("mute_some", share=0.3)
-    heard = faults.unmuted(np.arange(1000), tokens)
-    assert 500 < heard.size < 900
-    assert np.array_equal(heard, faults.unmuted(np.arange(1000), tokens))
+    unmuted = faults.unmuted(np.arange(1000), tokens)
+    assert 500 < unmuted.size < 900
+    assert np.array_equal(unmuted, faults.unmuted(np.arange(1000), tokens))
     faults.clear()
     faults.add("mute_some", tokens=[2, 4])
     assert TOKENS[faults.unmuted(np.arange(len(TOKENS)), TOKENS)].tolist() == [1, 3, 5, 6, 7, 8]
 
 
-def test_frames_come_twice_late_or_damaged_and_by_the_seed() -> None:
+def test_duplicate_reorder_and_garbage_change_frames_by_the_seed() -> None:
     def played(kind: str, seed: int = 1) -> list[bytes]:
         faults, held = Faults(seed=seed), list[bytes]()
         faults.add(kind, share=0.5)
@@ -112,12 +112,12 @@ def test_frames_come_twice_late_or_damaged_and_by_the_seed() -> None:
         ("slow", {"delay_seconds": -1}),
     ],
 )
-def test_nonsense_is_refused_in_one_line(kind: str, options: dict[str, Any]) -> None:
+def test_invalid_fault_options_are_refused(kind: str, options: dict[str, Any]) -> None:
     with pytest.raises(SettingsError):
         Faults().add(kind, **options)
 
 
-def test_the_number_of_faults_has_a_limit() -> None:
+def test_the_number_of_active_faults_is_bounded() -> None:
     faults = Faults()
     for _ in range(FAULTS_MAX):
         faults.add("mute")
@@ -125,7 +125,7 @@ def test_the_number_of_faults_has_a_limit() -> None:
         faults.add("mute")
 
 
-def test_a_command_lines_words_are_a_fault() -> None:
+def test_a_fault_is_parsed_from_a_command_line_option() -> None:
     assert parse_fault("429") == {"kind": "429"}
     assert parse_fault("slow,path=/quote,delay_seconds=3") == {
         "kind": "slow",
@@ -154,7 +154,7 @@ def test_a_command_lines_words_are_a_fault() -> None:
         ("drop", requests.ConnectionError),
     ],
 )
-def test_each_rest_fault_is_the_exception_that_clients_know(
+def test_each_rest_fault_raises_kiteconnects_exception(
     kite: SimulatedKite, connect: KiteConnect, kind: str, expected: type[Exception]
 ) -> None:
     kite.faults.add(kind, count=1)
@@ -165,7 +165,7 @@ def test_each_rest_fault_is_the_exception_that_clients_know(
     assert connect.profile()
 
 
-def test_a_slow_answer_runs_into_the_clients_timeout(kite: SimulatedKite, connect: KiteConnect) -> None:
+def test_the_slow_fault_exceeds_the_clients_timeout(kite: SimulatedKite, connect: KiteConnect) -> None:
     connect.timeout = 0.2
     kite.faults.add("slow", count=1, delay_seconds=20, path="/user")
     with pytest.raises(requests.ReadTimeout):
@@ -174,14 +174,14 @@ def test_a_slow_answer_runs_into_the_clients_timeout(kite: SimulatedKite, connec
     assert connect.ltp("NSE:INFY")
 
 
-def test_faults_reach_the_login_pages_too(kite: SimulatedKite) -> None:
+def test_faults_apply_to_the_login_pages(kite: SimulatedKite) -> None:
     kite.faults.add("html", count=1, path="/api/login")
     answer = requests.post(kite.login_url + "/api/login", data={"user_id": "x"}, timeout=10)
     assert answer.status_code == 503
     assert "maintenance" in answer.text
 
 
-def test_the_control_pages_add_show_and_clear_faults(kite: SimulatedKite, connect: KiteConnect) -> None:
+def test_the_control_api_adds_shows_and_clears_faults(kite: SimulatedKite, connect: KiteConnect) -> None:
     page = kite.api_url + "/_sim/faults"
     added = requests.post(page, json={"kind": "429", "count": 2, "path": "/quote"}, timeout=10).json()["data"]
     assert (added[0]["kind"], added[0]["count"], added[0]["path"]) == ("429", 2, "/quote")
@@ -212,8 +212,8 @@ def lively() -> Iterator[SimulatedKite]:
 def subscribed(kite: SimulatedKite, tokens: list[int] | None = None) -> websocket.WebSocket:
     query = f"?api_key={kite.accounts.first.api_key}&access_token={kite.accounts.open_session()}"
     link = websocket.create_connection(kite.ws_url + query, timeout=10)
-    wanted = tokens or kite.market.tokens.tolist()
-    link.send(json.dumps({"a": "subscribe", "v": wanted}))
+    subscribed_tokens = tokens or kite.market.tokens.tolist()
+    link.send(json.dumps({"a": "subscribe", "v": subscribed_tokens}))
     next_ticks(link)
     return link
 
@@ -233,7 +233,7 @@ def next_ticks(link: websocket.WebSocket) -> set[int]:
 
 
 @pytest.mark.parametrize("status", [403, 429, 503])
-def test_a_connect_is_refused_with_the_faults_status(lively: SimulatedKite, status: int) -> None:
+def test_a_status_fault_refuses_the_handshake(lively: SimulatedKite, status: int) -> None:
     query = f"?api_key={lively.accounts.first.api_key}&access_token={lively.accounts.open_session()}"
     lively.faults.add(str(status), count=1, on="ws")
     with pytest.raises(websocket.WebSocketBadStatusException) as refused:
@@ -277,7 +277,7 @@ def test_a_stalled_feed_sends_nothing_at_all(lively: SimulatedKite) -> None:
     assert next_ticks(link)
 
 
-def test_a_dropped_connection_ends_without_a_word_and_a_new_one_works(lively: SimulatedKite) -> None:
+def test_the_drop_fault_aborts_a_connection_and_a_new_one_works(lively: SimulatedKite) -> None:
     link = subscribed(lively)
     lively.faults.add("drop", count=1, on="ws")
     with pytest.raises((websocket.WebSocketConnectionClosedException, ConnectionError)):
@@ -286,12 +286,12 @@ def test_a_dropped_connection_ends_without_a_word_and_a_new_one_works(lively: Si
     subscribed(lively)
 
 
-def test_garbage_frames_reach_clients_and_history_stays_right(lively: SimulatedKite) -> None:
+def test_damaged_frames_do_not_change_the_history(lively: SimulatedKite) -> None:
     link = subscribed(lively, [INFY])
     lively.faults.add("garbage", share=1)
     lively.faults.add("duplicate", share=0.5)
     lively.faults.add("reorder", share=0.5)
-    wait_until(lambda: parse_is_odd(next_binary(link)))
+    wait_until(lambda: is_malformed(next_binary(link)))
     assert all(lively.faults.struck.get(kind) for kind in ("garbage",))
     row = lively.market.row_of[INFY]
     now_s = int(lively.now_ms() // 1000)
@@ -300,26 +300,26 @@ def test_garbage_frames_reach_clients_and_history_stays_right(lively: SimulatedK
         INFY, "minute", now_s // 86_400 * 86_400 - 86_400, now_s + 60, lively.now_ms()
     )
     today = (now_s + 19_800) // 86_400
-    volume = sum(each[5] for each in minutes if (each[0] + 19_800) // 86_400 == today)
+    volume = sum(row[5] for row in minutes if (row[0] + 19_800) // 86_400 == today)
     assert volume == lively.market.volume[row]
 
 
-def parse_is_odd(frame: bytes) -> bool:
+def is_malformed(frame: bytes) -> bool:
     parsed = parse_frame(frame, 0)
     return frame != HEARTBEAT and bool(parsed.unknown or parsed.truncated or parsed.trailing)
 
 
-def test_the_documented_faults_are_those_there_are() -> None:
+def test_the_documented_faults_equal_the_table() -> None:
     page = Path(__file__).parents[2] / "docs" / "simulator.md"
     rows = [
         line.strip("| \n").split(" | ") for line in page.read_text().splitlines() if line.startswith("| `")
     ]
-    wanted = [[f"`{kind}`", ", ".join(sorted(sides)), text] for kind, (sides, text) in KINDS.items()]
-    assert [row for row in wanted if row not in rows] == [], "no such row in docs/simulator.md"
-    assert rows == wanted
+    expected = [[f"`{kind}`", ", ".join(sorted(sides)), text] for kind, (sides, text) in KINDS.items()]
+    assert [row for row in expected if row not in rows] == [], "no such row in docs/simulator.md"
+    assert rows == expected
 
 
-def test_every_fault_strikes_somewhere() -> None:
+def test_every_fault_kind_is_implemented() -> None:
     sources = "".join(
         path.read_text()
         for path in (Path(__file__).parents[2] / "pkbrokers_redis" / "simulator").glob("*.py")

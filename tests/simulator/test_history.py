@@ -16,7 +16,7 @@ from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.subscriptions import MODE_FULL, frames_for
 from pkbrokers_redis.simulator.universe import universe
-from tests.candles.test_rules import Market as BookReader
+from tests.candles.test_rules import Market as Pipeline
 
 ROWS = universe(60)
 INFY, NIFTY, SBIN, SIM1 = 408065, 256265, 779521, (100_001 << 8) | 1
@@ -31,7 +31,7 @@ def at_ms(text: str) -> int:
 
 
 class Tape:
-    """A simulated Kite that no thread runs: stepped by hand, every packet read back as a client would."""
+    """A simulated Kite that no thread runs: stepped by hand, every packet parsed as a client does."""
 
     def __init__(self, start: str, *, always: bool = False, **options: Any) -> None:
         sessions = None if always else load_sessions("market")
@@ -66,7 +66,7 @@ class Tape:
         before = self.ticks[token][0]
         for tick in self.ticks[token][1:]:
             time_s = int(tick[model.TIME_MS]) // 1000
-            same = all(tick[each] == before[each] for each in (model.TIME_MS, model.LAST_PRICE))
+            same = all(tick[column] == before[column] for column in (model.TIME_MS, model.LAST_PRICE))
             volume = 0.0 if np.isnan(tick[model.VOLUME]) else tick[model.VOLUME]
             base = 0.0 if np.isnan(before[model.VOLUME]) else before[model.VOLUME]
             if same and volume == base:
@@ -100,32 +100,32 @@ def morning() -> Tape:
 
 
 @pytest.mark.parametrize("token", [INFY, NIFTY, SBIN, NIFTY_FUTURE, CRUDE, USDINR])
-def test_history_equals_what_the_packets_said(morning: Tape, token: int) -> None:
+def test_history_equals_an_independent_reading_of_the_packets(morning: Tape, token: int) -> None:
     opened = "09:00:00" if token in (CRUDE, USDINR) else "09:15:00"
     for interval in INTRADAY:
-        ours = morning.history(token, interval, "2026-09-10 00:00:00", "2026-09-10 23:59:59")
-        theirs = morning.oracle(token, SECONDS[interval], f"2026-09-10 {opened}")
-        assert ours == theirs, interval
-        assert ours[0][0] == at_ms(f"2026-09-10 {opened}") // 1000
+        rows = morning.history(token, interval, "2026-09-10 00:00:00", "2026-09-10 23:59:59")
+        expected = morning.oracle(token, SECONDS[interval], f"2026-09-10 {opened}")
+        assert rows == expected, interval
+        assert rows[0][0] == at_ms(f"2026-09-10 {opened}") // 1000
 
 
-def test_history_equals_the_candles_of_the_pipelines_rules(morning: Tape) -> None:
+def test_history_equals_the_candles_of_the_pipeline(morning: Tape) -> None:
     names = {"1m": "minute", "60m": "60minute", "day": "day"}
     names |= {f"{minutes}m": f"{minutes}minute" for minutes in (3, 5, 10, 15, 30)}
     for token, ticks in morning.ticks.items():
-        book = BookReader(intervals=",".join(names))
+        pipeline = Pipeline(intervals=",".join(names))
         for first in range(0, len(ticks), 500):
-            book.take(*(tick.tolist() for tick in ticks[first : first + 500]))
-        for ours, kites in names.items():
-            history = morning.history(token, kites, "2026-09-10 00:00", "2026-09-10 23:59")
-            candles = [row[:7] for row in book.rows(ours, token)]
-            if ours == "day":  # Kite stamps a day with its midnight
+            pipeline.take(*(tick.tolist() for tick in ticks[first : first + 500]))
+        for name, kite_name in names.items():
+            history = morning.history(token, kite_name, "2026-09-10 00:00", "2026-09-10 23:59")
+            candles = [row[:7] for row in pipeline.rows(name, token)]
+            if name == "day":  # Kite stamps a day with its midnight
                 history, candles = [[0, *row[1:]] for row in history], [[0, *row[1:]] for row in candles]
             nothing = [0 if value is None else value for row in candles for value in row]
-            assert nothing == [value for row in history for value in row], (token, ours)
+            assert nothing == [value for row in history for value in row], (token, name)
 
 
-def test_trades_of_the_preopen_are_in_the_day_and_in_no_minute(morning: Tape) -> None:
+def test_preopen_trades_count_in_the_day_and_in_no_minute(morning: Tape) -> None:
     first = next(tick for tick in morning.ticks[INFY][1:])
     assert at_ms("2026-09-10 09:00") <= first[model.TIME_MS] < at_ms("2026-09-10 09:08")
     minutes = morning.history(INFY, "minute", "2026-09-10 00:00", "2026-09-10 23:59")
@@ -156,12 +156,12 @@ def test_no_instrument_ticks_outside_its_hours(morning: Tape) -> None:
             assert not quiet.any()
 
 
-def test_the_forming_candle_is_the_last_one(morning: Tape) -> None:
+def test_the_current_candle_is_the_last_row(morning: Tape) -> None:
     rows = morning.history(INFY, "60minute", "2026-09-10 00:00", "2026-09-10 23:59")
     assert rows[-1][0] == at_ms("2026-09-10 10:15") // 1000
 
 
-def test_a_simulator_started_at_noon_knows_its_morning() -> None:
+def test_a_simulator_started_at_noon_continues_its_generated_morning() -> None:
     tape = Tape("2026-09-10 12:00:20")
     first = tape.ticks[INFY][0]
     tape.run_to("2026-09-10 12:03:00")
@@ -180,7 +180,7 @@ def test_a_simulator_started_at_noon_knows_its_morning() -> None:
     assert (day[1], day[5]) == (before[0][1], tape.ticks[INFY][-1][model.VOLUME])
 
 
-def test_before_the_first_trade_of_a_day_the_cached_tick_is_yesterdays() -> None:
+def test_before_the_first_trade_the_last_packet_is_yesterdays() -> None:
     tape = Tape("2026-09-11 08:30:00")
     for token, closed in ((SBIN, "15:34:59"), (NIFTY, "15:34:59"), (USDINR, "16:59:59"), (CRUDE, "23:29:59")):
         assert tape.ticks[token][0][model.TIME_MS] == at_ms(f"2026-09-10 {closed}"), token
@@ -188,7 +188,7 @@ def test_before_the_first_trade_of_a_day_the_cached_tick_is_yesterdays() -> None
     assert tape.ticks[INFY][0][model.VOLUME] == before[-1][5]
 
 
-def test_the_past_is_the_same_for_every_simulator_of_a_seed() -> None:
+def test_generated_history_is_a_function_of_the_seed() -> None:
     def past(start: str, **options: Any) -> list[Candle]:
         return Tape(start, **options).history(INFY, "5minute", "2026-09-07 00:00", "2026-09-08 23:59")
 
@@ -196,7 +196,7 @@ def test_the_past_is_the_same_for_every_simulator_of_a_seed() -> None:
     assert past("2026-09-10 12:00:00") != past("2026-09-10 12:00:00", seed=2)
 
 
-def test_days_of_the_past_are_merges_of_their_minutes() -> None:
+def test_generated_days_are_merges_of_their_minutes() -> None:
     tape = Tape("2026-09-10 12:00:00")
     for token in (INFY, NIFTY, CRUDE, NIFTY_FUTURE):
         days = tape.history(token, "day", "2026-08-24 00:00", "2026-09-09 00:00")
@@ -220,7 +220,7 @@ def test_holidays_have_no_candles() -> None:
     assert [datetime.fromtimestamp(row[0], IST).day for row in days] == [1, 5]  # Gandhi Jayanti, a weekend
 
 
-def test_around_the_clock_history_goes_over_midnight() -> None:
+def test_around_the_clock_history_continues_over_midnight() -> None:
     tape = Tape("2026-09-10 23:58:00", always=True)
     tape.run_to("2026-09-11 00:02:00")
     minutes = tape.history(INFY, "minute", "2026-09-10 23:58", "2026-09-11 23:59")
@@ -248,7 +248,7 @@ def test_the_closing_auction_prints_at_one_price_after_a_quiet_quarter() -> None
     assert tape.history(CRUDE, "minute", "2026-09-10 15:40", "2026-09-10 16:00")
 
 
-def test_a_full_ring_forgets_the_oldest_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_ring_overwrites_the_oldest_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pkbrokers_redis.simulator.history.RING_MINUTES_MAX", 3)
     tape = Tape("2026-09-10 12:00:00")
     tape.run_to("2026-09-10 12:04:30")
@@ -257,7 +257,7 @@ def test_a_full_ring_forgets_the_oldest_minutes(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("start", ["2026-09-10 11:59:59", "2026-09-10 09:15:30", "2026-09-10 00:00:10"])
-def test_starting_at_an_odd_moment_makes_no_minute_twice(start: str) -> None:
+def test_a_start_within_a_minute_makes_no_minute_twice(start: str) -> None:
     tape = Tape(start)
     tape.run_to(start[:11] + ("12:01:00" if "11:" in start else start[11:17] + "59"))
     rows = tape.history(INFY, "minute", "2026-09-09 00:00", "2026-09-10 23:59")

@@ -36,7 +36,7 @@ def subscribe(kite: SimulatedKite, tokens: list[int]) -> websocket.WebSocket:
     return link
 
 
-def test_a_fast_market_sends_one_packet_a_market_second_of_each_instrument(tmp_path: Path) -> None:
+def test_a_fast_market_sends_each_instrument_once_a_market_second(tmp_path: Path) -> None:
     rows = universe(100)
     tokens = [row["instrument_token"] for row in rows]
     start_ms = at_ms("2026-09-10 10:00")
@@ -60,28 +60,28 @@ def test_a_fast_market_sends_one_packet_a_market_second_of_each_instrument(tmp_p
     for times in indices:
         later = np.array(sorted(set(times[2:])))
         assert later.size > 60
-        assert (np.diff(later) <= 2).all()  # each is on its own phase of the second
+        assert (np.diff(later) <= 2).all()  # each index has its own phase of the second
 
 
-def test_the_official_kiteticker_works_with_a_session_of_the_accounts() -> None:
+def test_the_official_kiteticker_works_with_an_account_session() -> None:
     script = Path(__file__).with_name("kite_ticker.py")
     with SimulatedKite(universe(10)) as kite:
         env = kite.environment() | {"PKB_KITE_ACCESS_TOKEN": kite.accounts.open_session()}
         with running_python(str(script), kite.ws_url, "full", str(INFY), env=env) as process:
             output, _ = process.communicate(timeout=60)
-    told = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
-    assert told["ticks"].keys() == {str(INFY)}
+    result = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+    assert result["ticks"].keys() == {str(INFY)}
 
 
-def test_processes_with_the_environment_share_the_market_time() -> None:
+def test_a_process_with_the_environment_has_the_same_market_time() -> None:
     start_ms = at_ms("2026-09-10 09:00")
     kite = SimulatedKite(universe(3), sessions=load_sessions("market"), start_ms=start_ms, speed=60)
     kite.start()
     environment = kite.environment()
     assert "PKB_SESSIONS" not in environment
-    theirs = market_clock(load_settings(time_shift=environment["PKB_TIME_SHIFT"]))
-    before, told, after = kite.now_ms(), theirs(), kite.now_ms()
-    assert before <= told <= after
+    process_clock = market_clock(load_settings(time_shift=environment["PKB_TIME_SHIFT"]))
+    before, shared_ms, after = kite.now_ms(), process_clock(), kite.now_ms()
+    assert before <= shared_ms <= after
     code = (
         "from pkbrokers_redis.clock import market_clock; from pkbrokers_redis.settings import load_settings;"
         "print(market_clock(load_settings())())"
@@ -92,7 +92,7 @@ def test_processes_with_the_environment_share_the_market_time() -> None:
     kite.stop()
 
 
-def test_by_default_it_is_now_and_around_the_clock() -> None:
+def test_the_default_market_time_is_now_and_trading_never_closes() -> None:
     with SimulatedKite(universe(3)) as kite:
         environment = kite.environment()
         assert environment["PKB_SESSIONS"] == "always"
@@ -102,12 +102,12 @@ def test_by_default_it_is_now_and_around_the_clock() -> None:
         assert settings.kite_ws_url == kite.ws_url
 
 
-def test_a_trading_day_of_all_segments_passes_in_seconds() -> None:
-    """Ten minutes around each of the day's edges at 600×: who trades when."""
+def test_each_segment_trades_in_its_hours_only() -> None:
+    """Ten minutes around each of the day's edges at 600×: which segments trade."""
     rows = universe(60)
     sessions = load_sessions("market")
 
-    def who_traded(start: str, minutes: int) -> set[int]:
+    def traded_segments(start: str, minutes: int) -> set[int]:
         with SimulatedKite(rows, sessions=sessions, start_ms=at_ms(start), speed=600) as kite:
             before = kite.market.volume.copy()
             end_ms = at_ms(start) + minutes * 60_000
@@ -116,17 +116,17 @@ def test_a_trading_day_of_all_segments_passes_in_seconds() -> None:
         return {int(token) & 0xFF for token in moved}
 
     everything = {1, 2, 3, 4, 5, 6, 7}
-    assert who_traded("2026-09-10 08:50", 9) == set()
-    assert who_traded("2026-09-10 09:01", 5) >= {3, 6, 7}
-    assert who_traded("2026-09-10 09:16", 3) == everything
-    assert who_traded("2026-09-10 15:36", 3) == {2, 3, 5, 6, 7}
-    assert who_traded("2026-09-10 15:42", 3) == {3, 6, 7}
-    assert who_traded("2026-09-10 17:01", 3) == {7}
-    assert who_traded("2026-09-10 23:31", 3) == set()
-    assert who_traded("2026-09-12 11:00", 3) == set()  # a Saturday
+    assert traded_segments("2026-09-10 08:50", 9) == set()
+    assert traded_segments("2026-09-10 09:01", 5) >= {3, 6, 7}
+    assert traded_segments("2026-09-10 09:16", 3) == everything
+    assert traded_segments("2026-09-10 15:36", 3) == {2, 3, 5, 6, 7}
+    assert traded_segments("2026-09-10 15:42", 3) == {3, 6, 7}
+    assert traded_segments("2026-09-10 17:01", 3) == {7}
+    assert traded_segments("2026-09-10 23:31", 3) == set()
+    assert traded_segments("2026-09-12 11:00", 3) == set()  # a Saturday
 
 
-def test_it_stops_and_starts_again_on_the_same_ports_with_the_same_market() -> None:
+def test_a_restart_keeps_ports_and_market() -> None:
     kite = SimulatedKite(universe(10), rate=200)
     kite.start()
     addresses = (kite.ws_url, kite.api_url, kite.login_url)
@@ -142,7 +142,7 @@ def test_it_stops_and_starts_again_on_the_same_ports_with_the_same_market() -> N
     assert (kite.market.volume >= volume).all()
 
 
-def test_a_taken_port_is_told_in_one_line_and_leaves_nothing_open() -> None:
+def test_a_port_in_use_is_a_one_line_error_and_leaves_nothing_open() -> None:
     with SimulatedKite(universe(3)) as kite:
         port = int(kite.api_url.rpartition(":")[2])
         other = SimulatedKite(universe(3), login_port=port)
@@ -151,7 +151,7 @@ def test_a_taken_port_is_told_in_one_line_and_leaves_nothing_open() -> None:
         other.stop()
 
 
-def test_steps_of_a_fast_market_leave_out_no_interval_and_have_a_limit() -> None:
+def test_steps_of_a_fast_market_skip_no_interval_and_are_bounded() -> None:
     assert list(steps_between(1000, 1300, 0)) == [1300]
     assert list(steps_between(1000, 4200, 1000)) == [2000, 3000, 4000, 4200]
     assert list(steps_between(1000, 1400, 1000)) == [1400]

@@ -56,7 +56,7 @@ class Browser:
         )
 
 
-class Hand:
+class ManualClock:
     """A clock that a test moves."""
 
     def __init__(self) -> None:
@@ -67,8 +67,8 @@ class Hand:
 
 
 @pytest.fixture
-def hand() -> Hand:
-    return Hand()
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest.fixture
@@ -77,18 +77,18 @@ def account() -> Account:
 
 
 @pytest.fixture
-def browser(hand: Hand, account: Account) -> Iterator[Browser]:
-    with SimulatedKite(universe(10), accounts=Accounts(account, now_s=hand)) as kite:
+def browser(clock: ManualClock, account: Account) -> Iterator[Browser]:
+    with SimulatedKite(universe(10), accounts=Accounts(account, now_s=clock)) as kite:
         yield Browser(kite, account)
 
 
-def test_password_and_totp_give_an_enctoken_that_opens_oms_and_the_websocket(
-    browser: Browser, hand: Hand
+def test_password_and_totp_give_an_enctoken_for_oms_and_websocket(
+    browser: Browser, clock: ManualClock
 ) -> None:
-    asked = browser.password().json()["data"]
-    assert asked["user_id"] == browser.account.user_id
-    assert asked["twofa_type"] == "totp"
-    assert browser.log_in(hand.now_s).json()["status"] == "success"
+    challenge = browser.password().json()["data"]
+    assert challenge["user_id"] == browser.account.user_id
+    assert challenge["twofa_type"] == "totp"
+    assert browser.log_in(clock.now_s).json()["status"] == "success"
     enctoken = browser.session.cookies["enctoken"]
     assert {"public_token", "user_id", "kf_session"} <= set(browser.session.cookies.keys())
     headers = {"Authorization": f"enctoken {enctoken}"}
@@ -108,14 +108,14 @@ def test_password_and_totp_give_an_enctoken_that_opens_oms_and_the_websocket(
     assert (refused.status_code, refused.json()["error_type"]) == (403, "TokenException")
 
 
-def test_the_apps_login_ends_in_a_redirect_with_a_request_token(browser: Browser, hand: Hand) -> None:
+def test_the_apps_login_ends_in_a_redirect_with_a_request_token(browser: Browser, clock: ManualClock) -> None:
     account = browser.account
     begun = browser.get("/connect/login", api_key=account.api_key, v="3")
     assert begun.status_code == 302
     pages = urllib.parse.urljoin(browser.kite.login_url, begun.headers["Location"])
     assert "sess_id=" in pages
     assert browser.get(pages).status_code == 200  # the login page
-    browser.log_in(hand.now_s)
+    browser.log_in(clock.now_s)
     finish = browser.get(pages + "&skip_session=true")
     assert finish.headers["Location"].startswith("/connect/finish?")
     arrived = browser.get(urllib.parse.urljoin(browser.kite.login_url, finish.headers["Location"]))
@@ -128,11 +128,11 @@ def test_the_apps_login_ends_in_a_redirect_with_a_request_token(browser: Browser
     assert client.profile()["user_id"] == account.user_id
 
 
-def test_the_first_time_the_app_needs_the_users_consent(browser: Browser, hand: Hand) -> None:
+def test_an_app_needs_the_users_consent_once(browser: Browser, clock: ManualClock) -> None:
     account = browser.account
     account.authorised = False
     pages = browser.get("/connect/login", api_key=account.api_key).headers["Location"]
-    browser.log_in(hand.now_s)
+    browser.log_in(clock.now_s)
     finish = browser.get(pages).headers["Location"]
     consent = browser.get(finish)
     assert consent.status_code == 200
@@ -145,25 +145,27 @@ def test_the_first_time_the_app_needs_the_users_consent(browser: Browser, hand: 
     assert account.authorised
 
 
-def test_a_totp_counts_once(browser: Browser, hand: Hand) -> None:
-    assert browser.log_in(hand.now_s).ok
-    again = browser.log_in(hand.now_s)
+def test_a_totp_is_accepted_once(browser: Browser, clock: ManualClock) -> None:
+    assert browser.log_in(clock.now_s).ok
+    again = browser.log_in(clock.now_s)
     assert again.status_code == 403
     assert again.json()["error_type"] == "TwoFAException"
     assert again.json()["data"]["attempts_remaining"] == 4
-    hand.now_s += 30
-    assert browser.log_in(hand.now_s).ok
+    clock.now_s += 30
+    assert browser.log_in(clock.now_s).ok
 
 
-def test_a_totp_of_the_window_before_is_taken_and_an_older_one_is_not(browser: Browser, hand: Hand) -> None:
-    assert browser.log_in(hand.now_s - 60).status_code == 403
-    assert browser.log_in(hand.now_s - 30).ok
+def test_the_totp_of_the_previous_window_is_accepted_and_an_older_one_is_refused(
+    browser: Browser, clock: ManualClock
+) -> None:
+    assert browser.log_in(clock.now_s - 60).status_code == 403
+    assert browser.log_in(clock.now_s - 30).ok
 
 
 def test_wrong_totps_count_down_and_lock_the_account(browser: Browser) -> None:
     request_id = browser.password().json()["data"]["request_id"]
     left = [browser.twofa(request_id, "12345x").json()["data"] for _ in range(5)]
-    assert [each["attempts_remaining"] for each in left] == [4, 3, 2, 1, 0]
+    assert [data["attempts_remaining"] for data in left] == [4, 3, 2, 1, 0]
     assert "locked" in browser.password().json()["message"]
     browser.account.unlock()
     assert browser.password().ok
@@ -176,7 +178,7 @@ def test_wrong_passwords_lock_the_account(browser: Browser) -> None:
     assert "locked" in browser.password().json()["message"]
 
 
-def test_a_login_that_lacks_something_is_an_input_exception(browser: Browser) -> None:
+def test_an_incomplete_login_is_an_input_exception(browser: Browser) -> None:
     for path, form in (
         ("/api/login", {"user_id": "SIM001"}),
         ("/api/twofa", {"user_id": "SIM001", "request_id": "x"}),
@@ -187,7 +189,9 @@ def test_a_login_that_lacks_something_is_an_input_exception(browser: Browser) ->
     assert browser.get("/connect/finish", api_key="nobody", sess_id="x").status_code == 400
 
 
-def test_expired_sessions_are_refused_at_the_next_connect_and_cut_when_told(browser: Browser) -> None:
+def test_expired_sessions_are_refused_at_the_next_connect_and_disconnected_on_request(
+    browser: Browser,
+) -> None:
     kite, account = browser.kite, browser.account
     token = kite.accounts.open_session()
     address = f"{kite.ws_url}?api_key={account.api_key}&access_token={token}"

@@ -22,8 +22,8 @@ ROWS = universe(60)
 def ticks_of(market: Market, rows: np.ndarray, mode: int = MODE_FULL) -> np.ndarray:
     modes = np.full(len(market.tokens), mode, np.int8)
     parsed = [parse_frame(frame, 0) for frame in frames_for(market, rows, modes)]
-    assert not any(each.unknown or each.truncated or each.trailing for each in parsed)
-    return np.concatenate([each.ticks for each in parsed] or [np.empty((0, model.BATCH_WIDTH))])
+    assert not any(frame.unknown or frame.truncated or frame.trailing for frame in parsed)
+    return np.concatenate([frame.ticks for frame in parsed] or [np.empty((0, model.BATCH_WIDTH))])
 
 
 def run(market: Market, seconds: float, step_ms: int = 50) -> list[np.ndarray]:
@@ -56,7 +56,7 @@ def test_a_rate_is_kept_over_all_instruments(rate: int) -> None:
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 2**32), rate=st.sampled_from([None, 600, 3000]))
-def test_packets_follow_from_each_other(seed: int, rate: float | None) -> None:
+def test_successive_packets_are_consistent(seed: int, rate: float | None) -> None:
     market = Market(ROWS, START_MS, seed=seed, rate=rate)
     last: dict[float, np.ndarray] = {}
     for ticks in run(market, 3):
@@ -77,13 +77,13 @@ def test_packets_follow_from_each_other(seed: int, rate: float | None) -> None:
     assert len(last) == len(ROWS)
 
 
-def test_hidden_trades_show_in_the_days_high_and_low_alone() -> None:
+def test_hidden_trades_change_only_the_days_high_and_low() -> None:
     last: dict[float, np.ndarray] = {}
     above = below = 0
     for ticks in run(Market(ROWS, START_MS), 60):
         for tick in ticks:
             before, price = last.get(tick[model.TOKEN], tick), tick[model.LAST_PRICE]
-            # A new extreme that is not this packet's price was made by a trade nobody saw.
+            # A new extreme that is not this packet's price was made by a hidden trade.
             above += tick[model.DAY_HIGH] > max(before[model.DAY_HIGH], price)
             below += tick[model.DAY_LOW] < min(before[model.DAY_LOW], price)
             last[tick[model.TOKEN]] = tick
@@ -91,7 +91,7 @@ def test_hidden_trades_show_in_the_days_high_and_low_alone() -> None:
     assert below > 0
 
 
-def test_some_packets_bring_a_new_book_and_no_trade() -> None:
+def test_some_packets_have_new_depth_and_no_trade() -> None:
     market = Market(ROWS, START_MS)
     volumes = [market.volume.copy()]
     for second in range(1, 11):
@@ -102,7 +102,7 @@ def test_some_packets_bring_a_new_book_and_no_trade() -> None:
 
 
 @pytest.mark.parametrize("rate", [None, 60 * 50])
-def test_a_market_started_again_goes_on_with_more_volume(rate: float | None) -> None:
+def test_a_restarted_market_continues_with_more_volume(rate: float | None) -> None:
     market = Market(ROWS, START_MS, seed=1, rate=rate)
     for elapsed in range(50, 20_001, 50):
         market.step(START_MS + elapsed)
@@ -120,7 +120,7 @@ def test_volume_fits_the_wire_to_the_end_of_the_day() -> None:
     assert (market.packets["volume_traded"] == market.volume)[~market.is_index].all()
 
 
-def test_a_new_day_starts_its_volume_and_its_extremes_anew() -> None:
+def test_a_new_day_resets_volume_and_extremes() -> None:
     market = Market(ROWS, MIDNIGHT_MS + DAY_MS - 5000)
     market.step(MIDNIGHT_MS + DAY_MS - 1)
     ended = market.price.copy()
@@ -139,7 +139,7 @@ def test_prices_stay_in_the_days_band() -> None:
     assert moved.max() > 0
 
 
-def test_the_full_packet_has_a_book_around_the_price_and_open_interest_for_derivatives() -> None:
+def test_the_full_packet_has_depth_around_the_price_and_open_interest_of_derivatives() -> None:
     market = Market(ROWS, START_MS)
     rows = market.step(START_MS + 2000)
     modes = np.full(len(ROWS), MODE_FULL, np.int8)
@@ -172,6 +172,6 @@ def test_each_mode_has_its_packets_and_the_same_prices(mode: str, lengths: set[i
     frames = list(frames_for(market, rows, modes, packets_max=25))
     assert len(frames) == 3
     parsed = [parse_frame(frame, 0) for frame in frames]
-    assert {length for each in parsed for length in each.lengths} == lengths
-    prices = {tick[0]: tick[1] for each in parsed for tick in each.ticks}
+    assert {length for frame in parsed for length in frame.lengths} == lengths
+    prices = {tick[0]: tick[1] for frame in parsed for tick in frame.ticks}
     assert prices == {tick[0]: tick[1] for tick in ticks_of(market, rows)}

@@ -25,7 +25,7 @@ from pkbrokers_redis.simulator.subscriptions import (
         ('{"a":"subscribe","v":["408065",true,null,1.5,7]}', Subscribe([7])),
     ],
 )
-def test_kites_messages_are_understood(message: str | bytes, request_: object) -> None:
+def test_kites_requests_are_parsed(message: str | bytes, request_: object) -> None:
     assert parse_request(message) == request_
 
 
@@ -48,12 +48,12 @@ def test_kites_messages_are_understood(message: str | bytes, request_: object) -
         "[" * 50_000,
     ],
 )
-def test_anything_else_is_a_bad_request_with_a_reason(message: str | bytes) -> None:
+def test_any_other_message_is_an_invalid_request_with_a_reason(message: str | bytes) -> None:
     request = parse_request(message)
     assert isinstance(request, InvalidRequest)
     assert request.reason
 
 
 @given(st.one_of(st.binary(max_size=100), st.text(max_size=100)))
-def test_no_message_whatever_makes_it_raise(message: str | bytes) -> None:
+def test_no_message_makes_the_parser_raise(message: str | bytes) -> None:
     parse_request(message)

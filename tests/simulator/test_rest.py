@@ -22,7 +22,7 @@ from tests.support import SHARED_DATA
 def shape(value: Any) -> Any:
     """Names and kinds of a JSON answer, without its values."""
     if isinstance(value, dict):
-        return {name: shape(each) for name, each in value.items()}
+        return {name: shape(item) for name, item in value.items()}
     if isinstance(value, list):
         return [shape(value[0])] if value else []
     return float if isinstance(value, int | float) and not isinstance(value, bool) else type(value)
@@ -50,11 +50,11 @@ def raw(kite: SimulatedKite, path: str, **query: Any) -> requests.Response:
         ("ltp.json", "/quote/ltp"),
     ],
 )
-def test_answers_have_the_shape_of_kites_own(kite: SimulatedKite, name: str, path: str) -> None:
+def test_responses_have_the_shape_of_kites(kite: SimulatedKite, name: str, path: str) -> None:
     assert shape(raw(kite, path, i="NSE:INFY").json()) == shape(recorded(name))
 
 
-def test_the_session_answer_has_the_shape_of_kites_own(kite: SimulatedKite) -> None:
+def test_a_session_response_has_the_shape_of_kites(kite: SimulatedKite) -> None:
     account = kite.accounts.first
     client = KiteConnect(account.api_key, root=kite.api_url)
     sess_id = kite.accounts.begin_connect(account.api_key)
@@ -66,7 +66,7 @@ def test_the_session_answer_has_the_shape_of_kites_own(kite: SimulatedKite) -> N
 
 
 @pytest.mark.parametrize(("name", "oi"), [("historical_minute.json", 0), ("historical_oi.json", 1)])
-def test_candles_have_the_shape_of_kites_own(kite: SimulatedKite, name: str, oi: int) -> None:
+def test_candles_have_the_shape_of_kites(kite: SimulatedKite, name: str, oi: int) -> None:
     path = f"/instruments/historical/{INFY}/minute"
     answer = raw(kite, path, **{"from": "2026-09-09 09:15:00", "to": "2026-09-09 15:14:59", "oi": oi}).json()
     kites = recorded(name)
@@ -105,7 +105,7 @@ def test_the_instruments_are_public_and_gzipped_on_request(kite: SimulatedKite) 
     assert unpacked == plain.content
 
 
-def test_quotes_say_what_the_last_packet_said(connect: KiteConnect, kite: SimulatedKite) -> None:
+def test_quotes_equal_the_last_packet(connect: KiteConnect, kite: SimulatedKite) -> None:
     quote = connect.quote("NSE:INFY", "NSE:NIFTY 50", "NSE:NOSUCH", str(INFY))
     assert quote.keys() == {"NSE:INFY", "NSE:NIFTY 50", str(INFY)}
     assert quote["NSE:NIFTY 50"]["instrument_token"] == NIFTY
@@ -142,7 +142,7 @@ def test_every_interval_of_history_to_its_day_limit(connect: KiteConnect, interv
         connect.historical_data(INFY, last - timedelta(days=DAYS_MAX[interval] + 1), last, interval)
 
 
-def test_open_interest_comes_when_asked_for(connect: KiteConnect) -> None:
+def test_candles_have_open_interest_on_request(connect: KiteConnect) -> None:
     nifty_future = 35_001 << 8 | 2
     day = ("2026-09-10 09:15:00", "2026-09-10 11:00:00", "5minute")
     with_oi = connect.historical_data(nifty_future, *day, oi=True)
@@ -191,7 +191,7 @@ def test_expired_sessions_are_token_exceptions_and_call_the_hook(
     assert connect.profile()
 
 
-def test_a_request_token_counts_once_and_for_a_while(kite: SimulatedKite) -> None:
+def test_a_request_token_is_single_use_and_expires(kite: SimulatedKite) -> None:
     accounts, account = kite.accounts, kite.accounts.first
     client = KiteConnect(account.api_key, root=kite.api_url)
 
@@ -219,7 +219,7 @@ def test_a_new_session_ends_the_one_before(connect: KiteConnect, kite: Simulated
 def test_beyond_kites_limits_requests_get_429(kite: SimulatedKite, connect: KiteConnect) -> None:
     day = ("2026-09-09", "2026-09-09", "day")
     for _ in range(5):
-        connect.historical_data(INFY, *day)  # nobody counts unless told
+        connect.historical_data(INFY, *day)  # not limited by default
     kite.limits.enforced = True
 
     def second_request_within_a_second() -> None:
@@ -232,7 +232,7 @@ def test_beyond_kites_limits_requests_get_429(kite: SimulatedKite, connect: Kite
     assert [seen.status for seen in kite.limits.seen][-1] == 429
 
 
-def test_a_large_master_can_be_listed_beside_a_small_market() -> None:
+def test_more_instruments_can_be_listed_than_traded() -> None:
     with SimulatedKite(universe(5), listed=universe(20_000)) as kite:
         client = KiteConnect(kite.accounts.first.api_key, root=kite.api_url)
         assert len(client.instruments()) == 20_000

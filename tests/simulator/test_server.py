@@ -58,7 +58,7 @@ def connect(server: SimulatorServer, query: str = "", **options: Any) -> websock
     return websocket.create_connection(server.url + query, timeout=10, **options)
 
 
-def ask(link: websocket.WebSocket, action: str, value: Any) -> None:
+def send_request(link: websocket.WebSocket, action: str, value: Any) -> None:
     link.send(json.dumps({"a": action, "v": value}))
 
 
@@ -110,7 +110,7 @@ def without_times(tick: dict[str, Any]) -> dict[str, Any]:
     return {name: tick[name] for name in tick if name not in ("last_trade_time", "exchange_timestamp")}
 
 
-def test_a_client_is_greeted_and_gets_heartbeats_without_a_subscription() -> None:
+def test_a_client_gets_text_frames_and_heartbeats_without_a_subscription() -> None:
     server = SimulatorServer(None, heartbeat_seconds=0.05)
     server.start()
     link = connect(server)
@@ -121,9 +121,9 @@ def test_a_client_is_greeted_and_gets_heartbeats_without_a_subscription() -> Non
     server.stop()
 
 
-def test_the_cached_last_tick_comes_on_subscribe_in_quote_mode(still: SimulatorServer) -> None:
+def test_a_subscribe_sends_the_last_packet_in_quote_mode(still: SimulatorServer) -> None:
     link = connect(still)
-    ask(link, "subscribe", [INFY, NIFTY])
+    send_request(link, "subscribe", [INFY, NIFTY])
     parsed = parse_frame(next_frame(link), 0)
     assert dict(zip(parsed.ticks[:, model.TOKEN].tolist(), parsed.lengths, strict=True)) == {
         INFY: 44,
@@ -131,44 +131,44 @@ def test_the_cached_last_tick_comes_on_subscribe_in_quote_mode(still: SimulatorS
     }
 
 
-def test_modes_are_each_instruments_own_and_only_of_what_is_subscribed(server: SimulatorServer) -> None:
+def test_a_mode_applies_to_one_subscribed_instrument(server: SimulatorServer) -> None:
     link = connect(server)
-    ask(link, "mode", ["full", [USDINR]])
-    ask(link, "subscribe", [INFY, NIFTY])
-    ask(link, "mode", ["full", [INFY]])
-    ask(link, "mode", ["ltp", [NIFTY]])
+    send_request(link, "mode", ["full", [USDINR]])
+    send_request(link, "subscribe", [INFY, NIFTY])
+    send_request(link, "mode", ["full", [INFY]])
+    send_request(link, "mode", ["ltp", [NIFTY]])
     latest: dict[float, int] = {}
 
-    def settled() -> bool:
+    def has_both_modes() -> bool:
         parsed = parse_frame(next_frame(link), 0)
         latest.update(zip(parsed.ticks[:, model.TOKEN].tolist(), parsed.lengths, strict=True))
         return latest == {INFY: 184, NIFTY: 8}
 
-    wait_until(settled)
-    ask(link, "unsubscribe", [INFY])
+    wait_until(has_both_modes)
+    send_request(link, "unsubscribe", [INFY])
     latest.clear()
 
-    def gone() -> bool:
+    def unsubscribed() -> bool:
         latest.clear()
         for _ in range(5):
             parsed = parse_frame(next_frame(link), 0)
             latest.update(zip(parsed.ticks[:, model.TOKEN].tolist(), parsed.lengths, strict=True))
         return latest == {NIFTY: 8}
 
-    wait_until(gone)
+    wait_until(unsubscribed)
 
 
-def test_tokens_that_are_no_numbers_give_no_ticks(still: SimulatorServer) -> None:
+def test_tokens_that_are_no_numbers_are_ignored(still: SimulatorServer) -> None:
     link = connect(still)
-    ask(link, "subscribe", [str(INFY), True, None])
-    ask(link, "subscribe", [NIFTY])
+    send_request(link, "subscribe", [str(INFY), True, None])
+    send_request(link, "subscribe", [NIFTY])
     parsed = parse_frame(next_frame(link), 0)
     assert parsed.ticks[:, model.TOKEN].tolist() == [NIFTY]
     assert still.subscriptions == 1
 
 
 @pytest.mark.parametrize("message", ["{", "[]", '{"a":"fly","v":[]}', '{"a":"mode","v":["deep",[1]]}'])
-def test_a_hostile_message_gets_an_error_and_the_connection_lives(
+def test_an_invalid_message_gets_an_error_and_keeps_the_connection(
     still: SimulatorServer, message: str
 ) -> None:
     link = connect(still)
@@ -176,34 +176,34 @@ def test_a_hostile_message_gets_an_error_and_the_connection_lives(
     link.send(message)
     answer = next_text(link)
     assert answer["type"] == "error" and answer["data"]
-    ask(link, "subscribe", [INFY])
+    send_request(link, "subscribe", [INFY])
     assert next_frame(link)
 
 
-def test_bytes_that_are_no_websocket_harm_nobody_else(still: SimulatorServer) -> None:
+def test_bytes_that_are_no_websocket_do_not_affect_other_clients(still: SimulatorServer) -> None:
     link = connect(still)
     for garbage in (b"\x00" * 64, b"GET / HTTP/1.1\r\n\r\n", b"\xff\xff\xff\xff"):
         with socket.create_connection((still.host, still.port)) as raw:
             raw.sendall(garbage)
     breach = connect(still)
     breach.sock.sendall(b"\x83\x00")
-    ask(link, "subscribe", [INFY])
+    send_request(link, "subscribe", [INFY])
     assert next_frame(link)
 
 
-def test_beyond_3000_tokens_the_rest_is_refused_with_an_error() -> None:
+def test_tokens_beyond_3000_are_refused_with_an_error() -> None:
     server = SimulatorServer(Market(universe(3100), int(time.time() * 1000)))
     server.start()
     assert server.market is not None
     link = connect(server)
     next_text(link), next_text(link)
-    ask(link, "subscribe", server.market.tokens.tolist())
+    send_request(link, "subscribe", server.market.tokens.tolist())
     assert "3000" in next_text(link)["data"]
     wait_until(lambda: server.subscriptions == 3000)
     server.stop()
 
 
-def test_a_wrong_session_is_refused_with_403_and_one_connection_too_many_with_429(market: Market) -> None:
+def test_a_wrong_session_gets_403_and_a_surplus_connection_429(market: Market) -> None:
     server = SimulatorServer(market, access_token="right", connections_max=2)
     server.start()
     for query in ("", "?access_token=wrong", "?api_key=k&enctoken=wrong"):
@@ -221,7 +221,7 @@ def test_a_wrong_session_is_refused_with_403_and_one_connection_too_many_with_42
     server.stop()
 
 
-def test_who_reads_too_slowly_is_disconnected_and_nobody_else() -> None:
+def test_only_the_slow_client_is_disconnected() -> None:
     server = SimulatorServer(None)
     server.start()
     slow, quick = connect(server), connect(server)
@@ -240,22 +240,22 @@ def test_who_reads_too_slowly_is_disconnected_and_nobody_else() -> None:
     server.stop()
 
 
-def test_faults_come_in_where_frames_go_out(still_market: Market) -> None:
+def test_outgoing_replaces_market_frames(still_market: Market) -> None:
     server = SimulatorServer(still_market, outgoing=lambda frame: [frame, frame[:-1]])
     server.start()
     link = connect(server)
-    ask(link, "subscribe", [INFY])
+    send_request(link, "subscribe", [INFY])
     whole, damaged = next_frame(link), next_frame(link)
     assert damaged == whole[:-1]
     server.stop()
 
 
-def test_the_capture_holds_what_was_sent(tmp_path: Path, market: Market) -> None:
+def test_the_capture_equals_the_frames_sent(tmp_path: Path, market: Market) -> None:
     with CaptureWriter(tmp_path / "sent.cap") as capture:
         server = SimulatorServer(market, capture=capture)
         server.start()
         link = connect(server)
-        ask(link, "subscribe", [INFY, NIFTY])
+        send_request(link, "subscribe", [INFY, NIFTY])
         received = [next_frame(link) for _ in range(5)]
         server.stop()
     sent = [
@@ -266,7 +266,7 @@ def test_the_capture_holds_what_was_sent(tmp_path: Path, market: Market) -> None
     assert sent[:5] == received
 
 
-def test_a_taken_port_is_told_in_one_line(server: SimulatorServer) -> None:
+def test_a_port_in_use_is_a_one_line_error(server: SimulatorServer) -> None:
     with pytest.raises(SimulatorFailed, match=f"{server.port}.*another port"):
         SimulatorServer(None, port=server.port).start()
 

@@ -29,8 +29,8 @@ def test_tokens_are_unique_and_end_in_their_segment() -> None:
         token = row["instrument_token"]
         assert token < 2**32
         assert token >> 8 == row["exchange_token"]
-        wanted = "INDICES" if row["segment"] == "INDICES" else row["exchange"]
-        assert SEGMENTS[token & 0xFF] == wanted
+        expected = "INDICES" if row["segment"] == "INDICES" else row["exchange"]
+        assert SEGMENTS[token & 0xFF] == expected
 
 
 def test_well_known_names_have_their_real_tokens() -> None:
@@ -40,7 +40,7 @@ def test_well_known_names_have_their_real_tokens() -> None:
     assert tokens["BSE", "SENSEX"] == 265
 
 
-def test_every_priced_segment_is_there() -> None:
+def test_a_universe_has_every_priced_segment() -> None:
     segments = {row["instrument_token"] & 0xFF for row in universe(100)}
     assert segments >= {1, 2, 3, 4, 5, 6, 7, 9}
 
@@ -58,7 +58,7 @@ def test_some_stocks_have_futures_by_their_tradingsymbol_and_some_have_none() ->
     assert "SIM00001" in stocks - with_futures
 
 
-def test_expired_contracts_are_of_no_universe() -> None:
+def test_expired_contracts_are_in_no_universe() -> None:
     tokens = {row["instrument_token"] for row in universe(INSTRUMENTS_MAX)}
     expired = expired_contracts()
     assert {row["exchange"] for row in expired} == {"NFO", "MCX"}
@@ -67,6 +67,6 @@ def test_expired_contracts_are_of_no_universe() -> None:
 
 
 @pytest.mark.parametrize("n", [0, -1, INSTRUMENTS_MAX + 1])
-def test_too_few_or_too_many_are_refused_in_one_line(n: int) -> None:
+def test_a_size_out_of_range_is_a_settings_error(n: int) -> None:
     with pytest.raises(SettingsError):
         universe(n)

@@ -1,4 +1,4 @@
-"""Answers of Kite's history that are none: never taken for "nothing was traded", and asked for again."""
+"""Malformed responses of Kite's history: never taken for "no trades", and requested again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def candles(*rows: list[Any]) -> bytes:
 
 
 WHOLE = candles(GOOD, ["2026-11-16T09:16:00+0530", *GOOD[1:]])
-ODD_ROW = candles(GOOD, ["2026-11-16T09:16:00+0530", None, *GOOD[2:]])
+MALFORMED_ROW = candles(GOOD, ["2026-11-16T09:16:00+0530", None, *GOOD[2:]])
 NO_ANSWERS = [
     b'{"status":"success","data":null}',
     b'{"status":"success","data":{}}',
@@ -55,13 +55,13 @@ class OddKite:
 
     def __init__(self, data_dir: Path) -> None:
         self.bodies = [WHOLE]
-        self.asked = 0
+        self.requests = 0
         self.data_dir = data_dir
         kite = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                kite.asked += 1
+                kite.requests += 1
                 body = kite.bodies.pop(0) if len(kite.bodies) > 1 else kite.bodies[0]
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
@@ -105,39 +105,41 @@ def kite(tmp_path: Path) -> Iterator[OddKite]:
 
 
 @pytest.mark.parametrize("body", NO_ANSWERS, ids=lambda body: body[:44].decode())
-def test_an_answer_without_candles_is_no_quiet_day(kite: OddKite, body: bytes) -> None:
+def test_a_response_without_candles_is_not_cached(kite: OddKite, body: bytes) -> None:
     kite.bodies = [body, WHOLE]
     with pytest.raises(KiteUnavailable) as error:
         kite.history().get_historical_data(INFY, *DAY, max_retries=1)
     assert "\n" not in str(error.value)
     assert len(kite.history().get_historical_data(INFY, *DAY)["data"]["candles"]) == 2
-    assert kite.asked == 2
+    assert kite.requests == 2
 
 
-def test_an_answer_without_candles_is_tried_again(kite: OddKite) -> None:
+def test_a_response_without_candles_is_retried(kite: OddKite) -> None:
     kite.bodies = [NO_ANSWERS[0], NO_ANSWERS[1], WHOLE]
     assert len(kite.history(attempts=3).rows(INFY, "1m", FROM_S, TO_S)) == 2
-    assert kite.asked == 3
+    assert kite.requests == 3
 
 
-def test_an_empty_list_is_a_quiet_day(kite: OddKite) -> None:
+def test_an_empty_list_means_no_trades(kite: OddKite) -> None:
     kite.bodies = [candles()]
     for _ in range(2):
         assert kite.history().get_historical_data(INFY, *DAY)["data"]["candles"] == []
-    assert kite.asked == 1
+    assert kite.requests == 1
 
 
-@pytest.mark.parametrize("odd", [ODD_ROW, candles(GOOD, [*GOOD[:5], 1e300])])
-def test_an_answer_with_an_odd_row_gives_the_others_and_is_asked_for_again(kite: OddKite, odd: bytes) -> None:
-    kite.bodies = [odd, WHOLE]
+@pytest.mark.parametrize("malformed", [MALFORMED_ROW, candles(GOOD, [*GOOD[:5], 1e300])])
+def test_valid_rows_of_an_incomplete_response_are_returned_and_its_span_is_requested_again(
+    kite: OddKite, malformed: bytes
+) -> None:
+    kite.bodies = [malformed, WHOLE]
     read = [kite.history().get_historical_data(INFY, *DAY)["data"]["candles"] for _ in range(3)]
-    assert [len(each) for each in read] == [1, 2, 2]
-    assert kite.asked == 2
+    assert [len(rows) for rows in read] == [1, 2, 2]
+    assert kite.requests == 2
 
 
-def test_rows_that_must_be_all_are_refused_with_an_odd_one(kite: OddKite) -> None:
-    kite.bodies = [ODD_ROW]
+def test_rows_raises_on_a_malformed_row(kite: OddKite) -> None:
+    kite.bodies = [MALFORMED_ROW]
     with pytest.raises(KiteError, match=r"1 rows of Kite's history of 408065 are no candles") as error:
         kite.history(attempts=3).rows(INFY, "1m", FROM_S, TO_S)
     assert not isinstance(error.value, KiteUnavailable), "another try would get the same"
-    assert kite.asked == 1
+    assert kite.requests == 1
