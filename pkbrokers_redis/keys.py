@@ -178,7 +178,8 @@ class Keys:
         return f"{self.prefix}:{{{self.shard_of(token)}}}:candles:{token}:{interval}"
 
 
-AGGREGATOR_GROUP = "aggregator"
+AGGREGATOR_GROUP = "aggregator"  # consumer group of every tick stream
+JOB_QUEUE = "pkb"  # name of the RQ queue; its keys are `rq:…:pkb`
 
 # name as in the docs, Redis type, owner, lifetime
 KEY_TABLE: tuple[tuple[str, str, str, str], ...] = (

@@ -1,4 +1,4 @@
-"""Which shards are ours: equal shares of those aggregators that live, kept by leases (`store.lease`).
+"""Which shards are ours: equal shares of those aggregators that live, kept by leases (`store.leases`).
 
     lease    runs 0.6 × PKB_LEASE_SECONDS, renewed every 0.2 ×: two looks may fail
     look     every 0.2 ×: who lives, who holds what; renew ours, take free ones up to our share
@@ -19,7 +19,7 @@ import redis
 from pkbrokers_redis import logs
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.store.lease import lease_shards, leave, release_shards, survey
+from pkbrokers_redis.store.leases import lease_shards, leave, release_shards, survey
 
 log = logs.get("shards")
 

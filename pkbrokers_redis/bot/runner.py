@@ -40,7 +40,7 @@ from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import connect, describe
-from pkbrokers_redis.store.lease import announce, leave, release_lease, try_lease
+from pkbrokers_redis.store.leases import announce, leave, release_lease, try_lease
 from pkbrokers_redis.store.meta import adopt_meta
 
 log = logs.get("bot")

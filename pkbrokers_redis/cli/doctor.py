@@ -34,7 +34,7 @@ from pkbrokers_redis.runtime.health import (
     widest,
 )
 from pkbrokers_redis.settings import Settings, load_settings, unknown_names
-from pkbrokers_redis.store import commit, lease
+from pkbrokers_redis.store import commit, leases
 from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.instrument_list import instrument_list
 from pkbrokers_redis.store.instruments import read_manifest

@@ -34,11 +34,11 @@ from pkbrokers_redis.jobs.worker import RETRY_SECONDS, announce, live_in_india
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store import lease
+from pkbrokers_redis.store import leases
 from pkbrokers_redis.store.connect import describe
 from pkbrokers_redis.store.instrument_list import instrument_list, list_version
 from pkbrokers_redis.store.instruments import load_derivative_tokens
-from pkbrokers_redis.store.job_names import job_id
+from pkbrokers_redis.store.queue import job_id
 from pkbrokers_redis.store.queue import describe_queue, enqueue, open_queue
 
 Anchor = Literal["open", "close", "minute"]
@@ -272,7 +272,7 @@ def cron(settings: Settings, stop: threading.Event) -> None:
                 away = True
     finally:
         try:
-            lease.leave(store, settings.keys, ROLE, name)
+            leases.leave(store, settings.keys, ROLE, name)
             heart.end(store)
         except redis.RedisError:
             pass  # all of it runs out by itself

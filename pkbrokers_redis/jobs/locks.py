@@ -23,7 +23,7 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.commit import load_functions
-from pkbrokers_redis.store.lease import release_lease, try_lease
+from pkbrokers_redis.store.leases import release_lease, try_lease
 
 TTL_SECONDS = 30.0
 RENEWALS = 3  # in a TTL

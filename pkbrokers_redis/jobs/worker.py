@@ -43,7 +43,7 @@ from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
 from pkbrokers_redis.runtime.signals import STOP_SIGNALS, ignore_signal
 from pkbrokers_redis.runtime.supervisor import PR_SET_PDEATHSIG
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store import lease
+from pkbrokers_redis.store import leases
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import describe, explain
 from pkbrokers_redis.store.queue import KnownJob, connect_queue, describe_queue, queue_of
@@ -251,7 +251,7 @@ def live_in_india() -> None:
 def announce(store: redis.Redis, keys: Keys, role: str, name: str) -> None:
     """Say that this worker lives; the store may be one that no aggregator has been at yet."""
     try:
-        lease.announce(store, keys, role, name)
+        leases.announce(store, keys, role, name)
     except ResponseError as error:
         if "Function not found" not in str(error):
             raise
@@ -288,7 +288,7 @@ class _Beside(threading.Thread):
         self.join()
         try:
             self._scheduler.leave()
-            lease.leave(self._store, self._settings.keys, ROLE, self._name)
+            leases.leave(self._store, self._settings.keys, ROLE, self._name)
             self._heart.end(self._store)
         except redis.RedisError:
             pass  # all of it runs out by itself

@@ -30,7 +30,7 @@ from pkbrokers_redis.store import auth
 from pkbrokers_redis.store.auth import Session
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import describe, explain
-from pkbrokers_redis.store.lease import release_lease, try_lease
+from pkbrokers_redis.store.leases import release_lease, try_lease
 
 __all__ = ["KiteAuthenticator", "SessionManager"]
 

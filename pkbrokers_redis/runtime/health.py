@@ -32,7 +32,7 @@ from pkbrokers_redis.runtime.cluster_state import Facts, Worker, gather
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import describe
 from pkbrokers_redis.store.instruments import Manifest
-from pkbrokers_redis.store.job_names import QUEUE
+from pkbrokers_redis.keys import JOB_QUEUE
 
 Level = Literal["ok", "warn", "fail"]
 Health = Literal["healthy", "degraded", "down"]
@@ -372,7 +372,7 @@ def _some(names: Sequence[object]) -> str:
     return shown + (f" and {len(names) - NAMES_MAX} more" if len(names) > NAMES_MAX else "")
 
 
-FAILED_JOBS = f"rq:failed:{QUEUE}"  # RQ's own registry, a sorted set
+FAILED_JOBS = f"rq:failed:{JOB_QUEUE}"  # RQ's own registry, a sorted set
 MASTER_AGE_SECONDS_MAX = 4 * 86_400  # over a long weekend; contracts expire and tokens are given anew
 
 

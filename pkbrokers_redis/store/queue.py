@@ -1,18 +1,22 @@
-"""The queue of the jobs: RQ on PKB_RQ_REDIS_URL. How to reach it, and how a job gets in.
+"""The queue of background jobs, and the table of jobs: RQ on PKB_RQ_REDIS_URL.
 
     queue = open_queue(settings)
     enqueue(queue, "repair_gap", {"tokens": [408065], "from_ms": …, "to_ms": …})
 
-Arguments and results are JSON, and only functions of the table in `store/job_names.py` are run: what somebody
-else writes into the queue is data to us, no code.
+A new job is a function in `jobs/` and a row of `JOBS`. Arguments and results are JSON, and only the functions of
+the table run: another writer of the queue can add data, but no code. A caller that enqueues a job (ingest after
+an outage, `pkb backfill --enqueue`, the cron) needs its row and not its code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
+from hashlib import sha256
 from typing import Any
 
+import msgspec
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry as ConnectionRetry
@@ -22,6 +26,7 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
 from pkbrokers_redis.errors import PkbError, SettingsError
+from pkbrokers_redis.keys import JOB_QUEUE
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import (
     CONNECT_SECONDS_MAX,
@@ -31,38 +36,97 @@ from pkbrokers_redis.store.connect import (
     open_url,
     place_of,
 )
-from pkbrokers_redis.store.job_names import JOBS, PATHS, QUEUE, job_id
+
+PACKAGE = "pkbrokers_redis.jobs"
+DAY_SECONDS = 86_400
+
+
+@dataclass(frozen=True, slots=True)
+class JobSpec:
+    """What the queue must know of a job.
+
+    `function` is `module.function` below `pkbrokers_redis.jobs`; its arguments are keywords of JSON types.
+    `timeout_seconds` bounds one run: a job of many parts works for a slice and enqueues itself again
+    (`jobs.time_slicing`). A failed run is retried after each of `retry_seconds`, then listed as failed.
+    Finished jobs are kept for `keep_seconds`, so that the same request does not run twice.
+    """
+
+    name: str
+    function: str
+    timeout_seconds: int = 300
+    retry_seconds: tuple[int, ...] = (10, 60, 300)
+    keep_seconds: int = DAY_SECONDS
+    keep_failed_seconds: int = 7 * DAY_SECONDS
+
+    @property
+    def path(self) -> str:
+        """Return the dotted name that RQ imports."""
+        return f"{PACKAGE}.{self.function}"
+
+
+JOBS: dict[str, JobSpec] = {
+    spec.name: spec
+    for spec in (
+        JobSpec("repair_gap", "backfill.repair_gap"),
+        JobSpec("warm_start", "backfill.warm_start"),
+        JobSpec("repair_day", "backfill.repair_day"),
+        JobSpec("snapshot", "snapshots.snapshot", timeout_seconds=900),
+        # the trading day (times are in jobs/cron.py)
+        JobSpec("login", "daily.login", retry_seconds=(60, 300)),
+        JobSpec("instruments", "daily.instruments"),
+        JobSpec("calendar", "daily.calendar", timeout_seconds=60, retry_seconds=(10,)),
+        JobSpec("capacity", "daily.capacity", timeout_seconds=60),
+        JobSpec("feed", "daily.feed", timeout_seconds=60, retry_seconds=(30, 60)),
+        JobSpec("day_snapshot", "daily.day_snapshot"),
+        JobSpec("settle", "daily.settle"),
+        JobSpec("sync_push", "daily.sync_push", timeout_seconds=900),
+        JobSpec("sync_pull", "daily.sync_pull", timeout_seconds=900),
+        JobSpec("trim", "daily.trim", timeout_seconds=60),
+    )
+}
+
+PATHS = {spec.path: spec for spec in JOBS.values()}
 
 SOCKET_SECONDS_MAX = 30.0
-OURS, JOBS_OWN = "PKB_REDIS_URL", "PKB_RQ_REDIS_URL"
+STORE_URL, QUEUE_URL = "PKB_REDIS_URL", "PKB_RQ_REDIS_URL"
 OVER = {JobStatus.FINISHED, JobStatus.FAILED, JobStatus.STOPPED, JobStatus.CANCELED}
 
 
+def job_id(name: str, arguments: dict[str, Any]) -> str:
+    """Return the id of a job with these arguments. The same request is the same job, from any process."""
+    text = msgspec.json.encode(arguments, order="deterministic")
+    return f"{name}-{sha256(text).hexdigest()[:16]}"
+
+
 class UnknownJob(PkbError):
-    """Raised when a job in the queue names a function that is not in our table."""
+    """Raised when a job in the queue names a function that is not in the table."""
 
 
 class KnownJob(Job):
-    """RQ's job, confined to the functions of our table."""
+    """RQ's job, confined to the functions of the table."""
 
     @property
     def func(self) -> Callable[..., Any] | None:
-        """The function to run. Raises UnknownJob."""
+        """Return the function to run. Raise UnknownJob when it is not in the table."""
         if self.func_name not in PATHS:
-            raise UnknownJob(f"{self.func_name} is no job of ours", "look who else writes to the queue `pkb`")
+            raise UnknownJob(
+                f"{self.func_name} is not in the table of jobs", "find the other writer of the queue `pkb`"
+            )
         function: Callable[..., Any] | None = super().func
         return function
 
 
 def connect_queue(settings: Settings) -> redis.Redis:
-    """A client of the jobs' Redis that has answered; any Redis that RQ knows will do.
+    """Return a client of the jobs' Redis, which has answered.
 
-    Raises RedisUnavailable, and SettingsError for a cluster: RQ's keys have no common slot.
+    Raises:
+        RedisUnavailable: It does not answer.
+        SettingsError: It is a cluster. RQ's keys have no common slot.
     """
     own = settings.rq_redis_url
     if not has_queue(settings):
         raise SettingsError(
-            "RQ jobs do not run on a Redis Cluster", f"point {JOBS_OWN} at a single server or a Sentinel set"
+            "RQ jobs do not run on a Redis Cluster", f"point {QUEUE_URL} at a single server or a Sentinel set"
         )
     if own is None:
         return connect(settings, socket_timeout_seconds=SOCKET_SECONDS_MAX)
@@ -77,45 +141,59 @@ def connect_queue(settings: Settings) -> redis.Redis:
         client = open_url(own.get_secret_value(), options)
         client.ping()
     except (PkbError, redis.RedisError, OSError, UnicodeError) as error:
-        told = explain(error, place_of(own.get_secret_value()))
-        told.message, told.hint = (text.replace(OURS, JOBS_OWN) for text in (told.message, told.hint))
-        raise told from (None if told is error else error)
+        explained = explain(error, place_of(own.get_secret_value()))
+        explained.message = explained.message.replace(STORE_URL, QUEUE_URL)
+        explained.hint = explained.hint.replace(STORE_URL, QUEUE_URL)
+        raise explained from (None if explained is error else error)
     return client
 
 
 def has_queue(settings: Settings) -> bool:
-    """Whether there is a Redis for the jobs: RQ does not run on a cluster."""
+    """Return whether the settings name a Redis for the jobs: RQ does not run on a cluster."""
     url = settings.rq_redis_url or settings.redis_url
     return url is None or "+cluster:" not in url.get_secret_value().partition("//")[0]
 
 
 def describe_queue(settings: Settings) -> str | None:
-    """Where the jobs' own Redis is; None where they share the store's. Never holds a secret."""
+    """Return the address of the jobs' own Redis, without a secret; None when they share the store's."""
     return None if settings.rq_redis_url is None else place_of(settings.rq_redis_url.get_secret_value())
 
 
 def open_queue(settings: Settings, connection: redis.Redis | None = None) -> Queue:
-    """The queue `pkb`. Raises as `connect_queue` does."""
+    """Return the queue `pkb`. Raise as `connect_queue` does."""
     return queue_of(connect_queue(settings) if connection is None else connection)
 
 
 def queue_of(connection: redis.Redis) -> Queue:
-    """The queue `pkb` on a client of the jobs' Redis."""
-    return Queue(QUEUE, connection=connection, serializer=JSONSerializer, job_class=KnownJob)
+    """Return the queue `pkb` on a client of the jobs' Redis."""
+    return Queue(JOB_QUEUE, connection=connection, serializer=JSONSerializer, job_class=KnownJob)
 
 
 def enqueue(
     queue: Queue, name: str, arguments: dict[str, Any], *, delay_seconds: float = 0.0, again: bool = False
 ) -> str | None:
-    """Put a job of the table into the queue, `delay_seconds` from now. Its id, None if it is there already.
+    """Enqueue a job of the table.
 
-    The id comes from name and arguments: a request that waits, runs or has been carried out lately is not
-    taken twice. `again` takes it anew where it is over. Raises what redis-py raises, KeyError for a job that
-    is not in the table.
+    The id is derived from name and arguments, so that a request that waits, runs or has finished recently is
+    not enqueued twice.
+
+    Args:
+        queue: From `open_queue`.
+        name: A row of `JOBS`.
+        arguments: JSON types by keyword.
+        delay_seconds: From now.
+        again: Enqueue it although it has finished recently.
+
+    Returns:
+        The job's id, or None when it is in the queue already.
+
+    Raises:
+        KeyError: The job is not in the table.
+        redis.RedisError: As redis-py raises it.
     """
     spec, id_ = JOBS[name], job_id(name, arguments)
     if again:
-        forget_if_over(queue, id_)
+        delete_if_over(queue, id_)
     options: dict[str, Any] = {
         "kwargs": arguments,
         "job_id": id_,
@@ -137,8 +215,8 @@ def enqueue(
     return id_
 
 
-def forget_if_over(queue: Queue, id_: str) -> None:
-    """Forget a job that has finished, failed or was stopped."""
+def delete_if_over(queue: Queue, id_: str) -> None:
+    """Delete a job that has finished, failed or was stopped."""
     try:
         job = KnownJob.fetch(id_, connection=queue.connection, serializer=JSONSerializer)
         if job.get_status() in OVER:

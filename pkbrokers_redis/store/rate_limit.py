@@ -1,11 +1,11 @@
-"""A rate limit that all processes share: `N requests a second` at Kite, whoever makes them.
+"""A rate limit that all processes share: N requests a second at Kite.
 
 P:limit:<name>   hash, TTL
-    next         when the next free slot is, epoch µs of Redis's clock
-    blocked      nobody before this time: Kite said 429
+    next         the next free slot, epoch µs of Redis's clock
+    blocked      no request before this time: Kite answered 429
 
-A caller takes the next free slot and sleeps until it comes. Slots are evenly spaced, so that no second holds
-more than the limit, and first come is first served. A process that dies has taken the one slot it waited for.
+A caller reserves the next free slot and sleeps until then. Slots are evenly spaced, so that no second holds
+more than the limit, and callers are served in order. A process that dies loses the one slot it waited for.
 """
 
 from __future__ import annotations
@@ -19,46 +19,25 @@ import redis
 
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.functions import Function, fcall
 
 # Requests a second: https://kite.trade/docs/connect/v3/exceptions/ (historical 3, quote 1, the rest 10).
 LIMITS_PER_SECOND = {"history": 3.0, "quote": 1.0, "api": 10.0}
 
-# The slots are this much further apart than the limit asks for: a request may leave a little late, the next
-# one on time, and Kite still must not see four in a second.
+# Slots are this much further apart than the limit requires: a request may leave a little late and the next
+# one on time, and Kite must still not count four in a second.
 SPACING = 1.1
-WAIT_SECONDS_MAX = 600.0  # a queue that long has no business behind one api key
-
-# ARGV: µs between slots, longest wait in µs. Returns [µs to wait, the slot]; [-µs, 0] where it is too long.
-_TAKE = """
-local time = redis.call('TIME')
-local now = time[1] * 1000000 + time[2]
-local set = redis.call('HMGET', KEYS[1], 'next', 'blocked')
-local slot = math.max(now, tonumber(set[1] or '0') or 0, tonumber(set[2] or '0') or 0)
-local wait = slot - now
-if wait > tonumber(ARGV[2]) then return {-wait, '0'} end
-redis.call('HSET', KEYS[1], 'next', string.format('%.0f', slot + ARGV[1]))
-redis.call('PEXPIRE', KEYS[1], math.ceil((wait + ARGV[1]) / 1000) + 60000)
-return {wait, string.format('%.0f', slot)}
-"""
-
-# ARGV: µs during which nobody may ask.
-_BLOCK = """
-local time = redis.call('TIME')
-local until_ = time[1] * 1000000 + time[2] + ARGV[1]
-local blocked = math.max(until_, tonumber(redis.call('HGET', KEYS[1], 'blocked') or '0') or 0)
-redis.call('HSET', KEYS[1], 'blocked', string.format('%.0f', blocked))
-redis.call('PEXPIRE', KEYS[1], math.max(redis.call('PTTL', KEYS[1]), math.ceil(ARGV[1] / 1000) + 60000))
-"""
-
-_IS_BLOCKED = """
-local time = redis.call('TIME')
-local blocked = tonumber(redis.call('HGET', KEYS[1], 'blocked') or '0') or 0
-return blocked > time[1] * 1000000 + time[2] and 1 or 0
-"""
+WAIT_SECONDS_MAX = 600.0  # a longer queue has no use behind one api key
 
 
 class Limiter:
-    """One named limit of `LIMITS_PER_SECOND`. Threads may share it."""
+    """One named limit of `LIMITS_PER_SECOND`. Threads may share it.
+
+    Example:
+        limiter = Limiter(client, settings.keys, "history")
+        limiter.wait()
+        rows = kite.historical_data(…)
+    """
 
     def __init__(
         self,
@@ -76,16 +55,23 @@ class Limiter:
         self._sleep = sleep
 
     def wait(self, stop: threading.Event | None = None) -> int:
-        """Sleep until it is our turn. Returns the slot, epoch µs of Redis's clock.
+        """Sleep until this caller's slot.
 
-        Raises PkbError where the wait would be longer than ten minutes or `stop` was set meanwhile, and what
-        redis-py raises.
+        Args:
+            stop: Ends the wait early when it is set.
+
+        Returns:
+            The slot, epoch µs of Redis's clock.
+
+        Raises:
+            PkbError: The wait would be longer than ten minutes, or `stop` was set.
+            redis.RedisError: As redis-py raises it.
         """
         while True:
-            wait_us, slot = self._call(_TAKE, self._gap_us, round(WAIT_SECONDS_MAX * 1e6))
+            wait_us, slot = self._call("limit_take", self._gap_us, round(WAIT_SECONDS_MAX * 1e6))
             if wait_us < 0:
                 raise PkbError(
-                    f"Kite's {self._name} requests are taken for the next {-wait_us / 1e6:,.0f} s",
+                    f"Kite's {self._name} requests are reserved for the next {-wait_us / 1e6:,.0f} s",
                     "wait, or run fewer jobs at once",
                 )
             if wait_us == 0:
@@ -93,13 +79,13 @@ class Limiter:
             if stop is None:
                 self._sleep(wait_us / 1e6)
             elif stop.wait(wait_us / 1e6):
-                raise PkbError(f"stopped while waiting for a turn at Kite's {self._name}")
-            if not self._call(_IS_BLOCKED):  # a 429 while we slept is meant for us too
+                raise PkbError(f"stopped while waiting for a request slot of Kite's {self._name} limit")
+            if not self._call("limit_closed"):  # a 429 during the sleep applies to this caller too
                 return int(slot)
 
     def back_off(self, seconds: float) -> None:
-        """Kite said 429: nobody asks for so long."""
-        self._call(_BLOCK, round(seconds * 1e6))
+        """Close the limit for all processes after a 429."""
+        self._call("limit_block", round(seconds * 1e6))
 
-    def _call(self, script: str, *arguments: int) -> Any:
-        return self._client.eval(script, 1, self._key, *map(str, arguments))
+    def _call(self, function: Function, *arguments: int) -> Any:
+        return fcall(self._client, function, [self._key], *arguments)

@@ -22,7 +22,7 @@ from pkbrokers_redis.runtime.roles import now_ms, worker_id
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import connect, describe
-from pkbrokers_redis.store.lease import announce, leave
+from pkbrokers_redis.store.leases import announce, leave
 from pkbrokers_redis.web.executor import Services
 from pkbrokers_redis.web.middleware import make_app
 

@@ -10,7 +10,7 @@ import redis
 from pkbrokers_redis.bot import operators
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.lease import announce
+from pkbrokers_redis.store.leases import announce
 from tests.bot.conftest import running_bot
 from tests.bot.telegram import ALICE, BOB, Telegram
 from tests.support import wait_until

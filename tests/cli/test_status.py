@@ -15,7 +15,7 @@ from pkbrokers_redis.runtime import health as status_module
 from pkbrokers_redis.runtime.health import widest
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store import lease
+from pkbrokers_redis.store import leases
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.cli.conftest import Pkb
@@ -44,7 +44,7 @@ def pipeline(client: redis.Redis, store_env: Settings) -> Settings:
 
 def beat(client: redis.Redis, settings: Settings, role: str, **figures: object) -> None:
     now_ms = time.time() * 1000
-    lease.announce(client, settings.keys, role, f"{role}-1")
+    leases.announce(client, settings.keys, role, f"{role}-1")
     Heartbeat(settings.keys, role, f"{role}-1", now_ms).beat(client, now_ms, 0, figures)
 
 

@@ -20,7 +20,7 @@ from pkbrokers_redis.jobs.restore import _newest, restore, verify
 from pkbrokers_redis.jobs.snapshots import Run, snapshot
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.lease import lease_shards
+from pkbrokers_redis.store.leases import lease_shards
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.client.contract import INFY, OPEN_S, RELIANCE, push, row, write_master
 from tests.jobs.stores import DAY_S, at_close, rows_of, run, server_kind

@@ -10,7 +10,7 @@ import pytest
 from pkbrokers_redis.candles.calendar import IST, Sessions, load_sessions
 from pkbrokers_redis.clock import Clock
 from pkbrokers_redis.jobs.cron import DAY, Plan, Row, next_runs, step_seconds
-from pkbrokers_redis.store.job_names import JOBS
+from pkbrokers_redis.store.queue import JOBS
 
 NSE, MCX = 1, 7  # segments
 WEDNESDAY, SUNDAY, HOLIDAY, MUHURAT = (

@@ -25,7 +25,7 @@ from pkbrokers_redis.jobs.context import Desk
 from pkbrokers_redis.jobs.progress import Progress
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
-from pkbrokers_redis.store.job_names import JOBS, job_id
+from pkbrokers_redis.store.queue import JOBS, job_id
 from pkbrokers_redis.store.queue import connect_queue, enqueue, open_queue, queue_of
 from tests.cli.conftest import Pkb, pkb
 from tests.jobs.conftest import OPENED_S, ROWS

@@ -16,7 +16,7 @@ from pkbrokers_redis.runtime.cluster_state import Facts, Server, Worker, gather
 from pkbrokers_redis.runtime.health import Finding, Rule, health_of, jobs_well, judge, master_well
 from pkbrokers_redis.runtime.heartbeat import Heartbeat, Shard
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store import lease
+from pkbrokers_redis.store import leases
 from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.instruments import Manifest
 
@@ -261,7 +261,7 @@ def beating(client: redis.Redis, settings: Settings) -> Callable[..., None]:
     load_functions(client)
 
     def beat(role: str, name: str, skew_ms: int = 0, **figures: object) -> None:
-        lease.announce(client, settings.keys, role, name)
+        leases.announce(client, settings.keys, role, name)
         seconds, micros = client.time()
         now_ms = seconds * 1000 + micros // 1000 + skew_ms
         Heartbeat(settings.keys, role, name, now_ms).beat(client, now_ms, 7, figures)
@@ -280,7 +280,7 @@ def test_workers_are_read_with_age_and_skew(
 ) -> None:
     beating("ingest", "ingest-a", feeds="0,2", feeds_total=3, connected=2)
     beating("aggregate", "aggregate-b", skew_ms=60_000)
-    lease.announce(client, settings.keys, "aggregate", "aggregate-gone")
+    leases.announce(client, settings.keys, "aggregate", "aggregate-gone")
     found = gather(client, settings.keys, "here")
     b, gone, a = found.workers
     assert (a.id, a.role, a.numbers("feeds"), a.number("ticks_total")) == ("ingest-a", "ingest", [0, 2], 7)

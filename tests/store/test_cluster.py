@@ -30,7 +30,7 @@ from pkbrokers_redis.store.commit import (
     settle_commit,
 )
 from pkbrokers_redis.store.connect import connect, describe, explain
-from pkbrokers_redis.store.lease import lease_shards
+from pkbrokers_redis.store.leases import lease_shards
 from pkbrokers_redis.store.meta import adopt_meta, ensure_meta
 from pkbrokers_redis.store.streams import StreamReader, enforce_cap, trim
 from pkbrokers_redis.store.symbols import resolve_many, save_instruments

@@ -26,7 +26,7 @@ from pkbrokers_redis.store.commit import (
     read_position,
     settle_commit,
 )
-from pkbrokers_redis.store.lease import lease_shards
+from pkbrokers_redis.store.leases import lease_shards
 
 KEYS = Keys("pkb", 1)
 TOKEN, OTHER = 408065, 738561

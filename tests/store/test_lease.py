@@ -16,7 +16,7 @@ from pkbrokers_redis.store.commit import (
     read_position,
     settle_commit,
 )
-from pkbrokers_redis.store.lease import (
+from pkbrokers_redis.store.leases import (
     announce,
     lease_shards,
     leave,

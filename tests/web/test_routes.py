@@ -14,7 +14,7 @@ import redis
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.commit import load_functions
-from pkbrokers_redis.store.lease import announce
+from pkbrokers_redis.store.leases import announce
 from pkbrokers_redis.web import market
 from pkbrokers_redis.web.middleware import ROUTES
 from tests.client.contract import INFY, OPEN_S, RELIANCE
