@@ -2,6 +2,7 @@
 
 What the market decides (which minute is over, is the session open, is this candle due) asks this clock. What
 machines agree on (TTLs, leases, retries, stream ids) asks the machine's: a lease of 3 s is 3 s at any speed.
+`Backoff` is the pause between attempts, for everything that retries.
 """
 
 from __future__ import annotations
@@ -39,3 +40,29 @@ def market_clock(settings: Settings) -> Clock:
     if settings.time_shift is None:
         return Clock()
     return Clock(*map(float, settings.time_shift.split(",")))
+
+
+class Backoff:
+    """The pause before the next attempt: it doubles up to a maximum, and starts again after a success.
+
+    Example:
+        backoff = Backoff(0.1, 5.0)
+        while not stop.wait(backoff.next()):
+            if attempt():
+                backoff.reset()
+    """
+
+    def __init__(self, first_seconds: float, seconds_max: float) -> None:
+        self._first_seconds = first_seconds
+        self._seconds_max = seconds_max
+        self._seconds = first_seconds
+
+    def next(self) -> float:
+        """Return the pause before the next attempt, in seconds, and double the one after it."""
+        seconds = self._seconds
+        self._seconds = min(seconds * 2, self._seconds_max)
+        return seconds
+
+    def reset(self) -> None:
+        """Start again with the first pause."""
+        self._seconds = self._first_seconds

@@ -19,7 +19,7 @@ import redis
 from pkbrokers_redis import logs
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.store.leases import lease_shards, leave, release_shards, survey
+from pkbrokers_redis.store.leases import lease_shards, leave, read_membership, release_shards
 
 log = logs.get("shards")
 
@@ -77,7 +77,7 @@ class ShardLeases:
         """
         began = self._monotonic()
         ttl_ms = int(self._ttl_seconds * 1000)
-        found = survey(client, self._keys, ROLE, self.owner, ttl_ms)
+        found = read_membership(client, self._keys, ROLE, self.owner, ttl_ms)
         share, first = fair_share(found.members, self.owner, self._keys.shards)
         held = [shard for shard, holder in enumerate(found.holders) if holder == self.owner]
         free = [shard for shard, holder in enumerate(found.holders) if holder is None]

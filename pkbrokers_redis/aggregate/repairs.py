@@ -13,7 +13,6 @@ from itertools import islice
 from typing import Any
 
 import redis
-from redis.exceptions import ResponseError
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.aggregate.shard import (
@@ -41,6 +40,7 @@ from pkbrokers_redis.errors import UnknownInterval
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import Move
+from pkbrokers_redis.store.errors import is_wrong_type
 from pkbrokers_redis.store.repairs import Forget, Gap, Rows, is_forget, read_repair
 from pkbrokers_redis.store.streams import id_order
 
@@ -80,7 +80,7 @@ class Repairs:
             key = self._keys.repairs(worker.shard)
             pipe.add("XREAD", "COUNT", ENTRIES_MAX, "STREAMS", key, worker.held.repair)
         for worker, reply in zip(idle, pipe.execute(), strict=True):
-            if isinstance(reply, ResponseError) and "WRONGTYPE" in str(reply):
+            if is_wrong_type(reply):
                 key = self._keys.repairs(worker.shard)
                 self._skipped[worker.shard] = now + WRONG_TYPE_RETRY_SECONDS
                 self._counts["refused_keys"] += 1
@@ -221,7 +221,7 @@ class _Batch:
             name = self._book.intervals[k].name
             pipe.add("LRANGE", self._keys.candles(int(self._book.tokens[i]), name), 0, -1)
         for place, reply in zip(missing, pipe.execute(), strict=True):
-            if isinstance(reply, Exception) and "WRONGTYPE" not in str(reply):
+            if isinstance(reply, Exception) and not is_wrong_type(reply):
                 raise reply
             texts = [] if isinstance(reply, Exception) else reply  # a foreign hand's key: the commit says so
             self._lists[place] = CandleList(texts, self._book.intervals[place.k].keep)

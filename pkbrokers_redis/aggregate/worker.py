@@ -58,13 +58,13 @@ from pkbrokers_redis.store.commit import (
     commit_args,
     ensure_groups,
     load_book,
-    load_functions,
     queue_commit,
     read_position,
     settle_commit,
 )
 from pkbrokers_redis.store.connect import connect, describe
-from pkbrokers_redis.store.errors import is_not_now
+from pkbrokers_redis.store.errors import is_function_missing, is_transient, is_wrong_type
+from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.instruments import load_derivative_tokens
 from pkbrokers_redis.store.streams import StreamReader, trim
 
@@ -85,7 +85,7 @@ class Derivatives:
         try:
             tokens = frozenset(load_derivative_tokens(client, self._keys))
         except ResponseError as error:
-            if "WRONGTYPE" not in str(error):
+            if not is_wrong_type(error):
                 raise
             tokens = frozenset()
         changed = tokens != self.tokens
@@ -349,7 +349,7 @@ class Aggregator:
         try:
             reply = self._reader.read(positions, ENTRIES_MAX, block_ms)
         except ResponseError as error:
-            if "WRONGTYPE" not in str(error):
+            if not is_wrong_type(error):
                 raise
             self._find_wrong_streams(before_ms)
             return
@@ -440,7 +440,7 @@ class Aggregator:
 
 def _passes(error: ResponseError) -> bool:
     """Whether a refusal will pass: Redis cannot now, or lost our functions, which start() loads."""
-    return is_not_now(error) or "Function not found" in str(error)
+    return is_transient(error) or is_function_missing(error)
 
 
 def run_aggregate(settings: Settings, stop: threading.Event) -> None:

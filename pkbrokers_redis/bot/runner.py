@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
@@ -38,9 +37,9 @@ from pkbrokers_redis.errors import PkbError, SettingsError
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import connect, describe
-from pkbrokers_redis.store.leases import announce, leave, release_lease, try_lease
+from pkbrokers_redis.store.functions import load_functions
+from pkbrokers_redis.store.leases import LeaderLease, announce, leave
 from pkbrokers_redis.store.meta import adopt_meta
 
 log = logs.get("bot")
@@ -73,7 +72,7 @@ class _Runner:
         self._client = client  # leases, claims, the heartbeat
         self._heart = Heartbeat(settings.keys, "bot", self._name, now_ms())
         self._bot: ExtBot[Any] = make_bot(settings)
-        self._held_at = float("-inf")
+        self._lease = LeaderLease(client, settings.keys.bot_lease(), self._name, LEASE_SECONDS)
         self._figures: dict[str, Any] = {"answers": 0}
         self._poller: Poller | None = None
         self._dispatcher: Dispatcher | None = None
@@ -187,21 +186,11 @@ class _Runner:
 
     async def _hold(self) -> bool:
         """Take or renew the lease. False: another process has it, or Redis is away."""
-        key = self._settings.keys.bot_lease()
-        began = time.monotonic()
         try:
-            held = await asyncio.to_thread(
-                try_lease, self._client, key, self._name, int(LEASE_SECONDS * 1000)
-            )
+            return await asyncio.to_thread(self._lease.acquire)
         except (redis.RedisError, PkbError) as error:
             log.warning("redis_away", error=type(error).__name__)
-            if "Function not found" in str(error):
-                with suppress(redis.RedisError, PkbError):
-                    await asyncio.to_thread(load_functions, self._client)
             return False
-        if held:
-            self._held_at = began
-        return held
 
     async def _keep_lease(self) -> None:
         """Returns when the lease is another's, or could not be renewed for as long as it lives."""
@@ -209,7 +198,7 @@ class _Runner:
             await asyncio.sleep(HOLD_EVERY_SECONDS)
             if await self._hold():
                 continue
-            is_stale = time.monotonic() - self._held_at > STALE_PART * LEASE_SECONDS
+            is_stale = self._lease.remaining_seconds < (1 - STALE_PART) * LEASE_SECONDS
             if is_stale or await asyncio.to_thread(self._is_anothers):
                 log.warning("lease_lost")
                 return
@@ -250,7 +239,7 @@ class _Runner:
         self._figures = figures
 
     def _leave(self) -> None:
-        release_lease(self._client, self._settings.keys.bot_lease(), self._name)
+        self._lease.release()
         leave(self._client, self._settings.keys, "bot", self._name)
         self._heart.end(self._client)
 

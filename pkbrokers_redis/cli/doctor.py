@@ -34,15 +34,15 @@ from pkbrokers_redis.runtime.health import (
     widest,
 )
 from pkbrokers_redis.settings import Settings, load_settings, unknown_names
-from pkbrokers_redis.store import commit, leases
 from pkbrokers_redis.store.connect import connect, describe
+from pkbrokers_redis.store.functions import FUNCTION_NAMES
 from pkbrokers_redis.store.instrument_list import instrument_list
 from pkbrokers_redis.store.instruments import read_manifest
 from pkbrokers_redis.store.meta import adopt_meta, check_meta
 
 LOOK_SECONDS = 1.0  # between the two looks that show whether shards move
 LIBRARY = "pkbrokers"
-FUNCTIONS = {commit.COMMIT, lease.HOLD, lease.LEASE, lease.RELEASE, lease.ANNOUNCE, lease.MEMBERS}
+FUNCTIONS = set(FUNCTION_NAMES)
 KEYS_AT_ONCE = 1_000
 NAMES_MAX = 5
 

@@ -49,8 +49,7 @@ from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.embedded.server import running
 from pkbrokers_redis.store.instrument_list import instrument_list
-from pkbrokers_redis.store.queue import job_id
-from pkbrokers_redis.store.queue import enqueue, has_queue, open_queue
+from pkbrokers_redis.store.queue import enqueue, has_queue, job_id, open_queue
 from pkbrokers_redis.store.symbols import resolve_all
 
 LISTED = ("id", "job", "state", "since", "progress", "retries_left")

@@ -37,8 +37,7 @@ from pkbrokers_redis.errors import PkbError, RedisUnavailable, SettingsError
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.kite.websocket import CONNECTIONS_PER_KEY_MAX, TOKENS_PER_CONNECTION_MAX
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store import lease
-from pkbrokers_redis.store.commit import load_functions
+from pkbrokers_redis.store import leases
 
 log = logs.get("ingest")
 
@@ -397,7 +396,7 @@ class FeedLeases:
             client = self._client = self._client or self._connect()
             self._announce(client)
             self._renew(client)
-            members = lease.members(client, self._keys, ROLE, self._ttl_ms)
+            members = leases.members(client, self._keys, ROLE, self._ttl_ms)
             total = self._reader.update_feeds(client, [each for each in members if each != self._worker_id])
             share = share_of(self._worker_id, members, total)
             self._give_up(client, total, share)
@@ -417,13 +416,7 @@ class FeedLeases:
             log.info("leases_renewed", feeds=_names(self.held))
 
     def _announce(self, client: redis.Redis) -> None:
-        try:
-            lease.announce(client, self._keys, ROLE, self._worker_id)
-        except ResponseError as error:
-            if "unction not found" not in str(error):
-                raise
-            load_functions(client)  # the first worker here, or Redis lost its data
-            lease.announce(client, self._keys, ROLE, self._worker_id)
+        leases.announce(client, self._keys, ROLE, self._worker_id)
 
     def _renew(self, client: redis.Redis) -> None:
         lost = [feed for feed in sorted(self.held) if not self._try_lease(client, feed)]
@@ -451,8 +444,11 @@ class FeedLeases:
         self._paused_ms = self._now_ms()
         self._take_from_ms = self._paused_ms + pause_ms
 
+    def _lease(self, client: redis.Redis, feed: int) -> leases.LeaderLease:
+        return leases.LeaderLease(client, self._keys.feed(feed), self._worker_id, self._ttl_ms / 1000)
+
     def _try_lease(self, client: redis.Redis, feed: int) -> bool:
-        return lease.try_lease(client, self._keys.feed(feed), self._worker_id, self._ttl_ms)
+        return self._lease(client, feed).acquire()
 
     def _close(self, client: redis.Redis | None, feeds: Collection[int], reason: str) -> None:
         if feeds:
@@ -462,7 +458,7 @@ class FeedLeases:
 
     def _release(self, client: redis.Redis, feeds: Collection[int]) -> None:
         for feed in feeds:
-            lease.release_lease(client, self._keys.feed(feed), self._worker_id)
+            self._lease(client, feed).release()
 
     def end(self) -> None:
         """Close all feeds and release them at once. Without Redis their leases run out."""
@@ -477,7 +473,7 @@ class FeedLeases:
             return
         try:
             self._release(client, held)
-            lease.leave(client, self._keys, ROLE, self._worker_id)
+            leases.leave(client, self._keys, ROLE, self._worker_id)
             client.close()
         except redis.RedisError:
             pass

@@ -22,8 +22,7 @@ from rq import Queue
 from pkbrokers_redis import logs
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.store.job_names import JOBS, job_id
-from pkbrokers_redis.store.queue import enqueue
+from pkbrokers_redis.store.queue import JOBS, enqueue, job_id
 
 log = logs.get("ingest")
 

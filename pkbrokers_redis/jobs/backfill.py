@@ -35,8 +35,7 @@ from pkbrokers_redis.jobs.context import Desk, open_desk
 from pkbrokers_redis.jobs.progress import Figures, Listener, Progress
 from pkbrokers_redis.jobs.time_slicing import SLICE_SECONDS, come_again, current_job_id, run_parts
 from pkbrokers_redis.kite.history_api import KITE_INTERVALS, HistoryRow, kite_interval
-from pkbrokers_redis.store.queue import job_id
-from pkbrokers_redis.store.queue import enqueue, queue_of
+from pkbrokers_redis.store.queue import enqueue, job_id, queue_of
 from pkbrokers_redis.store.repairs import send_rows, wait_applied
 from pkbrokers_redis.store.rows import read_window
 

@@ -38,8 +38,7 @@ from pkbrokers_redis.store import leases
 from pkbrokers_redis.store.connect import describe
 from pkbrokers_redis.store.instrument_list import instrument_list, list_version
 from pkbrokers_redis.store.instruments import load_derivative_tokens
-from pkbrokers_redis.store.queue import job_id
-from pkbrokers_redis.store.queue import describe_queue, enqueue, open_queue
+from pkbrokers_redis.store.queue import describe_queue, enqueue, job_id, open_queue
 
 Anchor = Literal["open", "close", "minute"]
 

@@ -32,7 +32,7 @@ from pkbrokers_redis.files.manifest import Entry, read_manifest, update_manifest
 from pkbrokers_redis.ingest.feeds import feeds_needed, sessions_of
 from pkbrokers_redis.jobs import backfill, pull, retention, snapshots, sync
 from pkbrokers_redis.jobs.github import target_of
-from pkbrokers_redis.jobs.locks import Busy, alone
+from pkbrokers_redis.jobs.locks import Busy, exclusive
 from pkbrokers_redis.jobs.progress import job_listener
 from pkbrokers_redis.jobs.time_slicing import come_again
 from pkbrokers_redis.kite.instruments import KiteInstruments
@@ -262,7 +262,7 @@ def _work(name: str, after: Sequence[str] = ()) -> Iterator[_Work]:
             work.must_wait = come_again(patience_seconds(job))
         else:
             try:
-                stack.enter_context(alone(client, settings.keys, name))
+                stack.enter_context(exclusive(client, settings.keys, name))
             except Busy as busy:
                 if job is None:
                     raise

@@ -33,7 +33,7 @@ from pkbrokers_redis.files.manifest import Entry
 from pkbrokers_redis.files.parquet import Rows
 from pkbrokers_redis.files.resample import bucket_starts_of
 from pkbrokers_redis.jobs.snapshots import Run, open_run
-from pkbrokers_redis.store.commit import load_functions
+from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.instruments import load_derivative_tokens
 from pkbrokers_redis.store.leases import lease_shards, release_shards
 from pkbrokers_redis.store.meta import ensure_meta

@@ -14,8 +14,7 @@ from rq.serializers import JSONSerializer
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.jobs.progress import read_progress
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.store.queue import PATHS
-from pkbrokers_redis.store.queue import KnownJob
+from pkbrokers_redis.store.queue import PATHS, KnownJob
 
 JOBS_MAX = 1_000  # of each state; a longer list is of no use to anybody
 REASON_LENGTH_MAX = 200

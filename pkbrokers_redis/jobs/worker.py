@@ -26,7 +26,6 @@ from types import FrameType
 from typing import Any
 
 import redis
-from redis.exceptions import ResponseError
 from rq import Queue, Worker
 from rq.executions import Execution
 from rq.job import Job
@@ -44,7 +43,6 @@ from pkbrokers_redis.runtime.signals import STOP_SIGNALS, ignore_signal
 from pkbrokers_redis.runtime.supervisor import PR_SET_PDEATHSIG
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import leases
-from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import describe, explain
 from pkbrokers_redis.store.queue import KnownJob, connect_queue, describe_queue, queue_of
 
@@ -249,13 +247,8 @@ def live_in_india() -> None:
 
 
 def announce(store: redis.Redis, keys: Keys, role: str, name: str) -> None:
-    """Say that this worker lives; the store may be one that no aggregator has been at yet."""
-    try:
-        leases.announce(store, keys, role, name)
-    except ResponseError as error:
-        if "Function not found" not in str(error):
-            raise
-        load_functions(store)
+    """Say that this worker lives; its library is loaded where it is missing."""
+    leases.announce(store, keys, role, name)
 
 
 class _Beside(threading.Thread):

@@ -19,7 +19,6 @@ from dataclasses import replace
 from typing import TypeVar
 
 import redis
-from redis.exceptions import ResponseError
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.errors import KiteUnavailable, LoginNeeded, LoginRefused, PkbError, RedisUnavailable
@@ -28,9 +27,8 @@ from pkbrokers_redis.kite.rest import session_in
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import auth
 from pkbrokers_redis.store.auth import Session
-from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import describe, explain
-from pkbrokers_redis.store.leases import release_lease, try_lease
+from pkbrokers_redis.store.leases import LeaderLease
 
 __all__ = ["KiteAuthenticator", "SessionManager"]
 
@@ -154,20 +152,22 @@ class SessionManager:
         if not self.authenticator.has_web_credentials:
             raise self._login_needed(failed)
         self.authenticator.check()
-        key = self._keys.login_lock()
         deadline = time.monotonic() + WAIT_SECONDS_MAX
         while not stop.is_set() and time.monotonic() < deadline:
-            if self._redis(lambda client: _try_lock(client, key, self._owner)):
+            if self._redis(lambda client: self._lock_lease(client).acquire()):
                 try:
                     return self._log_in_with_lock(failed, stop)
                 finally:
                     with contextlib.suppress(PkbError):  # the lock expires by itself
-                        self._redis(lambda client: release_lease(client, key, self._owner))
+                        self._redis(lambda client: self._lock_lease(client).release())
             stop.wait(POLL_SECONDS)
             if (shared := self._shared()) is not None:
                 return shared
         reason = "the login was interrupted" if stop.is_set() else "another worker's login does not end"
         raise KiteUnavailable(reason, "see its log, or run `pkb login`")
+
+    def _lock_lease(self, client: redis.Redis) -> LeaderLease:
+        return LeaderLease(client, self._keys.login_lock(), self._owner, LOCK_SECONDS)
 
     def _log_in_with_lock(self, failed: Session | None, stop: threading.Event) -> Session:
         """Return the previous lock holder's session, or make one attempt to log in."""
@@ -253,13 +253,3 @@ class _SharedMemory:
     def use(self, window: int) -> None:
         keys = self._manager._keys
         self._manager._redis(lambda client: auth.note_totp_window(client, keys, window))
-
-
-def _try_lock(client: redis.Redis, key: str, owner: str) -> bool:
-    try:
-        return try_lease(client, key, owner, int(LOCK_SECONDS * 1000))
-    except ResponseError as error:
-        if "unction not found" not in str(error):
-            raise
-        load_functions(client)  # the first command on a new store
-        return try_lease(client, key, owner, int(LOCK_SECONDS * 1000))

@@ -27,12 +27,11 @@ import redis
 from pkbrokers_redis.candles.calendar import IST
 from pkbrokers_redis.candles.model import DAY, Interval
 from pkbrokers_redis.errors import MetaMismatch, PkbError
-from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.keys import JOB_QUEUE, Keys
 from pkbrokers_redis.runtime.cluster_state import Facts, Worker, gather
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import describe
 from pkbrokers_redis.store.instruments import Manifest
-from pkbrokers_redis.keys import JOB_QUEUE
 
 Level = Literal["ok", "warn", "fail"]
 Health = Literal["healthy", "degraded", "down"]

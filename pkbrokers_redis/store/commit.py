@@ -11,7 +11,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import resources
 from typing import Any
 
 import redis
@@ -21,10 +20,10 @@ from pkbrokers_redis.candles import changeset as ch
 from pkbrokers_redis.candles.changeset import Changes
 from pkbrokers_redis.candles.model import TOKEN_MAX
 from pkbrokers_redis.candles.state import ShardState
-from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
+from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable
 from pkbrokers_redis.keys import AGGREGATOR_GROUP, Keys
 from pkbrokers_redis.store.cluster import Pipe
-from pkbrokers_redis.store.errors import is_not_now
+from pkbrokers_redis.store.errors import expect_type, is_function_missing, is_transient, is_wrong_type
 from pkbrokers_redis.store.streams import is_count
 
 INSTRUMENTS_AT_ONCE = 1000  # a pipeline's bound: about 1 MB of replies
@@ -39,12 +38,8 @@ def load_book(
     tick. Returns the state fields that are not per-candle: `<token>:revs`.
     """
     key = keys.state(shard)
-    try:
+    with expect_type(client, key, "hash"):
         fields: dict[bytes, bytes] = client.hgetall(key)  # type: ignore[assignment]
-    except ResponseError as error:
-        if "WRONGTYPE" in str(error):
-            raise WrongKeyType(key, bytes(client.type(key)).decode(), "hash") from None  # type: ignore[arg-type]
-        raise
     others = {name: value for name, value in fields.items() if name.endswith(b":revs")}
     tokens = [token for token in map(_token_of, fields) if token]
     for first in range(0, len(tokens), INSTRUMENTS_AT_ONCE):
@@ -74,12 +69,6 @@ COMMIT = "pkb_commit"
 _ENTRY_ID = re.compile(rb"\d{1,18}-\d{1,18}")
 
 
-def load_functions(client: redis.Redis) -> None:
-    """Load (or replace) our function library; it is persisted and replicated with the data."""
-    code = resources.files("pkbrokers_redis.store").joinpath("functions.lua").read_text("utf-8")
-    client.function_load(code, replace=True)
-
-
 @dataclass(slots=True)
 class Position:
     """Where a shard's commits stand: what `P:{S}:cursor` holds, and what we hold against it."""
@@ -100,12 +89,8 @@ def read_position(client: redis.Redis, keys: Keys, shard: int, owner: str, epoch
     fields are not ours.
     """
     cursor = keys.cursor(shard)
-    try:
+    with expect_type(client, cursor, "hash"):
         fields: dict[bytes, bytes] = client.hgetall(cursor)  # type: ignore[assignment]
-    except ResponseError as error:
-        if "WRONGTYPE" in str(error):
-            raise WrongKeyType(cursor, _type_of(client, cursor), "hash") from None
-        raise
     entry_id, read = fields.get(b"id", b"0-0"), fields.get(b"read", b"0")
     commits, repair = fields.get(b"commits", b"0"), fields.get(b"repair", b"0-0")
     if not _ENTRY_ID.fullmatch(entry_id) or not is_count(read) or not is_count(commits):
@@ -120,10 +105,6 @@ def read_position(client: redis.Redis, keys: Keys, shard: int, owner: str, epoch
         name[4:]: int(seq) for name, seq in fields.items() if name.startswith(b"src:") and is_count(seq)
     }
     return Position(owner, epoch, int(commits), entry_id.decode(), int(read), sources, repair.decode())
-
-
-def _type_of(client: redis.Redis, key: str) -> str:
-    return bytes(client.type(key)).decode()  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +128,7 @@ def commit_args(
     book: ShardState, changes: Changes, symbol_of: Callable[[int], bytes], extra_state: Mapping[bytes, bytes]
 ) -> list[Any]:
     """The counted sections of `pkb_commit` behind the header and its sources."""
-    tokens = book.tokens.tolist()
+    tokens = book.tokens  # indexed, not copied: a shard may hold many more instruments than changed
     names = [interval.name for interval in book.intervals]
     keeps = [interval.keep for interval in book.intervals]
     text = changes.text
@@ -158,11 +139,11 @@ def commit_args(
     state: list[Any] = []
     lists: list[Any] = []
     for i, k, rows in changes.lists:
-        lists += (tokens[i], names[k], len(rows), *rows)
+        lists += (int(tokens[i]), names[k], len(rows), *rows)
     counts = [0, 0, 0, 0]
     current_of, fields_at = -1, 0
     for kind, i, k, first, last, rev in changes.ops:
-        token = tokens[i]
+        token = int(tokens[i])
         if kind == ch.CURRENT:
             if current_of != i:
                 current_of, fields_at = i, len(currents) + 1
@@ -255,7 +236,7 @@ def settle_commit(reply: Any, held: Position, move: Move) -> list[str]:
         text = str(reply)
         if text.startswith(("FENCED", "STALE")):
             raise CommitRefused(text)
-        if is_not_now(reply) or "Function not found" in text:
+        if is_transient(reply) or is_function_missing(reply):
             raise RedisUnavailable(f"Redis cannot commit now: {text}")
         raise PkbError(f"Redis refused a commit: {text}")
     if isinstance(reply, Exception):
@@ -276,5 +257,5 @@ def ensure_groups(client: redis.Redis, keys: Keys) -> None:
         try:
             client.xgroup_create(keys.ticks(shard), AGGREGATOR_GROUP, id="0-0", mkstream=True, entries_read=0)
         except ResponseError as error:
-            if "BUSYGROUP" not in str(error) and "WRONGTYPE" not in str(error):
+            if "BUSYGROUP" not in str(error) and not is_wrong_type(error):
                 raise

@@ -1,9 +1,9 @@
 """One classification of redis-py's errors, so that nothing else compares their texts.
 
-    is_transient          the same command may succeed later: connection lost, loading, out of memory, …
-    is_wrong_type         the key holds another Redis type
-    is_function_missing   the function library is not loaded: a new store, or one that lost its data
-    expect_type           turns WRONGTYPE into a WrongKeyType that names the key
+is_transient          the same command may succeed later: connection lost, loading, out of memory, …
+is_wrong_type         the key holds another Redis type
+is_function_missing   the function library is not loaded: a new store, or one that lost its data
+expect_type           turns WRONGTYPE into a WrongKeyType that names the key
 """
 
 from __future__ import annotations

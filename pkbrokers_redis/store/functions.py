@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import resources
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import redis
 from redis.exceptions import ResponseError
@@ -28,6 +28,9 @@ Function = Literal[
     "alert_commit",
     "migrate",
 ]
+
+
+FUNCTION_NAMES = tuple(f"pkb_{name}" for name in get_args(Function))  # as registered in Redis
 
 
 def load_functions(client: redis.Redis) -> None:
@@ -62,7 +65,7 @@ def fcall(client: redis.Redis, function: Function, keys: Sequence[str], *argumen
 
 
 def fcall_read_only(client: redis.Redis, function: Function, keys: Sequence[str], *arguments: Any) -> Any:
-    """Call a function that writes nothing, with a reader's rights. Raises ResponseError where it is missing."""
+    """Call a function that writes nothing, as a reader may. Raise ResponseError when it is missing."""
     call: Any = client.fcall_ro
     return call(f"pkb_{function}", len(keys), *keys, *arguments)
 

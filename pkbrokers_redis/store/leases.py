@@ -75,7 +75,9 @@ class LeaderLease:
     def acquire(self) -> bool:
         """Acquire the lease, or renew it. Return False when another owner holds it."""
         started = time.monotonic()  # before the command: Redis counts the TTL from a later moment
-        is_held = int(fcall(self._client, "hold", [self._key], self._owner, int(self._ttl_seconds * 1000))) == 1
+        is_held = (
+            int(fcall(self._client, "hold", [self._key], self._owner, int(self._ttl_seconds * 1000))) == 1
+        )
         if is_held:
             self._renewed_at = started
         return is_held
@@ -125,9 +127,7 @@ class Membership:
     holders: list[str | None]
 
 
-def read_membership(
-    client: redis.Redis, keys: Keys, role: str, worker_id: str, alive_ms: int
-) -> Membership:
+def read_membership(client: redis.Redis, keys: Keys, role: str, worker_id: str, alive_ms: int) -> Membership:
     """Announce this worker, and read the role's members and the holder of every shard, in one round trip."""
     pipeline = client.pipeline(transaction=False)
     queue_fcall(pipeline, "announce", [keys.workers()], f"{role} {worker_id}")

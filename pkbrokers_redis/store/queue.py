@@ -3,9 +3,9 @@
     queue = open_queue(settings)
     enqueue(queue, "repair_gap", {"tokens": [408065], "from_ms": …, "to_ms": …})
 
-A new job is a function in `jobs/` and a row of `JOBS`. Arguments and results are JSON, and only the functions of
-the table run: another writer of the queue can add data, but no code. A caller that enqueues a job (ingest after
-an outage, `pkb backfill --enqueue`, the cron) needs its row and not its code.
+A new job is a function in `jobs/` and a row of `JOBS`. Arguments and results are JSON, and only functions of
+the table run: another writer of the queue can add data, but no code. A caller that enqueues a job (ingest
+after an outage, `pkb backfill --enqueue`, the cron) needs its row and not its code.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import PinnedConnections, Pipe
 from pkbrokers_redis.store.connect import describe, explain
-from pkbrokers_redis.store.errors import is_not_now
+from pkbrokers_redis.store.errors import is_transient
 from pkbrokers_redis.store.streams import enforce_cap
 
 log = logs.get("ingest")
@@ -284,7 +284,7 @@ class TickWriter:
                 self.acked.add(batches)
                 return True
             except (redis.RedisError, RedisUnavailable) as error:
-                if isinstance(error, ResponseError) and not is_not_now(error):
+                if isinstance(error, ResponseError) and not is_transient(error):
                     raise explain(error, describe(self._settings)) from error
                 # Reconnect after a mere refusal too: a read-only or loading server may come back older.
                 self._client = None

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pkbrokers_redis.aggregate.leases import ShardLeases, fair_share
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.store.commit import load_functions
+from pkbrokers_redis.store.functions import load_functions
 
 KEYS = Keys("pkb", 8)
 IDS = st.lists(st.text("abcdefgh", min_size=1, max_size=4), min_size=1, max_size=12, unique=True)

@@ -12,7 +12,7 @@ import redis
 
 from pkbrokers_redis.bot.runner import bot
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.commit import load_functions
+from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.bot.telegram import ALICE, BOB, GROUP, TOKEN, Telegram
 from tests.client.contract import write_master

@@ -10,8 +10,7 @@ import pytest
 from pkbrokers_redis.jobs.context import Desk
 from pkbrokers_redis.jobs.progress import Progress
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.queue import job_id
-from pkbrokers_redis.store.queue import open_queue
+from pkbrokers_redis.store.queue import job_id, open_queue
 from pkbrokers_redis.store.rows import read_candles
 from tests.cli.conftest import Pkb
 from tests.jobs.conftest import ROWS, aggregator, clock, desk, kite, kite_settings

@@ -16,7 +16,7 @@ from pkbrokers_redis.runtime.health import widest
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import leases
-from pkbrokers_redis.store.commit import load_functions
+from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.cli.conftest import Pkb
 

@@ -15,7 +15,7 @@ from pkbrokers_redis.errors import RedisUnavailable, SettingsError
 from pkbrokers_redis.ingest.feeds import FeedLeases, sessions_of, share_of
 from pkbrokers_redis.kite.rest import url_for
 from pkbrokers_redis.settings import Settings, load_settings
-from pkbrokers_redis.store import lease
+from pkbrokers_redis.store import leases
 from tests.support import wait_until
 
 
@@ -270,6 +270,6 @@ def test_a_worker_is_in_the_registry_until_it_ends(
 ) -> None:
     worker = make_worker("ingest-host-1")
     worker.look()
-    assert lease.members(client, settings.keys, "ingest", 60_000) == ["ingest-host-1"]
+    assert leases.members(client, settings.keys, "ingest", 60_000) == ["ingest-host-1"]
     worker.leases.end()
-    assert lease.members(client, settings.keys, "ingest", 60_000) == []
+    assert leases.members(client, settings.keys, "ingest", 60_000) == []

@@ -16,7 +16,7 @@ from rq import Queue
 
 from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.jobs.cron import Cron, Plan, schedules_of
-from pkbrokers_redis.jobs.locks import Busy, alone
+from pkbrokers_redis.jobs.locks import Busy, exclusive
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.queue import open_queue
@@ -179,13 +179,13 @@ def test_the_role_enqueues_what_is_due_tells_that_it_lives_and_stops(
 
 
 def test_one_of_a_kind_at_a_time_and_another_kind_beside_it(settings: Settings, client: redis.Redis) -> None:
-    with alone(client, settings.keys, "sync") as owner:
-        with pytest.raises(Busy) as busy, alone(client, settings.keys, "sync"):
+    with exclusive(client, settings.keys, "sync") as owner:
+        with pytest.raises(Busy) as busy, exclusive(client, settings.keys, "sync"):
             pass
         assert busy.value.holder == owner
-        with alone(client, settings.keys, "trim"):
+        with exclusive(client, settings.keys, "trim"):
             pass
-    with alone(client, settings.keys, "sync"):
+    with exclusive(client, settings.keys, "sync"):
         pass
     assert client.keys(settings.keys.job_lock("*")) == []
 
@@ -194,11 +194,11 @@ def test_a_holder_that_works_keeps_the_lock_and_a_dead_ones_runs_out(
     settings: Settings, client: redis.Redis
 ) -> None:
     key = settings.keys.job_lock("sync")
-    with alone(client, settings.keys, "sync", ttl_seconds=0.3):
+    with exclusive(client, settings.keys, "sync", ttl_seconds=0.3):
         began = time.monotonic()
         wait_until(lambda: time.monotonic() - began > 0.7)  # more than two lives of an unrenewed one
         assert client.pttl(key) > 0
     client.set(key, "a dead host", px=50)
     wait_until(lambda: not client.exists(key))
-    with alone(client, settings.keys, "sync"):
+    with exclusive(client, settings.keys, "sync"):
         pass

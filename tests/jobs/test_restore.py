@@ -18,8 +18,8 @@ from pkbrokers_redis.errors import InputFileError, PkbError
 from pkbrokers_redis.files import parquet
 from pkbrokers_redis.jobs.restore import _newest, restore, verify
 from pkbrokers_redis.jobs.snapshots import Run, snapshot
-from pkbrokers_redis.store.commit import load_functions
 from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.leases import lease_shards
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.client.contract import INFY, OPEN_S, RELIANCE, push, row, write_master

@@ -25,8 +25,7 @@ from pkbrokers_redis.jobs.context import Desk
 from pkbrokers_redis.jobs.progress import Progress
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
-from pkbrokers_redis.store.queue import JOBS, job_id
-from pkbrokers_redis.store.queue import connect_queue, enqueue, open_queue, queue_of
+from pkbrokers_redis.store.queue import JOBS, connect_queue, enqueue, job_id, open_queue, queue_of
 from tests.cli.conftest import Pkb, pkb
 from tests.jobs.conftest import OPENED_S, ROWS
 from tests.support import is_alive, running_python, settings_env, wait_until

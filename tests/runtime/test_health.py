@@ -17,7 +17,7 @@ from pkbrokers_redis.runtime.health import Finding, Rule, health_of, jobs_well, 
 from pkbrokers_redis.runtime.heartbeat import Heartbeat, Shard
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import leases
-from pkbrokers_redis.store.commit import load_functions
+from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.instruments import Manifest
 
 SERVER = Server("", "redis 7.0.15", 10, 0, "noeviction", aof=True, saves=True)

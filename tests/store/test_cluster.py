@@ -24,12 +24,12 @@ from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import (
     Move,
     ensure_groups,
-    load_functions,
     queue_commit,
     read_position,
     settle_commit,
 )
 from pkbrokers_redis.store.connect import connect, describe, explain
+from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.leases import lease_shards
 from pkbrokers_redis.store.meta import adopt_meta, ensure_meta
 from pkbrokers_redis.store.streams import StreamReader, enforce_cap, trim

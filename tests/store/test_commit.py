@@ -21,11 +21,11 @@ from pkbrokers_redis.store.commit import (
     Move,
     Position,
     ensure_groups,
-    load_functions,
     queue_commit,
     read_position,
     settle_commit,
 )
+from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.leases import lease_shards
 
 KEYS = Keys("pkb", 1)
@@ -324,7 +324,7 @@ def test_sources_that_are_forgotten_leave_the_cursor(client: redis.Redis, owner:
 def test_an_entry_the_stream_never_had_is_not_committed(client: redis.Redis, owner: Position) -> None:
     """We read it from a Redis that has gone: its successor knows nothing of it."""
     before = everything(client)
-    with pytest.raises(CommitRefused, match="STALE the stream never had entry 8-0"):
+    with pytest.raises(CommitRefused, match="STALE the stream never held entry 8-0"):
         commit(client, owner, "8-0", read=4, **all_parts())
     assert everything(client) == before
 

@@ -77,7 +77,7 @@ def test_a_store_of_another_schema_is_refused_by_workers_and_readers(
     client: redis.Redis, settings: Settings
 ) -> None:
     ensure_meta(client, settings, NOW)
-    client.hset("pkb:meta", "schema", "1")
+    client.hset("pkb:meta", "schema", "0")
     with pytest.raises(MetaMismatch) as caught:
         ensure_meta(client, settings, NOW)
     assert caught.value.field == "schema"
@@ -180,3 +180,44 @@ def test_a_meta_edited_into_nonsense_is_one_line(
     client.hset("pkb:meta", mapping=damage)  # type: ignore[arg-type]
     with pytest.raises(SettingsError, match="pkb:meta cannot be read"):
         adopt_meta(client, settings)
+
+
+def make_previous_store(client: redis.Redis, settings: Settings) -> None:
+    """A store as the previous release left it."""
+    ensure_meta(client, settings, NOW)
+    client.hset("pkb:meta", "schema", "1")
+    client.hset("pkb:heard", "0", "1785728880124")
+    client.hset("pkb:wanted-jobs", "repair_gap-1", "{}")
+    client.hset("pkb:{bot}:armed", "3", "[1]")
+    client.hset("pkb:{1}:state", mapping={"256265": "[1]", "256265:marks": "[0,[1]]", "256265:revs": "{}"})
+
+
+def test_first_worker_converts_a_store_of_the_previous_schema(
+    client: redis.Redis, settings: Settings
+) -> None:
+    make_previous_store(client, settings)
+    client.hset("pkb:feed_progress", "0", "1785728880999")  # newer: a conversion that was killed and resumed
+    with pytest.raises(MetaMismatch, match="start a worker of this release"):
+        adopt_meta(client, settings)
+    ensure_meta(client, settings, NOW)
+    assert client.hget("pkb:meta", "schema") == b"2"
+    assert client.hgetall("pkb:{1}:state") == {
+        b"256265": b"[1]",
+        b"256265:candles": b"[0,[1]]",
+        b"256265:revs": b"{}",
+    }
+    assert client.hget("pkb:feed_progress", "0") == b"1785728880999"
+    assert client.hget("pkb:job_outbox", "repair_gap-1") == b"{}"
+    assert client.hget("pkb:{bot}:alert_state", "3") == b"[1]"
+    assert not client.exists("pkb:heard", "pkb:wanted-jobs", "pkb:{bot}:armed")
+
+
+def test_store_of_the_previous_schema_is_not_converted_under_a_living_worker(
+    client: redis.Redis, settings: Settings
+) -> None:
+    make_previous_store(client, settings)
+    seconds, _ = client.time()  # type: ignore[misc]
+    client.zadd("pkb:workers", {"aggregate a": seconds * 1000})
+    with pytest.raises(MetaMismatch, match="stop all its workers"):
+        ensure_meta(client, settings, NOW)
+    assert client.hget("pkb:meta", "schema") == b"1" and client.exists("pkb:heard")

@@ -13,7 +13,7 @@ import redis
 
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.commit import load_functions
+from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.leases import announce
 from pkbrokers_redis.web import market
 from pkbrokers_redis.web.middleware import ROUTES

@@ -15,36 +15,9 @@ import msgspec
 import redis
 
 from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.functions import fcall
 
 OUTBOX_MAX = 10_000  # messages that wait for Telegram; the oldest go first beyond it
-
-# KEYS  position armed alerts outbox
-# ARGV  rev, then counted lists: shard, position; id, state ('' removes the alert);
-#       and, behind the outbox's cap, chat, text, tick_ms
-_COMMIT = """
-if (redis.call('HGET', KEYS[1], 'rev') or '0') ~= ARGV[1] then return 0 end
-redis.call('HINCRBY', KEYS[1], 'rev', 1)
-local at = 2
-local n = tonumber(ARGV[at])
-for i = at + 1, at + n, 2 do redis.call('HSET', KEYS[1], ARGV[i], ARGV[i + 1]) end
-at = at + n + 1
-n = tonumber(ARGV[at])
-for i = at + 1, at + n, 2 do
-  if ARGV[i + 1] == '' then
-    redis.call('HDEL', KEYS[2], ARGV[i])
-    redis.call('HDEL', KEYS[3], ARGV[i])
-  else
-    redis.call('HSET', KEYS[2], ARGV[i], ARGV[i + 1])
-  end
-end
-at = at + n + 2
-n = tonumber(ARGV[at - 1])
-for i = at + 1, at + n, 3 do
-  redis.call('XADD', KEYS[4], 'MAXLEN', '~', ARGV[at],
-    '*', 'chat', ARGV[i], 'text', ARGV[i + 1], 'tick_ms', ARGV[i + 2])
-end
-return 1
-"""
 
 
 class Told(NamedTuple):
@@ -106,16 +79,6 @@ def commit(
     for number, state in states.items():
         cells += [number, b"" if state is None else msgspec.json.encode(state)]
     messages = [cell for each in told for cell in (each.chat_id, each.html, int(each.tick_ms))]
-    arguments = [rev, len(places), *places, len(cells), *cells, len(messages), OUTBOX_MAX, *messages]
-    script: Any = client.eval
-    return bool(
-        script(
-            _COMMIT,
-            4,
-            keys.bot_position(),
-            keys.bot_alert_state(),
-            keys.bot_alerts(),
-            keys.bot_outbox(),
-            *arguments,
-        )
-    )
+    redis_keys = [keys.bot_position(), keys.bot_alert_state(), keys.bot_alerts(), keys.bot_outbox()]
+    sections = [len(positions), *places, len(states), *cells, len(told), *messages]
+    return bool(fcall(client, "alert_commit", redis_keys, rev, OUTBOX_MAX, *sections))

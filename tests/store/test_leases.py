@@ -11,20 +11,19 @@ from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import (
     Move,
     Position,
-    load_functions,
     queue_commit,
     read_position,
     settle_commit,
 )
+from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.leases import (
+    LeaderLease,
     announce,
     lease_shards,
     leave,
     members,
-    release_lease,
+    read_membership,
     release_shards,
-    survey,
-    try_lease,
 )
 from tests.support import wait_until
 
@@ -56,21 +55,21 @@ def commit(client: redis.Redis, shard: int, owner: str, epoch: int) -> None:
 
 def test_a_plain_lease_has_one_holder_until_it_is_released(client: redis.Redis) -> None:
     key = KEYS.feed(0)
-    assert try_lease(client, key, "a", LONG_MS)
-    assert not try_lease(client, key, "b", LONG_MS)
-    assert try_lease(client, key, "a", LONG_MS)
-    assert not release_lease(client, key, "b")
-    assert release_lease(client, key, "a")
-    assert try_lease(client, key, "b", LONG_MS)
+    assert LeaderLease(client, key, "a", LONG_MS / 1000).acquire()
+    assert not LeaderLease(client, key, "b", LONG_MS / 1000).acquire()
+    assert LeaderLease(client, key, "a", LONG_MS / 1000).acquire()
+    assert not LeaderLease(client, key, "b", 1.0).release()
+    assert LeaderLease(client, key, "a", 1.0).release()
+    assert LeaderLease(client, key, "b", LONG_MS / 1000).acquire()
     assert client.get(key) == b"b"
 
 
 def test_a_lease_that_is_not_renewed_runs_out_and_renewing_extends_it(client: redis.Redis) -> None:
     key = KEYS.feed(0)
-    try_lease(client, key, "a", 50)
-    wait_until(lambda: try_lease(client, key, "b", LONG_MS), what="a's lease to run out")
+    LeaderLease(client, key, "a", 50 / 1000).acquire()
+    wait_until(lambda: LeaderLease(client, key, "b", LONG_MS / 1000).acquire(), what="a's lease to run out")
     client.pexpire(key, 1_000)
-    assert try_lease(client, key, "b", LONG_MS)
+    assert LeaderLease(client, key, "b", LONG_MS / 1000).acquire()
     assert client.pttl(key) > 1_000
 
 
@@ -137,7 +136,7 @@ def test_a_foreign_hands_key_refuses_its_shard_alone(client: redis.Redis, name: 
     assert epochs == {0: 1, 1: 1, 3: 1}
     assert list(refused) == [2]
     assert isinstance(refused[2], WrongKeyType) and refused[2].key == key
-    assert survey(client, KEYS, "aggregate", "a", LONG_MS).holders == ["a", "a", None, "a"]
+    assert read_membership(client, KEYS, "aggregate", "a", LONG_MS).holders == ["a", "a", None, "a"]
 
 
 def test_an_epoch_that_is_no_number_is_named(client: redis.Redis) -> None:
@@ -177,7 +176,7 @@ def test_a_store_without_functions_has_no_members(client: redis.Redis) -> None:
 def test_a_survey_announces_and_tells_members_and_holders(client: redis.Redis) -> None:
     epoch_of(client, 3, "b")
     announce(client, KEYS, "aggregate", "b")
-    found = survey(client, KEYS, "aggregate", "a", LONG_MS)
+    found = read_membership(client, KEYS, "aggregate", "a", LONG_MS)
     assert found.members == ["a", "b"]
     assert found.holders == [None, None, None, "b"]
 
@@ -185,7 +184,7 @@ def test_a_survey_announces_and_tells_members_and_holders(client: redis.Redis) -
 def test_a_survey_without_functions_says_so(client: redis.Redis) -> None:
     client.function_flush("SYNC")
     with pytest.raises(redis.ResponseError, match="Function not found"):
-        survey(client, KEYS, "aggregate", "a", LONG_MS)
+        read_membership(client, KEYS, "aggregate", "a", LONG_MS)
 
 
 # -- a Redis that went back in time ------------------------------------------------------------------
@@ -210,7 +209,7 @@ def test_a_cursor_that_went_back_by_a_commit_that_moved_nothing_is_noticed(clien
 def test_an_entry_that_this_redis_never_had_moves_no_cursor(client: redis.Redis) -> None:
     """We read it from a master whose replica did not get it: its source sends it again, under another id."""
     held = read_position(client, KEYS, 1, "a", epoch_of(client, 1, "a"))
-    with pytest.raises(CommitRefused, match="STALE the stream never had entry 7-0"):
+    with pytest.raises(CommitRefused, match="STALE the stream never held entry 7-0"):
         move_to(client, held, "7-0")
     client.xadd(KEYS.ticks(1), {"n": 1}, id="5-0")
     with pytest.raises(CommitRefused, match="STALE"):
