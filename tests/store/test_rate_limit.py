@@ -89,7 +89,7 @@ def test_whoever_sleeps_when_the_429_comes_asks_again(client: redis.Redis) -> No
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
 def test_an_endless_queue_is_refused_in_one_line(client: redis.Redis) -> None:
     limiter(client, 3).back_off(3_600)
-    with pytest.raises(PkbError, match="taken for the next 3,"):
+    with pytest.raises(PkbError, match="reserved for the next 3,"):
         limiter(client, 3).wait()
 
 
