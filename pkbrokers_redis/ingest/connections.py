@@ -23,9 +23,10 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.errors import LoginNeeded, PkbError
 from pkbrokers_redis.ingest.buffer import FrameBuffer
 from pkbrokers_redis.ingest.feeds import Feed
+from pkbrokers_redis.kite.protocol import TextEvent
 from pkbrokers_redis.kite.rest import KITE_WS_URL, address_of, url_for
 from pkbrokers_redis.kite.session import SessionManager
-from pkbrokers_redis.kite.websocket import Invalid, ServerError, TextEvent, ZerodhaWebSocketClient
+from pkbrokers_redis.kite.websocket import ZerodhaWebSocketClient
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.auth import Session, load_session
 
@@ -326,6 +327,6 @@ class Connections:
 
     def _log_text(self, event: TextEvent) -> None:
         """Log what Kite complains of, once. Orders and greetings do not concern ingest."""
-        kind = type(event).__name__
-        if isinstance(event, ServerError | Invalid) and self._once.first((kind, str(event)[:80])):
-            log.warning("kite_error", kind=kind, text=str(event)[:200])
+        text = str(event.data or f"{event.reason}: {event.evidence}")[:200]
+        if event.kind in ("error", "invalid") and self._once.first((event.kind, text[:80])):
+            log.warning("kite_error", kind=event.kind, text=text)

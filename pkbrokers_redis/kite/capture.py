@@ -1,14 +1,14 @@
-"""Captures: websocket frames as they came, in a file that a replay or an independent check reads.
+"""Captures: websocket frames as received, in a file that a replay or an independent check reads.
 
     PKBCAP1\\n
     +--------+------+--------+-----------------+
-    | at_ms  | kind | length | <length> bytes  |   again and again, big-endian
+    | at_ms  | kind | length | <length> bytes  |   repeated, big-endian
     | u64    | u8   | u32    |                 |
     +--------+------+--------+-----------------+
 
-`kind` is the websocket opcode: 1 text, 2 binary. Append-only: a writer that was killed leaves at most a
-cut-off last record, which readers skip with a warning and the next writer removes. A name that ends in `.gz`
-is gzipped.
+`kind` is the websocket opcode: 1 text, 2 binary. The file is append-only: a writer that was killed leaves at
+most an incomplete last record, which readers skip with a warning and the next writer removes. A name that
+ends in `.gz` is gzipped.
 """
 
 from __future__ import annotations
@@ -36,23 +36,28 @@ _RECORD = struct.Struct(">QBI")
 class CaptureWriter:
     """Appends frames to a capture; a new file gets its magic line. Not thread-safe.
 
-    Raises InputFileError when the file cannot be opened, is no capture, or (gzip) ends inside a record.
+    Example:
+        >>> with CaptureWriter("today.cap") as capture:
+        ...     capture.write(1_767_584_700_000, KIND_BINARY, frame)
     """
 
     def __init__(self, path: Path | str) -> None:
+        """Open a file. Raises InputFileError for one that is no capture, or (gzip) ends inside a record."""
         self.path = Path(path)
         try:
             fresh = not self.path.exists() or self.path.stat().st_size == 0
             if not fresh:
-                self._mend_tail()
+                self._remove_incomplete_record()
             self._file = _open(self.path, "ab")
         except OSError as error:
-            raise InputFileError(f"{path}: {error.strerror or error}", "name a file we may write") from error
+            raise InputFileError(
+                f"{path}: {error.strerror or error}", "name a file that can be written"
+            ) from error
         if fresh:
             self._file.write(MAGIC)
 
-    def _mend_tail(self) -> None:
-        """Records after a cut-off one would be unreadable: cut it away."""
+    def _remove_incomplete_record(self) -> None:
+        """Remove an incomplete last record: those after it would be unreadable."""
         whole = len(MAGIC) + sum(_RECORD.size + len(frame) for _, _, frame in read_capture(self.path))
         if self.path.suffix != ".gz":
             with self.path.open("r+b") as file:
@@ -61,7 +66,7 @@ class CaptureWriter:
             raise InputFileError(f"{self.path} ends inside a record", "start a new file")
 
     def write(self, at_ms: int, kind: int, frame: bytes) -> None:
-        """One frame, received or sent at `at_ms` (epoch ms)."""
+        """Append one frame, received or sent at `at_ms` (epoch ms)."""
         self._file.write(_RECORD.pack(at_ms, kind, len(frame)) + frame)
 
     def flush(self) -> None:
@@ -82,9 +87,10 @@ class CaptureWriter:
 
 
 def read_capture(path: Path | str) -> Iterator[tuple[int, int, bytes]]:
-    """`(at_ms, kind, frame)` of every whole record, lazily; a cut-off tail ends the iteration.
+    """Yield `(at_ms, kind, frame)` of every whole record; an incomplete last one ends the iteration.
 
-    Raises InputFileError when the file cannot be read or is no capture.
+    Raises:
+        InputFileError: the file cannot be read, or is no capture.
     """
     try:
         with _open(Path(path), "rb") as file:
@@ -92,7 +98,9 @@ def read_capture(path: Path | str) -> Iterator[tuple[int, int, bytes]]:
     except gzip.BadGzipFile as error:
         raise InputFileError(f"{path} is not gzipped", "give a file made by `pkb record`") from error
     except OSError as error:
-        raise InputFileError(f"{path}: {error.strerror or error}", "name a capture we may read") from error
+        raise InputFileError(
+            f"{path}: {error.strerror or error}", "name a capture that can be read"
+        ) from error
 
 
 def _records(file: IO[bytes], path: Path | str) -> Iterator[tuple[int, int, bytes]]:
@@ -100,16 +108,16 @@ def _records(file: IO[bytes], path: Path | str) -> Iterator[tuple[int, int, byte
         raise InputFileError(f"{path} is no capture", "give a file made by `pkb record`")
     while head := _read(file, _RECORD.size):
         if len(head) < _RECORD.size:
-            _warn_of_cut(path)
+            _log_incomplete(path)
             return
         at_ms, kind, length = _RECORD.unpack(head)
         if length > FRAME_BYTES_MAX or kind not in (KIND_TEXT, KIND_BINARY):
             raise InputFileError(
-                f"{path} is damaged: a record of kind {kind} and {length} bytes", "capture anew"
+                f"{path} is damaged: a record of kind {kind} and {length} bytes", "record it again"
             )
         frame = _read(file, length)
         if len(frame) < length:
-            _warn_of_cut(path)
+            _log_incomplete(path)
             return
         yield at_ms, kind, frame
 
@@ -117,13 +125,15 @@ def _records(file: IO[bytes], path: Path | str) -> Iterator[tuple[int, int, byte
 def _read(file: IO[bytes], size: int) -> bytes:
     try:
         return file.read(size)
-    except (EOFError, zlib.error):  # a gzip member that was cut off
-        _warn_of_cut(file.name)
+    except (EOFError, zlib.error):  # an incomplete gzip member
+        _log_incomplete(file.name)
         return b""
 
 
-def _warn_of_cut(path: Path | str) -> None:
-    log.warning("capture_cut", file=str(path), why="its last record is not whole: the others are read")
+def _log_incomplete(path: Path | str) -> None:
+    log.warning(
+        "capture_incomplete", file=str(path), reason="its last record is cut off; all before it are read"
+    )
 
 
 def _ends_early(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""The wire layout of Kite's market packets, as one table. Everything that reads or writes packets uses it.
+"""Kite's websocket protocol, both ways. Pure: no I/O, no clock.
 
 A binary frame, all numbers big-endian::
 
@@ -17,18 +17,18 @@ The length of a packet says what it is::
     164  –       full of the retired version 1: skipped like any unknown length
 
 A frame of one byte is a heartbeat. Prices are signed (spreads and changes go below zero), quantities,
-volumes, open interest and times (Unix seconds, UTC) unsigned. A low byte of 9 in the token marks an
-index. Source: https://kite.trade/docs/connect/v3/websocket/ and the official SDKs, where those agree.
+volumes, open interest and times (Unix seconds, UTC) unsigned. A low byte of 9 in the token marks an index.
 
-One packet → named fields: the quote hash's mapping, and the official SDK's dictionary.
+Text frames::
 
-Ticks → bytes of Kite's websocket: what the simulator, the tests and the benchmarks send.
+    {"type": "order", "data": {…the postback…}}
+    {"type": "error", "data": "…"}
+    {"type": "message", "data": "…"}
+    {"type": "instruments_meta", "data": {"count": 86481, "etag": "W/…"}}
+    {"type": "app_code", "timestamp": "2025-08-04T13:50:28+05:30"}      no data key
 
-Bytes of Kite's websocket ⇄ ticks. Pure; the layout table is in `kite.layout`.
-
-`parse_frame` turns a whole frame into one tick batch and never raises. The rest, one packet at a
-time (`decode`, `quote_fields`) and the way back (`encode_…`), lives in `kite.packets` and
-`kite.encode` and is importable from here.
+The last two are undocumented and arrive on every connect. Source:
+https://kite.trade/docs/connect/v3/websocket/ and the official SDKs, where those agree.
 """
 
 from __future__ import annotations
@@ -60,6 +60,11 @@ from pkbrokers_redis.candles.model import (
     TickArray,
 )
 from pkbrokers_redis.errors import FrameError
+
+Records = npt.NDArray[np.void]
+Ints = npt.NDArray[np.int64]
+
+# -- the layout: everything that reads or writes packets uses these tables -----------------------------------
 
 LTP, INDEX_QUOTE, INDEX_FULL, QUOTE, FULL = 8, 28, 32, 44, 184  # packet lengths
 
@@ -114,17 +119,15 @@ def _dtype(fields: tuple[tuple[str, str], ...], depth: bool = False) -> np.dtype
     return np.dtype(table)
 
 
-DTYPES: Final = {length: _dtype(fields, length == FULL) for length, fields in FIELDS_OF_LENGTH.items()}
-# A full packet without its depth: all that a tick row needs, a third of the bytes to gather.
-FULL_HEAD_DTYPE: Final = _dtype(_FULL_HEAD)
-
-
 def _struct(fields: tuple[tuple[str, str], ...], depth: bool = False) -> struct.Struct:
     codes = "".join("i" if code == "i4" else "I" for _, code in fields)
     return struct.Struct(">" + codes + "IiH2x" * (2 * DEPTH_LEVELS if depth else 0))
 
 
+DTYPES: Final = {length: _dtype(fields, length == FULL) for length, fields in FIELDS_OF_LENGTH.items()}
 STRUCTS: Final = {length: _struct(fields, length == FULL) for length, fields in FIELDS_OF_LENGTH.items()}
+# A full packet without its depth: all that a tick row needs, a third of the bytes to gather.
+_TICK_DTYPES: Final = DTYPES | {FULL: _dtype(_FULL_HEAD)}
 
 SEGMENT_CDS, SEGMENT_BCD = 3, 6
 # Wire integer ÷ this = rupees, by segment (the low byte of a token).
@@ -132,9 +135,143 @@ PRICE_DIVISORS: Final = np.full(256, 100.0)
 PRICE_DIVISORS[SEGMENT_CDS] = 1e7
 PRICE_DIVISORS[SEGMENT_BCD] = 1e4
 PRICE_DIVISOR_OF: Final = tuple(PRICE_DIVISORS.tolist())  # the same, faster to index one by one
+_PRICES = frozenset({"last_price", "average_traded_price", "open", "high", "low", "close", "price_change"})
+_TIMES = frozenset({"last_trade_time", "exchange_timestamp"})
 
+
+def length_of(mode: str, token: int) -> int:
+    """Return the packet length of `ltp`, `quote` or `full` for an instrument. Raises KeyError otherwise."""
+    if token & 0xFF == SEGMENT_INDICES:
+        return {"ltp": LTP, "quote": INDEX_QUOTE, "full": INDEX_FULL}[mode]
+    return {"ltp": LTP, "quote": QUOTE, "full": FULL}[mode]
+
+
+# -- a frame → ticks -----------------------------------------------------------------------------------------
+
+NAN = float("nan")
+
+
+class ParsedFrame(NamedTuple):
+    """What a binary frame held. Row i of `ticks` is the packet `frame[offsets[i]:][:lengths[i]]`."""
+
+    ticks: TickArray  # float64[n, 10], columns as in `candles.model`, in the frame's order
+    tokens: Ints  # int64[n], the first column
+    offsets: list[int]  # where each row's packet begins, after its length
+    lengths: list[int]  # 8, 28, 32, 44 or 184
+    unknown: int = 0  # packets of other lengths, skipped
+    truncated: bool = False  # the frame ended before its last packet did; the whole ones are here
+    trailing: int = 0  # bytes after the last packet
+    heartbeat: bool = False  # the one-byte frame
+
+
+EMPTY: Final = ParsedFrame(np.empty((0, BATCH_WIDTH)), np.empty(0, np.int64), [], [])
+
+
+def parse_frame(frame: bytes, at_ms: int) -> ParsedFrame:
+    """Return all ticks of a frame received at `at_ms` (epoch ms). Any bytes are accepted: it never raises.
+
+    A value is NaN where the packet has no such field, and for a day's open, high or low that is still 0 (no
+    trade yet). `time_ms` is last_trade_time (184), the exchange timestamp (32), else `at_ms`.
+    """
+    size = len(frame)
+    if size < 2:
+        return EMPTY._replace(truncated=size == 0, heartbeat=size == 1)
+    count = frame[0] << 8 | frame[1]
+    if not count or size < 4:
+        return EMPTY._replace(truncated=count > 0, trailing=0 if count else size - 2)
+    length = frame[2] << 8 | frame[3]
+    if length in _TICK_DTYPES and size == 2 + count * (length + 2):
+        lengths = np.ndarray((count,), ">u2", frame, offset=2, strides=(length + 2,))
+        if (lengths == length).all():
+            # One kind of packet, as in most frames: read it in place.
+            records = np.ndarray((count,), _TICK_DTYPES[length], frame, offset=4, strides=(length + 2,))
+            tokens = records["instrument_token"].astype(np.int64)
+            ticks = _ticks(records, tokens, length, at_ms)
+            return ParsedFrame(ticks, tokens, list(range(4, size, length + 2)), [length] * count)
+    return _parse_mixed(frame, count, at_ms)
+
+
+def _parse_mixed(frame: bytes, count: int, at_ms: int) -> ParsedFrame:
+    size = len(frame)
+    offsets: list[int] = []
+    lengths: list[int] = []
+    unknown, truncated, position = 0, False, 2
+    for _ in range(count):
+        length = int.from_bytes(frame[position : position + 2], "big")
+        if position + 2 + length > size:
+            truncated = True
+            break
+        if length in _TICK_DTYPES:
+            offsets.append(position + 2)
+            lengths.append(length)
+        else:
+            unknown += 1
+        position += 2 + length
+    ticks = np.empty((len(offsets), BATCH_WIDTH))
+    tokens = np.empty(len(offsets), np.int64)
+    starts, kinds = np.array(offsets, np.int64), np.array(lengths, np.int64)
+    for length in set(lengths):
+        dtype = _TICK_DTYPES[length]
+        # Every position of the frame seen as a packet (stride 1), and then those that are one.
+        views = np.ndarray((size - dtype.itemsize + 1,), dtype, frame, strides=(1,))
+        rows = kinds == length
+        records = views[starts[rows]]
+        tokens[rows] = records["instrument_token"]
+        ticks[rows] = _ticks(records, tokens[rows], length, at_ms)
+    trailing = 0 if truncated else size - position
+    return ParsedFrame(ticks, tokens, offsets, lengths, unknown, truncated, trailing)
+
+
+def _ticks(records: Records, tokens: Ints, length: int, at_ms: int) -> TickArray:
+    """Return the records of one length as a tick batch."""
+    ticks = np.empty((len(records), BATCH_WIDTH))
+    divisor = PRICE_DIVISORS[tokens & 0xFF]
+    ticks[:, TOKEN] = tokens
+    ticks[:, LAST_PRICE] = records["last_price"] / divisor
+    ticks[:, AT_MS] = at_ms
+    if length == LTP:
+        ticks[:, LAST_QUANTITY:TIME_MS] = NAN
+        ticks[:, TIME_MS] = at_ms
+        return ticks
+    is_tradable = length in (QUOTE, FULL)
+    ticks[:, LAST_QUANTITY] = records["last_traded_quantity"] if is_tradable else NAN
+    ticks[:, VOLUME] = records["volume_traded"] if is_tradable else NAN
+    for column, name in ((DAY_OPEN, "open"), (DAY_HIGH, "high"), (DAY_LOW, "low")):
+        ticks[:, column] = records[name] / divisor
+    day = ticks[:, DAY_OPEN : DAY_LOW + 1]
+    day[day == 0.0] = NAN  # Kite sends 0 until there is one
+    ticks[:, OI] = records["oi"] if length == FULL else NAN
+    ticks[:, TIME_MS] = at_ms
+    if length in (FULL, INDEX_FULL):
+        seconds = records["last_trade_time" if length == FULL else "exchange_timestamp"].astype(np.int64)
+        ticks[:, TIME_MS] = np.where(seconds > 0, seconds * 1000, at_ms)
+    return ticks
+
+
+# -- one packet → named fields -------------------------------------------------------------------------------
 
 _json = msgspec.json.Encoder()
+# Wire names of the quote hash's fields that have another one there; price_change is not in the hash.
+_QUOTE_NAMES = {
+    "last_traded_quantity": "last_quantity", "average_traded_price": "average_price",
+    "volume_traded": "volume", "total_buy_quantity": "buy_quantity", "total_sell_quantity": "sell_quantity",
+    "exchange_timestamp": "exchange_time",
+}  # fmt: skip
+
+
+def _quote_plan(length: int) -> tuple[list[tuple[int, str]], ...]:
+    """Return where a packet has its prices, times and other numbers, with their names in the quote hash."""
+    prices: list[tuple[int, str]] = []
+    times: list[tuple[int, str]] = []
+    numbers: list[tuple[int, str]] = []
+    for n, (name, _) in enumerate(FIELDS_OF_LENGTH[length]):
+        if name not in ("instrument_token", "price_change"):
+            group = prices if name in _PRICES else times if name in _TIMES else numbers
+            group.append((n, _QUOTE_NAMES.get(name, name)))
+    return prices, times, numbers
+
+
+_QUOTE_PLANS = {length: _quote_plan(length) for length in FIELDS_OF_LENGTH}
 
 
 class _Level(msgspec.Struct):
@@ -152,13 +289,13 @@ class _Depth(msgspec.Struct):
 
 @lru_cache(maxsize=4096)  # neighbours in a frame share their second
 def iso_ist(seconds: int) -> str:
-    """Unix seconds → `2021-07-05T10:41:27+05:30`; "" for 0, which on the wire means none."""
+    """Return Unix seconds as `2021-07-05T10:41:27+05:30`; "" for 0, which on the wire means none."""
     return datetime.fromtimestamp(seconds, IST).isoformat() if seconds else ""
 
 
 @lru_cache(maxsize=1024)  # all packets of a frame share it
 def iso_ist_ms(epoch_ms: int) -> str:
-    """Unix milliseconds → `2021-07-05T10:41:27.005+05:30`."""
+    """Return Unix milliseconds as `2021-07-05T10:41:27.005+05:30`."""
     return f"{iso_ist(epoch_ms // 1000)[:19]}.{epoch_ms % 1000:03d}+05:30"
 
 
@@ -169,44 +306,32 @@ def _unpack(packet: bytes | memoryview) -> tuple[int, ...]:
     return layout.unpack(packet)
 
 
-def quote_fields(packet: bytes | memoryview, symbol: str, at_ms: int) -> dict[str, str | int | float]:
-    """The quote hash's fields (docs/keys.md) that this packet has. Times are ISO 8601 in IST, "" for none.
+def _percent(last: float, close: float) -> float:
+    return (last - close) * 100 / close if close else 0.0
 
-    `change` is per cent against the previous close, as the official SDKs compute it.
-    Raises FrameError for a packet whose length is none of Kite's.
+
+def quote_fields(packet: bytes | memoryview, symbol: str, at_ms: int) -> dict[str, Any]:
+    """Return the quote hash's fields (docs/keys.md) that a packet has; `depth` is JSON text.
+
+    Times are ISO 8601 in IST, "" for none. `change` is per cent against the previous close, as the official
+    SDKs compute it.
+
+    Raises:
+        FrameError: the packet's length is none of Kite's.
     """
     wire = _unpack(packet)
     length = len(packet)
     divisor = PRICE_DIVISOR_OF[wire[0] & 0xFF]
-    last = wire[1] / divisor
-    fields: dict[str, str | int | float] = {"symbol": symbol, "last_price": last}
-    if length in (QUOTE, FULL):
-        close = wire[10] / divisor
-        fields["last_quantity"] = wire[2]
-        fields["average_price"] = wire[3] / divisor
-        fields["volume"] = wire[4]
-        fields["buy_quantity"] = wire[5]
-        fields["sell_quantity"] = wire[6]
-        fields["open"] = wire[7] / divisor
-        fields["high"] = wire[8] / divisor
-        fields["low"] = wire[9] / divisor
-        fields["close"] = close
-        fields["change"] = _percent(last, close)
-        if length == FULL:
-            fields["oi"] = wire[12]
-            fields["oi_day_high"] = wire[13]
-            fields["oi_day_low"] = wire[14]
-            fields["last_trade_time"] = iso_ist(wire[11])
-            fields["exchange_time"] = iso_ist(wire[15])
-    elif length != LTP:
-        close = wire[5] / divisor
-        fields["open"] = wire[4] / divisor
-        fields["high"] = wire[2] / divisor
-        fields["low"] = wire[3] / divisor
-        fields["close"] = close
-        fields["change"] = _percent(last, close)
-        if length == INDEX_FULL:
-            fields["exchange_time"] = iso_ist(wire[7])
+    fields: dict[str, Any] = {"symbol": symbol}
+    prices, times, numbers = _QUOTE_PLANS[length]
+    for n, name in prices:
+        fields[name] = wire[n] / divisor
+    for n, name in numbers:
+        fields[name] = wire[n]
+    for n, name in times:
+        fields[name] = iso_ist(wire[n])
+    if length != LTP:
+        fields["change"] = _percent(fields["last_price"], fields["close"])
     fields["received_at"] = iso_ist_ms(at_ms)
     fields["mode"] = MODE_OF_LENGTH[length]
     if length == FULL:
@@ -215,45 +340,28 @@ def quote_fields(packet: bytes | memoryview, symbol: str, at_ms: int) -> dict[st
     return fields
 
 
-def _percent(last: float, close: float) -> float:
-    return (last - close) * 100 / close if close else 0.0
-
-
 def decode(packet: bytes | memoryview) -> dict[str, Any]:
-    """One packet as the official pykiteconnect names it, with times as aware datetimes in IST (None for 0).
+    """Return one packet as the official pykiteconnect names it; times are datetimes in IST, None for 0.
 
-    Raises FrameError for a packet whose length is none of Kite's.
+    Raises:
+        FrameError: the packet's length is none of Kite's.
     """
     wire = _unpack(packet)
     length = len(packet)
-    token, divisor = wire[0], PRICE_DIVISOR_OF[wire[0] & 0xFF]
-    tick: dict[str, Any] = {
-        "tradable": token & 0xFF != SEGMENT_INDICES,
-        "mode": MODE_OF_LENGTH[length],
-        "instrument_token": token,
-        "last_price": wire[1] / divisor,
-    }
-    if length == LTP:
-        return tick
-    if length in (INDEX_QUOTE, INDEX_FULL):
-        high, low, opening, close = (value / divisor for value in wire[2:6])
-        tick["ohlc"] = {"open": opening, "high": high, "low": low, "close": close}
-        tick["change"] = _percent(tick["last_price"], close)
-        if length == INDEX_FULL:
-            tick["exchange_timestamp"] = _datetime(wire[7])
-        return tick
-    tick["last_traded_quantity"] = wire[2]
-    tick["average_traded_price"] = wire[3] / divisor
-    tick["volume_traded"] = wire[4]
-    tick["total_buy_quantity"] = wire[5]
-    tick["total_sell_quantity"] = wire[6]
-    opening, high, low, close = (value / divisor for value in wire[7:11])
-    tick["ohlc"] = {"open": opening, "high": high, "low": low, "close": close}
-    tick["change"] = _percent(tick["last_price"], close)
+    divisor = PRICE_DIVISOR_OF[wire[0] & 0xFF]
+    tick: dict[str, Any] = {"tradable": wire[0] & 0xFF != SEGMENT_INDICES, "mode": MODE_OF_LENGTH[length]}
+    ohlc: dict[str, float] = {}
+    for (name, _), value in zip(FIELDS_OF_LENGTH[length], wire, strict=False):
+        if name in ("open", "high", "low", "close"):
+            ohlc[name] = value / divisor
+        elif name in _TIMES:
+            tick[name] = datetime.fromtimestamp(value, IST) if value else None
+        elif name != "price_change":
+            tick[name] = value / divisor if name in _PRICES else value
+    if length != LTP:
+        tick["ohlc"] = ohlc
+        tick["change"] = _percent(tick["last_price"], ohlc["close"])
     if length == FULL:
-        tick["last_trade_time"] = _datetime(wire[11])
-        tick["oi"], tick["oi_day_high"], tick["oi_day_low"] = wire[12:15]
-        tick["exchange_timestamp"] = _datetime(wire[15])
         levels = [
             {"quantity": wire[i], "price": wire[i + 1] / divisor, "orders": wire[i + 2]}
             for i in range(16, 46, 3)
@@ -262,24 +370,14 @@ def decode(packet: bytes | memoryview) -> dict[str, Any]:
     return tick
 
 
-def _datetime(seconds: int) -> datetime | None:
-    return datetime.fromtimestamp(seconds, IST) if seconds else None
-
-
-_PRICES = frozenset({"last_price", "average_traded_price", "open", "high", "low", "close", "price_change"})
-
-
-def length_of(mode: str, token: int) -> int:
-    """The packet length of `ltp`, `quote` or `full` for this instrument. Raises KeyError for another mode."""
-    if token & 0xFF == SEGMENT_INDICES:
-        return {"ltp": LTP, "quote": INDEX_QUOTE, "full": INDEX_FULL}[mode]
-    return {"ltp": LTP, "quote": QUOTE, "full": FULL}[mode]
+# -- ticks → packets and frames: what the simulator, the tests and the benchmarks send ----------------------
 
 
 def encode_packet(mode: str, token: int, **fields: Any) -> bytes:
-    """One packet; `fields` are named as `decode` names them, prices in rupees, what is missing is 0.
+    """Return one packet; `fields` are named as `decode` names them, prices in rupees, a missing one is 0.
 
-    Raises struct.error when a number does not fit its field.
+    Raises:
+        struct.error: a number does not fit its field.
     """
     length = length_of(mode, token)
     divisor = PRICE_DIVISOR_OF[token & 0xFF]
@@ -304,7 +402,7 @@ def _wire(name: str, value: Any, divisor: float) -> int:
 
 
 def encode_frame(packets: Iterable[bytes]) -> bytes:
-    """Packets → one binary frame. Raises OverflowError beyond 65,535 packets: the count field has 16 bits."""
+    """Return packets as one binary frame. Raises OverflowError beyond 65,535: the count has 16 bits."""
     packets = list(packets)
     parts = [len(packets).to_bytes(2, "big")]
     for packet in packets:
@@ -312,8 +410,8 @@ def encode_frame(packets: Iterable[bytes]) -> bytes:
     return b"".join(parts)
 
 
-def encode_records(records: npt.NDArray[np.void]) -> bytes:
-    """An array of one of `layout.DTYPES` → one frame of such packets, without a loop."""
+def encode_records(records: Records) -> bytes:
+    """Return an array of one of `DTYPES` as one frame of such packets, without a loop."""
     framed = np.dtype([("length", ">u2"), ("packet", records.dtype)])
     frame = np.empty(len(records), framed)
     frame["length"] = records.dtype.itemsize
@@ -322,7 +420,7 @@ def encode_records(records: npt.NDArray[np.void]) -> bytes:
 
 
 def encode_full(ticks: TickArray, mode: str = "full") -> bytes:
-    """A tick batch → one frame of `mode` packets; NaN becomes 0, what a tick row lacks is 0.
+    """Return a tick batch as one frame of `mode` packets; NaN becomes 0, what a tick row lacks is 0.
 
     Indices get their own packets; a batch of one kind is encoded without a loop.
     """
@@ -340,163 +438,69 @@ def encode_full(ticks: TickArray, mode: str = "full") -> bytes:
     return encode_frame(packets)
 
 
-def _records(ticks: TickArray, length: int) -> npt.NDArray[np.void]:
+def _records(ticks: TickArray, length: int) -> Records:
     records = np.zeros(len(ticks), DTYPES[length])
-    names = set(records.dtype.names or ())
     whole = np.nan_to_num(ticks)
     divisor = PRICE_DIVISORS[whole[:, TOKEN].astype(np.int64) & 0xFF]
-    for column, name in (
-        (LAST_PRICE, "last_price"),
-        (DAY_OPEN, "open"),
-        (DAY_HIGH, "high"),
-        (DAY_LOW, "low"),
-    ):
-        if name in names:
-            records[name] = np.rint(whole[:, column] * divisor)
     seconds = whole[:, TIME_MS] // 1000
-    for name, values in (
-        ("instrument_token", whole[:, TOKEN]),
-        ("last_traded_quantity", whole[:, LAST_QUANTITY]),
-        ("volume_traded", whole[:, VOLUME]),
-        ("oi", whole[:, OI]),
-        ("last_trade_time", seconds),
-        ("exchange_timestamp", seconds),
-    ):
-        if name in names:
-            records[name] = values
+    values = {
+        "instrument_token": whole[:, TOKEN],
+        "last_traded_quantity": whole[:, LAST_QUANTITY],
+        "volume_traded": whole[:, VOLUME],
+        "oi": whole[:, OI],
+        "last_trade_time": seconds,
+        "exchange_timestamp": seconds,
+        "last_price": np.rint(whole[:, LAST_PRICE] * divisor),
+        "open": np.rint(whole[:, DAY_OPEN] * divisor),
+        "high": np.rint(whole[:, DAY_HIGH] * divisor),
+        "low": np.rint(whole[:, DAY_LOW] * divisor),
+    }
+    for name in records.dtype.names or ():
+        if name in values:
+            records[name] = values[name]
     return records
 
 
-__all__ = [
-    "ParsedFrame",
-    "decode",
-    "encode_frame",
-    "encode_full",
-    "encode_packet",
-    "encode_records",
-    "parse_frame",
-    "quote_fields",
-]
+# -- text frames ---------------------------------------------------------------------------------------------
 
-Records = npt.NDArray[np.void]
-Ints = npt.NDArray[np.int64]
-
-NAN = float("nan")
-NO_TOKENS: Final = np.empty(0, np.int64)
-_TICK_DTYPES = DTYPES | {FULL: FULL_HEAD_DTYPE}
+EVIDENCE_CHARS_MAX = 200  # of a frame that is not understood, for the log
+_DATA_TYPES: dict[str, type] = {"order": dict, "error": str, "message": str, "instruments_meta": dict}
+_decode_json = msgspec.json.Decoder().decode
 
 
-class ParsedFrame(NamedTuple):
-    """What one binary frame held. Row i of `ticks` is the packet `frame[offsets[i]:][:lengths[i]]`."""
+class TextEvent(NamedTuple):
+    """A text frame.
 
-    ticks: TickArray  # float64[n, 10], columns as in candles.model, in the frame's order
-    tokens: Ints  # int64[n], the first column
-    offsets: list[int]  # where each row's packet begins (behind its length)
-    lengths: list[int]  # 8, 28, 32, 44 or 184
-    unknown: int = 0  # packets of other lengths, skipped
-    truncated: bool = False  # the frame ended before its last packet did; the whole ones are here
-    trailing: int = 0  # bytes behind the last packet
-    heartbeat: bool = False  # the one-byte frame
-
-
-def parse_frame(frame: bytes, at_ms: int) -> ParsedFrame:
-    """All ticks of a frame received at `at_ms` (epoch ms). Any bytes are fine: it never raises.
-
-    Numbers as in `core.model`: NaN where the packet has no such field, and for a day's open, high
-    or low that is still 0 on the wire (no trade yet). `time_ms` is last_trade_time (184), the
-    exchange timestamp (32), else `at_ms`.
+    `kind` is Kite's type, `unknown` or `invalid`. `data` is Kite's `data` (of `app_code`: the timestamp);
+    `evidence` is the beginning of a frame that is not understood, `reason` why an `invalid` one is not.
     """
-    size = len(frame)
-    if size < 2:
-        return ParsedFrame(_empty(), NO_TOKENS, [], [], truncated=size == 0, heartbeat=size == 1)
-    count = frame[0] << 8 | frame[1]
-    if not count or size < 4:
-        return ParsedFrame(
-            _empty(), NO_TOKENS, [], [], truncated=count > 0, trailing=0 if count else size - 2
-        )
-    length = frame[2] << 8 | frame[3]
-    if length in _TICK_DTYPES and size == 2 + count * (length + 2):
-        lengths = np.ndarray((count,), ">u2", frame, offset=2, strides=(length + 2,))
-        if (lengths == length).all():
-            # One kind of packet, as most frames are: read it where it lies.
-            records = np.ndarray((count,), _TICK_DTYPES[length], frame, offset=4, strides=(length + 2,))
-            offsets = list(range(4, size, length + 2))
-            tokens = records["instrument_token"].astype(np.int64)
-            return ParsedFrame(_ticks(records, tokens, length, at_ms), tokens, offsets, [length] * count)
-    return _parse_mixed(frame, count, at_ms)
+
+    kind: str
+    data: Any = None
+    reason: str = ""
+    evidence: str = ""
 
 
-def _empty() -> TickArray:
-    return np.empty((0, BATCH_WIDTH))
+def parse_text(frame: bytes | str) -> TextEvent:
+    """Return a text frame as an event. Any bytes are accepted: it never raises."""
+    try:
+        content = _decode_json(frame)
+    except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
+        return TextEvent("invalid", None, f"no JSON ({type(error).__name__})", _evidence(frame))
+    if not isinstance(content, dict) or not isinstance(content.get("type"), str):
+        return TextEvent("invalid", None, "no object with a type", _evidence(frame))
+    kind, data = content["type"], content.get("data")
+    if kind == "app_code":
+        stamp = content.get("timestamp")
+        return TextEvent(kind, stamp if isinstance(stamp, str) else None)
+    if kind not in _DATA_TYPES:
+        return TextEvent("unknown", kind[:EVIDENCE_CHARS_MAX], "", _evidence(frame))
+    if not isinstance(data, _DATA_TYPES[kind]):
+        return TextEvent("invalid", None, f"{kind}: its data has another type", _evidence(frame))
+    return TextEvent(kind, data)
 
 
-def _parse_mixed(frame: bytes, count: int, at_ms: int) -> ParsedFrame:
-    size = len(frame)
-    offsets: list[int] = []
-    lengths: list[int] = []
-    unknown, truncated, position = 0, False, 2
-    for _ in range(count):
-        if position + 2 > size:
-            truncated = True
-            break
-        length = frame[position] << 8 | frame[position + 1]
-        if position + 2 + length > size:
-            truncated = True
-            break
-        if length in _TICK_DTYPES:
-            offsets.append(position + 2)
-            lengths.append(length)
-        else:
-            unknown += 1
-        position += 2 + length
-    trailing = 0 if truncated else size - position
-    ticks = _gather(frame, offsets, lengths, at_ms)
-    return ParsedFrame(
-        ticks, ticks[:, TOKEN].astype(np.int64), offsets, lengths, unknown, truncated, trailing
-    )
-
-
-def _gather(frame: bytes, offsets: list[int], lengths: list[int], at_ms: int) -> TickArray:
-    """The packets at `offsets`, one vectorised pass for each length present."""
-    ticks = np.empty((len(offsets), BATCH_WIDTH))
-    if not offsets:
-        return ticks
-    where, kind = np.array(offsets), np.array(lengths)
-    for length in set(lengths):
-        dtype = _TICK_DTYPES[length]
-        # Every position of the frame seen as a packet (stride 1), and then those that are one.
-        every = np.ndarray((len(frame) - dtype.itemsize + 1,), dtype, frame, strides=(1,))
-        rows = kind == length
-        records = every[where[rows]]
-        ticks[rows] = _ticks(records, records["instrument_token"].astype(np.int64), length, at_ms)
-    return ticks
-
-
-def _ticks(records: Records, tokens: Ints, length: int, at_ms: int) -> TickArray:
-    """Records of one length → tick batch."""
-    ticks = np.empty((len(records), BATCH_WIDTH))
-    divisor = PRICE_DIVISORS[tokens & 0xFF]
-    ticks[:, TOKEN] = tokens
-    ticks[:, LAST_PRICE] = records["last_price"] / divisor
-    ticks[:, AT_MS] = at_ms
-    if length == LTP:
-        ticks[:, LAST_QUANTITY:TIME_MS] = NAN
-        ticks[:, TIME_MS] = at_ms
-        return ticks
-    if length in (QUOTE, FULL):
-        ticks[:, LAST_QUANTITY] = records["last_traded_quantity"]
-        ticks[:, VOLUME] = records["volume_traded"]
-    else:
-        ticks[:, LAST_QUANTITY] = NAN
-        ticks[:, VOLUME] = NAN
-    for column, name in ((DAY_OPEN, "open"), (DAY_HIGH, "high"), (DAY_LOW, "low")):
-        ticks[:, column] = records[name] / divisor
-    day = ticks[:, DAY_OPEN : DAY_LOW + 1]
-    day[day == 0.0] = NAN  # Kite sends 0 until there is one
-    ticks[:, OI] = records["oi"] if length == FULL else NAN
-    if length in (FULL, INDEX_FULL):
-        seconds = records["last_trade_time" if length == FULL else "exchange_timestamp"].astype(np.int64)
-        ticks[:, TIME_MS] = np.where(seconds > 0, seconds * 1000, at_ms)
-    else:
-        ticks[:, TIME_MS] = at_ms
-    return ticks
+def _evidence(frame: bytes | str) -> str:
+    if isinstance(frame, bytes):
+        frame = frame[:EVIDENCE_CHARS_MAX].decode("utf-8", "backslashreplace")
+    return frame[:EVIDENCE_CHARS_MAX]

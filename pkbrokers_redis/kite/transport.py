@@ -1,11 +1,11 @@
-"""One websocket connection on websocket-client: a bound on frames, and nothing that holds its caller.
+"""One websocket connection on websocket-client, with bounds on size and time.
 
-What the library does not do and we need:
+What the library lacks:
 
-* it takes a frame of any size: `_BoundedFrames` refuses one beyond its bound before reading it;
-* a server that drips bytes holds its reader: `receive` comes back, and goes on at the next call;
-* its connect blocks in DNS, TCP and TLS: `open_websocket` waits for it beside a stop event;
-* its exceptions may hold the URL, which holds the session: `describe` tells them in words of our own.
+* it accepts a frame of any size: `_BoundedFrames` refuses one beyond its bound before reading it;
+* a server that sends single bytes blocks its reader: `receive` returns, and the next call resumes;
+* its connect blocks in DNS, TCP and TLS: `open_websocket` also waits for a stop event;
+* its exceptions may contain the URL, and so the session: `describe` returns a text without it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import websocket
 
-POLL_SECONDS = 0.25  # how long a read or a wait may stay deaf to a stop
+POLL_SECONDS = 0.25  # how long a read or a wait may ignore a stop
 
 
 class FrameTooLarge(websocket.WebSocketException):
@@ -28,10 +28,10 @@ class FrameTooLarge(websocket.WebSocketException):
 
 
 class _BoundedFrames(websocket.frame_buffer):
-    """The library's frame reader with a size bound, and a deadline beyond which a read is put off.
+    """The library's frame reader with a size bound, and a deadline beyond which a read is postponed.
 
-    What has come of a frame stays in the reader: the next read goes on where this one stopped. (Asking the
-    socket for more than the library's 16 KB at once was measured and gains nothing: ~25 µs a 90 KB frame.)
+    A frame that arrived in part stays in the reader: the next read resumes it. (Reading more than the
+    library's 16 KB at once was measured and gains nothing: ~25 µs a 90 KB frame.)
     """
 
     def __init__(self, link: websocket.WebSocket, frame_bytes_max: int) -> None:
@@ -42,7 +42,7 @@ class _BoundedFrames(websocket.frame_buffer):
 
     def _recv_in_time(self, size: int) -> bytes:
         if time.monotonic() > self.deadline:
-            raise websocket.WebSocketTimeoutException("put off")
+            raise websocket.WebSocketTimeoutException("postponed")
         data: bytes = self._link._recv(size)  # type: ignore[no-untyped-call]
         return data
 
@@ -74,10 +74,11 @@ def open_websocket(
     frame_bytes_max: int,
     timeout_seconds: float,
 ) -> websocket.WebSocket | None:
-    """A connected websocket whose reads time out after POLL_SECONDS; None when `stop` came first.
+    """Return a connected websocket whose reads time out after POLL_SECONDS; None when `stop` is set first.
 
-    Raises whatever websocket-client, ssl or the socket raise, and TimeoutError after `timeout_seconds`:
-    show people `describe(error)`, never its own text.
+    Raises:
+        Exception: what websocket-client, ssl or the socket raise. Show `describe(error)`, never its own text.
+        TimeoutError: after `timeout_seconds`.
     """
     # No SO_RCVBUF: a fixed size is capped low on most systems and switches the kernel's own tuning off.
     link = websocket.WebSocket(skip_utf8_validation=True)
@@ -97,7 +98,7 @@ def open_websocket(
             answer = link.handshake_response
             if answer is None or answer.status == 101:
                 failures.append(error)
-            else:  # a redirect, which the library tells without its status
+            else:  # a redirect, which the library reports without its status
                 failures.append(websocket.WebSocketBadStatusException("", answer.status))
         if abandoned.is_set():
             _wake(link)
@@ -120,10 +121,10 @@ def open_websocket(
 
 
 def receive(link: websocket.WebSocket) -> tuple[int, bytes]:
-    """The next message as `(opcode, data)`, of at most about 2 × POLL_SECONDS of waiting.
+    """Return the next message as `(opcode, data)`; wait for at most about 2 × POLL_SECONDS.
 
-    Raises WebSocketTimeoutException when none is whole by then; what has come of it is kept, so that
-    neither a slow line nor a dripping server can hold the caller.
+    Raises:
+        WebSocketTimeoutException: no message is whole by then. Its first part is kept for the next call.
     """
     if isinstance(link.frame_buffer, _BoundedFrames):
         link.frame_buffer.deadline = time.monotonic() + POLL_SECONDS
@@ -132,7 +133,7 @@ def receive(link: websocket.WebSocket) -> tuple[int, bytes]:
 
 
 def _wake(link: websocket.WebSocket) -> None:
-    """End a connect that is in its handshake; one still in DNS or TCP ends itself when it comes back."""
+    """End a connect that is in its handshake; one still in DNS or TCP ends by itself."""
     held = link.sock
     if held is None:
         return
@@ -140,11 +141,11 @@ def _wake(link: websocket.WebSocket) -> None:
         held.shutdown(socket.SHUT_RDWR)  # close() alone does not end another thread's read
         held.close()
     except OSError:
-        pass  # it was closed already, which is what we want
+        pass  # it was closed already
 
 
 def describe(error: BaseException) -> str:
-    """An error in words that cannot hold the URL: its kind, and the system's or HTTP's own code."""
+    """Return an error as text without the URL: its kind, and the system's or HTTP's own code."""
     if isinstance(error, websocket.WebSocketBadStatusException):
         return f"HTTP {error.status_code}"
     if isinstance(error, FrameTooLarge):

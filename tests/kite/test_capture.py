@@ -50,14 +50,14 @@ def test_a_cut_off_tail_costs_only_its_record_and_the_next_writer_mends_it(tmp_p
 
 
 @pytest.mark.parametrize("name", ["frames.cap", "frames.cap.gz"])
-def test_a_cut_off_tail_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_an_incomplete_last_record_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     path = tmp_path / name
     write(path)
     list(read_capture(path))
-    assert "capture_cut" not in "".join(capsys.readouterr())
+    assert "capture_incomplete" not in "".join(capsys.readouterr())
     path.write_bytes(path.read_bytes()[:-5])
     list(read_capture(path))
-    assert "capture_cut" in "".join(capsys.readouterr())
+    assert "capture_incomplete" in "".join(capsys.readouterr())
 
 
 def test_a_cut_off_gzip_gives_its_whole_records_and_takes_no_more(tmp_path: Path) -> None:

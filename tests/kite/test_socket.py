@@ -16,15 +16,13 @@ from pydantic import SecretStr
 
 from pkbrokers_redis.errors import PkbError, SettingsError
 from pkbrokers_redis.kite import websocket as socket_module
-from pkbrokers_redis.kite.protocol import MODE_OF_LENGTH, encode_frame, encode_packet, parse_frame
-from pkbrokers_redis.kite.rest import address_of
+from pkbrokers_redis.kite.protocol import MODE_OF_LENGTH, TextEvent, encode_frame, encode_packet, parse_frame
+from pkbrokers_redis.kite.rest import address_of, url_for
 from pkbrokers_redis.kite.websocket import (
     BACKOFF_CAP_SECONDS,
     TOKENS_PER_CONNECTION_MAX,
-    TextEvent,
     ZerodhaWebSocketClient,
     backoff_seconds,
-    url_for,
 )
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.simulator.market import Market
@@ -235,8 +233,8 @@ def test_frames_and_heartbeats_are_stamped_with_market_time() -> None:
 def test_instruments_that_fell_silent_are_subscribed_anew_in_their_modes() -> None:
     asked: list[Any] = []
     with serving(quick_market(3)) as server, receiving(server.url) as received:
-        answer = server._answer
-        server._answer = lambda client, message: (
+        answer = server._handle_request
+        server._handle_request = lambda client, message: (
             asked.append(msgspec.json.decode(message)),
             answer(client, message),
         )[1]  # type: ignore[method-assign]
@@ -349,13 +347,13 @@ def test_a_session_that_stays_dead_is_not_hammered() -> None:
         serving(None, access_token="other") as server,
         receiving(f"{server.url}/?access_token={SECRET}", forbidden_seconds=30) as received,
     ):
-        wait_until(lambda: socket_module.SESSION_LOOK_SECONDS in received.stop.waits)
+        wait_until(lambda: socket_module.SESSION_CHECK_SECONDS in received.stop.waits)
         assert received.client.state == "forbidden"
         assert server.stats.refused == 1
 
 
 def test_while_it_waits_after_403_a_session_made_by_others_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket_module, "SESSION_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(socket_module, "SESSION_CHECK_SECONDS", 0.02)
     sessions = ["dead"]
     with (
         serving(None, access_token="new") as server,
