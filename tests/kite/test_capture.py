@@ -50,7 +50,9 @@ def test_a_cut_off_tail_costs_only_its_record_and_the_next_writer_mends_it(tmp_p
 
 
 @pytest.mark.parametrize("name", ["frames.cap", "frames.cap.gz"])
-def test_an_incomplete_last_record_is_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+def test_an_incomplete_last_record_is_logged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
     path = tmp_path / name
     write(path)
     list(read_capture(path))
