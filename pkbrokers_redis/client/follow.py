@@ -78,10 +78,12 @@ class Follower(_Reader):
     unavailable it raises redis-py's ConnectionError; the position stays valid and `next` resumes.
 
     Example:
-        >>> follower = store.follow(["INFY"], ["1m"], position=saved)  # doctest: +SKIP
-        >>> for closed in follower:  # doctest: +SKIP
+        >>> for closed in store.follow(["INFY"], ["1m"], position="0", block_seconds=0):
         ...     print(closed.symbol, closed.candle.close, closed.rev)
         ...     saved = closed.position
+        NSE:INFY 1512.5 0
+        >>> list(store.follow(position=saved, block_seconds=0))
+        []
     """
 
     def __init__(
@@ -157,9 +159,12 @@ class AsyncFollower(_Reader):
     XREAD cannot span slots.
 
     Example:
-        >>> async with store.follow_async(intervals=["1m"]) as follower:  # doctest: +SKIP
-        ...     async for closed in follower:
-        ...         print(closed.symbol, closed.candle.close)
+        >>> async def print_closed():
+        ...     async with store.follow_async(position="0", block_seconds=0) as follower:
+        ...         async for closed in follower:
+        ...             print(closed.symbol, closed.candle.close)
+        >>> asyncio.run(print_closed())
+        NSE:INFY 1512.5
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-"""A trade file whose instruments the store knows already: what is new in it, and what to count on from.
+"""Replay a file into the streams: captured frames through the real parser, trade files as ticks.
 
-no first sight yet      a baseline of 0, as `read_trades` made it
-an earlier date         left out and counted: its rows are settled
-the store's own date    later trades count on from the volume there; the same trades again change nothing;
-                        other trades of a time we have are refused
-a later date            starts from 0, as on Kite
+A trade file may hold instruments that the store knows already. Then the file continues the store's day:
 
-Replays: captured frames through the real parser, trade files as ticks; at any speed, into the streams.
+    unknown instrument       starts at a baseline of 0, as `read_trades` made it
+    an earlier date          is left out and counted: the store's rows of it are final
+    the store's own date     later trades continue from the volume in the store; the same trades again change
+                             nothing; other trades of a time that the store has are refused
+    a later date             starts from 0, as on Kite
 """
 
 from __future__ import annotations
@@ -38,141 +38,44 @@ from pkbrokers_redis.store.streams import id_order
 from pkbrokers_redis.store.symbols import load_symbols, save_instruments
 from pkbrokers_redis.store.tick_writer import TickWriter
 
-TOKENS_AT_ONCE = 1_000
-
-
-class Known(NamedTuple):
-    """What the store has of an instrument. Times are epoch ms; `seen` is NaN without volumes."""
-
-    first_ms: float  # of its first sight: nothing older makes a candle
-    day_ms: float  # midnight of the date it stands at
-    seen: float  # that date's volume so far
-    newest_ms: float  # of its latest trade
-
-
-def load_known(
-    client: redis.Redis, settings: Settings, sessions: Sessions, tokens: Sequence[int]
-) -> dict[int, Known]:
-    """Those of the instruments that the aggregators have seen; as of their last commits."""
-    keys = settings.keys
-    book = ShardState(settings.intervals[:1], sessions, instruments=max(1, len(tokens)))
-    known: dict[int, Known] = {}
-    pipe = Pipe(client)
-    for first in range(0, len(tokens), TOKENS_AT_ONCE):
-        chunk = tokens[first : first + TOKENS_AT_ONCE]
-        for token in chunk:
-            pipe.add("HGET", keys.state(keys.shard_of(token)), token)
-        for token, hot in zip(chunk, pipe.execute(), strict=True):
-            if not isinstance(hot, bytes):
-                continue
-            try:
-                book.restore(token, hot, None, {})
-            except ValueError:
-                continue  # a foreign hand's: its aggregator starts anew, too
-            i = book.index(token)
-            inst = book.arrays.inst[i]
-            if inst[col.FIRST_AT]:
-                first_ms, day_ms = inst[col.FIRST_TIME] // 1000 * 1000, inst[col.DAY_S] * 1000
-                newest_ms = book.arrays.window[i, 0, col.TICK_TIME] if inst[col.WINDOW_SIZE] else first_ms
-                seen, outside_ms = inst[col.CUM_VOLUME], inst[col.OFF_SESSION_TIME]
-                if outside_ms >= day_ms:  # said outside the windows, and nothing inside since
-                    seen, newest_ms = max(inst[col.OFF_SESSION_VOLUME], seen), max(newest_ms, outside_ms)
-                known[token] = Known(first_ms, day_ms, seen, newest_ms)
-    return known
-
-
-def carry_on(trades: TradeFile, known: Mapping[int, Known], sessions: Sessions, name: str) -> TradeFile:
-    """The file's ticks for a store that knows `known`; `name` is the file's, for people.
-
-    Raises InputFileError for other trades of a time that the store has.
-    """
-    baselines, ticks = trades.ticks[: trades.baselines], trades.ticks[trades.baselines :].copy()
-    baselines = baselines[[int(token) not in known for token in baselines[:, TOKEN]]]
-    times, days = ticks[:, TIME_MS], days_of(ticks[:, TIME_MS], sessions)
-    order = np.argsort(ticks[:, TOKEN], kind="stable")
-    stays = np.ones(len(ticks), bool)
-    for rows in np.split(order, np.flatnonzero(np.diff(ticks[order, TOKEN])) + 1):
-        token = int(ticks[rows[0], TOKEN])
-        if (held := known.get(token)) is None:
-            continue
-        stays[rows] = (days[rows] >= held.day_ms) & (times[rows] >= held.first_ms)
-        today = rows[days[rows] == held.day_ms]
-        volumes = ticks[today, VOLUME]
-        if not len(today) or np.isnan(held.seen) or (trades.cumulative and volumes[0] >= held.seen):
-            continue
-        if times[today[0]] > held.newest_ms:
-            ticks[today, VOLUME] = np.round(volumes + held.seen, 8)
-        elif not trades.cumulative and not _stood_at(volumes[times[today] >= held.newest_ms], held.seen):
-            date = sessions.date_of(int(times[today[0]]))
-            symbol = trades.symbols[trades.tokens.index(token)]
-            raise InputFileError(
-                f"{name}: the store has other trades of {symbol} on {date}, or later ones",
-                "replay a date's files in order of time, or all into another PKB_PREFIX",
-            )
-    return replace(
-        trades,
-        ticks=np.concatenate([baselines, ticks[stays]]),
-        baselines=len(baselines),
-        rows_older=int(len(ticks) - stays.sum()),
-    )
-
-
-def _stood_at(volumes: Any, seen: float) -> bool:
-    """Whether the day's volume was `seen` at some time: then these are the trades that the store has."""
-    return bool(np.isclose(volumes, seen, rtol=1e-9, atol=1e-8).any())
-
-
-def newest_entries(client: redis.Redis, keys: Keys, shards: Sequence[int]) -> dict[int, str]:
-    """The newest entry of each shard's tick stream; none for an empty one."""
-    pipe = Pipe(client)
-    for shard in shards:
-        pipe.add("XREVRANGE", keys.ticks(shard), "+", "-", "COUNT", 1)
-    replies = zip(shards, pipe.execute(), strict=True)
-    return {shard: reply[0][0].decode() for shard, reply in replies if isinstance(reply, list) and reply}
-
-
-def are_applied(client: redis.Redis, keys: Keys, entries: Mapping[int, str]) -> bool:
-    """Whether the aggregators' commits are past these entries."""
-    pipe = Pipe(client)
-    for shard in entries:
-        pipe.add("HGET", keys.cursor(shard), "id")
-    done = [reply.decode() if isinstance(reply, bytes) else "0-0" for reply in pipe.execute()]
-    return all(id_order(at) >= id_order(entry) for at, entry in zip(done, entries.values(), strict=True))
-
-
 log = logs.get("replay")
 
-WINDOW_MS = 100  # of wall time in one frame of a paced trade file
+FRAME_WALL_MS = 100  # of wall time in one frame of a paced trade file
 LAG_ENTRIES_MAX = 5_000  # unapplied entries of a stream before the replay waits for the aggregator
-FRAMES_BETWEEN_LOOKS = 50
-LAG_WAIT_SECONDS = 0.05
+FRAMES_PER_LAG_CHECK = 50
+LAG_POLL_SECONDS = 0.05
+TOKENS_PER_PIPELINE = 1_000
 
 
 @dataclass
 class Summary:
-    """What a replay did."""
+    """What a replay did: ticks and frames sent, seconds taken, rows of the file left out."""
 
     ticks: int = 0
     frames: int = 0
     seconds: float = 0.0
-    rows_refused: int = 0
-    rows_older: int = 0
+    rows_refused: int = 0  # malformed
+    rows_older: int = 0  # older than what the store has of their instruments
     symbols: list[str] = field(default_factory=list)
 
 
-def is_capture(path: Path) -> bool:
-    """Whether a file is a capture of frames (`pkb record`), by its magic line."""
-    if path.suffix == ".gz":
-        return path.name.endswith((".cap.gz", ".pkbcap.gz"))
-    try:
-        with path.open("rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
-
-
 class Replay:
-    """Writes one file into the store. `speed` None is as fast as the store takes it."""
+    """Write one file into the store, in the calling thread.
+
+    Args:
+        connect: Returns a client of the store.
+        settings: The store's settings.
+        speed: 1 is real time; None is as fast as the store accepts it.
+        stop: Ends `run` early.
+        monotonic: The clock that paces, in seconds.
+        now_ms: The receive time of ticks, epoch ms.
+
+    Example:
+        >>> stop = threading.Event()
+        >>> replay = Replay(lambda: connect(settings), settings, speed=None, stop=stop)
+        >>> replay.run(Path("trades.csv")).ticks
+        4
+    """
 
     def __init__(
         self,
@@ -192,16 +95,20 @@ class Replay:
         self._monotonic = monotonic
         self._now_ms = now_ms
         symbols = load_symbols(self._client, self._keys)
-        self._known = {name: token for token, name in symbols.items()}
+        self._tokens = {name: token for token, name in symbols.items()}
         self._quotes = PendingQuotes(settings.keys, symbols)
         self._writer = TickWriter(connect, settings, quotes=self._quotes)
         self._began = monotonic()
         self._first_ms: float | None = None
-        self._waited = False
+        self._wait_logged = False
         self.summary = Summary()
 
     def run(self, path: Path) -> Summary:
-        """Replay a capture or a trade file. Raises InputFileError when it is neither."""
+        """Replay a capture or a trade file.
+
+        Raises:
+            InputFileError: The file is neither, or its trades contradict the store's.
+        """
         self._began = self._monotonic()
         if is_capture(path):
             self._run_capture(path)
@@ -227,29 +134,24 @@ class Replay:
     def _run_trades(self, path: Path) -> None:
         settings = self._settings
         sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
-        trades = read_trades(path, self._known, sessions)
-        self._wait_for_what_was_told(set(trades.tokens) & set(self._known.values()))
+        trades = read_trades(path, self._tokens, sessions)
+        # What an earlier replay wrote must be applied first, because this file continues from it.
+        tokens = set(trades.tokens) & set(self._tokens.values())
+        entries = _newest_entries(self._client, self._keys, tokens)
+        self._wait_while(lambda: not _are_applied(self._client, self._keys, entries))
         if self._stop.is_set():
             return
-        known = load_known(self._client, settings, sessions, trades.tokens)
-        trades = carry_on(trades, known, sessions, path.name)
-        new = [
-            {"instrument_token": token, "exchange_token": token >> 8, "exchange": exchange,
-             "tradingsymbol": name, "name": name, "segment": exchange, "instrument_type": "EQ"}
-            for symbol, token in zip(trades.symbols, trades.tokens, strict=True)
-            for exchange, _, name in (symbol.partition(":"),)
-            if symbol not in self._known
-        ]  # fmt: skip
-        if new:
-            save_instruments(self._client, self._keys, new)
+        stored = read_stored(self._client, settings, sessions, trades.tokens)
+        trades = resume(trades, stored, sessions, path.name)
+        self._save_new_instruments(trades)
         self.summary.symbols = trades.symbols
         self.summary.rows_refused, self.summary.rows_older = trades.rows_refused, trades.rows_older
         if len(trades.ticks) == trades.baselines:
             return
-        window_ms = None if self._speed is None else WINDOW_MS * self._speed
-        paced = trades.ticks[trades.baselines]  # behind the baselines comes the first trade
+        window_ms = None if self._speed is None else FRAME_WALL_MS * self._speed
+        first_trade_ms = trades.ticks[trades.baselines, TIME_MS]
         for ticks in frames_of(trades.ticks, window_ms):
-            if self._stop.is_set() or not self._pace(max(ticks[0, TIME_MS], paced[TIME_MS])):
+            if self._stop.is_set() or not self._pace(max(ticks[0, TIME_MS], first_trade_ms)):
                 return
             at_ms = self._now_ms()
             ticks[:, AT_MS] = at_ms
@@ -257,14 +159,34 @@ class Replay:
             self._count(len(ticks))
         self.summary.ticks -= trades.baselines
 
+    def _save_new_instruments(self, trades: TradeFile) -> None:
+        rows: list[dict[str, Any]] = []
+        for symbol, token in zip(trades.symbols, trades.tokens, strict=True):
+            if symbol not in self._tokens:
+                exchange, _, name = symbol.partition(":")
+                rows.append(
+                    {
+                        "instrument_token": token,
+                        "exchange_token": token >> 8,
+                        "exchange": exchange,
+                        "tradingsymbol": name,
+                        "name": name,
+                        "segment": exchange,
+                        "instrument_type": "EQ",
+                    }
+                )
+        if rows:
+            save_instruments(self._client, self._keys, rows)
+
     def _count(self, ticks: int) -> None:
         self.summary.ticks += ticks
         self.summary.frames += 1
-        if self.summary.frames % FRAMES_BETWEEN_LOOKS == 0:
-            self._wait_for_the_aggregator()
+        if self.summary.frames % FRAMES_PER_LAG_CHECK == 0:
+            # The streams' hard cap would otherwise trim entries that no aggregator has applied.
+            self._wait_while(lambda: lag_entries(self._client, self._keys) > LAG_ENTRIES_MAX)
 
     def _pace(self, moment_ms: float) -> bool:
-        """Wait until a moment of the recording is due. False: told to stop meanwhile."""
+        """Wait until a moment of the recording is due; return False if stopped meanwhile."""
         if self._speed is None:
             return True
         if self._first_ms is None:
@@ -272,35 +194,154 @@ class Replay:
         due = self._began + (moment_ms - self._first_ms) / 1000 / self._speed
         return not self._stop.wait(max(0.0, due - self._monotonic()))
 
-    def _wait_for_the_aggregator(self) -> None:
-        """Never push so far ahead that the streams' hard cap would cut what nobody has applied."""
-        self._wait_while(lambda: lag_entries(self._client, self._keys) > LAG_ENTRIES_MAX)
-
-    def _wait_for_what_was_told(self, tokens: set[int]) -> None:
-        """A file goes on where the store stands: what an earlier replay wrote must be applied before."""
-        shards = sorted({self._keys.shard_of(token) for token in tokens})
-        entries = newest_entries(self._client, self._keys, shards)
-        self._wait_while(lambda: not are_applied(self._client, self._keys, entries))
-
     def _wait_while(self, is_behind: Callable[[], bool]) -> None:
         while not self._stop.is_set() and is_behind():
-            if not self._waited:
+            if not self._wait_logged:
                 log.info("waiting_for_aggregator", hint="start `pkb aggregate` if none runs")
-                self._waited = True
-            self._stop.wait(LAG_WAIT_SECONDS)
+                self._wait_logged = True
+            self._stop.wait(LAG_POLL_SECONDS)
+
+
+def is_capture(path: Path) -> bool:
+    """Return whether a file is a capture of frames (`pkb record`), by its first line."""
+    if path.suffix == ".gz":
+        return path.name.endswith((".cap.gz", ".pkbcap.gz"))
+    try:
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+class StoredInstrument(NamedTuple):
+    """What the store has of an instrument. Times are epoch ms; `volume` is NaN without volumes."""
+
+    first_ms: float  # of its first tick: no older trade makes a candle
+    day_ms: float  # midnight of its latest trade date
+    volume: float  # that date's cumulative volume
+    newest_ms: float  # of its latest trade
+
+
+def read_stored(
+    client: redis.Redis, settings: Settings, sessions: Sessions, tokens: Sequence[int]
+) -> dict[int, StoredInstrument]:
+    """Return token → what the aggregators' last commits have of it; unknown instruments are left out."""
+    keys = settings.keys
+    state = ShardState(settings.intervals[:1], sessions, instruments=max(1, len(tokens)))
+    stored: dict[int, StoredInstrument] = {}
+    pipe = Pipe(client)
+    for first in range(0, len(tokens), TOKENS_PER_PIPELINE):
+        chunk = tokens[first : first + TOKENS_PER_PIPELINE]
+        for token in chunk:
+            pipe.add("HGET", keys.state(keys.shard_of(token)), token)
+        for token, text in zip(chunk, pipe.execute(), strict=True):
+            if not isinstance(text, bytes):
+                continue
+            try:
+                state.restore(token, text, None, {})
+            except ValueError:
+                continue  # malformed: its aggregator starts the instrument from nothing, too
+            row = state.index(token)
+            instrument, newest = state.arrays.inst[row], state.arrays.window[row, 0]
+            if instrument[col.FIRST_AT]:
+                stored[token] = _stored(instrument, newest)
+    return stored
+
+
+def _stored(instrument: Any, newest: Any) -> StoredInstrument:
+    first_ms, day_ms = instrument[col.FIRST_TIME] // 1000 * 1000, instrument[col.DAY_S] * 1000
+    newest_ms = newest[col.TICK_TIME] if instrument[col.WINDOW_SIZE] else first_ms
+    volume, off_session_ms = instrument[col.CUM_VOLUME], instrument[col.OFF_SESSION_TIME]
+    if off_session_ms >= day_ms:  # traded outside the hours of that day, and not inside since
+        volume = max(instrument[col.OFF_SESSION_VOLUME], volume)
+        newest_ms = max(newest_ms, off_session_ms)
+    return StoredInstrument(first_ms, day_ms, volume, newest_ms)
+
+
+def resume(
+    trades: TradeFile, stored: Mapping[int, StoredInstrument], sessions: Sessions, name: str
+) -> TradeFile:
+    """Return the file's ticks as they continue what the store has (see the module's table).
+
+    Args:
+        trades: The file.
+        stored: What the store has of its instruments.
+        sessions: The trading hours.
+        name: The file's name, for the error.
+
+    Raises:
+        InputFileError: The store has other trades of the same time.
+    """
+    baselines, ticks = trades.ticks[: trades.baselines], trades.ticks[trades.baselines :].copy()
+    baselines = baselines[[int(token) not in stored for token in baselines[:, TOKEN]]]
+    times, days = ticks[:, TIME_MS], days_of(ticks[:, TIME_MS], sessions)
+    order = np.argsort(ticks[:, TOKEN], kind="stable")
+    keep = np.ones(len(ticks), bool)
+    for rows in np.split(order, np.flatnonzero(np.diff(ticks[order, TOKEN])) + 1):
+        token = int(ticks[rows[0], TOKEN])
+        known = stored.get(token)
+        if known is None:
+            continue
+        keep[rows] = (days[rows] >= known.day_ms) & (times[rows] >= known.first_ms)
+        today = rows[days[rows] == known.day_ms]
+        volumes = ticks[today, VOLUME]
+        if not len(today) or np.isnan(known.volume) or (trades.cumulative and volumes[0] >= known.volume):
+            continue
+        if times[today[0]] > known.newest_ms:
+            ticks[today, VOLUME] = np.round(volumes + known.volume, 8)
+            continue
+        # They are the store's own trades if the day's volume in the file reaches the store's volume.
+        reached = np.isclose(volumes[times[today] >= known.newest_ms], known.volume, rtol=1e-9, atol=1e-8)
+        if not trades.cumulative and not reached.any():
+            date = sessions.date_of(int(times[today[0]]))
+            symbol = trades.symbols[trades.tokens.index(token)]
+            raise InputFileError(
+                f"{name}: the store has other trades of {symbol} on {date}, or later ones",
+                "replay a date's files in order of time, or all into another PKB_PREFIX",
+            )
+    return replace(
+        trades,
+        ticks=np.concatenate([baselines, ticks[keep]]),
+        baselines=len(baselines),
+        rows_older=int(len(ticks) - keep.sum()),
+    )
 
 
 def lag_entries(client: redis.Redis, keys: Keys) -> int:
-    """The most entries any shard's aggregator has not applied yet."""
-    pipeline = client.pipeline(transaction=False)
+    """Return the most entries that any shard's aggregator has not applied yet."""
+    pipe = client.pipeline(transaction=False)
     for shard in range(keys.shards):
-        pipeline.xlen(keys.ticks(shard))
-        pipeline.xinfo_groups(keys.ticks(shard))
-    replies = pipeline.execute(raise_on_error=False)
+        pipe.xlen(keys.ticks(shard))
+        pipe.xinfo_groups(keys.ticks(shard))
+    replies = pipe.execute(raise_on_error=False)
     lags = [0]
-    for size, groups in zip(replies[::2], replies[1::2], strict=True):
-        ours = (
-            [g for g in groups if g["name"] == AGGREGATOR_GROUP.encode()] if isinstance(groups, list) else []
-        )
-        lags.append(int(ours[0]["lag"] or 0) if ours else size if isinstance(size, int) else 0)
+    for length, groups in zip(replies[::2], replies[1::2], strict=True):
+        by_name = {group["name"]: group for group in groups} if isinstance(groups, list) else {}
+        group = by_name.get(AGGREGATOR_GROUP.encode())
+        if group is not None:
+            lags.append(int(group["lag"] or 0))
+        elif isinstance(length, int):
+            lags.append(length)
     return max(lags)
+
+
+def _newest_entries(client: redis.Redis, keys: Keys, tokens: set[int]) -> dict[int, str]:
+    """Return shard → the newest entry of its tick stream, of the instruments' shards that have one."""
+    shards = sorted({keys.shard_of(token) for token in tokens})
+    pipe = Pipe(client)
+    for shard in shards:
+        pipe.add("XREVRANGE", keys.ticks(shard), "+", "-", "COUNT", 1)
+    replies = zip(shards, pipe.execute(), strict=True)
+    return {shard: reply[0][0].decode() for shard, reply in replies if isinstance(reply, list) and reply}
+
+
+def _are_applied(client: redis.Redis, keys: Keys, entries: Mapping[int, str]) -> bool:
+    """Return whether the aggregators' commits are past these entries (shard → id)."""
+    pipe = Pipe(client)
+    for shard in entries:
+        pipe.add("HGET", keys.cursor(shard), "id")
+    applied = [reply.decode() if isinstance(reply, bytes) else "0-0" for reply in pipe.execute()]
+    return all(
+        id_order(entry_id) >= id_order(entry)
+        for entry_id, entry in zip(applied, entries.values(), strict=True)
+    )

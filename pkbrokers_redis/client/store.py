@@ -1,4 +1,4 @@
-"""`CandleStore`: what programs read from. Any process, any machine that reaches Redis, any number."""
+"""`CandleStore`: what programs read from, in any process on any machine that reaches Redis."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import redis
 
 from pkbrokers_redis.candles.calendar import Sessions, load_sessions
-from pkbrokers_redis.candles.model import CANDLE_FIELDS, FLAG_NAMES, Candle, Interval, find_interval
+from pkbrokers_redis.candles.model import Candle, Interval, find_interval
 from pkbrokers_redis.client.fill import fill_gaps
-from pkbrokers_redis.client.follow import ClosedCandle, Follower, follow_ticks, last_closed
+from pkbrokers_redis.client.follow import AsyncFollower, ClosedCandle, Follower, follow_ticks, last_closed
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import rows
+from pkbrokers_redis.store.cluster import async_client_of
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.instruments import load_derivative_tokens
 from pkbrokers_redis.store.meta import adopt_meta
@@ -28,18 +29,31 @@ if TYPE_CHECKING:
 
     from pkbrokers_redis.client.bulk import Bulk
     from pkbrokers_redis.client.explain import Explanation
-    from pkbrokers_redis.client.follow import AsyncFollower
 
-SYMBOLS_READ_MAX = 10_000  # above it `bulk(None)` asks only for what the aggregators have seen
+SYMBOLS_READ_MAX = 10_000  # a larger master is not read whole: only the instruments that have ticked
 
 
 class CandleStore:
-    """Candles, quotes and ticks of a store, by symbol (`NSE:INFY`, `INFY`, a token) and interval.
+    """Candles, quotes and ticks of a store.
 
-    Prefix aside, the store itself says how it is laid out: shards and intervals come from `P:meta`.
-    Not for sharing between threads while it follows; each thread makes its own.
+    A symbol is `NSE:INFY`, `INFY` (NSE assumed) or a token. Shards and intervals are read from the store
+    itself (`P:meta`), so a reader needs only the prefix and the address. Threads may share a store; each
+    follower belongs to one thread.
 
-    Raises UnknownSymbol, UnknownInterval, WrongKeyType, RedisUnavailable and redis-py's own errors.
+    Args:
+        settings: Default: from the environment (PKB_REDIS_URL, else the embedded server).
+        client: A Redis client to use, which the caller closes; default: a connection of its own.
+
+    Raises:
+        UnknownSymbol: A symbol does not exist; the error names the nearest ones.
+        UnknownInterval: The store has no such interval.
+        WrongKeyType: A key holds another type than it should.
+        RedisUnavailable: Redis cannot be reached; later, redis-py's own errors.
+
+    Example:
+        >>> with CandleStore() as store:
+        ...     store.get_candles("INFY", "5m", count=1)[-1].close
+        1512.5
     """
 
     def __init__(self, settings: Settings | None = None, client: redis.Redis | None = None) -> None:
@@ -52,7 +66,7 @@ class CandleStore:
 
     @property
     def settings(self) -> Settings:
-        """The settings as the store has them; asked for until there is a store, which may come later."""
+        """Return the settings with the store's own layout; read again until the store exists."""
         if not self._adopted:
             self._adopted = bool(self.client.exists(self._settings.keys.meta()))
             self._settings = adopt_meta(self.client, self._settings)
@@ -60,21 +74,21 @@ class CandleStore:
 
     @property
     def keys(self) -> Keys:
-        """Key names of this store."""
+        """Return the key names of this store."""
         return self.settings.keys
 
     @property
     def intervals(self) -> tuple[str, ...]:
-        """Interval names of this store, in ascending length."""
+        """Return the interval names of this store, in ascending length."""
         return tuple(interval.name for interval in self.settings.intervals)
 
     @property
     def rows_refused(self) -> int:
-        """Rows met in Redis that were no rows; they are left out of every answer."""
+        """Return how many malformed rows were met; they are left out of every result."""
         return self.tally.rows_refused
 
     def close(self) -> None:
-        """Give the connections back, unless the client was handed in."""
+        """Close the connections, unless the client was passed in."""
         if self._owns_client:
             self.client.close()
 
@@ -84,18 +98,20 @@ class CandleStore:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    # -- instruments -----------------------------------------------------------------------------
+
     def resolve(self, symbol: str | int) -> tuple[int, str]:
-        """`(token, "NSE:INFY")`. Raises UnknownSymbol, which holds the nearest names."""
+        """Return `(token, "NSE:INFY")` of a symbol."""
         return resolve(self.client, self.keys, str(symbol))
 
     def resolve_all(self, symbols: Sequence[str | int]) -> list[tuple[int, str]]:
-        """`resolve` for many, in two round trips. Keeps the order."""
+        """Return `resolve` of each symbol, in their order, in two round trips."""
         return resolve_all(self.client, self.keys, symbols)
 
     def instruments(self) -> list[tuple[int, str]]:
-        """`(token, symbol)` of all that may have candles: the master's and those the aggregators have seen.
+        """Return `(token, symbol)` of all instruments that may have candles, sorted by symbol.
 
-        Of a master beyond SYMBOLS_READ_MAX only the latter. Sorted by symbol.
+        They are the master's and those that have ticked; of a master beyond SYMBOLS_READ_MAX only the latter.
         """
         seen = self.tokens_seen()
         size: Any = self.client.hlen(self.keys.symbols())
@@ -107,12 +123,14 @@ class CandleStore:
         return sorted(named, key=lambda pair: pair[1])
 
     def tokens_seen(self) -> set[int]:
-        """The instruments that the aggregators have had a tick of."""
+        """Return the instruments of which the aggregators have had a tick."""
         seen: set[int] = set()
         for shard in range(self.keys.shards):
             fields: Any = self.client.hkeys(self.keys.state(shard))
             seen.update(int(field) for field in fields if field.isdigit())
         return seen
+
+    # -- candles, quotes, ticks ------------------------------------------------------------------
 
     def get_candles(
         self,
@@ -122,33 +140,41 @@ class CandleStore:
         include_current: bool = False,
         fill: bool = False,
     ) -> list[Candle]:
-        """The last `count` candles, newest last; the one still forming is among them only if asked.
+        """Read the last candles of an instrument.
 
-        `fill` puts a flat candle (last close, volume 0, ticks 0) into every empty interval of the session.
+        Args:
+            symbol: `NSE:INFY`, `INFY` or a token.
+            interval: `1m` to `day`, as in `intervals`; `1h` and `1d` too.
+            count: At most so many candles.
+            include_current: Include the candle being formed.
+            fill: Put a flat candle (last close, volume 0, ticks 0) into every empty interval of the session.
+
+        Returns:
+            Candles, newest last; `start` in epoch seconds, prices in rupees.
         """
         token, _ = self.resolve(symbol)
-        wanted = find_interval(self.settings.intervals, interval)
+        chosen = find_interval(self.settings.intervals, interval)
         if count < 1:
             return []
         if not fill and not include_current:
-            return rows.read_candles(self.client, self.keys, token, wanted.name, count, self.tally)
-        done, current = rows.read_window(self.client, self.keys, token, wanted.name, count, self.tally)
+            return rows.read_candles(self.client, self.keys, token, chosen.name, count, self.tally)
+        done, current = rows.read_window(self.client, self.keys, token, chosen.name, count, self.tally)
         candles = [*done, current] if current else done
         if fill:
-            # One more than asked for: the current candle bounds the last gap even when it is not wanted.
+            # One candle more: the current one bounds the last gap even if it is not requested.
             hidden = int(current is not None and not include_current)
-            filled = self._fill(candles, token, wanted, count + hidden, current is not None)
+            filled = self._fill(candles, token, chosen, count + hidden, current is not None)
             return filled[: len(filled) - hidden]
         return candles[-count:]
 
     def get_current_candle(self, symbol: str | int, interval: str) -> Candle | None:
-        """The candle being formed; None before its first trade."""
+        """Return the candle being formed; None before its first trade."""
         token, _ = self.resolve(symbol)
-        wanted = find_interval(self.settings.intervals, interval)
-        return rows.read_current(self.client, self.keys, token, wanted.name, self.tally)
+        chosen = find_interval(self.settings.intervals, interval)
+        return rows.read_current(self.client, self.keys, token, chosen.name, self.tally)
 
     def get_quote(self, symbol: str | int) -> dict[str, Any]:
-        """The latest full quote by Kite's field names, typed, `depth` decoded; {} when there is none."""
+        """Return the latest full quote by Kite's field names, `depth` decoded; {} if there is none."""
         token, _ = self.resolve(symbol)
         return rows.read_quote(self.client, self.keys, token)
 
@@ -160,16 +186,17 @@ class CandleStore:
         include_current: bool = False,
         fill: bool = False,
     ) -> pd.DataFrame:
-        """`get_candles` under `datetime` (Asia/Kolkata): open high low close volume oi ticks flag."""
+        """Return `get_candles` as a DataFrame: open high low close volume oi ticks flag.
+
+        The index `datetime` is in Asia/Kolkata.
+        """
         import numpy as np
 
-        from pkbrokers_redis.client.bulk import candle_frame, kolkata_index
+        from pkbrokers_redis.client.bulk import arrays_of, candle_frame, kolkata_index
 
         candles = self.get_candles(symbol, interval, count, include_current, fill)
-        width = len(CANDLE_FIELDS)
-        rows = np.array([candle[:width] for candle in candles], np.float64).reshape(-1, width)
-        flags = np.array([FLAG_NAMES.index(candle.flag) for candle in candles], np.int8)
-        return candle_frame(rows, flags, kolkata_index(rows[:, 0].astype(np.int64)))
+        values, flags = arrays_of(candles)
+        return candle_frame(values, flags, kolkata_index(values[:, 0].astype(np.int64)))
 
     def bulk(
         self,
@@ -178,21 +205,42 @@ class CandleStore:
         count: int = 100,
         include_current: bool = False,
     ) -> Bulk:
-        """The last `count` candles of many instruments in one call: arrays, `.of(symbol)`, `.to_pandas()`.
+        """Read the last candles of many instruments in one call.
 
-        None means every instrument that has candles. Those asked for by name are always in the answer,
-        with no rows if need be, in the order given, each once.
+        Args:
+            symbols: Default: every instrument that has candles. Named instruments are always in the result,
+                in their order and each once, without rows if they have none.
+            interval: As in `get_candles`.
+            count: At most so many candles of each.
+            include_current: Include the candles being formed.
+
+        Returns:
+            Flat arrays, with `.of(symbol)`, `.grid(field)` and `.to_pandas()`.
         """
         from pkbrokers_redis.client.bulk import read_bulk
 
-        wanted = find_interval(self.settings.intervals, interval)
+        chosen = find_interval(self.settings.intervals, interval)
         if symbols is None:
             instruments = self.instruments()
         else:
             instruments = list(dict(resolve_all(self.client, self.keys, symbols)).items())
-        bulk = read_bulk(self.client, self.keys, instruments, wanted.name, count, include_current)
+        bulk = read_bulk(self.client, self.keys, instruments, chosen.name, count, include_current)
         self.tally.rows_refused += bulk.rows_refused
         return bulk.with_rows_only() if symbols is None else bulk
+
+    def ticks(self, symbol: str | int, count: int = 100) -> list[rows.Tick]:
+        """Return the last `count` ticks that the stream still holds (minutes at most), newest last."""
+        token, _ = self.resolve(symbol)
+        return rows.read_ticks(self.client, self.keys, token, count, self.tally)
+
+    def explain(self, symbol: str | int, interval: str, start: int) -> Explanation:
+        """Explain why the candle at the moment `start` (epoch seconds) looks as it does."""
+        from pkbrokers_redis.client.explain import explain_candle
+
+        token, name = self.resolve(symbol)
+        return explain_candle(self, token, name, find_interval(self.settings.intervals, interval), start)
+
+    # -- following -------------------------------------------------------------------------------
 
     def follow(
         self,
@@ -201,22 +249,30 @@ class CandleStore:
         position: str | None = None,
         block_seconds: float | None = None,
     ) -> Follower:
-        """Closed candles as they are announced, of all instruments and intervals or of some.
+        """Iterate over closed candles as they are announced.
 
-        From now on, or from after `position` (a candle's, in any process; `"0"`: all that is still
-        there). Amended candles come again with a higher `rev`. Ends when nothing came for
-        `block_seconds`. The iterator's `missed` says how many announcements were trimmed unread.
+        An amended candle is announced again with a higher `rev`.
+
+        Args:
+            symbols: Default: all instruments.
+            intervals: Default: all intervals.
+            position: Continue behind it: a candle's `position`, from any process. Default: from now on.
+                `"0"`: from the oldest announcement held.
+            block_seconds: End when nothing was announced for so long; default: never.
+
+        Returns:
+            An iterator; its `missed` is the number of announcements that were trimmed unread.
+
+        Raises:
+            PkbError: The position is malformed, or of another store.
+
+        Example:
+            >>> for closed in store.follow(intervals=["1m"], position="0", block_seconds=0):
+            ...     print(closed.symbol, closed.candle.close)
+            NSE:INFY 1512.5
         """
-        tokens = None
-        if symbols is not None:
-            tokens = [token for token, _ in resolve_all(self.client, self.keys, symbols)]
         return Follower(
-            self.client,
-            self.keys,
-            tokens=tokens,
-            intervals=self._names(intervals),
-            position=position,
-            block_seconds=block_seconds,
+            self.client, self.keys, **self._selection(symbols, intervals, position, block_seconds)
         )
 
     def follow_async(
@@ -226,45 +282,40 @@ class CandleStore:
         position: str | None = None,
         block_seconds: float | None = None,
     ) -> AsyncFollower:
-        """`follow` for asyncio: `async for candle in store.follow_async(…)`. Names are resolved here."""
-        from pkbrokers_redis.client.follow import AsyncFollower
-        from pkbrokers_redis.store.cluster import async_client_of
-
-        tokens = None if symbols is None else [token for token, _ in self.resolve_all(symbols)]
-        return AsyncFollower(
-            async_client_of(self.client),
-            self.keys,
-            tokens=tokens,
-            intervals=self._names(intervals),
-            position=position,
-            block_seconds=block_seconds,
-        )
-
-    def explain(self, symbol: str | int, interval: str, start: int) -> Explanation:
-        """Why the candle at the moment `start` (epoch seconds) looks as it does; see `Explanation`."""
-        from pkbrokers_redis.client.explain import explain_candle
-
-        token, name = self.resolve(symbol)
-        return explain_candle(self, token, name, find_interval(self.settings.intervals, interval), start)
+        """Return `follow` for asyncio: `async for closed in store.follow_async(…)`. Names resolve at once."""
+        selection = self._selection(symbols, intervals, position, block_seconds)
+        return AsyncFollower(async_client_of(self.client), self.keys, **selection)
 
     def last_closed(self, count: int = 50, intervals: Sequence[str] | None = None) -> list[ClosedCandle]:
-        """The last `count` announcements of all instruments, newest last."""
-        return last_closed(self.client, self.keys, count, intervals=self._names(intervals), tally=self.tally)
-
-    def ticks(self, symbol: str | int, count: int = 100) -> list[rows.Tick]:
-        """The last `count` ticks still in the stream (minutes at most), newest last."""
-        token, _ = self.resolve(symbol)
-        return rows.read_ticks(self.client, self.keys, token, count, self.tally)
+        """Return the last `count` announcements of all instruments, newest last."""
+        names = self._interval_names(intervals)
+        return last_closed(self.client, self.keys, count, intervals=names, tally=self.tally)
 
     def follow_ticks(self, symbol: str | int, block_seconds: float | None = None) -> Iterator[rows.Tick]:
-        """An instrument's ticks from now on. Ends when none came for `block_seconds`."""
+        """Iterate over an instrument's ticks from now on; end when none arrived for `block_seconds`."""
         token, _ = self.resolve(symbol)
         return follow_ticks(self.client, self.keys, token, block_seconds, self.tally)
 
-    def _names(self, intervals: Sequence[str] | None) -> list[str] | None:
+    def _selection(
+        self,
+        symbols: Sequence[str | int] | None,
+        intervals: Sequence[str] | None,
+        position: str | None,
+        block_seconds: float | None,
+    ) -> dict[str, Any]:
+        return {
+            "tokens": None if symbols is None else [token for token, _ in self.resolve_all(symbols)],
+            "intervals": self._interval_names(intervals),
+            "position": position,
+            "block_seconds": block_seconds,
+        }
+
+    def _interval_names(self, intervals: Sequence[str] | None) -> list[str] | None:
         if intervals is None:
             return None
         return [find_interval(self.settings.intervals, name).name for name in intervals]
+
+    # -- sessions --------------------------------------------------------------------------------
 
     @cached_property
     def _sessions(self) -> dict[str, Sessions]:
@@ -274,9 +325,10 @@ class CandleStore:
         return {"market": market, "always": load_sessions("always", self.settings.timezone, calendar)}
 
     def sessions_of(self, token: int, starts: Sequence[int]) -> Sessions:
-        """The sessions in which candles with these starts can have been made.
+        """Return the sessions in which candles with these starts (epoch seconds) can have been made.
 
-        With candles out of hours the writers run with PKB_SESSIONS=always, whatever this reader's is.
+        Candles outside the hours mean that the writers run with PKB_SESSIONS=always, whatever this reader's
+        setting is.
         """
         sessions = self._sessions[self.settings.sessions]
         schedule = sessions.schedule_of(token)
@@ -285,7 +337,7 @@ class CandleStore:
         return self._sessions["always"]
 
     def possible_sessions(self) -> list[Sessions]:
-        """The sessions the writers may have been run with: this reader's first, then the other."""
+        """Return the sessions that the writers may run with, this reader's first."""
         first = self.settings.sessions
         return [self._sessions[first], self._sessions["always" if first == "market" else "market"]]
 

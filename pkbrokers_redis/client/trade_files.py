@@ -1,9 +1,9 @@
-"""Trade files → tick batches. Columns: `time,symbol,price,quantity`, or cumulative `volume` for quantity.
+"""Read trade files into tick batches: columns `time,symbol,price,quantity`, or cumulative `volume`.
 
-`time` is ISO 8601 (without a zone: Asia/Kolkata) or epoch seconds, milliseconds, microseconds or
-nanoseconds, told apart by size. `volume` is the day's, as Kite's: a new trade date starts from 0. A file says
-all that was traded, so its instruments start at a baseline of 0: each gets one tick with volume 0 from the
-end of the day before its first trade. What the store knows of them already: `pipeline.carry_on`.
+`time` is ISO 8601 (Asia/Kolkata without a zone) or epoch seconds, milliseconds, microseconds or nanoseconds,
+recognised by size. `volume` is the day's, as Kite's: a new trade date starts from 0. A file holds all trades
+of its instruments, so they start at a baseline of 0: each gets one tick with volume 0 at the end of the day
+before its first trade. `client.replay` decides how a file continues what the store has.
 """
 
 from __future__ import annotations
@@ -34,40 +34,54 @@ from pkbrokers_redis.candles.model import (
 )
 from pkbrokers_redis.errors import InputFileError
 
-TICKS_A_FRAME = 2_000
+TICKS_PER_FRAME = 2_000
 MARKET_ZONE = "Asia/Kolkata"
-_ZONE = r"(?i::\d\d(?:\.\d+)?(?:z|[+-]\d\d(?::?\d\d)?)$)"  # a time of day with its zone
+_ZONE = r"(?i::\d\d(?:\.\d+)?(?:z|[+-]\d\d(?::?\d\d)?)$)"  # matches a time of day that has a zone
 
 
 @dataclass(frozen=True)
 class TradeFile:
-    """A read trade file, sorted by time: `ticks` is float64[n, 10] with AT_MS still NaN, baselines first."""
+    """A trade file's ticks, sorted by time.
+
+    Attributes:
+        symbols, tokens: The file's instruments.
+        ticks: float64[n, 10] as in `candles.model`, AT_MS still NaN, the baselines first.
+        rows_refused: Rows without a valid time, a symbol, a price above 0 or a quantity of at least 0.
+        cumulative: The file has the day's volume instead of quantities.
+        baselines: How many ticks at the beginning are baselines.
+        rows_older: Rows left out because the store has later ones of their instruments.
+    """
 
     symbols: list[str]
     tokens: list[int]
     ticks: TickArray
-    rows_refused: int  # without a time of our age, a symbol, a price above 0 or a quantity of at least 0
-    cumulative: bool  # it has the day's volume, and no quantity
-    baselines: int  # ticks at the beginning with volume 0
-    rows_older: int = 0  # left out: older than what the store has of their instruments
+    rows_refused: int
+    cumulative: bool
+    baselines: int
+    rows_older: int = 0
 
 
 def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> TradeFile:
     """Read a CSV (also .gz, .zip) or Parquet file.
 
-    `known` maps symbols (`NSE:INFY`) to tokens; another symbol gets a token of its own, the same every
-    time. Raises InputFileError for a file that is no table of trades.
+    Args:
+        path: The file.
+        known: Symbol (`NSE:INFY`) → token. An unknown symbol gets a token of its own, the same every time.
+        sessions: The trading hours, for the trade date of each row.
+
+    Raises:
+        InputFileError: The file is no table of trades.
     """
     table = _load(path)
     table = table.loc[:, ~table.columns.duplicated()]
     missing = [name for name in ("time", "symbol", "price") if name not in table]
     if missing or not {"quantity", "volume"} & set(table.columns):
-        lacks = missing or ["quantity (or cumulative volume)"]
+        absent = missing or ["quantity (or cumulative volume)"]
         raise InputFileError(
-            f"{path.name} has no column {', '.join(lacks)}", "name its columns time,symbol,price,quantity"
+            f"{path.name} has no column {', '.join(absent)}", "name its columns time,symbol,price,quantity"
         )
     cumulative = "quantity" not in table
-    frame = _good_rows(table, "volume" if cumulative else "quantity", path)
+    frame = _valid_rows(table, "volume" if cumulative else "quantity", path)
     refused = len(table) - len(frame)
     if frame.empty:
         raise InputFileError(f"{path.name} holds no trade", "look at its first lines and its column names")
@@ -91,10 +105,10 @@ def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> Tra
 
 
 def frames_of(ticks: TickArray, window_ms: float | None) -> Iterator[TickArray]:
-    """Cut a batch into frames: of 2,000 ticks, and when paced of at most `window_ms` of trade time."""
+    """Split a batch into frames of TICKS_PER_FRAME ticks and `window_ms` of trade time at most."""
     start = 0
     while start < len(ticks):
-        end = min(start + TICKS_A_FRAME, len(ticks))
+        end = min(start + TICKS_PER_FRAME, len(ticks))
         if window_ms is not None:
             limit = ticks[start, TIME_MS] + window_ms
             end = start + max(1, int(np.searchsorted(ticks[start:end, TIME_MS], limit)))
@@ -115,16 +129,16 @@ def _load(path: Path) -> pd.DataFrame:
     except ImportError:
         raise InputFileError(f"{path.name} is Parquet", "pip install pyarrow, or give a CSV") from None
     except (OSError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:
-        why = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0]
         raise InputFileError(
-            f"{path.name} cannot be read: {why}", "give a CSV or Parquet of trades"
+            f"{path.name} cannot be read: {reason}", "give a CSV or Parquet of trades"
         ) from None
     table.columns = [str(name).strip().lower() for name in table.columns]
     return table
 
 
-def _good_rows(table: pd.DataFrame, quantity: str, path: Path) -> pd.DataFrame:
-    """The rows that are trades, by time, as `time` (ms), `symbol` (`NSE:INFY`), `price`, `quantity`."""
+def _valid_rows(table: pd.DataFrame, quantity: str, path: Path) -> pd.DataFrame:
+    """Return the valid rows by time: `time` (epoch ms), `symbol` (`NSE:INFY`), `price`, `quantity`."""
     frame = pd.DataFrame(
         {
             "time": _to_ms(table["time"], path),
@@ -133,19 +147,19 @@ def _good_rows(table: pd.DataFrame, quantity: str, path: Path) -> pd.DataFrame:
             "quantity": pd.to_numeric(table[quantity], errors="coerce"),
         }
     )
-    good = (
+    valid = (
         frame["time"].between(TIME_MIN_MS, TIME_MAX_MS, inclusive="left")
-        & frame["symbol"].fillna("").str.fullmatch(r"[^\x00-\x1f\x7f]+")  # one line wherever it is shown
+        & frame["symbol"].fillna("").str.fullmatch(r"[^\x00-\x1f\x7f]+")  # printable in one line
         & frame["price"].between(0, NUMBER_MAX, inclusive="neither")
         & frame["quantity"].between(0, NUMBER_MAX)
     )
-    frame = frame[good].sort_values("time", kind="stable").reset_index(drop=True)
+    frame = frame[valid].sort_values("time", kind="stable").reset_index(drop=True)
     frame["symbol"] = [name if ":" in name else f"NSE:{name}" for name in frame["symbol"].str.upper()]
     return frame
 
 
 def _baselines(ticks: TickArray, sessions: Sessions) -> TickArray:
-    """For each instrument a tick with volume 0, from the end of the day before its first trade."""
+    """Return a tick with volume 0 for each instrument, at the end of the day before its first trade."""
     first = np.unique(ticks[:, TOKEN], return_index=True)[1]
     baselines = ticks[np.sort(first)].copy()
     baselines[:, [LAST_QUANTITY, VOLUME]] = 0.0
@@ -172,10 +186,10 @@ def _to_ms(times: pd.Series[Any], path: Path) -> pd.Series[Any]:
 
 
 def days_of(times_ms: npt.NDArray[np.float64], sessions: Sessions) -> npt.NDArray[np.int64]:
-    """The local trade date of each time, as its midnight in ms."""
+    """Return the trade date of each time (sorted, epoch ms), as its midnight in epoch ms."""
     days = np.zeros(len(times_ms), np.int64)
     first = 0
-    while first < len(times_ms):  # sorted: one look-up a day
+    while first < len(times_ms):  # one look-up a day
         day = sessions.day(0, int(times_ms[first]))
         last = int(np.searchsorted(times_ms, day.day_end_ms))
         days[first:last] = day.day_start_ms
@@ -184,15 +198,15 @@ def days_of(times_ms: npt.NDArray[np.float64], sessions: Sessions) -> npt.NDArra
 
 
 def _tokens(symbols: list[str], known: Mapping[str, int]) -> dict[str, int]:
-    taken = set(known.values())
+    used = set(known.values())
     tokens: dict[str, int] = {}
     for symbol in symbols:
         if symbol in known:
             token = known[symbol]
         else:
             number = zlib.crc32(symbol.encode()) & 0xFF_FFFF
-            while (token := number << 8 | 1) in taken or not number:
+            while (token := number << 8 | 1) in used or not number:
                 number = (number + 1) & 0xFF_FFFF
-        taken.add(token)
+        used.add(token)
         tokens[symbol] = token
     return tokens

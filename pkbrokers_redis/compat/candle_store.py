@@ -20,7 +20,7 @@ import redis
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles.model import DAY, SEGMENT_INDICES, SEGMENTS, Candle, find_interval
 from pkbrokers_redis.client.bulk import arrays_of
-from pkbrokers_redis.client.producer import TickInput
+from pkbrokers_redis.client.producer import TickProducer
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.compat.upstream_types import MAX_DAILY_ROWS, InstrumentsView
 from pkbrokers_redis.errors import PkbError, UnknownInterval, UnknownSymbol
@@ -100,9 +100,9 @@ class InMemoryCandleStore:
 
     def process_ticks_batch(self, ticks: Sequence[dict[str, Any]]) -> int:
         """Send many ticks at once, far cheaper than one by one; return how many were accepted."""
-        accepted, _ = self._input.put(ticks)
+        accepted, _ = self._producer.send(ticks)
         self._ticks_sent += accepted
-        if not self._input.waiting:  # else Redis is unavailable, and a later tick brings the name
+        if not self._producer.waiting:  # else Redis is unavailable, and a later tick brings the name
             self._register_names(ticks)
         return accepted
 
@@ -314,8 +314,8 @@ class InMemoryCandleStore:
         return candidates
 
     @cached_property
-    def _input(self) -> TickInput:
-        return TickInput(self.store.settings)
+    def _producer(self) -> TickProducer:
+        return TickProducer(self.store.settings)
 
     @cached_property
     def _registered(self) -> set[int]:

@@ -80,8 +80,8 @@ class InstrumentDataManager:
         >>> manager = InstrumentDataManager()
         >>> manager.execute()
         True
-        >>> manager.get_dataframe_for_symbol("INFY")["close"].iloc[-1]
-        1512.5
+        >>> manager.get_dataframe_for_symbol("INFY")["close"].tolist()
+        [1512.5]
     """
 
     def __init__(

@@ -38,6 +38,7 @@ class HighPerformanceDataProvider:
         >>> provider = HighPerformanceDataProvider()
         >>> list(provider.get_stock_data("INFY", "5m", count=20).columns)
         ['open', 'high', 'low', 'close', 'volume']
+        >>> provider.close()
     """
 
     def __init__(

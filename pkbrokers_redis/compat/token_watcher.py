@@ -51,8 +51,9 @@ class KiteTokenWatcher(CandleReads):
 
     Example:
         >>> watcher = KiteTokenWatcher(tokens=[408065])
-        >>> threading.Thread(target=watcher.watch).start()
-        >>> watcher.get_candles("INFY", interval="1m")
+        >>> threading.Thread(target=watcher.watch).start()  # doctest: +SKIP
+        >>> watcher.get_candles("INFY", interval="5m")[-1]["close"]
+        1512.5
         >>> watcher.stop()
     """
 

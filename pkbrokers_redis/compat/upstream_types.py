@@ -15,8 +15,16 @@ from pkbrokers_redis.candles.model import Candle as CandleRow
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.store.rows import parse_candles
 
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ImportError:
+        return False
+
+
 VERSION = f"{__version__}+redis"
-Imports = {"kiteconnect": find_spec("kiteconnect") is not None}
+Imports = {"kiteconnect": _is_installed("kiteconnect")}
 KOLKATA_TZ = ZoneInfo("Asia/Kolkata")
 
 DAY_SECONDS = 86_400

@@ -113,8 +113,8 @@ class ZerodhaWebSocketClient:
     Example:
         >>> ticks = queue.Queue()
         >>> client = ZerodhaWebSocketClient(token_batches=[[408065]], watcher_queue=ticks)
-        >>> threading.Thread(target=client.start, daemon=True).start()
-        >>> ticks.get().last_price
+        >>> threading.Thread(target=client.start, daemon=True).start()  # doctest: +SKIP
+        >>> ticks.get().last_price  # doctest: +SKIP
         1512.5
     """
 

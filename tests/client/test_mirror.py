@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import redis
 
+from pkbrokers_redis.client import mirror as mirror_module
+from pkbrokers_redis.client import mirror_rows as mirror_rows_module
 from pkbrokers_redis.client.mirror import Mirror
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError, UnknownInterval, UnknownSymbol
@@ -102,8 +106,16 @@ def test_a_current_candle_is_looked_at_when_it_is_asked_for(store: CandleStore) 
 
 
 @VALKEY
-def test_a_young_current_candle_is_not_asked_for_again(store: CandleStore) -> None:
+@pytest.mark.parametrize("uptime_seconds", [0.5, 1e6])
+def test_a_young_current_candle_is_not_read_again_however_long_the_machine_is_up(
+    store: CandleStore, monkeypatch: pytest.MonkeyPatch, uptime_seconds: float
+) -> None:
+    boot = time.monotonic() - uptime_seconds
+    clock = SimpleNamespace(monotonic=lambda real=time.monotonic: real() - boot)
+    for module in (mirror_module, mirror_rows_module):
+        monkeypatch.setattr(module, "time", clock)
     mirror = Mirror(store, ["INFY"], ["5m"], current_seconds=3600)
+    assert mirror.lag_ms < 60_000
     store.client.hset(store.keys.current(INFY), "5m", row(at(1), 11))
     assert prices(mirror, include_current=True) == [11]
     store.client.hset(store.keys.current(INFY), "5m", row(at(1), 12))

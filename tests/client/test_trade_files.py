@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.candles.model import AT_MS, TIME_MS
-from pkbrokers_redis.client.trade_files import TICKS_A_FRAME, TradeFile, frames_of, read_trades
+from pkbrokers_redis.client.trade_files import TICKS_PER_FRAME, TradeFile, frames_of, read_trades
 from pkbrokers_redis.errors import InputFileError
 
 SESSIONS = load_sessions("always")
@@ -267,7 +267,7 @@ def test_frames_are_all_ticks_in_order_and_none_spans_more_than_its_window(
     if times:
         np.testing.assert_array_equal(np.concatenate(frames), ticks)
     for frame in frames:
-        assert 1 <= len(frame) <= TICKS_A_FRAME
+        assert 1 <= len(frame) <= TICKS_PER_FRAME
         if window_ms is not None:
             assert frame[-1, TIME_MS] - frame[0, TIME_MS] < window_ms or len(frame) == 1
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import redis
 
-from pkbrokers_redis.client.producer import TickInput, tick_row
+from pkbrokers_redis.client.producer import TickProducer, tick_row
 from pkbrokers_redis.compat import candle_store as memory_store_module
 from pkbrokers_redis.compat.candle_store import InMemoryCandleStore, get_candle_store
 from pkbrokers_redis.errors import PkbError
@@ -298,16 +298,16 @@ def test_kite_ticker_s_own_dicts_are_understood(server_kind: str) -> None:
 def test_ticks_wait_in_order_while_redis_is_away_and_none_is_there_twice(
     server_kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pkbrokers_redis.client.producer.PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("pkbrokers_redis.client.producer.RETRY_SECONDS", 0.01)
     folder = tmp_path / "server"
     with running_server(folder, "--appendonly", "yes") as port:
         settings = load_settings(redis_url=f"redis://127.0.0.1:{port}", data_dir=tmp_path / "data")
-        feed = TickInput(settings)
-        assert feed.put([tick(1, 1, 1)]) == (1, 0) and feed.waiting == 0
-    assert feed.put([tick(2, 2, 2), {}]) == (1, 1) and feed.put([tick(3, 3, 3)]) == (1, 0)
-    assert feed.waiting == 2
+        producer = TickProducer(settings)
+        assert producer.send([tick(1, 1, 1)]) == (1, 0) and producer.waiting == 0
+    assert producer.send([tick(2, 2, 2), {}]) == (1, 1) and producer.send([tick(3, 3, 3)]) == (1, 0)
+    assert producer.waiting == 2
     with running_server(folder, "--appendonly", "yes", "--port", str(port)), redis.Redis(port=port) as client:
-        wait_until(lambda: feed.put([]) and not feed.waiting, what="the ticks that waited")
+        wait_until(lambda: producer.send([]) and not producer.waiting, what="the ticks that waited")
         assert [each.last_price for each in read_ticks(client, settings.keys, INFY, 9)] == [1, 2, 3]
 
 
@@ -315,8 +315,8 @@ def test_ticks_are_refused_when_too_many_wait(
     server_kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pkbrokers_redis.client.producer.BATCHES_MAX", 2)
-    feed = TickInput(load_settings(redis_url="redis://127.0.0.1:1", data_dir=tmp_path))
-    assert [feed.put([tick(n, 1, 1)]) for n in range(3)] == [(1, 0), (1, 0), (0, 1)]
+    producer = TickProducer(load_settings(redis_url="redis://127.0.0.1:1", data_dir=tmp_path))
+    assert [producer.send([tick(n, 1, 1)]) for n in range(3)] == [(1, 0), (1, 0), (0, 1)]
 
 
 def test_there_is_one_candle_store_a_process(

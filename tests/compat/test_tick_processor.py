@@ -101,7 +101,7 @@ def test_what_a_queue_holds_ends_no_thread(processor: TickProcessor) -> None:
 def test_ticks_and_a_new_name_wait_for_a_redis_that_is_away(
     server_kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pkbrokers_redis.client.producer.PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr("pkbrokers_redis.client.producer.RETRY_SECONDS", 0.01)
     folder, ticks = tmp_path / "server", queue.Queue[Any]()
     with running_server(folder, "--appendonly", "yes") as port:
         settings = load_settings(redis_url=f"redis://127.0.0.1:{port}", data_dir=tmp_path / "data")
