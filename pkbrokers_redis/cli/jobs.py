@@ -37,7 +37,7 @@ from pkbrokers_redis.jobs import pull as pulling
 from pkbrokers_redis.jobs import sync as syncing
 from pkbrokers_redis.jobs import view, worker
 from pkbrokers_redis.jobs.backfill import kept_interval, repair_day
-from pkbrokers_redis.jobs.context import Desk, open_desk
+from pkbrokers_redis.jobs.context import JobContext, open_job_context
 from pkbrokers_redis.jobs.cron import NSE_TOKEN, Plan, cron, next_runs, schedules_of
 from pkbrokers_redis.jobs.github import target_of
 from pkbrokers_redis.jobs.progress import read_progress
@@ -53,7 +53,7 @@ from pkbrokers_redis.store.queue import enqueue, has_queue, job_id, open_queue
 from pkbrokers_redis.store.symbols import resolve_all
 
 LISTED = ("id", "job", "state", "since", "progress", "retries_left")
-FAILED = ("id", "job", "at", "why")
+FAILED = ("id", "job", "at", "reason")
 
 
 def jobs(
@@ -197,12 +197,12 @@ def _restore(settings: Settings, folder: Path | None, as_json: bool) -> None:
         told = restore(run=run)
         different = verify(run=run)
     if as_json:
-        print(dump({"rows": told.rows, "left_alone": told.left_alone, "different": different}))
+        print(dump({"rows": told.rows, "lists_skipped": told.lists_skipped, "different": different}))
     else:
         for name, rows in told.rows.items():
             print(f"{name}  {rows:,} rows")
-        if told.left_alone:
-            note(f"{told.left_alone:,} lists had rows already and were left alone")
+        if told.lists_skipped:
+            note(f"{told.lists_skipped:,} lists had rows already and were left alone")
     _end(different, as_json)
 
 
@@ -342,11 +342,11 @@ def backfill(
     """
     settings = load_settings()
     logs.configure(settings)
-    with open_desk(settings) as desk:
-        interval = kept_interval(desk, interval).name
-        tokens = _tokens(desk, symbols or [])
+    with open_job_context(settings) as context:
+        interval = kept_interval(context, interval).name
+        tokens = _tokens(context, symbols or [])
         arguments: dict[str, Any] = {
-            "day": str(_date(desk, tokens[0], day)),
+            "day": str(_date(context, tokens[0], day)),
             "tokens": tokens,
             "interval": interval,
             "dry_run": dry_run,
@@ -355,11 +355,11 @@ def backfill(
             job = enqueue(open_queue(settings), "repair_day", arguments, again=True)
             print_enqueued(job or job_id("repair_day", arguments), job is not None, as_json)
             return
-        before = read_progress(desk.client, desk.keys, job_id("repair_day", arguments))
+        before = read_progress(context.client, context.keys, job_id("repair_day", arguments))
         if before is not None:
             note(f"going on where an earlier run ended: {before[0]:,} of {before[1]:,} instruments are done")
         with progress_bar(hidden=as_json) as listener:
-            found = repair_day(**arguments, desk=desk, listener=listener, seconds_max=None)
+            found = repair_day(**arguments, context=context, listener=listener, seconds_max=None)
     if as_json:
         print(dump({"day": arguments["day"], "interval": interval, "dry_run": dry_run, **found}))
         return
@@ -368,19 +368,19 @@ def backfill(
         note("the aggregators have not applied it yet: is one running (`pkb status`)? The rows wait for it")
 
 
-def _tokens(desk: Desk, symbols: list[str]) -> list[int]:
+def _tokens(context: JobContext, symbols: list[str]) -> list[int]:
     if symbols:
-        chosen = resolve_all(desk.client, desk.keys, symbols)
+        chosen = resolve_all(context.client, context.keys, symbols)
     else:
-        chosen = instrument_list(desk.client, desk.settings)
+        chosen = instrument_list(context.client, context.settings)
     if not chosen:
         raise SettingsError("there is nothing to backfill", "name symbols, or set PKB_INSTRUMENTS")
     return list(dict.fromkeys(token for token, _ in chosen))
 
 
-def _date(desk: Desk, token: int, text: str) -> date:
+def _date(context: JobContext, token: int, text: str) -> date:
     if not text:
-        return desk.last_session(token)
+        return context.last_session(token)
     try:
         return date.fromisoformat(text)
     except ValueError:

@@ -1,17 +1,14 @@
-"""The trading day: which job runs when. One table; a new row is a new run, every day.
+"""The timetable of the trading day, and the role `cron` that enqueues its rows when they are due.
 
-Times are relative to the day's session, so that a holiday has none of them and a muhurat evening all. A day's
-session reaches from the first open to the last close of what is streamed: NSE alone 09:15–15:30, with MCX
-09:00–23:30. Pure: market time comes as an argument, epoch ms.
+Times are relative to the day's session: a holiday has no runs, a muhurat evening has all of them. The session
+reaches from the first open to the last close of the streamed segments: NSE alone 09:15–15:30, with MCX
+09:00–23:30. `Plan` is pure: market time is an argument, epoch ms.
 
-The role `cron`: puts the rows of the trading day into the queue when they are due.
+    each second   which runs are due? (`Plan.due`)  ─►  enqueue with an id made of job and time
 
-    each second   what should be in the queue by now? (`Plan.due`)  ─►  enqueue, by an id made of job and time
-
-Nothing is remembered: RQ refuses a job whose id it has (and keeps finished ones for a day), so two crons, or
-one that was away, put each run there once. Of runs that were missed the latest is made up for, if that is
-still of use. Market time: in a rehearsal the day passes faster. RQ's workers, retries and registries do the
-rest (docs/decisions/0017).
+Cron keeps no state. RQ refuses a job id that it has, and keeps finished ones for a day, so two crons, or one
+that was down, enqueue each run once. Only the latest missed run is executed, within its grace time. In a
+rehearsal market time passes faster (docs/decisions/0017).
 """
 
 from __future__ import annotations
@@ -21,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
+from math import inf
 from typing import Any, Literal
 
 import redis
@@ -30,7 +28,7 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.candles.calendar import IST, Sessions, load_sessions
 from pkbrokers_redis.clock import Clock, market_clock
 from pkbrokers_redis.errors import PkbError
-from pkbrokers_redis.jobs.worker import RETRY_SECONDS, announce, live_in_india
+from pkbrokers_redis.jobs.worker import RETRY_SECONDS, announce, use_market_timezone
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
 from pkbrokers_redis.settings import Settings
@@ -43,18 +41,24 @@ from pkbrokers_redis.store.queue import describe_queue, enqueue, job_id, open_qu
 Anchor = Literal["open", "close", "minute"]
 
 MINUTE_MS = 60_000
-LOOK_BACK_DAYS = 1  # a session's last rows may run after midnight (MCX closes at 23:30 or 23:55)
-LOOK_INTO_DAYS = 1  # and its first before: a feed that never closes opens at midnight
+LOOK_BACK_DAYS = 1  # MCX closes at 23:30 or 23:55: its last rows run after midnight
+LOOK_INTO_DAYS = 1  # a feed that never closes opens at midnight: its first rows run before
 LOOK_AHEAD_DAYS = 30  # no exchange closes longer
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table.
+    """One line of the timetable.
 
-    `anchor` "open" and "close" is once a day, "minute" after each minute of the session; `offset_seconds`
-    from there. `job` is a name of `core.jobs.JOBS`. A run that was missed is made up for within
-    `late_seconds_max`, the latest one only. `needs` names rows of the same day that must be over first.
+    Attributes:
+        name: unique name of the row.
+        anchor: "open" or "close" of the session, or "minute" for the end of each minute in it.
+        offset_seconds: time of the run, relative to the anchor.
+        job: a name in `store.queue.JOBS`.
+        does: what it does, for people.
+        late_seconds_max: how long a missed run is still executed; only the latest one is.
+        arguments: further keyword arguments of the job.
+        needs: rows of the same day that must have ended.
     """
 
     name: str
@@ -68,7 +72,7 @@ class Row:
 
     @property
     def when(self) -> str:
-        """`open - 45 min`, `every minute + 5 s`, `close + 10 min, after settle`."""
+        """Return the time for people: `open - 45 min`, `every minute + 5 s`."""
         minutes, seconds = divmod(abs(self.offset_seconds), 60)
         amount = " ".join(f"{n} {unit}" for n, unit in ((minutes, "min"), (seconds, "s")) if n)
         sign = f" {'-' if self.offset_seconds < 0 else '+'} {amount}" if amount else ""
@@ -76,8 +80,8 @@ class Row:
         return text + (f", after {' '.join(self.needs)}" if self.needs else "")
 
 
-MORNING, EVENING = 2 * 3600, 12 * 3600  # how late it is still of use
-SETTLED, WRITTEN = ("settle",), ("pickle", "sqlite", "parquet")
+MORNING, EVENING = 2 * 3600, 12 * 3600  # how long a missed run is still useful
+FINAL, WRITTEN = ("final_candles",), ("pickle", "sqlite", "parquet")
 
 DAY: tuple[Row, ...] = (
     # before the open
@@ -90,19 +94,19 @@ DAY: tuple[Row, ...] = (
     Row("ticks", "minute", 5, "day_snapshot", "ticks.json", 300, {"kind": "ticks"}),
     # the close
     Row("close", "close", 60, "day_snapshot", "the session's last ticks.json", EVENING, {"kind": "ticks"}),
-    # and after it
-    Row("settle", "close", 600, "settle", "day candles as Kite settled them", EVENING),
-    Row("pickle", "close", 660, "day_snapshot", "the day's pickles", EVENING, {"kind": "pickle"}, SETTLED),
-    Row("sqlite", "close", 660, "day_snapshot", "candles.db, its copy", EVENING, {"kind": "sqlite"}, SETTLED),
-    Row("parquet", "close", 660, "day_snapshot", "Parquet of the day", EVENING, {"kind": "parquet"}, SETTLED),
+    # after the close
+    Row("final_candles", "close", 600, "final_candles", "Kite's final day candles", EVENING),
+    Row("pickle", "close", 660, "day_snapshot", "the day's pickles", EVENING, {"kind": "pickle"}, FINAL),
+    Row("sqlite", "close", 660, "day_snapshot", "candles.db, its copy", EVENING, {"kind": "sqlite"}, FINAL),
+    Row("parquet", "close", 660, "day_snapshot", "Parquet of the day", EVENING, {"kind": "parquet"}, FINAL),
     Row("sync", "close", 720, "sync_push", "files to the data branch", EVENING, {}, WRITTEN),
-    Row("trim", "close", 780, "trim", "dated files that are too old go", EVENING, {}, ("sync",)),
+    Row("trim", "close", 780, "trim", "old dated files are deleted", EVENING, {}, ("sync",)),
 )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """One run of a row. `day` is the session's date, `at_ms` market time."""
+    """One run of a row. `day` is the session's date, `at_ms` its market time."""
 
     row: Row
     day: date
@@ -111,12 +115,12 @@ class Planned:
 
     @property
     def job_id(self) -> str:
-        """The same for every cron that plans this run."""
+        """Return the job id, equal for every cron that plans this run."""
         return job_id(self.row.job, self.arguments)
 
 
 class Plan:
-    """The table on a calendar. `schedules` are those of the instruments that are streamed."""
+    """The timetable on a calendar. `schedules` are those of the streamed instruments."""
 
     def __init__(self, sessions: Sessions, schedules: Iterable[int], table: Sequence[Row] = DAY) -> None:
         self.sessions = sessions
@@ -125,7 +129,7 @@ class Plan:
         self._rows = {row.name: row for row in self.table}
 
     def windows(self, day: date) -> list[tuple[int, int]]:
-        """When anything that is streamed trades: (open, close), apart, epoch ms; [] on a holiday."""
+        """Return the merged trading windows of a day, (open, close) in epoch ms; [] on a holiday."""
         found: list[tuple[int, int]] = []
         for opened, closed in sorted(
             window for each in self.schedules for window in self.sessions.on_date(each, day).windows
@@ -137,7 +141,7 @@ class Plan:
         return found
 
     def times(self, row: Row, day: date) -> list[int]:
-        """When the row runs on that day, ascending, epoch ms."""
+        """Return the times of a row on a day, ascending, epoch ms."""
         windows = self.windows(day)
         if not windows:
             return []
@@ -153,7 +157,7 @@ class Plan:
         ]
 
     def last(self, row: Row, now_ms: float) -> Planned | None:
-        """The row's newest run that is due, if it is not too late for it."""
+        """Return the latest due run of a row, None if its grace time is over."""
         today = self.sessions.date_of(int(now_ms))
         for days in range(-LOOK_INTO_DAYS, LOOK_BACK_DAYS + 1):
             day = date.fromordinal(today.toordinal() - days)
@@ -165,7 +169,7 @@ class Plan:
         return None
 
     def next(self, row: Row, now_ms: float) -> Planned | None:
-        """The row's next run after now; None where there is none in thirty days."""
+        """Return the next run of a row after `now_ms`, None without one in thirty days."""
         today = self.sessions.date_of(int(now_ms))
         for days in range(LOOK_AHEAD_DAYS + 1):
             day = date.fromordinal(today.toordinal() + days)
@@ -175,16 +179,16 @@ class Plan:
         return None
 
     def due(self, now_ms: float) -> list[Planned]:
-        """What should be in the queue by now, rows in the table's order."""
+        """Return the runs that are due, in the order of the table."""
         return [run for row in self.table if (run := self.last(row, now_ms)) is not None]
 
     def day_of(self, day: date) -> Iterator[Planned]:
-        """Every run of a day, in time order."""
+        """Return every run of a day in time order."""
         runs = [self.run(row, day, at) for row in self.table for at in self.times(row, day)]
         return iter(sorted(runs, key=lambda run: run.at_ms))
 
     def run(self, row: Row, day: date, at_ms: int) -> Planned:
-        """The row's run of that moment, with the ids of the runs it waits for."""
+        """Return the run of a row at a time, with the ids of the runs that it waits for."""
         needed = [
             self.run(self._rows[name], day, at).job_id
             for name in row.needs
@@ -195,12 +199,12 @@ class Plan:
 
 
 def iso(at_ms: float) -> str:
-    """`2026-11-20T09:15:00+05:30`."""
+    """Format epoch ms as `2026-11-20T09:15:00+05:30`."""
     return datetime.fromtimestamp(at_ms / 1000, IST).isoformat(timespec="seconds")
 
 
 def next_runs(plan: Plan, now_ms: float) -> list[dict[str, Any]]:
-    """The table for people: `row when job next does`, in the table's order."""
+    """Return the timetable for people: `row when job next does`, in its order."""
     rows = []
     for row in plan.table:
         run = plan.next(row, now_ms)
@@ -213,111 +217,111 @@ ROLE = "cron"
 STEP_SECONDS = 1.0
 STEP_SECONDS_MIN = 0.05  # in a rehearsal at high speed
 STEPS_A_MINUTE = 4  # of market time
-LIST_SECONDS = 30.0  # how often it is asked whether what is streamed has changed
-NSE_TOKEN = 1  # any of the segment: the schedule while nothing is streamed yet
+LIST_SECONDS = 30.0  # how often the list of streamed instruments is checked
+NSE_TOKEN = 1  # any token of the segment: the schedule while nothing is streamed
 
 log = logs.get(ROLE)
 
 
 class Cron:
-    """Call `step()` again and again; it enqueues what is due."""
+    """Enqueues due runs at each `step()`."""
 
     def __init__(self, plan: Plan, queue: Queue, clock: Callable[[], float]) -> None:
         self.plan = plan
         self.enqueued = 0
         self.last: Planned | None = None
         self._queue, self._clock = queue, clock
-        self._seen: dict[str, str] = {}  # row → the run we asked for last
+        self._last_ids: dict[str, str] = {}  # row → its last enqueued run
 
     def step(self) -> list[str]:
-        """The ids of the jobs that are new in the queue. Raises what redis-py raises: call it again."""
+        """Enqueue what is due and return the new job ids. After an error of redis-py, call it again."""
         new: list[str] = []
         for run in self.plan.due(self._clock()):
-            if self._seen.get(run.row.name) == run.job_id:
+            if self._last_ids.get(run.row.name) == run.job_id:
                 continue
             id_ = enqueue(self._queue, run.row.job, run.arguments)
-            self._seen[run.row.name] = run.job_id
+            self._last_ids[run.row.name] = run.job_id
             if id_ is not None:
-                log.info("enqueued", row=run.row.name, job=id_, planned=iso(run.at_ms))
+                log.info("job_enqueued", row=run.row.name, job=id_, planned=iso(run.at_ms))
                 self.enqueued, self.last = self.enqueued + 1, run
                 new.append(id_)
         return new
 
 
 def cron(settings: Settings, stop: threading.Event) -> None:
-    """Keep the trading day until `stop` is set. Two of them do no harm."""
-    live_in_india()
+    """Run the timetable until `stop` is set. A second cron is harmless."""
+    use_market_timezone()
     store, queue = open_store(settings), open_queue(settings)
     name, clock = worker_id(ROLE), market_clock(settings)
     sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
-    listed = _Listed(settings, store, sessions)
-    keeper = Cron(Plan(sessions, listed.schedules()), queue, clock)
+    listed = _StreamedSchedules(settings, store, sessions)
+    scheduler = Cron(Plan(sessions, listed.schedules()), queue, clock)
     heart = Heartbeat(settings.keys, ROLE, name, now_ms())
     log.info("started", store=describe(settings), queue=describe_queue(settings) or describe(settings))
-    away = False
+    unavailable = False
     try:
-        while not stop.wait(RETRY_SECONDS if away else step_seconds(clock)):
+        while not stop.wait(RETRY_SECONDS if unavailable else step_seconds(clock)):
             try:
                 if (schedules := listed.changed()) is not None:
-                    keeper.plan = Plan(sessions, schedules)
-                keeper.step()
+                    scheduler.plan = Plan(sessions, schedules)
+                scheduler.step()
                 announce(store, settings.keys, ROLE, name)
                 if heart.due(at := now_ms()):
-                    heart.beat(store, at, 0, _figures(keeper))
-                away = False
+                    heart.beat(store, at, 0, _figures(scheduler))
+                unavailable = False
             except redis.RedisError as error:
-                if not away:
-                    log.warning("redis_away", why=type(error).__name__, retry_seconds=RETRY_SECONDS)
-                away = True
+                if not unavailable:
+                    log.warning("redis_unavailable", reason=type(error).__name__, retry_seconds=RETRY_SECONDS)
+                unavailable = True
     finally:
         try:
             leases.leave(store, settings.keys, ROLE, name)
             heart.end(store)
         except redis.RedisError:
-            pass  # all of it runs out by itself
-    log.info("stopped", enqueued=keeper.enqueued)
+            pass  # all of it expires by itself
+    log.info("stopped", enqueued=scheduler.enqueued)
 
 
 def step_seconds(clock: Clock) -> float:
-    """A second, or less where a market minute passes faster."""
+    """Return a second, or less if market time is accelerated."""
     return min(STEP_SECONDS, max(STEP_SECONDS_MIN, clock.real_seconds(60_000) / STEPS_A_MINUTE))
 
 
 def schedules_of(store: redis.Redis, settings: Settings, sessions: Sessions) -> set[int]:
-    """The trading hours of what is streamed; NSE's while that is nothing, or cannot be told yet."""
+    """Return the schedules of the streamed instruments, NSE's while the list is empty or unresolved."""
     try:
         tokens = [token for token, _ in instrument_list(store, settings)]
     except PkbError:
-        tokens = []  # names that no master has explained yet
+        tokens = []  # the names are not in a master yet
     if not tokens:
         return {sessions.schedule_of(NSE_TOKEN)}
     derivatives = load_derivative_tokens(store, settings.keys)
     return {sessions.schedule_of(token, token in derivatives) for token in tokens}
 
 
-class _Listed:
-    """What is streamed, looked at now and then."""
+class _StreamedSchedules:
+    """The schedules of the streamed instruments, checked every LIST_SECONDS."""
 
     def __init__(self, settings: Settings, store: redis.Redis, sessions: Sessions) -> None:
         self._settings, self._store, self._sessions = settings, store, sessions
         self._version = ""
-        self._looked_at = 0.0
+        self._checked_at = -inf
 
     def schedules(self) -> set[int]:
         self._version = list_version(self._store, self._settings)
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         return schedules_of(self._store, self._settings, self._sessions)
 
     def changed(self) -> set[int] | None:
-        """The schedules if the list is another one; None when it is the same, or it is too soon to ask."""
-        if time.monotonic() - self._looked_at < LIST_SECONDS:
+        """Return the schedules if the list has changed, else None."""
+        if time.monotonic() - self._checked_at < LIST_SECONDS:
             return None
-        self._looked_at = time.monotonic()
+        self._checked_at = time.monotonic()
         if list_version(self._store, self._settings) == self._version:
             return None
         return self.schedules()
 
 
-def _figures(keeper: Cron) -> dict[str, Any]:
-    last = keeper.last
-    return {"enqueued": keeper.enqueued, "job": f"{last.row.name} {iso(last.at_ms)}" if last else ""}
+def _figures(scheduler: Cron) -> dict[str, Any]:
+    last = scheduler.last
+    return {"enqueued": scheduler.enqueued, "job": f"{last.row.name} {iso(last.at_ms)}" if last else ""}

@@ -1,8 +1,8 @@
-"""What the rows of the trading day do (`schedule.DAY`). Each is a job that may run twice.
+"""The jobs of the trading day (`cron.DAY`). Each is repeatable.
 
-Every one is called with `at` (when it was planned, ISO), `day` (the session's date) and, where its row needs
-others, `after`: their job ids. It waits for those and for its own kind's lock by coming again, not by
-sitting in a worker, and returns what it found.
+Each is called with `at` (its planned time, ISO), `day` (the session's date) and, if its row needs other rows,
+`after`: their job ids. A job that must wait for those or for the lock of its kind reschedules itself and does
+not occupy a worker. It returns what it found.
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ from pkbrokers_redis.files.manifest import Entry, read_manifest, update_manifest
 from pkbrokers_redis.ingest.feeds import feeds_needed, sessions_of
 from pkbrokers_redis.jobs import backfill, pull, retention, snapshots, sync
 from pkbrokers_redis.jobs.github import target_of
-from pkbrokers_redis.jobs.locks import Busy, exclusive
-from pkbrokers_redis.jobs.progress import job_listener
-from pkbrokers_redis.jobs.time_slicing import come_again
+from pkbrokers_redis.jobs.locks import AlreadyRunning, exclusive
+from pkbrokers_redis.jobs.progress import job_listener, reschedule
 from pkbrokers_redis.kite.instruments import KiteInstruments
 from pkbrokers_redis.kite.rest import open_kite
 from pkbrokers_redis.kite.session import SessionManager
@@ -46,41 +45,41 @@ from pkbrokers_redis.store.instrument_list import instrument_list
 from pkbrokers_redis.store.meta import adopt_meta
 from pkbrokers_redis.store.queue import OVER, KnownJob
 
-LOOK_AGAIN_SECONDS = 1.0, 60.0  # for a job we wait for, for a lock: a fifth of the time it has taken so far
-SUPERSEDED_SECONDS = 60  # a ticks.json this much younger than what was planned does its work
+RETRY_DELAY_SECONDS = 1.0, 60.0  # while waiting for a job or a lock: a fifth of its age
+SUPERSEDED_SECONDS = 60  # a ticks.json this much newer than planned replaces the run
 DISK_BYTES_MIN = 1 << 30
-FILES_FACTOR = 2  # a snapshot is written beside the one it replaces
-PARTITIONS_A_DAY = 2  # of an interval, a snapshot's
-MEMORY_SHARE_MAX = 0.8  # of Redis' maxmemory, before the day begins
+FILES_FACTOR = 2  # a snapshot is written next to the one it replaces
+PARTITIONS_A_DAY = 2  # per interval of a snapshot
+MEMORY_SHARE_MAX = 0.8  # of Redis' maxmemory, at the start of the day
 SESSIONS_KNOWN_MIN = 5  # the calendar must know so many coming sessions
 
 log = logs.get("day")
 
 
 class NotReady(PkbError):
-    """Raised when a check of the day finds something that a person should mend."""
+    """Raised when a check of the day finds a problem that a person must solve."""
 
 
 # --- before the open
 
 
 def login(at: str, day: str) -> Any:
-    """A session that Kite accepts; a dead one is renewed."""
+    """Check the Kite session and renew it if Kite refuses it."""
     with _work("login") as work:
         if work.must_wait:
             return work.must_wait
         settings = sessions_of(work.settings)[0]
-        keeper = SessionManager(settings, lambda: work.client)
-        session = keeper.current()
+        manager = SessionManager(settings, lambda: work.client)
+        session = manager.current()
         try:
             open_kite(settings, session).profile()
         except SessionExpired:
-            session = keeper.renew(session, threading.Event())
+            session = manager.renew(session, threading.Event())
         return {"user_id": session.user_id}
 
 
 def instruments(at: str, day: str) -> Any:
-    """The master of the day, swapped in whole."""
+    """Fetch the instrument master of the day and replace the old one at once."""
     with _work("instruments") as work:
         if work.must_wait:
             return work.must_wait
@@ -90,7 +89,7 @@ def instruments(at: str, day: str) -> Any:
 
 
 def calendar(at: str, day: str) -> Any:
-    """Raises NotReady where the calendar ends soon: a year without a holiday is one that nobody entered."""
+    """Check that the calendar knows the coming sessions. Raise NotReady for a year without holidays."""
     settings = load_settings()
     sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
     if settings.sessions == "always":
@@ -110,7 +109,13 @@ def calendar(at: str, day: str) -> Any:
 
 
 def capacity(at: str, day: str) -> Any:
-    """Connections to Kite, Redis' memory, the disk. Raises SettingsError, NotReady, FilesUnwritable."""
+    """Check connections to Kite, Redis memory and disk space.
+
+    Raises:
+        SettingsError: more instruments than the api keys allow.
+        NotReady: too little memory or disk.
+        FilesUnwritable: the folder of the files cannot be written.
+    """
     with _work("capacity") as work:
         if work.must_wait:
             return work.must_wait
@@ -119,13 +124,13 @@ def capacity(at: str, day: str) -> Any:
         feeds = feeds_needed(tokens, len(sessions_of(settings)))
         folder = settings.files_folder
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:  # has no name: a kill leaves nothing
+        with tempfile.TemporaryFile(dir=folder) as probe:  # it has no name, so a kill leaves nothing
             probe.write(b"\n")
         free = shutil.disk_usage(folder).free
-        wanted = max(DISK_BYTES_MIN, FILES_FACTOR * _day_bytes(read_manifest(folder)))
-        if free < wanted:
+        needed = max(DISK_BYTES_MIN, FILES_FACTOR * _day_bytes(read_manifest(folder)))
+        if free < needed:
             raise NotReady(
-                f"{free >> 20:,} MB are free for the day's files, {wanted >> 20:,} MB are wanted",
+                f"{free >> 20:,} MB are free for the day's files, {needed >> 20:,} MB are needed",
                 "make room, or move PKB_FILES_DIR",
             )
         for server in read_servers(work.client):
@@ -138,12 +143,12 @@ def capacity(at: str, day: str) -> Any:
 
 
 def _day_bytes(files: Mapping[str, Entry]) -> int:
-    """What a day writes: of Parquet the two newest partitions, and a dated pickle is its undated one."""
+    """Estimate the bytes that a day writes: the two newest Parquet partitions, one of each other file."""
     written = [name for name in files if not retention.is_of_a_day(name)]
     partitions: dict[str, list[str]] = {}
     for name in sorted(files):
-        if told := retention.PARTITION.fullmatch(name):
-            partitions.setdefault(told[1], []).append(name)
+        if match := retention.PARTITION.fullmatch(name):
+            partitions.setdefault(match[1], []).append(name)
     written += [name for names in partitions.values() for name in names[-PARTITIONS_A_DAY:]]
     return sum(files[name].bytes for name in written)
 
@@ -152,7 +157,7 @@ def _day_bytes(files: Mapping[str, Entry]) -> int:
 
 
 def feed(at: str, day: str) -> Any:
-    """A minute after the open: does everything run, and do ticks come? Raises NotReady."""
+    """Check a minute after the open that all roles run and ticks arrive. Raise NotReady otherwise."""
     with _work("feed") as work:
         if work.must_wait:
             return work.must_wait
@@ -166,7 +171,7 @@ def feed(at: str, day: str) -> Any:
 
 
 def day_snapshot(at: str, day: str, kind: str, after: Sequence[str] = ()) -> Any:
-    """One kind of snapshot of that day. A ticks.json that is newer than the one asked for will do."""
+    """Write one kind of snapshot of the day. A newer ticks.json makes the run unnecessary."""
     with _work(f"snapshot-{kind}", after) as work:
         if work.must_wait:
             return work.must_wait
@@ -178,9 +183,9 @@ def day_snapshot(at: str, day: str, kind: str, after: Sequence[str] = ()) -> Any
 # --- after the close
 
 
-def settle(at: str, day: str) -> Any:
-    """The day's candles as Kite settled them: the close of an auction is no last price of ours."""
-    with _work("settle") as work:
+def final_candles(at: str, day: str) -> Any:
+    """Replace the day's candles by Kite's final ones, whose close may come from the closing auction."""
+    with _work("final_candles") as work:
         if work.must_wait:
             return work.must_wait
         tokens = [token for token, _ in instrument_list(work.client, work.settings)]
@@ -192,7 +197,7 @@ def settle(at: str, day: str) -> Any:
 def sync_push(
     at: str = "", day: str = "", after: Sequence[str] = (), files: Sequence[str] | None = None
 ) -> Any:
-    """The files to the data branch; nothing where no target is set."""
+    """Push the files to the data branch; skip if no target is set."""
     with _work("sync", after) as work:
         if work.must_wait:
             return work.must_wait
@@ -212,7 +217,7 @@ def sync_push(
 def sync_pull(
     at: str = "", files: Sequence[str] | None = None, via: pull.Via = "auto", force: bool = False
 ) -> Any:
-    """The branch's files to us, where they are newer."""
+    """Fetch the files of the data branch that are newer than the local ones."""
     with _work("sync") as work:
         if work.must_wait:
             return work.must_wait
@@ -221,26 +226,28 @@ def sync_pull(
 
 
 def trim(at: str, day: str, after: Sequence[str] = ()) -> Any:
-    """Dated pickles older than a month go; the undated ones and the database have what is in them. With them
-    go what killed jobs left half-written, and the manifest's word of days that somebody removed by hand."""
+    """Delete dated pickles older than a month: the undated ones and the database hold their rows.
+
+    Also remove temporary files of killed jobs, and manifest entries whose files were deleted by hand.
+    """
     with _work("trim", after) as work:
         if work.must_wait:
             return work.must_wait
         folder = work.settings.files_folder
         listed = read_manifest(folder)
         old = retention.outdated(listed, date.fromisoformat(day))
-        # The files first: one that the manifest no longer names would be found by no later trim.
+        # Files first: a later trim would not find a file that the manifest no longer names.
         for name in old:
             (folder / name).unlink(missing_ok=True)
         update_manifest(folder, {}, gone={*old, *retention.gone(folder, listed)})
         return {"removed": len(old), "swept": sweep(folder)}
 
 
-# --- around
+# --- helpers
 
 
 class _Work:
-    """What a job works with, or why it has to come again."""
+    """The tools of a daily job, or the reschedule that it must return."""
 
     def __init__(self, settings: Settings, client: redis.Redis) -> None:
         self.settings, self.client = settings, client
@@ -250,37 +257,39 @@ class _Work:
 
 @contextmanager
 def _work(name: str, after: Sequence[str] = ()) -> Iterator[_Work]:
-    """The store, and the lock of this kind. Outside of a worker a lock that is taken raises Busy.
+    """Open the store and hold the lock of this kind of job.
 
-    A disk's error becomes one line: FilesUnwritable.
+    Raises:
+        AlreadyRunning: the lock is taken, outside a worker; a worker reschedules instead.
+        FilesUnwritable: a disk error, as one line.
     """
     settings = load_settings()
     with ExitStack() as stack:
         client = stack.enter_context(connect(settings))
         work = _Work(adopt_meta(client, settings), client)
-        if (job := get_current_job()) is not None and _is_under_way(job.connection, after):
-            work.must_wait = come_again(patience_seconds(job))
+        if (job := get_current_job()) is not None and _is_pending(job.connection, after):
+            work.must_wait = reschedule(retry_delay_seconds(job))
         else:
             try:
                 stack.enter_context(exclusive(client, settings.keys, name))
-            except Busy as busy:
+            except AlreadyRunning as busy:
                 if job is None:
                     raise
-                log.info("waits", job=job.id, why=busy.message)
-                work.must_wait = come_again(patience_seconds(job))
+                log.info("job_rescheduled", job=job.id, reason=busy.message)
+                work.must_wait = reschedule(retry_delay_seconds(job))
         stack.enter_context(writing_into(settings.files_folder))
         yield work
 
 
-def patience_seconds(job: Job) -> float:
-    """How long to step back: a settling of 9,000 instruments takes most of an hour, a snapshot seconds."""
-    least, most = LOOK_AGAIN_SECONDS
+def retry_delay_seconds(job: Job) -> float:
+    """Return seconds until the next try: 9,000 instruments take most of an hour, a snapshot takes seconds."""
+    least, most = RETRY_DELAY_SECONDS
     age = time.time() - job.created_at.timestamp() if job.created_at else 0.0
     return min(most, max(least, age / 5))
 
 
-def _is_under_way(connection: redis.Redis, ids: Sequence[str]) -> bool:
-    """Whether one of these jobs is still to end; one that failed has ended, one that is not there too."""
+def _is_pending(connection: redis.Redis, ids: Sequence[str]) -> bool:
+    """Return whether one of these jobs has not ended; failed and unknown jobs have ended."""
     for id_ in ids:
         try:
             job = KnownJob.fetch(id_, connection=connection, serializer=JSONSerializer)
@@ -296,5 +305,5 @@ def _is_superseded(settings: Settings, at: str) -> bool:
     if entry is None or entry.made_at_ms is None:
         return False
     planned_ms = datetime.fromisoformat(at).timestamp() * 1000
-    # One from the future was made before a clock was set right: it must not hold up all that come after it.
+    # A file from the future was made before a clock was corrected: it must not delay later runs.
     return planned_ms + SUPERSEDED_SECONDS * 1000 <= entry.made_at_ms <= market_clock(settings)()

@@ -23,7 +23,7 @@ from pkbrokers_redis.store.leases import LeaderLease, LeaseTaken
 TTL_SECONDS = 30.0
 
 
-class Busy(PkbError):
+class AlreadyRunning(PkbError):
     """Raised when another job of the kind is running. `.holder` says which."""
 
     def __init__(self, name: str, holder: str) -> None:
@@ -33,7 +33,7 @@ class Busy(PkbError):
 
 @contextmanager
 def exclusive(client: redis.Redis, keys: Keys, name: str, ttl_seconds: float = TTL_SECONDS) -> Iterator[str]:
-    """Hold the lock of a kind of job within the block. Yield the owner id; raise Busy when it is taken."""
+    """Hold the lock of a kind of job within the block. Yield the owner id; raise AlreadyRunning when it is taken."""
     owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     lease = LeaderLease(client, keys.job_lock(name), owner, ttl_seconds)
     try:
@@ -42,4 +42,4 @@ def exclusive(client: redis.Redis, keys: Keys, name: str, ttl_seconds: float = T
     except LeaseTaken as error:
         if error.key != keys.job_lock(name):
             raise
-        raise Busy(name, error.holder or "just ended") from None
+        raise AlreadyRunning(name, error.holder or "just ended") from None

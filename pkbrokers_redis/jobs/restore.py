@@ -1,10 +1,9 @@
-"""A fresh Redis filled from Parquet snapshots, and the check that what it holds is what they hold.
+"""Fill a fresh Redis from Parquet snapshots, and compare the two.
 
-Candle rows belong to the aggregators, so a restore becomes one for a moment: it takes the shards' leases as
-an aggregator would, and gives them back. It does nothing while somebody else holds one, and it writes only
-lists that do not exist; rows that are there are never touched. Intervals that were not in the snapshot are
-made from its minutes, those that the minutes do not cover marked `partial`. Aggregators that start afterwards
-go on from these lists.
+Candle rows belong to the aggregators. A restore therefore holds the leases of all shards, as an aggregator
+would; it does nothing while another worker holds one. It writes only lists that do not exist and never
+changes existing rows. Intervals that are not in the snapshot are computed from its minutes and carry
+`partial` where the minutes do not cover them. Aggregators that start later continue from these lists.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from pkbrokers_redis.store.symbols import save_instruments
 
 LEASE_MS = 60_000  # renewed with every slice of a partition
 TOKENS_A_PIPELINE = 500
-LAG_SECONDS = 60  # so long after its end at the latest a minute is in its list
+LAG_SECONDS = 60  # a minute is in its list at most so long after its end
 MINUTE = "1m"
 PARTIAL = FLAG_NAMES.index("partial")
 
@@ -51,47 +50,57 @@ log = logs.get("restore")
 
 
 @dataclass
-class Restored:
-    """What a restore did: rows by interval, lists that were there already, instruments."""
+class RestoreResult:
+    """Counts of a restore: rows by interval, lists that existed already, instruments."""
 
     rows: dict[str, int] = field(default_factory=dict)
-    left_alone: int = 0
+    lists_skipped: int = 0
     instruments: int = 0
 
 
-def restore(folder: Path | None = None, run: Run | None = None) -> Restored:
-    """Fill the store from the folder's Parquet partitions, newest rows up to what each list keeps.
+def restore(folder: Path | None = None, run: Run | None = None) -> RestoreResult:
+    """Fill the store from Parquet partitions, with the newest rows that each list keeps.
 
-    Every file is checked against the manifest first. Raises InputFileError (no snapshot, or not as written),
-    PkbError when an aggregator is at work, redis-py's errors.
+    Args:
+        folder: folder with the partitions and their manifest; the default is the snapshot folder.
+        run: tools of the caller; None opens new ones.
+
+    Raises:
+        InputFileError: there is no snapshot, or a file differs from the manifest.
+        PkbError: an aggregator holds a shard.
     """
     with _opened(run) as at:
         source = folder or at.folder
         listed = _checked(source)
         ensure_meta(at.store.client, at.settings, at.made_at())
         load_functions(at.store.client)
-        owner = f"restore-{os.getpid()}-{secrets.token_hex(4)}"  # containers share their pids
-        told = Restored()
+        owner = f"restore-{os.getpid()}-{secrets.token_hex(4)}"  # process ids repeat in containers
+        result = RestoreResult()
         with _leases(at, owner) as renew:
             stored = {each.name: each for each in at.settings.intervals}
             for name in sorted(listed, key=lambda each: each != MINUTE):
                 if name in stored:
                     rows, names = _newest(stored[name].keep, listed[name])
-                    _save_names(at, names, told)
-                    _fill(at, stored[name], rows, told)
+                    _save_names(at, names, result)
+                    _fill(at, stored[name], rows, result)
                     renew()
                     if name == MINUTE:
                         made_s = _made_s(listed[name])
                         for other in stored.values():
                             if other.name not in listed and other.name != DAY and other.seconds > 60:
-                                _fill(at, other, _longer(at, rows, other, made_s), told)
+                                _fill(at, other, _longer(at, rows, other, made_s), result)
                                 renew()
-        log.info("restored", rows=sum(told.rows.values()), instruments=told.instruments, left=told.left_alone)
-        return told
+        log.info(
+            "restored",
+            rows=sum(result.rows.values()),
+            instruments=result.instruments,
+            lists_skipped=result.lists_skipped,
+        )
+        return result
 
 
 def verify(folder: Path | None = None, run: Run | None = None) -> list[str]:
-    """Compare the store with the folder's Parquet snapshots: what differs, a line each; [] if nothing."""
+    """Compare the store with Parquet snapshots. Return one line per difference."""
     with _opened(run) as at:
         source = folder or at.folder
         found: list[str] = []
@@ -116,7 +125,7 @@ def _opened(run: Run | None) -> Iterator[Run]:
 
 
 def _checked(folder: Path) -> dict[str, dict[Path, Entry]]:
-    """Interval → its partitions, newest first, all of them as the manifest says."""
+    """Return interval → partitions, newest first, all of them verified by the manifest."""
     entries = {
         name: entry for name, entry in manifest.read_manifest(folder).items() if entry.kind == "parquet"
     }
@@ -135,20 +144,21 @@ def _checked(folder: Path) -> dict[str, dict[Path, Entry]]:
 
 
 def _newest(keep: int, paths: Iterable[Path]) -> tuple[Rows, dict[int, str]]:
-    """The newest `keep` rows of each instrument, sorted by token and start; token → symbol.
+    """Return the newest `keep` rows of each instrument, sorted by token and start, and token → symbol.
 
-    `paths` are the partitions, newest first. Where nobody in one lacks rows, only its tokens are read.
+    `paths` are the partitions, newest first. Of a partition whose instruments all have enough rows only the
+    tokens are read.
     """
     parts: list[Rows] = []
     names: dict[int, str] = {}
     counts: dict[int, int] = {}
     for path in paths:
-        wanted = [token for token in parquet.read_tokens(path).tolist() if counts.get(token, 0) < keep]
-        if not wanted:
+        missing = [token for token in parquet.read_tokens(path).tolist() if counts.get(token, 0) < keep]
+        if not missing:
             continue
-        for rows, told in parquet.read_rows(path):
-            names = {**told, **names}
-            parts.append(rows.take(np.isin(rows.tokens, wanted)))
+        for rows, symbols in parquet.read_rows(path):
+            names = {**symbols, **names}
+            parts.append(rows.take(np.isin(rows.tokens, missing)))
             tokens, sizes = np.unique(parts[-1].tokens, return_counts=True)
             for token, size in zip(tokens.tolist(), sizes.tolist(), strict=True):
                 counts[token] = counts.get(token, 0) + size
@@ -170,7 +180,7 @@ def _joined(parts: list[Rows]) -> Rows:
 
 
 def _made_s(paths: dict[Path, Entry]) -> dict[str, float]:
-    """Date → when the rows of its partition were read, epoch s."""
+    """Return date → when the rows of its partition were read, epoch seconds."""
     return {
         path.parent.name.removeprefix("date="): (entry.made_at_ms or 0) / 1000
         for path, entry in paths.items()
@@ -178,10 +188,10 @@ def _made_s(paths: dict[Path, Entry]) -> dict[str, float]:
 
 
 def _longer(run: Run, rows: Rows, interval: Interval, made_s: dict[str, float]) -> Rows:
-    """Minutes → candles of a longer interval, up to what its lists keep; only buckets that are over.
+    """Combine minutes into complete candles of a longer interval, up to what its lists keep.
 
-    One that was not over when its minutes were read is partial, and so is an instrument's first one where
-    the minutes begin later than it.
+    A candle is `partial` if it was not complete when its minutes were read, or if it is an instrument's first
+    one and its minutes begin later.
     """
     client, keys = run.store.client, run.store.keys
     sessions = load_sessions(run.settings.sessions, run.settings.timezone, run.settings.calendar)
@@ -191,8 +201,8 @@ def _longer(run: Run, rows: Rows, interval: Interval, made_s: dict[str, float]) 
     for token in np.unique(rows.tokens).tolist():
         by_schedule.setdefault(sessions.schedule_of(token), []).append(token)
     for schedule, tokens in by_schedule.items():
-        some = rows.take(np.isin(rows.tokens, tokens))
-        made = _bucketed(some, bucket_starts_of(some.starts, interval.seconds, tokens[0], sessions))
+        selected = rows.take(np.isin(rows.tokens, tokens))
+        made = _bucketed(selected, bucket_starts_of(selected.starts, interval.seconds, tokens[0], sessions))
         starts, which = np.unique(made.starts, return_inverse=True)
         ends = np.array(
             [bucket_end_s(sessions.day(schedule, s * 1000), interval.seconds, s) for s in starts.tolist()],
@@ -223,7 +233,7 @@ def _bucketed(rows: Rows, buckets: Ints) -> Rows:
     table[:, 5] = np.add.reduceat(rows.rows[:, 5], changes)
     table[:, 6] = rows.rows[last, 6]
     table[:, 7] = np.add.reduceat(rows.rows[:, 7], changes)
-    order = np.where(rows.flags == 0, 99, rows.flags)  # partial says more than gap, gap more than backfilled
+    order = np.where(rows.flags == 0, 99, rows.flags)  # partial overrides gap, gap overrides backfilled
     worst = np.minimum.reduceat(order, changes)
     tokens = rows.tokens[changes]
     is_cut = (np.diff(tokens, prepend=-1) != 0) & (rows.starts[changes] != buckets[changes])
@@ -231,9 +241,9 @@ def _bucketed(rows: Rows, buckets: Ints) -> Rows:
     return Rows(tokens, table, worst.astype(np.int8))
 
 
-def _save_names(run: Run, names: dict[int, str], told: Restored) -> None:
-    """Symbols of instruments that the master does not have."""
-    told.instruments = max(told.instruments, len(names))
+def _save_names(run: Run, names: dict[int, str], result: RestoreResult) -> None:
+    """Save the symbols of instruments that the master lacks."""
+    result.instruments = max(result.instruments, len(names))
     client, keys = run.store.client, run.store.keys
     tokens = list(names)
     pipeline = client.pipeline(transaction=False)
@@ -248,8 +258,8 @@ def _save_names(run: Run, names: dict[int, str], told: Restored) -> None:
     save_instruments(client, keys, rows)
 
 
-def _fill(run: Run, interval: Interval, rows: Rows, told: Restored) -> None:
-    """The rows into lists that do not exist."""
+def _fill(run: Run, interval: Interval, rows: Rows, result: RestoreResult) -> None:
+    """Write the rows to lists that do not exist."""
     client, keys = run.store.client, run.store.keys
     tokens, first, sizes = np.unique(rows.tokens, return_index=True, return_counts=True)
     for begin in range(0, len(tokens), TOKENS_A_PIPELINE):
@@ -258,21 +268,21 @@ def _fill(run: Run, interval: Interval, rows: Rows, told: Restored) -> None:
         pipeline = client.pipeline(transaction=False)
         for name in names:
             pipeline.exists(name)
-        there = pipeline.execute()
+        existing = pipeline.execute()
         pipeline = client.pipeline(transaction=False)
         for name, exists, at, size in zip(
-            names, there, first[group].tolist(), sizes[group].tolist(), strict=True
+            names, existing, first[group].tolist(), sizes[group].tolist(), strict=True
         ):
             if exists:
-                told.left_alone += 1
+                result.lists_skipped += 1
                 continue
             pipeline.rpush(name, *_texts(rows.take(slice(at, at + size))))
-            told.rows[interval.name] = told.rows.get(interval.name, 0) + size
+            result.rows[interval.name] = result.rows.get(interval.name, 0) + size
         pipeline.execute()
 
 
 def _texts(rows: Rows) -> list[bytes]:
-    """Candle rows as the store writes them."""
+    """Encode candle rows as the store does."""
     encode = msgspec.json.Encoder().encode
     return [
         encode(_cells(row, flag)) for row, flag in zip(rows.rows.tolist(), rows.flags.tolist(), strict=True)
@@ -294,15 +304,15 @@ def _differences(run: Run, interval: Interval, rows: Rows, names: dict[int, str]
         for i in range(len(group)):
             place = begin + i
             span = slice(int(first[place]), int(first[place] + sizes[place]))
-            here = slice(int(bulk.offsets[i]), int(bulk.offsets[i + 1]))
-            ours, theirs = bulk.rows[here], rows.rows[span]
-            if len(ours) != len(theirs):
+            stored_span = slice(int(bulk.offsets[i]), int(bulk.offsets[i + 1]))
+            stored, expected = bulk.rows[stored_span], rows.rows[span]
+            if len(stored) != len(expected):
                 found.append(
-                    f"{named[i][1]} {interval.name}: {len(ours)} rows, the snapshot has {len(theirs)}"
+                    f"{named[i][1]} {interval.name}: {len(stored)} rows, the snapshot has {len(expected)}"
                 )
             elif not (
-                np.array_equal(ours, theirs, equal_nan=True)
-                and np.array_equal(bulk.flags[here], rows.flags[span])
+                np.array_equal(stored, expected, equal_nan=True)
+                and np.array_equal(bulk.flags[stored_span], rows.flags[span])
             ):
                 found.append(f"{named[i][1]} {interval.name}: rows differ")
     return found
@@ -310,7 +320,7 @@ def _differences(run: Run, interval: Interval, rows: Rows, names: dict[int, str]
 
 @contextmanager
 def _leases(run: Run, owner: str) -> Iterator[Any]:
-    """All shards' leases, as an aggregator holds them. Raises PkbError when one is somebody else's."""
+    """Hold the leases of all shards. Raise PkbError if another worker holds one."""
     client, keys = run.store.client, run.store.keys
     shards = range(keys.shards)
 
@@ -319,7 +329,7 @@ def _leases(run: Run, owner: str) -> Iterator[Any]:
         if refused:
             raise next(iter(refused.values()))
         for shard in set(shards) - set(epochs):
-            raise _at_work(client, keys.lease(shard))
+            raise _held_by_another(client, keys.lease(shard))
 
     try:
         renew()
@@ -328,13 +338,13 @@ def _leases(run: Run, owner: str) -> Iterator[Any]:
         release_shards(client, keys, shards, owner)
 
 
-def _at_work(client: redis.Redis, lease: str) -> PkbError:
-    """Who holds a shard's lease, and for how long."""
+def _held_by_another(client: redis.Redis, lease: str) -> PkbError:
+    """Return the error that names the holder of a shard's lease and the time left."""
     holder: Any = client.get(lease)
     left_ms: Any = client.pttl(lease)
-    name = holder.decode(errors="replace") if holder else "somebody"
+    name = holder.decode(errors="replace") if holder else "another worker"
     seconds = max(0, left_ms) / 1000
     return PkbError(
-        f"{name} is at work on this store (its lease ends in {seconds:.0f} s unless it is renewed)",
-        "stop it, or wait until then if it is dead: only one may write candles",
+        f"{name} holds a lease on this store (it ends in {seconds:.0f} s unless renewed)",
+        "stop that worker, or wait for the end of its lease: only one may write candles",
     )

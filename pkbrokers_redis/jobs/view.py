@@ -1,4 +1,4 @@
-"""What is in the queue, for people: `pkb jobs --list`, `--failed`, `--retry`."""
+"""The queue as `pkb jobs --list`, `--failed` and `--retry` show it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pkbrokers_redis.jobs.progress import read_progress
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.queue import PATHS, KnownJob
 
-JOBS_MAX = 1_000  # of each state; a longer list is of no use to anybody
+JOBS_MAX = 1_000  # per state; nobody reads a longer list
 REASON_LENGTH_MAX = 200
 
 
 def list_jobs(queue: Queue, store: redis.Redis, keys: Keys) -> list[dict[str, Any]]:
-    """Running, waiting and scheduled jobs: `id job state since done total retries_left`, times in epoch s."""
+    """Return running, waiting and scheduled jobs; `since` is epoch seconds."""
     rows: list[dict[str, Any]] = []
     for state, ids in (
         ("running", queue.started_job_registry.get_job_ids(0, JOBS_MAX)),
@@ -46,50 +46,49 @@ def list_jobs(queue: Queue, store: redis.Redis, keys: Keys) -> list[dict[str, An
 
 
 def failed_jobs(queue: Queue) -> list[dict[str, Any]]:
-    """Jobs that were given up: `id job at why`, newest first."""
+    """Return jobs that failed for good: `id job at reason`, newest first."""
     ids = queue.failed_job_registry.get_job_ids(0, JOBS_MAX)
     rows = [
         {
             "id": job.id,
             "job": name_of(job),
             "at": job.ended_at.timestamp() if job.ended_at else None,
-            "why": reason(job),
+            "reason": reason(job),
         }
         for job in _fetch(queue, ids)
     ]
     return sorted(rows, key=lambda row: row["at"] or 0, reverse=True)
 
 
-def retry(queue: Queue, wanted: str) -> list[str]:
-    """Put a failed job, or `all` of them, into the queue again, with all its tries. Raises PkbError for an
-    unknown one."""
+def retry(queue: Queue, chosen: str) -> list[str]:
+    """Requeue a failed job, or `all` of them, with all retries. Raise PkbError for an unknown id."""
     failed = queue.failed_job_registry.get_job_ids(0, JOBS_MAX)
-    if wanted != "all" and wanted not in failed:
-        raise PkbError(f"no failed job {wanted!r}", "see `pkb jobs --failed`")
+    if chosen != "all" and chosen not in failed:
+        raise PkbError(f"no failed job {chosen!r}", "see `pkb jobs --failed`")
     retried: list[str] = []
-    for job in _fetch(queue, failed if wanted == "all" else [wanted]):
+    for job in _fetch(queue, failed if chosen == "all" else [chosen]):
         spec = PATHS.get(job.func_name or "")
         job.retries_left = len(spec.retry_seconds) if spec is not None else None
         try:
             queue.failed_job_registry.requeue(job)
             retried.append(job.id)
         except (NoSuchJobError, InvalidJobOperation):
-            pass  # another was faster, or its time was over
+            pass  # another process requeued it, or it expired
     return retried
 
 
 def name_of(job: Job) -> str:
-    """The name of the table; of a foreign job the function it names."""
+    """Return the job's name in the table, or the function of an unknown job."""
     spec = PATHS.get(job.func_name or "")
     return spec.name if spec is not None else str(job.func_name)
 
 
 def reason(job: Job) -> str:
-    """Why it failed, in one line: the last of a traceback, without the exception's package."""
+    """Return why the job failed: the last line of its traceback without the exception's package."""
     result = job.latest_result()
     lines = ((result.exc_string if result is not None else None) or "").strip().splitlines()
     if not lines:
-        return "it came again too often"
+        return "it was rescheduled too often"
     kind, colon, text = lines[-1].partition(": ")
     line = f"{kind.rpartition('.')[2]}{colon}{text}" if " " not in kind else lines[-1]
     return " ".join(line.split())[:REASON_LENGTH_MAX]

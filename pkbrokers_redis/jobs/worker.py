@@ -1,15 +1,13 @@
-"""RQ's worker on the queue `pkb`, with our limits and one line a failure.
+"""The role `jobs`: RQ's worker on the queue `pkb`, which forks a child for each job.
 
-a run's silence      20 s: then another worker takes the job, as one of its retries
-a worker's death     its child dies with it (Linux), so no job runs twice at once
-a PkbError           one line in the log and in `pkb jobs --failed`; a bug keeps its traceback
+    main thread        RQ's worker loop
+    background thread  RQ's scheduler and the heartbeat of the role
 
-The role `jobs`: waits for jobs, forks a child for each, until told to stop.
+    a silent run       after 20 s another worker takes the job, as one of its retries
+    a killed worker    its child dies with it (Linux), so no job runs twice at once
+    a PkbError         one line in the log and in `pkb jobs --failed`; a bug keeps its traceback
 
-    main thread    RQ's worker loop
-    a thread       RQ's scheduler, and our heartbeat, so that `pkb status` shows the role as any other
-
-India's time is set for all that asks the host's clock: RQ's cron, Python's local time.
+The process sets its time zone to India's, because RQ and Python read local time.
 """
 
 from __future__ import annotations
@@ -46,19 +44,19 @@ from pkbrokers_redis.store import leases
 from pkbrokers_redis.store.connect import describe, explain
 from pkbrokers_redis.store.queue import KnownJob, connect_queue, describe_queue, queue_of
 
-WAIT_SECONDS = 15  # one blocking look into an empty queue
-MONITOR_SECONDS = 5  # how often a running job's worker says that it lives
-ABANDONED_SECONDS = 20  # after this silence a run counts as abandoned
-MAINTENANCE_SECONDS = 10  # how often abandoned runs are looked for
+WAIT_SECONDS = 15  # one blocking read of an empty queue
+MONITOR_SECONDS = 5  # heartbeat of a running job
+ABANDONED_SECONDS = 20  # a run without a heartbeat for so long is abandoned
+MAINTENANCE_SECONDS = 10  # between checks for abandoned runs
 RECONNECT_SECONDS_MAX = 5.0
-NICENESS = 10  # a tenth of the share that a worker of the pipeline gets of a core both want
-LOCK_SECONDS = 10  # of the scheduler; renewed every second
+NICENESS = 10  # a tenth of a pipeline worker's share of a contended core
+LOCK_SECONDS = 10  # TTL of the scheduler's lock, renewed every second
 
 log = logs.get("jobs")
 
 
 class _OneLine(logging.Filter):
-    """A Redis that is away is no bug of RQ's: no traceback for it."""
+    """Drop the traceback of RQ's records about an unavailable Redis."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.exc_info and isinstance(record.exc_info[1], redis.RedisError):
@@ -70,7 +68,7 @@ logging.getLogger("rq.worker").addFilter(_OneLine())
 
 
 class JobWorker(Worker):
-    """One at a time in a process. `stop` is set when a signal asks it to end, `place` names its Redis."""
+    """RQ's worker with limits of its own. `stop` is set by a signal, `place` names its Redis."""
 
     max_connection_wait_time = RECONNECT_SECONDS_MAX
 
@@ -87,34 +85,34 @@ class JobWorker(Worker):
         )
         self.stop = stop
         self._place = place
-        self._told = ""  # the failure of the job at hand in one line
+        self._failure_line = ""  # the failure of the current job, for people
 
     def __enter__(self) -> JobWorker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the thread that RQ leaves behind where it could not say goodbye to Redis."""
+        """Stop the thread that RQ leaves behind when it cannot unsubscribe."""
         thread: Any = self.pubsub_thread
         if thread is not None:
             thread.stop()
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """SIGTERM, SIGINT: finish the job at hand, then end. A second one ends it at once."""
+        """Finish the current job and end (SIGTERM, SIGINT); a second signal ends it at once."""
         super().request_stop(signum, frame)
 
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
-        """Seconds of silence after which a run counts as abandoned."""
+        """Return the seconds without a heartbeat after which a run counts as abandoned."""
         return ABANDONED_SECONDS
 
     def main_work_horse(self, job: Job, queue: Queue) -> None:
-        """The child. It ends with its worker, so that a job that is taken over is not still running here."""
-        give_way(os.getloadavg()[0])
+        """Run in the child. It dies with its worker, so that a job that moved is not still running here."""
+        lower_priority(os.getloadavg()[0])
         if sys.platform.startswith("linux"):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         super().main_work_horse(job, queue)
 
     def perform_job(self, job: Job, queue: Queue, execution: Execution) -> bool:
-        """Run it, and say so."""
+        """Run the job and log its start and end."""
         log.info("job_started", job=job.id)
         began = time.monotonic()
         done = super().perform_job(job, queue, execution)
@@ -123,12 +121,14 @@ class JobWorker(Worker):
         return done
 
     def handle_exception(self, job: Job, *exc_info: Any) -> None:
-        """One line for what is no bug of ours."""
-        self._told = told(exc_info[1], self._place)
-        if not self._told:
+        """Log an expected failure as one line, a bug with its traceback."""
+        self._failure_line = failure_line(exc_info[1], self._place)
+        if not self._failure_line:
             super().handle_exception(job, *exc_info)
         else:
-            log.warning("job_failed", job=job.id, why=self._told, retries_left=job.retries_left or 0)
+            log.warning(
+                "job_failed", job=job.id, reason=self._failure_line, retries_left=job.retries_left or 0
+            )
 
     def handle_job_failure(
         self,
@@ -138,20 +138,21 @@ class JobWorker(Worker):
         exc_string: str = "",
         execution: Execution | None = None,
     ) -> None:
-        """As RQ's; what is kept of the failure is the one line, where there is one."""
-        super().handle_job_failure(job, queue, started_job_registry, self._told or exc_string, execution)
-        self._told = ""
+        """Record the failure as RQ does, with the one line instead of the traceback if there is one."""
+        super().handle_job_failure(
+            job, queue, started_job_registry, self._failure_line or exc_string, execution
+        )
+        self._failure_line = ""
 
     def procline(self, message: str) -> None:
-        """The command line stays as it is: it says what we are."""
+        """Keep the command line, which names the role."""
 
 
-def give_way(load: float) -> None:
-    """Let what serves the ticks go first: a snapshot is seconds of computing, on whose cores they would wait.
+def lower_priority(load: float) -> None:
+    """Give the tick path priority: a snapshot computes for seconds.
 
-    Where cores are to spare (`load`: the average number of processes that want one) the job takes only what
-    nobody else wants. Where they are not it keeps a tenth of a core: `ticks.json` must not wait for the
-    screener to end.
+    With spare cores (`load`, the average number of runnable processes, is below their number) the job runs
+    only on idle time. Otherwise it keeps a tenth of a core: ticks.json must not wait for other programs.
     """
     os.nice(NICENESS)
     if sys.platform.startswith("linux") and load < (os.cpu_count() or 1):
@@ -159,8 +160,11 @@ def give_way(load: float) -> None:
 
 
 class Scheduler(RQScheduler):
-    """RQ's scheduler as a thread on our own client: RQ's is a process that would outlive a killed worker, and
-    that cannot find a Sentinel's master. A killed one is followed by another within LOCK_SECONDS."""
+    """RQ's scheduler in a thread, on the worker's client.
+
+    RQ runs it as a process, which would outlive a killed worker and cannot find a Sentinel's master. Another
+    worker takes over within LOCK_SECONDS.
+    """
 
     def __init__(self, queue: Queue) -> None:
         super().__init__(
@@ -170,16 +174,16 @@ class Scheduler(RQScheduler):
             serializer=JSONSerializer,
             logging_level="WARNING",
         )
-        self._ours = queue.connection
+        self._client = queue.connection
         self._born = False
 
     @property
     def connection(self) -> redis.Redis:
-        """The queue's."""
-        return self._ours
+        """Return the queue's client."""
+        return self._client
 
     def step(self) -> None:
-        """What is due goes into the queue, if no other worker's scheduler does that. Call it every second."""
+        """Enqueue due jobs unless another worker's scheduler does. Call it every second."""
         if not self._born:
             self.register_birth()
             self._born = True
@@ -189,15 +193,15 @@ class Scheduler(RQScheduler):
         self.enqueue_scheduled_jobs()
 
     def leave(self) -> None:
-        """Let another worker's scheduler take over at once."""
+        """Release the lock, so that another worker's scheduler takes over at once."""
         if self._born:
             self.stop()
 
 
-def told(error: BaseException | None, place: str) -> str:
-    """A failure in one line for people; "" for a bug, whose traceback is wanted."""
+def failure_line(error: BaseException | None, place: str) -> str:
+    """Return a failure as one line for people, "" for a bug, which keeps its traceback."""
     if isinstance(error, JobTimeoutException):
-        return "the run took longer than its time limit: it is stopped, and tried again from where it was"
+        return "the run took longer than its time limit: it was stopped and resumes at the next try"
     if isinstance(error, redis.RedisError):
         error = explain(error, place)
     return " ".join(str(error).split()) if isinstance(error, PkbError) else ""
@@ -205,57 +209,57 @@ def told(error: BaseException | None, place: str) -> str:
 
 ROLE = "jobs"
 STEP_SECONDS = 1.0
-RETRY_SECONDS = 2.0  # between two lives of RQ's loop, which ends when Redis hangs
+RETRY_SECONDS = 2.0  # until RQ's loop, which ends when Redis hangs, starts again
 
 log_role = logs.get(ROLE)
 
 
 def jobs(settings: Settings, stop: threading.Event) -> None:
-    """Run jobs until `stop` is set or a signal comes; the job at hand is finished first."""
-    live_in_india()
+    """Run jobs until `stop` is set or a signal arrives; finish the current job first."""
+    use_market_timezone()
     store = open_store(settings)
     connection = connect_queue(settings)
     place = describe_queue(settings) or describe(settings)
     queue, name = queue_of(connection), worker_id(ROLE)
-    beside = _Beside(settings, store, queue, name)
+    background = _BackgroundThread(settings, store, queue, name)
     log_role.info("started", store=describe(settings), queue=place)
-    beside.start()
+    background.start()
     try:
         for life in itertools.count(1):
-            # A new name each time: RQ takes no worker whose last life it has not seen end.
+            # A new name each time: RQ refuses a worker name whose end it has not seen.
             try:
-                with JobWorker(queue, f"{name}-{life}", stop, place) as beside.worker:
-                    beside.worker.work(logging_level="WARNING")
+                with JobWorker(queue, f"{name}-{life}", stop, place) as background.worker:
+                    background.worker.work(logging_level="WARNING")
             except redis.RedisError as error:
-                if life == 1 or beside.worker is not None:  # once an outage
-                    log_role.warning("redis_away", why=explain(error, place).message)
-            beside.worker = None
+                if life == 1 or background.worker is not None:  # once an outage
+                    log_role.warning("redis_unavailable", reason=explain(error, place).message)
+            background.worker = None
             # RQ's handlers belong to its loop, which has ended. `run_role` still sets `stop`.
             for number in STOP_SIGNALS:
                 signal.signal(number, ignore_signal)
             if stop.wait(0.0 if stop.is_set() else RETRY_SECONDS):
                 break
     finally:
-        beside.end()
-    log_role.info("stopped", done=beside.done)
+        background.end()
+    log_role.info("stopped", done=background.done)
 
 
-def live_in_india() -> None:
-    """Local time is India's from now on, whatever the host's zone, in our children too."""
+def use_market_timezone() -> None:
+    """Set the time zone of this process and its children to India's."""
     os.environ["TZ"] = MARKET_TIMEZONE
     time.tzset()
 
 
 def announce(store: redis.Redis, keys: Keys, role: str, name: str) -> None:
-    """Say that this worker lives; its library is loaded where it is missing."""
+    """Announce this worker; load the function library where it is missing."""
     leases.announce(store, keys, role, name)
 
 
-class _Beside(threading.Thread):
-    """The scheduler and the heartbeat. A Redis that is away is the worker's to tell; we try again."""
+class _BackgroundThread(threading.Thread):
+    """Runs the scheduler and the heartbeat; retries silently: the worker logs an unavailable Redis."""
 
     def __init__(self, settings: Settings, store: redis.Redis, queue: Queue, name: str) -> None:
-        super().__init__(name="jobs-beside", daemon=True)
+        super().__init__(name="jobs-background", daemon=True)
         self._settings, self._store, self._queue, self._name = settings, store, queue, name
         self._heart = Heartbeat(settings.keys, ROLE, name, now_ms())
         self._scheduler = Scheduler(queue)
@@ -271,12 +275,12 @@ class _Beside(threading.Thread):
                 if self._heart.due(at := now_ms()):
                     self._heart.beat(self._store, at, 0, self._figures())
             except redis.RedisError:
-                pass  # the worker's loop says so, and waits
+                pass  # the worker's loop logs it and waits
             except Exception:
-                log_role.exception("scheduler_failed")  # a bug; what is due later must not wait for a restart
+                log_role.exception("scheduler_failed")  # a bug must not delay later jobs until a restart
 
     def end(self) -> None:
-        """Let go of everything that names us."""
+        """Stop, and release everything that this worker holds."""
         self._over.set()
         self.join()
         try:
@@ -284,7 +288,7 @@ class _Beside(threading.Thread):
             leases.leave(self._store, self._settings.keys, ROLE, self._name)
             self._heart.end(self._store)
         except redis.RedisError:
-            pass  # all of it runs out by itself
+            pass  # all of it expires by itself
 
     def _figures(self) -> dict[str, Any]:
         queue = self._queue

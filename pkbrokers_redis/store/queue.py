@@ -78,7 +78,7 @@ JOBS: dict[str, JobSpec] = {
         JobSpec("capacity", "daily.capacity", timeout_seconds=60),
         JobSpec("feed", "daily.feed", timeout_seconds=60, retry_seconds=(30, 60)),
         JobSpec("day_snapshot", "daily.day_snapshot"),
-        JobSpec("settle", "daily.settle"),
+        JobSpec("final_candles", "daily.final_candles"),
         JobSpec("sync_push", "daily.sync_push", timeout_seconds=900),
         JobSpec("sync_pull", "daily.sync_pull", timeout_seconds=900),
         JobSpec("trim", "daily.trim", timeout_seconds=60),

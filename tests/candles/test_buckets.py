@@ -58,7 +58,7 @@ def test_every_interval_is_anchored_at_the_open(interval: Interval) -> None:
     assert starts[0] == at("2026-01-14 09:15")
 
 
-def test_the_last_bucket_ends_with_the_session() -> None:
+def test_last_candle_ends_with_the_session() -> None:
     day = MARKET.day(CASH, at("2026-01-14 12:00") * 1000)
     assert clock(bucket_end_s(day, 3600, at("2026-01-14 15:15"))) == "15:30"
     assert clock(bucket_end_s(day, 0, at("2026-01-14 09:15"))) == "15:30"

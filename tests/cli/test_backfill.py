@@ -7,58 +7,60 @@ from collections.abc import Callable
 
 import pytest
 
-from pkbrokers_redis.jobs.context import Desk
+from pkbrokers_redis.jobs.context import JobContext
 from pkbrokers_redis.jobs.progress import Progress
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.queue import job_id, open_queue
 from pkbrokers_redis.store.rows import read_candles
 from tests.cli.conftest import Pkb
-from tests.jobs.conftest import ROWS, aggregator, clock, desk, kite, kite_settings
+from tests.jobs.conftest import ROWS, aggregator, clock, context, kite, kite_settings
 
-__all__ = ["aggregator", "clock", "desk", "kite", "kite_settings"]  # fixtures
+__all__ = ["aggregator", "clock", "context", "kite", "kite_settings"]  # fixtures
 pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
 
 STOCK = next(row for row in ROWS if int(row["instrument_token"]) & 0xFF == 1)
 SYMBOL, TOKEN = f"{STOCK['exchange']}:{STOCK['tradingsymbol']}", int(STOCK["instrument_token"])
 
 
-def test_a_day_is_brought_and_then_agrees(desk: Desk, aggregator: Callable[[], None], pkb: Pkb) -> None:
+def test_a_day_is_brought_and_then_agrees(
+    context: JobContext, aggregator: Callable[[], None], pkb: Pkb
+) -> None:
     aggregator()
     ended = pkb("backfill", SYMBOL, "--day", "2026-08-05")
     assert ended.code == 0, ended.err
     assert ended.out == (
         "2026-08-05: 105 1m rows of 1 instruments at Kite: 105 were missing here\n105 replaced\n"
     )
-    assert len(read_candles(desk.client, desk.keys, TOKEN, "1m", 1000)) == 105
+    assert len(read_candles(context.client, context.keys, TOKEN, "1m", 1000)) == 105
     again = json.loads(pkb("backfill", SYMBOL, "--json").out)  # the last session is today's
     assert (again["day"], again["rows"], again["matched"]) == ("2026-08-05", 105, 105)
 
 
-def test_a_dry_run_only_says_what_would_be(desk: Desk, pkb: Pkb) -> None:
+def test_a_dry_run_only_says_what_would_be(context: JobContext, pkb: Pkb) -> None:
     ended = pkb("backfill", SYMBOL, "--day", "2026-08-05", "--dry-run")
     assert ended.out.endswith("105 would be replaced\n")
-    assert desk.client.exists(desk.keys.repairs(desk.keys.shard_of(TOKEN))) == 0
+    assert context.client.exists(context.keys.repairs(context.keys.shard_of(TOKEN))) == 0
 
 
 def test_without_symbols_it_is_all_that_is_streamed(
-    desk: Desk, pkb: Pkb, monkeypatch: pytest.MonkeyPatch
+    context: JobContext, pkb: Pkb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PKB_INSTRUMENTS", ",".join(str(row["instrument_token"]) for row in ROWS[:3]))
     found = json.loads(pkb("backfill", "--interval", "60m", "--dry-run", "--json").out)
     assert (found["instruments"], found["missing"]) == (3, 3)  # one of 60 minutes is over
 
 
-def test_without_an_aggregator_the_rows_wait_and_it_says_so(desk: Desk, pkb: Pkb) -> None:
+def test_without_an_aggregator_the_rows_wait_and_it_says_so(context: JobContext, pkb: Pkb) -> None:
     ended = pkb("backfill", SYMBOL)
     assert ended.code == 0
     assert "the aggregators have not applied it yet" in ended.err
 
 
-def test_an_interrupted_run_goes_on_and_says_so(desk: Desk, pkb: Pkb) -> None:
+def test_an_interrupted_run_goes_on_and_says_so(context: JobContext, pkb: Pkb) -> None:
     second = next(row for row in ROWS if row is not STOCK and int(row["instrument_token"]) & 0xFF == 1)
     tokens = [TOKEN, int(second["instrument_token"])]
     arguments = {"day": "2026-08-05", "tokens": tokens, "interval": "1m", "dry_run": True}
-    progress = Progress(desk.client, desk.keys, job_id("repair_day", arguments))
+    progress = Progress(context.client, context.keys, job_id("repair_day", arguments))
     progress.begin(map(str, tokens))
     progress.note(str(TOKEN), {"rows": 7}, 1, 2)
     ended = pkb("backfill", *map(str, tokens), "--day", "2026-08-05", "--dry-run", "--json")
@@ -66,10 +68,10 @@ def test_an_interrupted_run_goes_on_and_says_so(desk: Desk, pkb: Pkb) -> None:
     assert json.loads(ended.out)["rows"] == 7 + 105
 
 
-def test_it_can_be_left_to_the_queue(desk: Desk, pkb: Pkb) -> None:
+def test_it_can_be_left_to_the_queue(context: JobContext, pkb: Pkb) -> None:
     ended = pkb("backfill", SYMBOL, "--enqueue", "--json")
     job = json.loads(ended.out)["job"]
-    queue = open_queue(desk.settings)
+    queue = open_queue(context.settings)
     assert queue.get_job_ids() == [job]
     assert json.loads(pkb("backfill", SYMBOL, "--enqueue", "--json").out) == {"job": job, "new": False}
     queue.connection.close()
@@ -79,13 +81,15 @@ def test_it_can_be_left_to_the_queue(desk: Desk, pkb: Pkb) -> None:
     "arguments",
     [("--day", "soon"), ("--interval", "2m"), ("--interval", "7m"), ("NSE:NONESUCH",)],
 )
-def test_a_mistake_is_one_line(desk: Desk, pkb: Pkb, arguments: tuple[str, ...]) -> None:
+def test_a_mistake_is_one_line(context: JobContext, pkb: Pkb, arguments: tuple[str, ...]) -> None:
     ended = pkb("backfill", *arguments)
     assert ended.code == 2
     assert ended.err.startswith("pkb: ") and ended.err.count("\n") == 1
 
 
-def test_a_kite_without_a_session_is_one_line(desk: Desk, pkb: Pkb, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kite_without_a_session_is_one_line(
+    context: JobContext, pkb: Pkb, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("API_KEY", "API_SECRET", "USER_ID", "PASSWORD", "TOTP_SECRET"):
         monkeypatch.delenv(f"PKB_KITE_{name}")
     ended = pkb("backfill", SYMBOL)

@@ -1,4 +1,4 @@
-"""What the tests of jobs share: a Kite whose time stands still, a desk on it, an aggregator in a thread."""
+"""Fixtures of the job tests: a Kite with a stopped clock, a context on it, an aggregator in a thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import redis
 from pkbrokers_redis.aggregate.worker import Aggregator
 from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.clock import Clock
-from pkbrokers_redis.jobs.context import Desk
+from pkbrokers_redis.jobs.context import JobContext
 from pkbrokers_redis.jobs.github import Target, target_of
 from pkbrokers_redis.kite.history import KiteTickerHistory
 from pkbrokers_redis.settings import Settings, load_settings
@@ -80,25 +80,27 @@ def kite_settings(settings: Settings, kite: SimulatedKite, monkeypatch: pytest.M
 
 
 @pytest.fixture
-def desk(kite_settings: Settings, client: redis.Redis, clock: MovableClock) -> Desk:
-    """A desk that asks Kite without waiting for its turn."""
+def context(kite_settings: Settings, client: redis.Redis, clock: MovableClock) -> JobContext:
+    """A context that asks Kite without waiting for its turn."""
     ensure_meta(client, kite_settings, "2026-08-05T05:00:00+00:00")
     save_instruments(client, kite_settings.keys, ROWS)
     limiter = Limiter(client, kite_settings.keys, per_second=10_000)
     history = KiteTickerHistory(settings=kite_settings, client=client, limiter=limiter, now_ms=clock)
-    return Desk(kite_settings, client, history, load_sessions("market"), clock)
+    return JobContext(kite_settings, client, history, load_sessions("market"), clock)
 
 
 @pytest.fixture
-def aggregator(desk: Desk, clock: MovableClock) -> Iterator[Callable[[], None]]:
+def aggregator(context: JobContext, clock: MovableClock) -> Iterator[Callable[[], None]]:
     """Call it to start one; it ends with the test."""
     stop = threading.Event()
-    worker = Aggregator(lambda: connect(desk.settings), desk.settings, now_ms=clock)
+    worker = Aggregator(lambda: connect(context.settings), context.settings, now_ms=clock)
     thread = threading.Thread(target=worker.run, args=(stop,))
 
     def start() -> None:
         thread.start()
-        wait_until(lambda: len(worker.workers) == desk.settings.shards, timeout_seconds=60, what="the shards")
+        wait_until(
+            lambda: len(worker.workers) == context.settings.shards, timeout_seconds=60, what="the shards"
+        )
 
     yield start
     stop.set()

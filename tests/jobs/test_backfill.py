@@ -14,9 +14,8 @@ from rq import Retry
 
 from pkbrokers_redis.errors import KiteUnavailable, PkbError, UnknownInterval
 from pkbrokers_redis.jobs.backfill import repair_day, repair_gap, warm_start
-from pkbrokers_redis.jobs.context import HISTORY_LAG_SECONDS, Desk
-from pkbrokers_redis.jobs.progress import Progress, read_progress
-from pkbrokers_redis.jobs.time_slicing import run_parts
+from pkbrokers_redis.jobs.context import HISTORY_LAG_SECONDS, JobContext
+from pkbrokers_redis.jobs.progress import Progress, read_progress, run_parts
 from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.store.rows import read_candles
@@ -36,9 +35,9 @@ def clock_s(text: str) -> int:
     return int(NOW.replace(hour=hour, minute=minute, second=0).timestamp())
 
 
-def entries(desk: Desk, token: int) -> list[dict[str, Any]]:
+def entries(context: JobContext, token: int) -> list[dict[str, Any]]:
     """The repair entries of one instrument, decoded."""
-    found: Any = desk.client.xrange(desk.keys.repairs(desk.keys.shard_of(token)))
+    found: Any = context.client.xrange(context.keys.repairs(context.keys.shard_of(token)))
     rows = [{name.decode(): value.decode() for name, value in fields.items()} for _, fields in found]
     return [row for row in rows if row.get("token") == str(token)]
 
@@ -48,17 +47,17 @@ def theirs(kite: SimulatedKite, token: int, interval: str, from_s: int, to_s: in
     return [row[:6] for row in kite.history.rows(token, interval, from_s, to_s - 1, kite.now_ms())]
 
 
-def ours(desk: Desk, token: int, interval: str) -> list[tuple[Any, ...]]:
-    return [tuple(row[:6]) for row in read_candles(desk.client, desk.keys, token, interval, 1000)]
+def ours(context: JobContext, token: int, interval: str) -> list[tuple[Any, ...]]:
+    return [tuple(row[:6]) for row in read_candles(context.client, context.keys, token, interval, 1000)]
 
 
 # --- an outage
 
 
-def test_an_outage_sends_the_minutes_it_touched(desk: Desk, kite: SimulatedKite) -> None:
+def test_gap_repair_sends_the_minutes_of_the_outage(context: JobContext, kite: SimulatedKite) -> None:
     from_s = OPENED_S + 600
-    repair_gap([STOCK], (from_s + 20) * 1000, (from_s + 61) * 1000, desk=desk)
-    [entry] = entries(desk, STOCK)
+    repair_gap([STOCK], (from_s + 20) * 1000, (from_s + 61) * 1000, context=context)
+    [entry] = entries(context, STOCK)
     assert (entry["kind"], entry["interval"], entry["why"]) == ("rows", "1m", "gap")
     assert (int(entry["from"]), int(entry["to"])) == (from_s, from_s + 120)
     sent = [tuple(row[:6]) for row in json.loads(entry["rows"])]
@@ -66,46 +65,48 @@ def test_an_outage_sends_the_minutes_it_touched(desk: Desk, kite: SimulatedKite)
     assert len(sent) == 2
 
 
-def test_it_comes_again_when_the_last_minute_is_over(desk: Desk, clock: MovableClock) -> None:
-    again = repair_gap([STOCK], (NOW_S - 90) * 1000, (NOW_S + 1) * 1000, desk=desk)
+def test_gap_repair_waits_until_the_last_minute_is_complete(context: JobContext, clock: MovableClock) -> None:
+    again = repair_gap([STOCK], (NOW_S - 90) * 1000, (NOW_S + 1) * 1000, context=context)
     assert isinstance(again, Retry)
     assert again.intervals == [30 + HISTORY_LAG_SECONDS]
-    assert entries(desk, STOCK) == []
+    assert entries(context, STOCK) == []
     clock.move(30 + HISTORY_LAG_SECONDS)
-    assert repair_gap([STOCK], (NOW_S - 90) * 1000, (NOW_S + 1) * 1000, desk=desk)["rows"] >= 1
-    assert int(entries(desk, STOCK)[0]["to"]) == KNOWN_S + 60
+    assert repair_gap([STOCK], (NOW_S - 90) * 1000, (NOW_S + 1) * 1000, context=context)["rows"] >= 1
+    assert int(entries(context, STOCK)[0]["to"]) == KNOWN_S + 60
 
 
-def test_an_outage_of_the_future_is_refused(desk: Desk) -> None:
+def test_gap_repair_in_the_future_is_refused(context: JobContext) -> None:
     with pytest.raises(PkbError, match="ends in the future"):
-        repair_gap([STOCK], 0, (NOW_S + 10 * 86_400) * 1000, desk=desk)
+        repair_gap([STOCK], 0, (NOW_S + 10 * 86_400) * 1000, context=context)
 
 
-def test_minutes_that_the_lists_have_forgotten_are_not_asked_for(desk: Desk, kite: SimulatedKite) -> None:
+def test_minutes_older_than_the_lists_are_not_requested(context: JobContext, kite: SimulatedKite) -> None:
     week_ago = (NOW_S - 7 * 86_400) * 1000
-    assert repair_gap([STOCK], week_ago, week_ago + 60_000, desk=desk)["too_old"] == 1
+    assert repair_gap([STOCK], week_ago, week_ago + 60_000, context=context)["too_old"] == 1
     assert len(kite.limits.seen) == 0
 
 
-def test_an_outage_over_the_weekend_goes_back_as_far_as_the_lists(desk: Desk, clock: MovableClock) -> None:
-    repair_gap([STOCK], (NOW_S - 7 * 86_400) * 1000, (KNOWN_S - 60) * 1000, desk=desk)
-    [entry] = entries(desk, STOCK)
+def test_outage_over_the_weekend_is_repaired_as_far_as_the_lists_reach(
+    context: JobContext, clock: MovableClock
+) -> None:
+    repair_gap([STOCK], (NOW_S - 7 * 86_400) * 1000, (KNOWN_S - 60) * 1000, context=context)
+    [entry] = entries(context, STOCK)
     yesterday = NOW - timedelta(days=1)  # 105 minutes of today and the whole day before are 390 rows or more
     assert int(entry["from"]) == int(yesterday.replace(hour=9, minute=15, second=0).timestamp())
 
 
-def test_an_instrument_that_kite_refuses_costs_only_itself(desk: Desk) -> None:
+def test_instrument_refused_by_kite_does_not_affect_others(context: JobContext) -> None:
     unknown = 4242 << 8 | 1
-    found = repair_gap([unknown, STOCK], OPENED_S * 1000, (OPENED_S + 60) * 1000, desk=desk)
+    found = repair_gap([unknown, STOCK], OPENED_S * 1000, (OPENED_S + 60) * 1000, context=context)
     assert (found["refused"], found["rows"], found["instruments"]) == (1, 1, 2)
 
 
-def test_a_kite_that_is_away_fails_the_run_and_the_next_does_what_is_left(
-    desk: Desk, kite: SimulatedKite, monkeypatch: pytest.MonkeyPatch
+def test_unavailable_kite_fails_the_run_and_the_next_run_resumes(
+    context: JobContext, kite: SimulatedKite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pkbrokers_redis.kite.history_api.HistoryApi._sleep", lambda *_: None)
     span = (OPENED_S * 1000, (OPENED_S + 60) * 1000)
-    real = desk.history.rows
+    real = context.history.rows
     calls: list[int] = []
 
     def rows(token: int, *arguments: Any) -> Any:
@@ -114,28 +115,30 @@ def test_a_kite_that_is_away_fails_the_run_and_the_next_does_what_is_left(
             kite.faults.add("503", count=4, on="rest", path="/instruments/historical")
         return real(token, *arguments)
 
-    monkeypatch.setattr(desk.history, "rows", rows)
+    monkeypatch.setattr(context.history, "rows", rows)
     with pytest.raises(KiteUnavailable):
-        repair_gap(TOKENS[:5], *span, desk=desk)
-    found = repair_gap(TOKENS[:5], *span, desk=desk)
+        repair_gap(TOKENS[:5], *span, context=context)
+    found = repair_gap(TOKENS[:5], *span, context=context)
     assert len(calls) == 3 + 3  # two were done, the third is asked for again
     assert found["instruments"] == 5
 
 
-def test_the_rows_reach_the_lists_and_all_longer_intervals(
-    desk: Desk, kite: SimulatedKite, aggregator: Callable[[], None]
+def test_repaired_rows_reach_the_lists_and_all_longer_intervals(
+    context: JobContext, kite: SimulatedKite, aggregator: Callable[[], None]
 ) -> None:
     aggregator()
-    found = repair_gap([STOCK], OPENED_S * 1000, KNOWN_S * 1000, desk=desk)
+    found = repair_gap([STOCK], OPENED_S * 1000, KNOWN_S * 1000, context=context)
     assert found["applied"] is True
-    assert ours(desk, STOCK, "1m") == theirs(kite, STOCK, "minute", OPENED_S, KNOWN_S)
-    assert ours(desk, STOCK, "15m") == theirs(kite, STOCK, "15minute", OPENED_S, KNOWN_S - 899)
-    flags = {row.flag for row in read_candles(desk.client, desk.keys, STOCK, "1m", 1000)}
+    assert ours(context, STOCK, "1m") == theirs(kite, STOCK, "minute", OPENED_S, KNOWN_S)
+    assert ours(context, STOCK, "15m") == theirs(kite, STOCK, "15minute", OPENED_S, KNOWN_S - 899)
+    flags = {row.flag for row in read_candles(context.client, context.keys, STOCK, "1m", 1000)}
     assert flags == {"backfilled"}
 
 
-def with_intervals(desk: Desk, text: str) -> Desk:
-    return Desk(load_settings(intervals_text=text), desk.client, desk.history, desk.sessions, desk.clock)
+def with_intervals(context: JobContext, text: str) -> JobContext:
+    return JobContext(
+        load_settings(intervals_text=text), context.client, context.history, context.sessions, context.clock
+    )
 
 
 @pytest.mark.parametrize(
@@ -148,52 +151,52 @@ def with_intervals(desk: Desk, text: str) -> Desk:
         ("60m", "09:50", ("09:15", "10:15")),
     ],
 )
-def test_it_asks_for_the_candles_of_the_session(
-    desk: Desk, kite: SimulatedKite, base: str, at: str, asked: tuple[str, str]
+def test_gap_repair_requests_candles_of_the_session(
+    context: JobContext, kite: SimulatedKite, base: str, at: str, asked: tuple[str, str]
 ) -> None:
-    desk = with_intervals(desk, f"{base},day")
+    context = with_intervals(context, f"{base},day")
     outage_s, from_s, to_s = (clock_s(text) for text in (at, *asked))
-    repair_gap([STOCK], (outage_s + 5) * 1000, (outage_s + 25) * 1000, desk=desk)
-    [entry] = entries(desk, STOCK)
+    repair_gap([STOCK], (outage_s + 5) * 1000, (outage_s + 25) * 1000, context=context)
+    [entry] = entries(context, STOCK)
     assert (entry["interval"], int(entry["from"]), int(entry["to"])) == (base, from_s, to_s)
     names = {"1m": "minute", "60m": "60minute"}
     sent = [tuple(row[:6]) for row in json.loads(entry["rows"])]
     assert sent == theirs(kite, STOCK, names.get(base, f"{base[:-1]}minute"), from_s, to_s) and len(sent) == 1
 
 
-def test_an_hour_that_forms_is_waited_for_to_its_end_and_the_last_one_to_the_close(
-    desk: Desk, clock: MovableClock
-) -> None:
-    desk = with_intervals(desk, "60m,day")
-    again = repair_gap([STOCK], (NOW_S - 60) * 1000, (NOW_S - 30) * 1000, desk=desk)
+def test_gap_repair_waits_for_the_end_of_a_forming_hour(context: JobContext, clock: MovableClock) -> None:
+    context = with_intervals(context, "60m,day")
+    again = repair_gap([STOCK], (NOW_S - 60) * 1000, (NOW_S - 30) * 1000, context=context)
     assert again.intervals == [clock_s("11:15") - NOW_S + HISTORY_LAG_SECONDS]
     clock.move(clock_s("15:20") - NOW_S)
-    again = repair_gap([FUTURE], (clock_s("15:16")) * 1000, clock_s("15:17") * 1000, desk=desk)
-    closes_s = desk.session_s(FUTURE, NOW.date())[1]
+    again = repair_gap([FUTURE], (clock_s("15:16")) * 1000, clock_s("15:17") * 1000, context=context)
+    closes_s = context.session_s(FUTURE, NOW.date())[1]
     assert again.intervals == [closes_s - clock_s("15:20") + HISTORY_LAG_SECONDS]
     assert closes_s < clock_s("16:15")
 
 
-def test_each_instrument_has_its_own_hours(desk: Desk) -> None:
-    desk = with_intervals(desk, "30m,day")
+def test_gap_repair_uses_the_hours_of_each_instrument(context: JobContext) -> None:
+    context = with_intervals(context, "30m,day")
     outage = [clock_s("10:20") * 1000, clock_s("10:21") * 1000]
-    assert desk.span_s(STOCK, *outage) == (clock_s("10:15"), clock_s("10:45"))
-    assert desk.span_s(4242 << 8 | 7, *outage) == (clock_s("10:00"), clock_s("10:30"))  # MCX, from 9:00
+    assert context.span_s(STOCK, *outage) == (clock_s("10:15"), clock_s("10:45"))
+    assert context.span_s(4242 << 8 | 7, *outage) == (clock_s("10:00"), clock_s("10:30"))  # MCX, from 9:00
 
 
-def test_after_the_close_there_is_nothing_to_mend(desk: Desk, clock: MovableClock) -> None:
+def test_nothing_is_repaired_after_the_close(context: JobContext, clock: MovableClock) -> None:
     clock.move(clock_s("18:00") - NOW_S)
-    found = repair_gap([STOCK], clock_s("16:01") * 1000, clock_s("16:03") * 1000, desk=desk)
-    assert "too_old" not in found and entries(desk, STOCK) == []
+    found = repair_gap([STOCK], clock_s("16:01") * 1000, clock_s("16:03") * 1000, context=context)
+    assert "too_old" not in found and entries(context, STOCK) == []
 
 
 @pytest.mark.parametrize("base", ["2m", "4m"])
-def test_a_length_that_kite_lacks_is_made_of_its_minutes(desk: Desk, kite: SimulatedKite, base: str) -> None:
+def test_interval_that_kite_lacks_is_combined_from_minutes(
+    context: JobContext, kite: SimulatedKite, base: str
+) -> None:
     seconds = 60 * int(base[0])
-    desk = with_intervals(desk, f"{base},60m,day")
-    repair_gap([STOCK, INDEX], (OPENED_S + 1) * 1000, (OPENED_S + seconds + 1) * 1000, desk=desk)
+    context = with_intervals(context, f"{base},60m,day")
+    repair_gap([STOCK, INDEX], (OPENED_S + 1) * 1000, (OPENED_S + seconds + 1) * 1000, context=context)
     for token in (STOCK, INDEX):
-        [entry] = entries(desk, token)
+        [entry] = entries(context, token)
         first, second = json.loads(entry["rows"])
         minutes = theirs(kite, token, "minute", OPENED_S, OPENED_S + 2 * seconds)
         part = minutes[len(minutes) // 2 :]
@@ -207,121 +210,123 @@ def test_a_length_that_kite_lacks_is_made_of_its_minutes(desk: Desk, kite: Simul
 # --- a warm start
 
 
-def test_a_warm_start_brings_the_session_so_far_and_the_days(
-    desk: Desk, kite: SimulatedKite, aggregator: Callable[[], None]
+def test_warm_start_fetches_the_session_so_far_and_the_days(
+    context: JobContext, kite: SimulatedKite, aggregator: Callable[[], None]
 ) -> None:
     aggregator()
-    found = warm_start(TOKENS, desk=desk)
+    found = warm_start(TOKENS, context=context)
     assert found["instruments"] == len(TOKENS)
     assert found["applied"] is True
     for token in (STOCK, INDEX):
-        assert ours(desk, token, "1m") == theirs(kite, token, "minute", OPENED_S, KNOWN_S)
-        days = ours(desk, token, "day")
+        assert ours(context, token, "1m") == theirs(kite, token, "minute", OPENED_S, KNOWN_S)
+        days = ours(context, token, "day")
         expected = theirs(kite, token, "day", NOW_S - 900 * 86_400, OPENED_S - 12 * 3600)
         assert [row[1:] for row in days] == [row[1:] for row in expected[-365:]]
         assert len(days) == 365
 
 
-def test_before_the_open_it_brings_the_session_before(desk: Desk, clock: MovableClock) -> None:
+def test_warm_start_before_the_open_fetches_the_previous_session(
+    context: JobContext, clock: MovableClock
+) -> None:
     clock.move(OPENED_S - 3600 - NOW_S)
-    warm_start([STOCK], desk=desk)
-    minutes, _days = entries(desk, STOCK)
+    warm_start([STOCK], context=context)
+    minutes, _days = entries(context, STOCK)
     assert (int(minutes["from"]), int(minutes["to"])) == (OPENED_S - 86_400, OPENED_S - 86_400 + 375 * 60)
 
 
-def test_a_warm_start_twice_changes_nothing(
-    desk: Desk, aggregator: Callable[[], None], client: redis.Redis
+def test_second_warm_start_changes_nothing(
+    context: JobContext, aggregator: Callable[[], None], client: redis.Redis
 ) -> None:
     aggregator()
-    warm_start([STOCK], desk=desk)
-    before = ours(desk, STOCK, "1m"), ours(desk, STOCK, "day")
-    announced = client.xlen(desk.keys.closed(desk.keys.shard_of(STOCK)))
-    warm_start([STOCK], desk=desk)
-    assert (ours(desk, STOCK, "1m"), ours(desk, STOCK, "day")) == before
-    assert client.xlen(desk.keys.closed(desk.keys.shard_of(STOCK))) == announced
+    warm_start([STOCK], context=context)
+    before = ours(context, STOCK, "1m"), ours(context, STOCK, "day")
+    announced = client.xlen(context.keys.closed(context.keys.shard_of(STOCK)))
+    warm_start([STOCK], context=context)
+    assert (ours(context, STOCK, "1m"), ours(context, STOCK, "day")) == before
+    assert client.xlen(context.keys.closed(context.keys.shard_of(STOCK))) == announced
 
 
-def test_what_people_look_at_comes_first(desk: Desk, client: redis.Redis) -> None:
+def test_indices_and_most_traded_instruments_come_first(context: JobContext, client: redis.Redis) -> None:
     busy, quiet = [token for token in TOKENS if token & 0xFF == 1][:2]
-    client.hset(desk.keys.quote(busy), mapping={"volume": 5_000_000, "average_price": 10})
-    client.hset(desk.keys.quote(quiet), mapping={"volume": 10, "average_price": "odd"})
-    assert desk.by_activity([quiet, busy, INDEX, quiet]) == [INDEX, busy, quiet]
+    client.hset(context.keys.quote(busy), mapping={"volume": 5_000_000, "average_price": 10})
+    client.hset(context.keys.quote(quiet), mapping={"volume": 10, "average_price": "odd"})
+    assert context.by_activity([quiet, busy, INDEX, quiet]) == [INDEX, busy, quiet]
 
 
 # --- a day
 
 
-def spoil(desk: Desk, token: int, number: int, change: Callable[[list[Any]], Any]) -> None:
+def spoil(context: JobContext, token: int, number: int, change: Callable[[list[Any]], Any]) -> None:
     """Change one row of the 1m list, as no aggregator would."""
-    key = desk.keys.candles(token, "1m")
-    row = msgspec.json.decode(bytes(desk.client.lindex(key, number)))  # type: ignore[arg-type]
+    key = context.keys.candles(token, "1m")
+    row = msgspec.json.decode(bytes(context.client.lindex(key, number)))  # type: ignore[arg-type]
     change(row)
-    desk.client.lset(key, number, msgspec.json.encode(row).decode())
+    context.client.lset(key, number, msgspec.json.encode(row).decode())
 
 
 @pytest.fixture
-def watched(desk: Desk, aggregator: Callable[[], None]) -> Desk:
+def watched(context: JobContext, aggregator: Callable[[], None]) -> JobContext:
     """A store with the morning of one stock."""
     aggregator()
-    assert repair_gap([STOCK], OPENED_S * 1000, KNOWN_S * 1000, desk=desk)["applied"]
-    return desk
+    assert repair_gap([STOCK], OPENED_S * 1000, KNOWN_S * 1000, context=context)["applied"]
+    return context
 
 
-def test_a_day_that_agrees_is_left_alone(watched: Desk) -> None:
+def test_day_equal_to_kites_history_is_not_rewritten(watched: JobContext) -> None:
     before = len(entries(watched, STOCK))
-    found = repair_day("2026-08-05", [STOCK], desk=watched)
+    found = repair_day("2026-08-05", [STOCK], context=watched)
     assert (found["rows"], found["matched"]) == (105, 105)
     assert "sent" not in found and "changed" not in found
     assert len(entries(watched, STOCK)) == before
 
 
-def test_rows_that_differ_are_counted_and_replaced(watched: Desk, kite: SimulatedKite) -> None:
+def test_different_rows_are_counted_and_replaced(watched: JobContext, kite: SimulatedKite) -> None:
     spoil(watched, STOCK, 5, lambda row: row.__setitem__(5, row[5] + 1))
     spoil(watched, STOCK, 6, lambda row: row.__setitem__(4, row[2]))
     spoil(watched, STOCK, 7, lambda row: row.__setitem__(8, "gap"))
     key = watched.keys.candles(STOCK, "1m")
     watched.client.lrem(key, 1, watched.client.lindex(key, 9))  # type: ignore[arg-type]
-    dry = repair_day("2026-08-05", [STOCK], dry_run=True, desk=watched)
+    dry = repair_day("2026-08-05", [STOCK], dry_run=True, context=watched)
     counts = {"rows": 105, "changed": 2, "missing": 1, "marked": 1, "matched": 102}
     assert {name: dry[name] for name in counts} == counts
-    found = repair_day("2026-08-05", [STOCK], desk=watched)
+    found = repair_day("2026-08-05", [STOCK], context=watched)
     assert {name: found[name] for name in counts} == counts
     assert found["sent"] == 1 and found["applied"] is True
     assert ours(watched, STOCK, "1m") == theirs(kite, STOCK, "minute", OPENED_S, KNOWN_S)
-    assert repair_day("2026-08-05", [STOCK], desk=watched)["matched"] == 105
+    assert repair_day("2026-08-05", [STOCK], context=watched)["matched"] == 105
 
 
-def test_a_day_without_rows_of_ours_is_all_missing(desk: Desk) -> None:
-    found = repair_day("2026-08-05", [STOCK], dry_run=True, desk=desk)
+def test_day_without_stored_rows_counts_all_as_missing(context: JobContext) -> None:
+    found = repair_day("2026-08-05", [STOCK], dry_run=True, context=context)
     assert (found["rows"], found["missing"]) == (105, 105)
 
 
-def test_a_closed_day_has_nothing_to_compare(desk: Desk, kite: SimulatedKite) -> None:
-    assert "rows" not in repair_day("2026-08-02", [STOCK], dry_run=True, desk=desk)
-    assert "rows" not in repair_day("2026-08-06", [STOCK], dry_run=True, desk=desk)  # tomorrow
+def test_closed_day_has_nothing_to_compare(context: JobContext, kite: SimulatedKite) -> None:
+    assert "rows" not in repair_day("2026-08-02", [STOCK], dry_run=True, context=context)
+    assert "rows" not in repair_day("2026-08-06", [STOCK], dry_run=True, context=context)  # tomorrow
     assert len(kite.limits.seen) == 0
 
 
-def test_the_day_candles_are_compared_with_kites_midnights(
-    desk: Desk, aggregator: Callable[[], None]
+def test_day_candles_match_kites_rows_stamped_midnight(
+    context: JobContext, aggregator: Callable[[], None]
 ) -> None:
     aggregator()
-    warm_start([STOCK], desk=desk)
-    assert repair_day("2026-08-04", [STOCK], "day", desk=desk)["matched"] == 1
-    assert "rows" not in repair_day("2026-08-05", [STOCK], "1d", desk=desk)  # not over
+    warm_start([STOCK], context=context)
+    assert repair_day("2026-08-04", [STOCK], "day", context=context)["matched"] == 1
+    assert "rows" not in repair_day("2026-08-05", [STOCK], "1d", context=context)  # not over
 
 
 @pytest.mark.parametrize("interval", ["2m", "7m", "soon"])
-def test_an_interval_that_kite_or_the_store_lacks_is_one_line(desk: Desk, interval: str) -> None:
+def test_unknown_interval_of_a_backfill_is_one_line(context: JobContext, interval: str) -> None:
     with pytest.raises(UnknownInterval):
-        repair_day("2026-08-05", [STOCK], interval, desk=desk)
+        repair_day("2026-08-05", [STOCK], interval, context=context)
 
 
 # --- slices
 
 
-def test_a_slice_ends_after_its_time_and_the_next_goes_on(desk: Desk) -> None:
-    progress = Progress(desk.client, desk.keys, "test")
+def test_slice_ends_after_its_time_and_the_next_resumes(context: JobContext) -> None:
+    progress = Progress(context.client, context.keys, "test")
     seconds = iter([0.0, 10.0, 40.0, 0.0, 1.0, 2.0])
     done: list[str] = []
 
@@ -332,17 +337,17 @@ def test_a_slice_ends_after_its_time_and_the_next_goes_on(desk: Desk) -> None:
     parts = ["a", "bb", "ccc", "dddd"]
     assert run_parts(progress, parts, work, clock=lambda: next(seconds)) is None
     assert done == ["a", "bb"]
-    assert read_progress(desk.client, desk.keys, "test") == (2, 4)
+    assert read_progress(context.client, context.keys, "test") == (2, 4)
     assert run_parts(progress, parts, work, clock=lambda: next(seconds)) == {"rows": 10}
     assert done == parts
     progress.forget()
-    assert read_progress(desk.client, desk.keys, "test") is None
+    assert read_progress(context.client, context.keys, "test") is None
 
 
-def test_progress_is_told_and_a_foreign_field_is_passed_over(desk: Desk) -> None:
+def test_progress_is_reported_and_unknown_fields_are_ignored(context: JobContext) -> None:
     heard: list[tuple[int, int, str]] = []
-    desk.client.hset(desk.keys.job("test"), mapping={"a": "no figures", "b": '{"rows":1}'})
-    progress = Progress(desk.client, desk.keys, "test", lambda *told: heard.append(told))
+    context.client.hset(context.keys.job("test"), mapping={"a": "no figures", "b": '{"rows":1}'})
+    progress = Progress(context.client, context.keys, "test", lambda *told: heard.append(told))
     assert run_parts(progress, ["a", "b"], lambda _: {"rows": 2}) == {"rows": 3}
     assert heard == [(1, 2, ""), (2, 2, "a")]
-    assert 0 < desk.client.ttl(desk.keys.job("test")) <= 86_400  # type: ignore[operator]
+    assert 0 < context.client.ttl(context.keys.job("test")) <= 86_400  # type: ignore[operator]

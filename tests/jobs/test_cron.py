@@ -16,7 +16,7 @@ from rq import Queue
 
 from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.jobs.cron import Cron, Plan, schedules_of
-from pkbrokers_redis.jobs.locks import Busy, exclusive
+from pkbrokers_redis.jobs.locks import AlreadyRunning, exclusive
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.queue import open_queue
@@ -60,7 +60,7 @@ def names(queue: Queue) -> list[str]:
     return [str(job.description) for job in queue.get_jobs()]
 
 
-def test_two_crons_put_each_run_of_a_day_into_the_queue_once(queue: Queue, plan: Plan) -> None:
+def test_two_crons_enqueue_each_run_of_a_day_once(queue: Queue, plan: Plan) -> None:
     clock = Time("2026-08-05T08:00:00")
     crons = [Cron(plan, queue, clock), Cron(plan, queue, clock)]
     while clock.now_ms < ms("2026-08-05T16:00:00"):
@@ -74,7 +74,7 @@ def test_two_crons_put_each_run_of_a_day_into_the_queue_once(queue: Queue, plan:
 
 
 @pytest.mark.parametrize("day", ["2026-01-26", "2026-08-09"])
-def test_a_holiday_and_a_sunday_stay_empty(queue: Queue, plan: Plan, day: str) -> None:
+def test_no_run_on_a_holiday_or_sunday(queue: Queue, plan: Plan, day: str) -> None:
     clock = Time(f"{day}T07:00:00")
     cron = Cron(plan, queue, clock)
     while clock.now_ms < ms(f"{day}T20:00:00"):
@@ -82,9 +82,7 @@ def test_a_holiday_and_a_sunday_stay_empty(queue: Queue, plan: Plan, day: str) -
         clock.now_ms += 300_000
 
 
-def test_a_cron_that_was_away_makes_up_for_the_latest_run_only_and_not_for_what_is_of_no_use(
-    queue: Queue, plan: Plan
-) -> None:
+def test_cron_after_downtime_enqueues_only_the_latest_useful_runs(queue: Queue, plan: Plan) -> None:
     clock = Time("2026-08-05T09:20:10")
     Cron(plan, queue, clock).step()
     assert names(queue) == ["login", "instruments", "calendar", "capacity", "feed", "day_snapshot"]
@@ -97,7 +95,7 @@ def test_a_cron_that_was_away_makes_up_for_the_latest_run_only_and_not_for_what_
     assert Cron(plan, queue, clock).step() == []
 
 
-def test_a_cron_that_is_started_again_repeats_nothing(queue: Queue, plan: Plan) -> None:
+def test_restarted_cron_repeats_no_run(queue: Queue, plan: Plan) -> None:
     clock = Time("2026-08-05T08:31:00")
     assert len(Cron(plan, queue, clock).step()) == 1
     assert Cron(plan, queue, clock).step() == []
@@ -106,7 +104,7 @@ def test_a_cron_that_is_started_again_repeats_nothing(queue: Queue, plan: Plan) 
     assert Cron(plan, queue, clock).step() == []
 
 
-def test_what_is_streamed_decides_on_the_hours(
+def test_streamed_instruments_determine_the_hours(
     settings: Settings, client: redis.Redis, make_settings: Any
 ) -> None:
     sessions = load_sessions("market")
@@ -118,7 +116,7 @@ def test_what_is_streamed_decides_on_the_hours(
     assert schedules_of(client, streamed, sessions) == {sessions.schedule_of(7)}
 
 
-def test_the_table_is_printed_with_its_next_times(pkb: Pkb, settings: Settings, monkeypatch: Any) -> None:
+def test_cron_list_prints_the_next_times(pkb: Pkb, settings: Settings, monkeypatch: Any) -> None:
     assert settings.redis_url is not None
     monkeypatch.setenv("PKB_REDIS_URL", settings.redis_url.get_secret_value())
     monkeypatch.setenv("PKB_TIME_SHIFT", f"{ms('2026-11-07T12:00:00') / 1000},{time.time()},0.01")
@@ -130,7 +128,7 @@ def test_the_table_is_printed_with_its_next_times(pkb: Pkb, settings: Settings, 
     assert pkb("cron", "--list").code == 0  # the table needs no store
 
 
-def test_the_table_has_the_hours_of_what_the_embedded_server_streams(
+def test_cron_list_uses_the_hours_of_the_embedded_servers_instruments(
     pkb: Pkb, make_settings: Any, tmp_path: Path, monkeypatch: Any
 ) -> None:
     data = tmp_path / "data"
@@ -150,7 +148,7 @@ def test_the_table_has_the_hours_of_what_the_embedded_server_streams(
         assert closes() == "2026-08-05T23:31:00+05:30"
 
 
-def test_the_role_enqueues_what_is_due_tells_that_it_lives_and_stops(
+def test_cron_role_enqueues_due_runs_sends_heartbeats_and_stops(
     settings: Settings, client: redis.Redis, queue: Queue
 ) -> None:
     env = {
@@ -178,9 +176,9 @@ def test_the_role_enqueues_what_is_due_tells_that_it_lives_and_stops(
 # --- the lock
 
 
-def test_one_of_a_kind_at_a_time_and_another_kind_beside_it(settings: Settings, client: redis.Redis) -> None:
+def test_lock_excludes_the_same_kind_of_job_only(settings: Settings, client: redis.Redis) -> None:
     with exclusive(client, settings.keys, "sync") as owner:
-        with pytest.raises(Busy) as busy, exclusive(client, settings.keys, "sync"):
+        with pytest.raises(AlreadyRunning) as busy, exclusive(client, settings.keys, "sync"):
             pass
         assert busy.value.holder == owner
         with exclusive(client, settings.keys, "trim"):
@@ -190,7 +188,7 @@ def test_one_of_a_kind_at_a_time_and_another_kind_beside_it(settings: Settings, 
     assert client.keys(settings.keys.job_lock("*")) == []
 
 
-def test_a_holder_that_works_keeps_the_lock_and_a_dead_ones_runs_out(
+def test_lock_is_renewed_by_its_holder_and_expires_without_it(
     settings: Settings, client: redis.Redis
 ) -> None:
     key = settings.keys.job_lock("sync")

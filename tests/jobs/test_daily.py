@@ -21,7 +21,7 @@ from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.files.atomic import FilesUnwritable
 from pkbrokers_redis.files.manifest import Entry, problems, read_manifest, update_manifest
 from pkbrokers_redis.jobs import daily, view
-from pkbrokers_redis.jobs.context import Desk
+from pkbrokers_redis.jobs.context import JobContext
 from pkbrokers_redis.jobs.cron import Plan, schedules_of
 from pkbrokers_redis.jobs.restore import restore, verify
 from pkbrokers_redis.settings import Settings, load_settings
@@ -68,7 +68,7 @@ def fetch(queue: Queue, id_: str) -> Job:
 
 
 @pytest.mark.timeout(300)
-def test_a_special_sunday_is_served_from_the_morning_to_the_push(
+def test_special_sunday_runs_all_rows_from_login_to_push(
     settings: Settings, client: redis.Redis, repository: Repository, stack: ExitStack, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -142,8 +142,8 @@ def all_ids(queue: Queue) -> list[str]:
 # --- one by one
 
 
-def test_a_check_that_finds_trouble_says_what_to_do(
-    desk: Desk, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+def test_failed_check_of_the_day_has_a_hint(
+    context: JobContext, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(daily.NotReady, match="no holidays for 2027"):
         daily.calendar("2026-12-30T08:45:00+05:30", "2026-12-30")
@@ -155,19 +155,19 @@ def test_a_check_that_finds_trouble_says_what_to_do(
     kept = Entry("", 1 << 60, 1, 1, "", "", WHEN["at"], "")  # files that no day writes again
     entries = {partition(f"2026-08-0{day}"): replace(kept, bytes=1) for day in (2, 3, 4)}
     entries[partition("2026-08-01")] = entries["stock_data_03082026.pkl"] = kept
-    update_manifest(desk.settings.files_folder, entries)
+    update_manifest(context.settings.files_folder, entries)
     daily.capacity(**WHEN)
-    update_manifest(desk.settings.files_folder, {"daily_candles.pkl": kept})
+    update_manifest(context.settings.files_folder, {"daily_candles.pkl": kept})
     with pytest.raises(daily.NotReady, match="make room"):
         daily.capacity(**WHEN)
-    update_manifest(desk.settings.files_folder, {}, gone=["daily_candles.pkl"])
+    update_manifest(context.settings.files_folder, {}, gone=["daily_candles.pkl"])
     monkeypatch.setattr(daily, "DISK_BYTES_MIN", 1 << 62)
     with pytest.raises(daily.NotReady, match="make room"):
         daily.capacity(**WHEN)
 
 
-def test_a_folder_that_takes_no_files_is_told_before_the_open(
-    desk: Desk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_unwritable_folder_is_reported_before_the_open(
+    context: JobContext, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("PKB_FILES_DIR", str(tmp_path / "file" / "files"))
@@ -176,28 +176,32 @@ def test_a_folder_that_takes_no_files_is_told_before_the_open(
     assert "\n" not in str(error.value)
 
 
-def test_a_session_that_kite_no_longer_accepts_is_renewed(
-    desk: Desk, kite: SimulatedKite, client: redis.Redis
+def test_login_job_renews_a_refused_session(
+    context: JobContext, kite: SimulatedKite, client: redis.Redis
 ) -> None:
     account = kite.accounts.first
-    dead = save_session(client, desk.keys, Session(account.api_key, "X1", access_token=SecretStr("dead")))
+    dead = save_session(client, context.keys, Session(account.api_key, "X1", access_token=SecretStr("dead")))
     assert daily.login(**WHEN) == {"user_id": account.user_id}
-    alive = load_session(client, desk.keys)
+    alive = load_session(client, context.keys)
     assert alive is not None and not alive.is_same(dead)
 
 
-def test_without_a_target_the_days_push_is_no_failure(desk: Desk) -> None:
+def test_daily_push_without_a_target_is_skipped(context: JobContext) -> None:
     assert "skipped" in daily.sync_push(**WHEN)
 
 
-def test_a_fresh_store_elsewhere_is_filled_from_what_the_day_pushed(
-    desk: Desk, repository: Repository, client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_fresh_store_is_restored_from_the_pushed_files(
+    context: JobContext,
+    repository: Repository,
+    client: redis.Redis,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def candles() -> dict[bytes, list[Any]]:
         lists = client.scan_iter("pkb:*:candles:*", 1000)
         return {key: [json.loads(row) for row in cast(Any, client.lrange(key, 0, -1))] for key in lists}
 
-    fill(client, desk.settings, OPENED_S)
+    fill(client, context.settings, OPENED_S)
     for kind in ("ticks", "pickle", "parquet"):
         daily.day_snapshot(**WHEN, kind=kind)
     before = candles()
@@ -209,8 +213,8 @@ def test_a_fresh_store_elsewhere_is_filled_from_what_the_day_pushed(
     assert {key: rows for key, rows in candles().items() if key in before} == before
 
 
-def test_the_trim_forgets_what_somebody_removed(desk: Desk) -> None:
-    folder = desk.settings.files_folder
+def test_trim_drops_manifest_entries_of_deleted_files(context: JobContext) -> None:
+    folder = context.settings.files_folder
     removed = ["stock_data_03082026.pkl", partition("2026-08-04")]
     there, old = ["stock_data_04082026.pkl", "ticks.json"], "stock_data_01012026.pkl"
     for name in [*removed, *there, old]:
@@ -221,48 +225,50 @@ def test_the_trim_forgets_what_somebody_removed(desk: Desk) -> None:
     assert sorted(read_manifest(folder)) == there and problems(folder) == []
 
 
-def test_the_command_leaves_a_push_to_a_worker(
-    desk: Desk, repository: Repository, client: redis.Redis, pkb: Pkb
+def test_sync_command_with_enqueue_leaves_the_push_to_a_worker(
+    context: JobContext, repository: Repository, client: redis.Redis, pkb: Pkb
 ) -> None:
     told = json.loads(pkb("sync", "push", "--enqueue", "--json").out)
     again = json.loads(pkb("sync", "push", "--enqueue", "--json").out)
     assert told["new"] and again == {"job": told["job"], "new": False}
-    job = fetch(open_queue(desk.settings, client), told["job"])
+    job = fetch(open_queue(context.settings, client), told["job"])
     assert job.func_name == "pkbrokers_redis.jobs.daily.sync_push"
-    assert daily.patience_seconds(job) == 1.0
+    assert daily.retry_delay_seconds(job) == 1.0
     job.created_at -= timedelta(hours=1)
-    assert daily.patience_seconds(job) == 60.0
+    assert daily.retry_delay_seconds(job) == 60.0
 
 
 @pytest.mark.parametrize(
     ("kind", "name"), [("ticks", "ticks.json"), ("pickle", "daily_candles.pkl"), ("sqlite", "stock_data.db")]
 )
-def test_a_store_without_candles_replaces_no_files(
-    desk: Desk, client: redis.Redis, kind: str, name: str
+def test_empty_store_replaces_no_files(
+    context: JobContext, client: redis.Redis, kind: str, name: str
 ) -> None:
-    client.hset(desk.keys.cursor(0), "id", "1-0")  # a first tick is a baseline
-    snapshot(desk.settings.files_folder, name, b"yesterday's")
+    client.hset(context.keys.cursor(0), "id", "1-0")  # a first tick is a baseline
+    snapshot(context.settings.files_folder, name, b"yesterday's")
     assert daily.day_snapshot(**WHEN, kind=kind)["files"] == {}
-    assert (desk.settings.files_folder / name).read_bytes() == b"yesterday's"
+    assert (context.settings.files_folder / name).read_bytes() == b"yesterday's"
 
 
-def test_a_pickle_made_after_midnight_has_the_sessions_date(desk: Desk, client: redis.Redis) -> None:
+def test_pickle_written_after_midnight_carries_the_sessions_date(
+    context: JobContext, client: redis.Redis
+) -> None:
     """MCX closes at 23:55: its rows run when the date is another."""
-    fill(client, desk.settings, OPENED_S)
+    fill(client, context.settings, OPENED_S)
     told = daily.day_snapshot("2026-08-05T00:06:00+05:30", "2026-08-04", "pickle")
     assert "stock_data_04082026.pkl" in told["files"] and "stock_data_05082026.pkl" not in told["files"]
 
 
-def test_a_ticks_json_that_is_newer_than_what_was_planned_will_do(desk: Desk, client: redis.Redis) -> None:
-    fill(client, desk.settings, OPENED_S)
+def test_newer_ticks_json_supersedes_a_planned_one(context: JobContext, client: redis.Redis) -> None:
+    fill(client, context.settings, OPENED_S)
     old = "2026-08-05T09:16:05+05:30"
     assert "superseded" not in daily.day_snapshot(old, "2026-08-05", "ticks")
     assert daily.day_snapshot(old, "2026-08-05", "ticks") == {"superseded": True}
     assert "superseded" not in daily.day_snapshot("2026-08-05T11:00:05+05:30", "2026-08-05", "ticks")
 
 
-def test_a_ticks_json_from_the_future_holds_up_none_of_the_present(desk: Desk, client: redis.Redis) -> None:
+def test_ticks_json_from_the_future_does_not_supersede(context: JobContext, client: redis.Redis) -> None:
     """It was made before the host's clock was set right."""
-    fill(client, desk.settings, OPENED_S)
-    snapshot(desk.settings.files_folder, "ticks.json", b"{}", "2027-01-01T09:15:00+05:30")
+    fill(client, context.settings, OPENED_S)
+    snapshot(context.settings.files_folder, "ticks.json", b"{}", "2027-01-01T09:15:00+05:30")
     assert "superseded" not in daily.day_snapshot("2026-08-05T09:16:05+05:30", "2026-08-05", "ticks")

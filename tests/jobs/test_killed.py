@@ -18,7 +18,7 @@ from rq.job import Job
 
 from pkbrokers_redis.files.manifest import problems, read_manifest
 from pkbrokers_redis.jobs import daily, locks
-from pkbrokers_redis.jobs.context import Desk
+from pkbrokers_redis.jobs.context import JobContext
 from pkbrokers_redis.jobs.github import Target, target_of
 from pkbrokers_redis.jobs.sync import push
 from pkbrokers_redis.keys import Keys
@@ -53,7 +53,7 @@ MOMENTS = [
         Moment("pkbrokers_redis.store.instruments", "_swap_derivatives"),
     ),
     ("feed", {}, Moment("pkbrokers_redis.jobs.daily", "gather")),
-    ("settle", {}, Moment("pkbrokers_redis.jobs.progress", "Progress.note", 3)),
+    ("final_candles", {}, Moment("pkbrokers_redis.jobs.progress", "Progress.note", 3)),
     ("day_snapshot", {"kind": "ticks"}, Moment("os", "fsync")),
     ("day_snapshot", {"kind": "pickle"}, Moment("os", "fsync", 1)),
     (
@@ -92,8 +92,8 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Repository:
 
 
 @pytest.fixture
-def queue(desk: Desk, client: redis.Redis) -> Queue:
-    return open_queue(desk.settings, client)
+def queue(context: JobContext, client: redis.Redis) -> Queue:
+    return open_queue(context.settings, client)
 
 
 def fetch(queue: Queue, id_: str) -> Job:
@@ -128,11 +128,16 @@ def finish(workers: Workers, queue: Queue, *ids: str) -> Worker:
     return worker
 
 
-def test_killed_in_the_middle_each_job_leaves_whole_files_and_comes_to_the_same_result(
-    desk: Desk, queue: Queue, repository: Repository, workers: Workers, client: redis.Redis, tmp_path: Path
+def test_job_killed_midway_leaves_whole_files_and_resumes_to_the_same_result(
+    context: JobContext,
+    queue: Queue,
+    repository: Repository,
+    workers: Workers,
+    client: redis.Redis,
+    tmp_path: Path,
 ) -> None:
-    fill(client, desk.settings, OPENED_S)
-    folder = desk.settings.files_folder
+    fill(client, context.settings, OPENED_S)
+    folder = context.settings.files_folder
     expected = undisturbed(folder, tmp_path / "undisturbed")
     snapshot(folder, "stock_data_01012026.pkl", b"")  # for the trim
     jobs: list[str] = []
@@ -141,7 +146,7 @@ def test_killed_in_the_middle_each_job_leaves_whole_files_and_comes_to_the_same_
         workers.start(moment).wait_for_its_death()
         assert fetch(queue, jobs[-1]).get_status() == "started", name
         assert [line for line in problems(folder) if "missing" not in line] == [], name
-        give_up_the_dead(queue, desk.keys, jobs[-1])
+        give_up_the_dead(queue, context.keys, jobs[-1])
     assert repository.tip() == "" and not list(tmp_path.glob("pkb-sync-*"))
     told = finish(workers, queue, jobs[-1], *jobs[:-1]).log
     [feed] = [id_ for id_ in jobs if fetch(queue, id_).get_status() != "finished"]
@@ -176,10 +181,10 @@ def contents(folder: Path) -> dict[str, Any]:
 # --- the login
 
 
-def test_a_login_killed_before_its_token_is_stored_locks_nobody_out(
-    desk: Desk, queue: Queue, workers: Workers, kite: SimulatedKite, client: redis.Redis
+def test_login_killed_before_storing_its_token_blocks_no_later_login(
+    context: JobContext, queue: Queue, workers: Workers, kite: SimulatedKite, client: redis.Redis
 ) -> None:
-    keys = desk.keys
+    keys = context.keys
     id_ = enqueue(queue, "login", WHEN) or ""
     workers.start(Moment("pkbrokers_redis.store.auth", "save_session")).wait_for_its_death()
     assert kite.accounts.logins == 1 and not client.exists(keys.auth())  # Kite gave one, nobody has it
@@ -211,10 +216,10 @@ def blocking_hook(repository: Repository) -> Path:
     return begun
 
 
-def test_a_push_killed_while_the_remote_takes_it_in_leaves_nothing_here_and_nothing_there(
-    desk: Desk, queue: Queue, repository: Repository, workers: Workers, tmp_path: Path
+def test_push_killed_during_transfer_leaves_no_residue(
+    context: JobContext, queue: Queue, repository: Repository, workers: Workers, tmp_path: Path
 ) -> None:
-    snapshot(desk.settings.files_folder, "ticks.json", b"{}")
+    snapshot(context.settings.files_folder, "ticks.json", b"{}")
     begun = blocking_hook(repository)
     id_ = enqueue(queue, "sync_push", WHEN) or ""
     worker = workers.start()
@@ -222,27 +227,31 @@ def test_a_push_killed_while_the_remote_takes_it_in_leaves_nothing_here_and_noth
     worker.kill()
     assert repository.tip() == ""
     wait_until(lambda: not list(tmp_path.glob("pkb-sync-*")), what="the guard's last act")
-    give_up_the_dead(queue, desk.keys, id_)
+    give_up_the_dead(queue, context.keys, id_)
     (repository.path / "hooks" / "pre-receive").unlink()
     finish(workers, queue, id_)
     assert fetch(queue, id_).get_status() == "finished"
     assert repository.read(f"{FOLDER}/ticks.json") == b"{}" and len(repository.log()) == 1
 
 
-def test_a_killed_push_that_the_remote_finishes_late_does_not_undo_the_next(
-    desk: Desk, queue: Queue, repository: Repository, workers: Workers, monkeypatch: pytest.MonkeyPatch
+def test_late_end_of_a_killed_push_does_not_undo_the_next_push(
+    context: JobContext,
+    queue: Queue,
+    repository: Repository,
+    workers: Workers,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with GitHost(repository.path.parent, TOKEN) as host:
         monkeypatch.setenv("PKB_GITHUB_URL", f"{host.url}/kite.git")
         monkeypatch.setenv("PKB_GITHUB_TOKEN", TOKEN)
-        snapshot(desk.settings.files_folder, "ticks.json", b"{}")
+        snapshot(context.settings.files_folder, "ticks.json", b"{}")
         gate = host.hold("POST", "/git-receive-pack")
         id_ = enqueue(queue, "sync_push", WHEN) or ""
         worker = workers.start()
         assert gate.reached.wait(60)
         worker.kill()
-        give_up_the_dead(queue, desk.keys, id_)
-        snapshot(desk.settings.files_folder, "ticks.json", b"{ }")
+        give_up_the_dead(queue, context.keys, id_)
+        snapshot(context.settings.files_folder, "ticks.json", b"{ }")
         finish(workers, queue, id_)
         assert fetch(queue, id_).get_status() == "finished"
         after = repository.tip()
@@ -252,11 +261,11 @@ def test_a_killed_push_that_the_remote_finishes_late_does_not_undo_the_next(
 
 
 @pytest.mark.parametrize("via", ["git", "https"])
-def test_a_pull_killed_in_the_middle_of_a_file_leaves_the_old_one_and_the_next_brings_it(
-    desk: Desk, queue: Queue, repository: Repository, workers: Workers, via: str, tmp_path: Path,
+def test_pull_killed_midway_keeps_the_old_file_and_the_next_pull_completes(
+    context: JobContext, queue: Queue, repository: Repository, workers: Workers, via: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    there, folder = tmp_path / "there", desk.settings.files_folder
+    there, folder = tmp_path / "there", context.settings.files_folder
     new = json.dumps({"x": os.urandom(LARGE).hex()}).encode()
     snapshot(there, "ticks.json", b"{}")
     snapshot(there, "daily_candles.pkl", b"\x80\x03}.")
@@ -275,7 +284,7 @@ def test_a_pull_killed_in_the_middle_of_a_file_leaves_the_old_one_and_the_next_b
         worker.kill()
         assert (folder / "ticks.json").read_bytes() == b"{}" and problems(folder) == []
         wait_until(lambda: not list(tmp_path.glob("pkb-sync-*")), what="the guard's last act")
-        give_up_the_dead(queue, desk.keys, id_)
+        give_up_the_dead(queue, context.keys, id_)
         gate.release()
         finish(workers, queue, id_)
     assert fetch(queue, id_).return_value()["pulled"] == 1
@@ -291,22 +300,22 @@ def test_a_pull_killed_in_the_middle_of_a_file_leaves_the_old_one_and_the_next_b
 # --- the disk
 
 
-def test_a_disk_that_is_full_is_one_line_and_the_next_run_with_room_comes_to_the_same(
-    desk: Desk, queue: Queue, workers: Workers, client: redis.Redis
+def test_full_disk_is_one_line_and_the_next_run_succeeds(
+    context: JobContext, queue: Queue, workers: Workers, client: redis.Redis
 ) -> None:
-    fill(client, desk.settings, OPENED_S)
-    snapshot(desk.settings.files_folder, "ticks.json", b"{}")
+    fill(client, context.settings, OPENED_S)
+    snapshot(context.settings.files_folder, "ticks.json", b"{}")
     id_ = enqueue(queue, "day_snapshot", {**WHEN, "kind": "ticks"}) or ""
     worker = workers.start(file_bytes_max=2_000)
     wait_until(lambda: fetch(queue, id_).get_status() == "scheduled", timeout_seconds=60, what="its failure")
     queue.scheduled_job_registry.remove(fetch(queue, id_))
     worker.kill()
-    assert f"the files in {desk.settings.files_folder} cannot be written (File too large)" in worker.log
+    assert f"the files in {context.settings.files_folder} cannot be written (File too large)" in worker.log
     assert "Traceback" not in worker.log
-    assert (desk.settings.files_folder / "ticks.json").read_bytes() == b"{}"
-    assert problems(desk.settings.files_folder) == [] and not left_over(desk.settings)
+    assert (context.settings.files_folder / "ticks.json").read_bytes() == b"{}"
+    assert problems(context.settings.files_folder) == [] and not left_over(context.settings)
     finish(workers, queue, id_)
-    assert fetch(queue, id_).get_status() == "finished" and problems(desk.settings.files_folder) == []
+    assert fetch(queue, id_).get_status() == "finished" and problems(context.settings.files_folder) == []
 
 
 def left_over(settings: Settings) -> list[Path]:

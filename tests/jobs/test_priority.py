@@ -11,12 +11,12 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="el
 
 
 @pytest.mark.parametrize(("load", "idle"), [(0.0, True), (1e6, False)])
-def test_a_job_is_idle_only_where_cores_are_to_spare(load: float, idle: bool) -> None:
+def test_job_runs_at_idle_priority_only_with_spare_cores(load: float, idle: bool) -> None:
     code = f"""
 import os
-from pkbrokers_redis.jobs.worker import NICENESS, give_way
+from pkbrokers_redis.jobs.worker import NICENESS, lower_priority
 was = os.nice(0)
-give_way({load})
+lower_priority({load})
 print(os.sched_getscheduler(0) == os.SCHED_IDLE, os.nice(0) == min(19, was + NICENESS))
 """
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

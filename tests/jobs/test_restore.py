@@ -28,7 +28,7 @@ from tests.jobs.stores import DAY_S, at_close, rows_of, run, server_kind
 __all__ = ["at_close", "run", "server_kind"]  # fixtures
 
 
-def test_a_fresh_store_gets_the_same_rows(client: redis.Redis, run: Run) -> None:
+def test_restore_gives_a_fresh_store_the_same_rows(client: redis.Redis, run: Run) -> None:
     intervals = list(run.store.intervals)
     for name in intervals[1:-1]:
         rows = [row(OPEN_S, 1500.5), row(OPEN_S + 3600, 1501, flag="partial")]
@@ -38,7 +38,7 @@ def test_a_fresh_store_gets_the_same_rows(client: redis.Redis, run: Run) -> None
     assert verify(run=run) == []
     client.flushall()
     told = restore(run=run)
-    assert sum(told.rows.values()) == sum(len(rows) for rows in before.values()) and told.left_alone == 0
+    assert sum(told.rows.values()) == sum(len(rows) for rows in before.values()) and told.lists_skipped == 0
     after = rows_of(client)
     assert {key: [json.loads(text) for text in rows] for key, rows in after.items()} == {
         key: [json.loads(text) for text in rows] for key, rows in before.items()
@@ -48,7 +48,7 @@ def test_a_fresh_store_gets_the_same_rows(client: redis.Redis, run: Run) -> None
     assert all(client.get(run.store.keys.lease(shard)) is None for shard in range(run.store.keys.shards))
 
 
-def test_an_aggregator_goes_on_behind_what_was_restored(client: redis.Redis, run: Run) -> None:
+def test_aggregator_continues_after_restored_rows(client: redis.Redis, run: Run) -> None:
     settings, keys = run.settings, run.settings.keys
     before = rows_of(client)
     snapshot("parquet", run=run)
@@ -76,7 +76,7 @@ def test_an_aggregator_goes_on_behind_what_was_restored(client: redis.Redis, run
     assert [(each[0], each[5]) for each in rows[len(restored) :]] == [(open_s, 20), (open_s + 60, 15)]
 
 
-def test_longer_intervals_are_made_from_the_minutes(client: redis.Redis, run: Run) -> None:
+def test_restore_computes_longer_intervals_from_minutes(client: redis.Redis, run: Run) -> None:
     snapshot("parquet", run=run)
     client.flushall()
     restore(run=run)
@@ -127,31 +127,29 @@ def restored(
     return [((each.start - OPEN_S) // 60, each.volume, each.flag) for each in found]
 
 
-def test_a_bucket_that_was_not_over_when_its_minutes_were_read_is_partial(
-    client: redis.Redis, run: Run
-) -> None:
+def test_candle_incomplete_at_snapshot_time_is_partial(client: redis.Redis, run: Run) -> None:
     only_minutes(client, run, range(OPEN_S, OPEN_S + 103 * 60, 60))
     assert restored(client, run, "10:58:02", "11:30:00", "60m") == [(0, 600, ""), (60, 430, "partial")]
 
 
-def test_a_first_bucket_whose_beginning_was_not_kept_is_partial(client: redis.Redis, run: Run) -> None:
+def test_first_candle_without_its_beginning_is_partial(client: redis.Redis, run: Run) -> None:
     only_minutes(client, run, range(OPEN_S + 120, OPEN_S + 375 * 60, 60))
     found = restored(client, run, "16:15:00", "16:20:00", "4m")
     assert found[0] == (0, 20, "partial") and found[1] == (4, 40, "")
 
 
-def test_the_last_bucket_ends_with_the_session(client: redis.Redis, run: Run) -> None:
+def test_last_candle_ends_with_the_session(client: redis.Redis, run: Run) -> None:
     only_minutes(client, run, range(OPEN_S, OPEN_S + 375 * 60, 60))
     found = restored(client, run, "15:42:00", "15:50:00", "60m")
     assert found[-2:] == [(300, 600, ""), (360, 150, "")]
 
 
-def test_a_bucket_that_is_not_over_yet_is_left_to_the_aggregator(client: redis.Redis, run: Run) -> None:
+def test_unfinished_candle_is_left_to_the_aggregator(client: redis.Redis, run: Run) -> None:
     only_minutes(client, run, range(OPEN_S, OPEN_S + 103 * 60, 60))
     assert restored(client, run, "10:58:02", "11:10:00", "60m") == [(0, 600, "")]
 
 
-def test_who_traded_only_long_ago_comes_back_too(client: redis.Redis, run: Run) -> None:
+def test_instrument_without_recent_trades_is_restored(client: redis.Redis, run: Run) -> None:
     keys, keep = run.store.keys, 390
     only_minutes(client, run, range(OPEN_S - 3 * DAY_S, OPEN_S - 3 * DAY_S + keep * 60, 60))
     push(client, keys, RELIANCE, "1m", [row(OPEN_S - 3 * DAY_S + 60 * i, 1400) for i in range(20)])
@@ -165,7 +163,7 @@ def test_who_traded_only_long_ago_comes_back_too(client: redis.Redis, run: Run) 
     assert client.llen(keys.candles(RELIANCE, "1m")) == 20 and verify(run=run) == []
 
 
-def test_of_partitions_in_which_nobody_lacks_rows_only_the_tokens_are_read(
+def test_restore_reads_only_tokens_of_partitions_it_does_not_need(
     client: redis.Redis, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     snapshot("parquet", run=run)
@@ -177,17 +175,17 @@ def test_of_partitions_in_which_nobody_lacks_rows_only_the_tokens_are_read(
     assert read == paths[:1] and len(rows) == len(names) == 3
 
 
-def test_rows_that_are_there_are_left_alone(client: redis.Redis, run: Run) -> None:
+def test_restore_never_changes_existing_rows(client: redis.Redis, run: Run) -> None:
     snapshot("parquet", run=run)
     key = run.store.keys.candles(INFY, "1m")
     client.delete(key, run.store.keys.candles(RELIANCE, "1m"))
     push(client, run.store.keys, INFY, "1m", [row(OPEN_S, 1.5)])
     told = restore(run=run)
-    assert client.llen(key) == 1 and told.rows["1m"] == 31 and told.left_alone > 0
+    assert client.llen(key) == 1 and told.rows["1m"] == 31 and told.lists_skipped > 0
     assert any("NSE:INFY 1m" in line for line in verify(run=run))
 
 
-def test_while_an_aggregator_is_at_work_nothing_is_written(client: redis.Redis, run: Run) -> None:
+def test_restore_refuses_while_an_aggregator_holds_a_shard(client: redis.Redis, run: Run) -> None:
     snapshot("parquet", run=run)
     client.flushall()
     load_functions(client)
@@ -199,7 +197,7 @@ def test_while_an_aggregator_is_at_work_nothing_is_written(client: redis.Redis, 
     assert rows_of(client) == {} and client.get(run.store.keys.lease(0)) is None
 
 
-def test_a_damaged_snapshot_is_not_restored(client: redis.Redis, run: Run) -> None:
+def test_damaged_snapshot_is_refused(client: redis.Redis, run: Run) -> None:
     with pytest.raises(InputFileError, match="no Parquet snapshot"):
         restore(run=run)
     snapshot("parquet", run=run)
@@ -211,7 +209,7 @@ def test_a_damaged_snapshot_is_not_restored(client: redis.Redis, run: Run) -> No
     assert rows_of(client) == {}
 
 
-def test_differences_are_named(client: redis.Redis, run: Run) -> None:
+def test_snapshot_check_names_differences(client: redis.Redis, run: Run) -> None:
     snapshot("parquet", run=run)
     client.lset(run.store.keys.candles(INFY, "1m"), 5, row(OPEN_S + 240, 1.5))
     client.rpop(run.store.keys.candles(RELIANCE, "day"))

@@ -39,21 +39,21 @@ def clock_times(plan: Plan, day: date) -> dict[str, list[str]]:
     }
 
 
-def test_an_ordinary_day_has_every_row_at_its_time(plan: Plan) -> None:
+def test_ordinary_day_has_every_row_at_its_time(plan: Plan) -> None:
     times = clock_times(plan, WEDNESDAY)
     assert times["login"] == ["08:30:00"] and times["capacity"] == ["08:50:00"]
     assert times["open"] == ["09:16:00"]
     assert (times["ticks"][0], times["ticks"][-1], len(times["ticks"])) == ("09:16:05", "15:30:05", 375)
-    assert times["close"] == ["15:31:00"] and times["settle"] == ["15:40:00"]
+    assert times["close"] == ["15:31:00"] and times["final_candles"] == ["15:40:00"]
     assert all(len(found) == 1 for name, found in times.items() if name != "ticks")
 
 
 @pytest.mark.parametrize("day", [SUNDAY, HOLIDAY, date(2026, 8, 8)])
-def test_a_closed_day_has_none(plan: Plan, day: date) -> None:
+def test_closed_day_has_no_runs(plan: Plan, day: date) -> None:
     assert list(plan.day_of(day)) == []
 
 
-def test_the_muhurat_sessions_are_served_and_the_pause_between_them_is_not(plan: Plan) -> None:
+def test_muhurat_sessions_have_runs_and_the_pause_has_none(plan: Plan) -> None:
     times = clock_times(plan, MUHURAT)
     windows = plan.windows(MUHURAT)
     assert MUHURAT.isoweekday() == 7 and windows
@@ -65,11 +65,11 @@ def test_the_muhurat_sessions_are_served_and_the_pause_between_them_is_not(plan:
     assert times["close"] == [(closed + timedelta(minutes=1)).strftime("%H:%M:%S")]
 
 
-def test_a_sunday_session_is_a_day_like_another(plan: Plan) -> None:
-    assert clock_times(plan, date(2026, 2, 1))["settle"] == ["15:40:00"]
+def test_sunday_session_has_all_runs(plan: Plan) -> None:
+    assert clock_times(plan, date(2026, 2, 1))["final_candles"] == ["15:40:00"]
 
 
-def test_the_day_reaches_from_the_first_open_to_the_last_close_of_what_is_streamed(
+def test_day_spans_first_open_to_last_close_of_streamed_segments(
     sessions: Sessions,
 ) -> None:
     both = Plan(sessions, [sessions.schedule_of(NSE), sessions.schedule_of(MCX)])
@@ -77,22 +77,20 @@ def test_the_day_reaches_from_the_first_open_to_the_last_close_of_what_is_stream
     assert times["open"] == ["09:01:00"] and times["close"] == ["23:31:00"]
     assert len(times["ticks"]) == 14 * 60 + 30
     late = ms(date(2026, 8, 6), "00:05:00")
-    settled = both.last(next(row for row in DAY if row.name == "settle"), late)
-    assert settled is not None and settled.day == WEDNESDAY  # after midnight it is still that session's
+    final = both.last(next(row for row in DAY if row.name == "final_candles"), late)
+    assert final is not None and final.day == WEDNESDAY  # after midnight it is still that session's
 
 
-def test_what_is_due_is_the_latest_run_and_only_while_it_is_of_use(plan: Plan) -> None:
+def test_due_is_the_latest_run_within_its_grace_time(plan: Plan) -> None:
     at = ms(WEDNESDAY, "10:07:30")
     due = {run.row.name: run for run in plan.due(at)}
     assert due["ticks"].arguments["at"] == "2026-08-05T10:07:05+05:30"
-    assert "login" in due and "open" not in due and "settle" not in due
+    assert "login" in due and "open" not in due and "final_candles" not in due
     assert {run.row.name for run in plan.due(ms(WEDNESDAY, "12:00:00"))} == {"ticks"}
     assert plan.due(ms(WEDNESDAY, "08:29:59")) == []
 
 
-def test_a_run_has_the_same_id_whoever_plans_it_and_no_other_run_has_it(
-    plan: Plan, sessions: Sessions
-) -> None:
+def test_job_id_of_a_run_is_deterministic_and_unique(plan: Plan, sessions: Sessions) -> None:
     again = Plan(load_sessions("market"), [sessions.schedule_of(NSE)])
     runs = list(plan.day_of(WEDNESDAY))
     assert [run.job_id for run in runs] == [run.job_id for run in again.day_of(WEDNESDAY)]
@@ -100,14 +98,14 @@ def test_a_run_has_the_same_id_whoever_plans_it_and_no_other_run_has_it(
     assert all(one.at_ms <= other.at_ms for one, other in pairwise(runs))
 
 
-def test_rows_wait_for_the_rows_they_name(plan: Plan) -> None:
+def test_rows_wait_for_the_rows_they_need(plan: Plan) -> None:
     runs = {run.row.name: run for run in plan.day_of(WEDNESDAY) if run.row.anchor == "close"}
-    assert runs["pickle"].arguments["after"] == [runs["settle"].job_id]
+    assert runs["pickle"].arguments["after"] == [runs["final_candles"].job_id]
     wanted = [runs[name].job_id for name in ("pickle", "sqlite", "parquet")]
     assert runs["sync"].arguments["after"] == wanted
 
 
-def test_every_row_names_a_job_and_rows_before_it() -> None:
+def test_every_row_names_an_existing_job_and_earlier_rows() -> None:
     seen: set[str] = set()
     for row in DAY:
         assert row.job in JOBS and set(row.needs) <= seen
@@ -121,7 +119,7 @@ def test_next_times_skip_weekends_and_holidays(plan: Plan) -> None:
     assert shown["sync"]["when"] == "close + 12 min, after pickle sqlite parquet"
 
 
-def test_a_feed_that_never_closes_has_a_minute_row_all_day() -> None:
+def test_always_open_feed_has_minute_runs_all_day() -> None:
     always = load_sessions("always")
     plan = Plan(
         always, [0], [Row("ticks", "minute", 5, "day_snapshot", "ticks.json", 300, {"kind": "ticks"})]
@@ -129,7 +127,7 @@ def test_a_feed_that_never_closes_has_a_minute_row_all_day() -> None:
     assert len(plan.times(plan.table[0], SUNDAY)) == 24 * 60
 
 
-def test_what_comes_before_midnight_of_a_feed_that_opens_then_is_due_then() -> None:
+def test_rows_before_a_midnight_open_are_due_the_evening_before() -> None:
     plan = Plan(load_sessions("always"), [0])
     shown = {row["row"]: row["next"] for row in next_runs(plan, ms(WEDNESDAY, "23:00:00"))}
     assert shown["login"] == "2026-08-05T23:15:00+05:30"
@@ -141,12 +139,12 @@ def test_what_comes_before_midnight_of_a_feed_that_opens_then_is_due_then() -> N
     assert midnight["login"].job_id == after["login"].job_id
 
 
-def test_it_looks_often_enough_to_meet_every_minute_of_a_rehearsal() -> None:
+def test_cron_steps_often_enough_in_accelerated_time() -> None:
     assert step_seconds(Clock()) == 1.0
     assert step_seconds(Clock(0, 0, 60)) == pytest.approx(0.25)
     assert step_seconds(Clock(0, 0, 10_000)) == 0.05
 
 
-def test_every_job_is_given_to_another_worker_when_its_own_dies() -> None:
+def test_every_job_has_retries_for_a_dead_worker() -> None:
     """RQ gives up an abandoned job that has no try left."""
     assert [name for name, spec in JOBS.items() if not spec.retry_seconds] == []

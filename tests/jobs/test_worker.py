@@ -21,7 +21,7 @@ from rq.job import Job, JobStatus
 
 from pkbrokers_redis.errors import PkbError, RedisUnavailable, SettingsError
 from pkbrokers_redis.jobs import view
-from pkbrokers_redis.jobs.context import Desk
+from pkbrokers_redis.jobs.context import JobContext
 from pkbrokers_redis.jobs.progress import Progress
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
@@ -40,9 +40,9 @@ HISTORY = "/instruments/historical"
 
 
 @pytest.fixture
-def queue(desk: Desk) -> Iterator[Queue]:
+def queue(context: JobContext) -> Iterator[Queue]:
     """The queue, on a store that workers find in the environment."""
-    queue = open_queue(desk.settings)
+    queue = open_queue(context.settings)
     yield queue
     queue.connection.close()
 
@@ -70,8 +70,8 @@ def status_is(queue: Queue, id_: str | None, wanted: str) -> bool:
 # --- doing
 
 
-def test_a_job_is_carried_out_and_the_worker_is_seen_and_stops(
-    queue: Queue, workers: ExitStack, desk: Desk
+def test_worker_runs_a_job_sends_heartbeats_and_stops(
+    queue: Queue, workers: ExitStack, context: JobContext
 ) -> None:
     id_ = enqueue(queue, "repair_gap", GAP)
     later = enqueue(queue, "repair_gap", {**GAP, "why": "later"}, delay_seconds=0.01)
@@ -82,9 +82,9 @@ def test_a_job_is_carried_out_and_the_worker_is_seen_and_stops(
     wait_until(lambda: status_is(queue, later, "finished"), timeout_seconds=60, what="RQ's scheduler")
 
     def heartbeat() -> dict[str, str]:
-        members: Any = desk.client.zrange(desk.keys.workers(), 0, -1)
+        members: Any = context.client.zrange(context.keys.workers(), 0, -1)
         ids = [member.decode().removeprefix("jobs ") for member in members if member.startswith(b"jobs ")]
-        found: Any = desk.client.hgetall(desk.keys.worker(ids[0])) if ids else {}
+        found: Any = context.client.hgetall(context.keys.worker(ids[0])) if ids else {}
         return {name.decode(): value.decode() for name, value in found.items()}
 
     wait_until(lambda: heartbeat().get("jobs_done") == "2", what="a heartbeat")
@@ -96,13 +96,13 @@ def test_a_job_is_carried_out_and_the_worker_is_seen_and_stops(
     assert heartbeat() == {}
 
 
-def test_a_killed_worker_takes_its_child_along_and_another_finishes_the_job(
-    queue: Queue, workers: ExitStack, kite: SimulatedKite, desk: Desk
+def test_child_dies_with_its_worker_and_another_worker_finishes_the_job(
+    queue: Queue, workers: ExitStack, kite: SimulatedKite, context: JobContext
 ) -> None:
     kite.faults.add("slow", on="rest", path=HISTORY, delay_seconds=0.3)
     id_ = enqueue(queue, "repair_gap", GAP)
     first = start(workers)
-    done = lambda: desk.client.hget(desk.keys.job(id_ or ""), "done") == b"1"  # noqa: E731
+    done = lambda: context.client.hget(context.keys.job(id_ or ""), "done") == b"1"  # noqa: E731
     wait_until(done, timeout_seconds=60, what="the first instrument")
     children = psutil.Process(first.pid).children()
     os.kill(first.pid, signal.SIGKILL)
@@ -111,7 +111,7 @@ def test_a_killed_worker_takes_its_child_along_and_another_finishes_the_job(
     # RQ gives the job to another once it has been silent for long: say that this time is over, and the
     # time of the lock of the dead worker's scheduler.
     queue.started_job_registry.cleanup(time.time() + 3600)
-    desk.client.delete("rq:scheduler-lock:pkb")
+    context.client.delete("rq:scheduler-lock:pkb")
     assert status_is(queue, id_, "scheduled")
     queue.scheduled_job_registry.schedule(fetch(queue, id_), datetime.now(UTC))
     kite.faults.clear()
@@ -122,7 +122,7 @@ def test_a_killed_worker_takes_its_child_along_and_another_finishes_the_job(
     assert len(requests) <= 3 + 1  # what was done is not done again; one may have been under way
 
 
-def test_the_same_request_is_the_same_job(queue: Queue) -> None:
+def test_equal_requests_are_one_job(queue: Queue) -> None:
     id_ = enqueue(queue, "repair_gap", GAP)
     assert id_ == job_id("repair_gap", dict(reversed(GAP.items())))
     assert enqueue(queue, "repair_gap", GAP) is None
@@ -133,7 +133,7 @@ def test_the_same_request_is_the_same_job(queue: Queue) -> None:
     assert queue.count == 1
 
 
-def test_a_finished_one_is_remembered_and_a_failed_one_listed_for_days(queue: Queue) -> None:
+def test_finished_jobs_are_kept_a_day_and_failed_ones_a_week(queue: Queue) -> None:
     job = fetch(queue, enqueue(queue, "repair_gap", GAP))
     spec = JOBS["repair_gap"]
     assert (job.timeout, job.result_ttl, job.failure_ttl) == (300, 86_400, 7 * 86_400)
@@ -141,7 +141,7 @@ def test_a_finished_one_is_remembered_and_a_failed_one_listed_for_days(queue: Qu
     assert job.retries_left == len(spec.retry_seconds)
 
 
-def test_a_worker_outlives_its_redis(workers: ExitStack, tmp_path: Path, server_kind: str) -> None:
+def test_worker_survives_a_redis_restart(workers: ExitStack, tmp_path: Path, server_kind: str) -> None:
     [port] = free_ports(1)
     settings = load_settings(redis_url=f"redis://127.0.0.1:{port}/0", data_dir=tmp_path)
 
@@ -164,8 +164,8 @@ def test_a_worker_outlives_its_redis(workers: ExitStack, tmp_path: Path, server_
 # --- failing
 
 
-def test_what_failed_is_one_line_and_can_be_tried_again(
-    queue: Queue, workers: ExitStack, pkb: Pkb, desk: Desk
+def test_failed_job_is_one_line_and_can_be_retried(
+    queue: Queue, workers: ExitStack, pkb: Pkb, context: JobContext
 ) -> None:
     wrong = queue.enqueue(
         "pkbrokers_redis.jobs.backfill.repair_day",
@@ -176,7 +176,7 @@ def test_what_failed_is_one_line_and_can_be_tried_again(
     start(workers)
     ids = [wrong.id, foreign.id, bug.id]
     wait_until(lambda: all(status_is(queue, id_, "failed") for id_ in ids), timeout_seconds=60)
-    why = {row["id"]: row["why"] for row in view.failed_jobs(queue)}
+    why = {row["id"]: row["reason"] for row in view.failed_jobs(queue)}
     assert why[wrong.id].startswith("Kite has no '2m' history: use one of 1m")
     assert why[foreign.id].startswith("os.getcwd is no job of ours")
     assert why[bug.id].startswith("TypeError: repair_gap() missing")
@@ -189,17 +189,17 @@ def test_what_failed_is_one_line_and_can_be_tried_again(
     wait_until(lambda: status_is(queue, wrong.id, "failed"), timeout_seconds=60)
 
 
-def test_the_queue_is_listed_with_its_progress(queue: Queue, desk: Desk, pkb: Pkb) -> None:
+def test_queue_listing_shows_progress(queue: Queue, context: JobContext, pkb: Pkb) -> None:
     waiting = enqueue(queue, "repair_gap", GAP)
     due_later = enqueue(queue, "warm_start", {"tokens": TOKENS}, delay_seconds=600)
-    Progress(desk.client, desk.keys, waiting or "").begin(["1", "2"])
-    rows = {row["id"]: row for row in view.list_jobs(queue, desk.client, desk.keys)}
+    Progress(context.client, context.keys, waiting or "").begin(["1", "2"])
+    rows = {row["id"]: row for row in view.list_jobs(queue, context.client, context.keys)}
     assert (rows[waiting]["state"], rows[waiting]["done"], rows[waiting]["total"]) == ("waiting", 0, 2)
     assert (rows[due_later]["job"], rows[due_later]["state"]) == ("warm_start", "scheduled")
     assert "0/2" in pkb("jobs", "--list").out
 
 
-def test_a_job_that_is_tried_again_has_all_its_tries(queue: Queue, desk: Desk) -> None:
+def test_retried_job_has_all_its_retries(queue: Queue, context: JobContext) -> None:
     id_ = enqueue(queue, "repair_gap", GAP) or ""
     job = queue.fetch_job(id_)
     assert job is not None
@@ -209,13 +209,13 @@ def test_a_job_that_is_tried_again_has_all_its_tries(queue: Queue, desk: Desk) -
     job.save()
     queue.failed_job_registry.add(job, ttl=60)
     assert view.retry(queue, "all") == [id_]
-    [row] = view.list_jobs(queue, desk.client, desk.keys)
+    [row] = view.list_jobs(queue, context.client, context.keys)
     assert (row["state"], row["retries_left"]) == ("waiting", len(JOBS["repair_gap"].retry_seconds))
 
 
 @pytest.mark.parametrize("role_env", [{"PKB_RQ_REDIS_URL": "redis://:geheim@127.0.0.1:1/0"}])
-def test_a_queue_that_is_away_is_one_line_that_names_its_setting(
-    desk: Desk, workers: ExitStack, role_env: dict[str, str]
+def test_unavailable_queue_is_one_line_that_names_its_setting(
+    context: JobContext, workers: ExitStack, role_env: dict[str, str]
 ) -> None:
     worker = start(workers, **role_env)
     output, _ = worker.communicate(timeout=60)
@@ -224,7 +224,7 @@ def test_a_queue_that_is_away_is_one_line_that_names_its_setting(
     assert "geheim" not in output and output.count("\n") == 1
 
 
-def test_a_cluster_is_refused_with_the_way_out(settings: Settings) -> None:
+def test_queue_on_a_cluster_is_refused_with_a_hint(settings: Settings) -> None:
     cluster = load_settings(redis_url="redis+cluster://127.0.0.1:7000")
     with pytest.raises(SettingsError, match="PKB_RQ_REDIS_URL"):
         connect_queue(cluster)
@@ -236,7 +236,7 @@ def test_a_cluster_is_refused_with_the_way_out(settings: Settings) -> None:
         assert client.ping()
 
 
-def test_a_wrong_url_of_the_queue_names_the_right_setting(settings: Settings) -> None:
+def test_invalid_queue_url_names_its_setting(settings: Settings) -> None:
     for url in ("http://localhost", "redis://localhost:port", "redis://:a/b@localhost"):
         with pytest.raises(PkbError) as error:
             connect_queue(load_settings(redis_url="redis://127.0.0.1:1", rq_redis_url=url))
@@ -246,10 +246,10 @@ def test_a_wrong_url_of_the_queue_names_the_right_setting(settings: Settings) ->
         connect_queue(load_settings(rq_redis_url="redis://127.0.0.1:1"))
 
 
-def test_the_worker_lives_in_indias_time(settings: Settings, client: redis.Redis) -> None:
+def test_worker_process_uses_indias_time_zone(settings: Settings, client: redis.Redis) -> None:
     program = (
-        "import time\nfrom pkbrokers_redis.jobs.worker import live_in_india\n"
-        "live_in_india()\nprint(time.tzname[0])"
+        "import time\nfrom pkbrokers_redis.jobs.worker import use_market_timezone\n"
+        "use_market_timezone()\nprint(time.tzname[0])"
     )
     env = {**os.environ, "TZ": "America/New_York"}
     found = subprocess.run(
