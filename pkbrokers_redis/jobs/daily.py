@@ -1,13 +1,21 @@
-"""The jobs of the trading day (`cron.DAY`). Each is repeatable.
+"""The jobs of the trading day (`cron.DAY`), one of each kind at a time. Each is repeatable.
 
 Each is called with `at` (its planned time, ISO), `day` (the session's date) and, if its row needs other rows,
 `after`: their job ids. A job that must wait for those or for the lock of its kind reschedules itself and does
 not occupy a worker. It returns what it found.
+
+    P:job:lock:<name>   string, TTL 30 s   the job of this kind that is running
+
+The lock saves duplicate work only. What jobs write is complete in any case (renamed files,
+`--force-with-lease`, absolute values), so a holder that was suspended does no harm.
 """
 
 from __future__ import annotations
 
+import os
+import secrets
 import shutil
+import socket
 import tempfile
 import threading
 import time
@@ -32,8 +40,8 @@ from pkbrokers_redis.files.manifest import Entry, read_manifest, update_manifest
 from pkbrokers_redis.ingest.feeds import feeds_needed, sessions_of
 from pkbrokers_redis.jobs import backfill, pull, retention, snapshots, sync
 from pkbrokers_redis.jobs.github import target_of
-from pkbrokers_redis.jobs.locks import AlreadyRunning, exclusive
 from pkbrokers_redis.jobs.progress import job_listener, reschedule
+from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.kite.instruments import KiteInstruments
 from pkbrokers_redis.kite.rest import open_kite
 from pkbrokers_redis.kite.session import SessionManager
@@ -42,8 +50,34 @@ from pkbrokers_redis.runtime.health import STATUS, health_of, judge
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.instrument_list import instrument_list
+from pkbrokers_redis.store.leases import LeaderLease, LeaseTaken
 from pkbrokers_redis.store.meta import adopt_meta
 from pkbrokers_redis.store.queue import OVER, KnownJob
+
+LOCK_TTL_SECONDS = 30.0
+
+
+class AlreadyRunning(PkbError):
+    """Raised when another job of the kind is running. `.holder` says which."""
+
+    def __init__(self, name: str, holder: str) -> None:
+        super().__init__(f"another {name} is running ({holder})", "wait for its end: `pkb jobs --list`")
+        self.holder = holder
+
+
+@contextmanager
+def exclusive(client: redis.Redis, keys: Keys, name: str, ttl_seconds: float = LOCK_TTL_SECONDS) -> Iterator[str]:
+    """Hold the lock of a kind of job and yield the owner id. Raise AlreadyRunning if it is taken."""
+    owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
+    lease = LeaderLease(client, keys.job_lock(name), owner, ttl_seconds)
+    try:
+        with lease.hold():
+            yield owner
+    except LeaseTaken as error:
+        if error.key != keys.job_lock(name):
+            raise
+        raise AlreadyRunning(name, error.holder or "just ended") from None
+
 
 RETRY_DELAY_SECONDS = 1.0, 60.0  # while waiting for a job or a lock: a fifth of its age
 SUPERSEDED_SECONDS = 60  # a ticks.json this much newer than planned replaces the run

@@ -47,7 +47,7 @@ class JobSpec:
 
     `function` is `module.function` below `pkbrokers_redis.jobs`; its arguments are keywords of JSON types.
     `timeout_seconds` bounds one run: a job of many parts works for a slice and enqueues itself again
-    (`jobs.time_slicing`). A failed run is retried after each of `retry_seconds`, then listed as failed.
+    (`jobs/progress.py`). A failed run is retried after each of `retry_seconds`, then listed as failed.
     Finished jobs are kept for `keep_seconds`, so that the same request does not run twice.
     """
 

@@ -16,7 +16,7 @@ from rq import Queue
 
 from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.jobs.cron import Cron, Plan, schedules_of
-from pkbrokers_redis.jobs.locks import AlreadyRunning, exclusive
+from pkbrokers_redis.jobs.daily import AlreadyRunning, exclusive
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.queue import open_queue

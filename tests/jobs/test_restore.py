@@ -190,9 +190,7 @@ def test_restore_refuses_while_an_aggregator_holds_a_shard(client: redis.Redis, 
     client.flushall()
     load_functions(client)
     lease_shards(client, run.store.keys, [3], "aggregator-1", 60_000)
-    with pytest.raises(
-        PkbError, match=r"aggregator-1 holds a lease on this store \(it ends in \d+ s unless"
-    ):
+    with pytest.raises(PkbError, match=r"aggregator-1 holds a lease on this store \(it ends in \d+ s unless"):
         restore(run=run)
     assert rows_of(client) == {} and client.get(run.store.keys.lease(0)) is None
 
