@@ -66,7 +66,9 @@ class AlreadyRunning(PkbError):
 
 
 @contextmanager
-def exclusive(client: redis.Redis, keys: Keys, name: str, ttl_seconds: float = LOCK_TTL_SECONDS) -> Iterator[str]:
+def exclusive(
+    client: redis.Redis, keys: Keys, name: str, ttl_seconds: float = LOCK_TTL_SECONDS
+) -> Iterator[str]:
     """Hold the lock of a kind of job and yield the owner id. Raise AlreadyRunning if it is taken."""
     owner = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     lease = LeaderLease(client, keys.job_lock(name), owner, ttl_seconds)

@@ -106,7 +106,7 @@ def give_up_the_dead(queue: Queue, keys: Keys, *ids: str) -> None:
     """Say that the time of a killed worker is over: its silence, and its locks, none of which is for ever."""
     client = queue.connection
     for lock in client.scan_iter(keys.job_lock("*")):
-        assert 0 < client.pttl(lock) <= daily.TTL_SECONDS * 1000
+        assert 0 < client.pttl(lock) <= daily.LOCK_TTL_SECONDS * 1000
         client.delete(lock)
     queue.started_job_registry.cleanup(time.time() + 3600)
     for id_ in ids:
