@@ -273,14 +273,8 @@ class KiteTickerHistory:
     ) -> list[HistoryRow]:
         """Return the candles of `rows` through the cache: only missing spans and today are requested.
 
-        Rows of Kite that are no candles are left out, and requested again the next time.
-
-        Args:
-            token: The instrument.
-            interval: `5m`, `5minute`, `day`, …
-            from_s: Epoch seconds.
-            to_s: Epoch seconds, exclusive.
-            fresh: Whether to request all of it again.
+        Rows of Kite that are no candles are left out, and requested again the next time. With `fresh`
+        everything is requested again.
         """
         for _ in self.download(token, interval, from_s, to_s, fresh=fresh):
             pass
@@ -315,14 +309,14 @@ class KiteTickerHistory:
         *,
         fresh: bool = False,
     ) -> pd.DataFrame:
-        """Return candles as a DataFrame, through the cache.
+        """Return the candles of `cached_rows` as a DataFrame.
 
         Args:
             token: The instrument.
             interval: `5m`, `5minute`, `day`, …
             from_date: Indian time; None: 365 candles before the end.
             to_date: Indian time; a date is included whole; None: now.
-            fresh: Whether to request all of it again.
+            fresh: Whether to request everything again.
 
         Returns:
             Columns open, high, low, close, volume, oi; an ascending index `datetime` in Asia/Kolkata.
@@ -364,13 +358,12 @@ class KiteTickerHistory:
 
         Args:
             instrument_token: The instrument.
-            from_date: Indian time; None: 365 candles before the end.
-            to_date: Indian time; a date is included whole; None: now.
+            from_date: As in `frame`, `to_date` likewise.
             interval: `5m`, `5minute`, `day`, …
             oi: Whether rows end with open interest.
             continuous: Whether to chain expired futures; such candles are not cached.
             max_retries: Attempts of each request.
-            forceFetch: Whether to request all of it again.
+            forceFetch: Whether to request everything again.
             insertOnly: Whether to fill the cache and return no candles.
 
         Returns:
