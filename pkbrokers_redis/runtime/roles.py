@@ -79,9 +79,9 @@ def run_role(role: Role, arguments: Sequence[str] = ()) -> int:
         arguments: What a person gave a worker on its command line, which takes none.
 
     Returns:
-        The process's exit code. 0: stopped by a signal. 1: a restart was requested. 2: an error. Under
-        `pkb up` 2 is a user's mistake only, and 1 also an error that may pass (Redis is unavailable, another
-        worker took the shard): the supervisor starts such a worker again.
+        The exit code. 0: stopped by a signal. 1: a restart was requested. 2: an error. Under `pkb up` an
+        error that may pass (Redis is unavailable) is 1 too: the supervisor restarts such a worker, and stops
+        everything after a 2.
     """
     if arguments:
         usage = "a worker takes no arguments: set it up by PKB_… variables, which `pkb config` lists"
@@ -97,15 +97,9 @@ def run_role(role: Role, arguments: Sequence[str] = ()) -> int:
         except (PkbError, redis.RedisError) as raised:
             error = raised if isinstance(raised, PkbError) else explain(raised, describe(settings))
             print(f"pkb: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201  for a person
-            return _exit_code(error)
+            may_pass = SUPERVISED in os.environ and not isinstance(error, USER_ERRORS)
+            return EXIT_TRY_AGAIN if may_pass or isinstance(error, RestartRequested) else EXIT_USER_ERROR
     return 0
-
-
-def _exit_code(error: PkbError) -> int:
-    if isinstance(error, RestartRequested):
-        return EXIT_TRY_AGAIN
-    may_pass = SUPERVISED in os.environ and not isinstance(error, USER_ERRORS)
-    return EXIT_TRY_AGAIN if may_pass else EXIT_USER_ERROR
 
 
 def redis_time_ms(client: redis.Redis) -> float:

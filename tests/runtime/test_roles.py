@@ -1,4 +1,4 @@
-"""A role's exit code: 2 and one line for a person; for our supervisor 1 where another try may do better."""
+"""A role as a process: its exit code, its one line for a person, and a restart on request."""
 
 from __future__ import annotations
 
@@ -27,17 +27,19 @@ from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from tests.support import running_python, settings_env, wait_until
 from tests.topologies import free_ports, running_node
 
-AWAY = {"PKB_REDIS_URL": "redis://:geheim@127.0.0.1:1/0"}
+UNAVAILABLE = {"PKB_REDIS_URL": "redis://:geheim@127.0.0.1:1/0"}
 MISTAKEN = {"PKB_SHARDS": "none"}
 
 
 @pytest.mark.parametrize("role", ["ingest", "aggregate"])
 @pytest.mark.parametrize(
     ("env", "supervised", "code"),
-    [(AWAY, False, 2), (AWAY, True, 1), (MISTAKEN, False, 2), (MISTAKEN, True, 2)],
-    ids=["away", "away, supervised", "mistaken", "mistaken, supervised"],
+    [(UNAVAILABLE, False, 2), (UNAVAILABLE, True, 1), (MISTAKEN, False, 2), (MISTAKEN, True, 2)],
+    ids=["unavailable", "unavailable, supervised", "mistaken", "mistaken, supervised"],
 )
-def test_exit_codes(role: str, env: dict[str, str], supervised: bool, code: int) -> None:
+def test_a_worker_exits_with_2_and_one_line_but_with_1_where_its_supervisor_may_try_again(
+    role: str, env: dict[str, str], supervised: bool, code: int
+) -> None:
     env = {**env, "PKB_KITE_WS_URL": "ws://127.0.0.1:1", **({SUPERVISED: "1"} if supervised else {})}
     with running_python("-m", f"workers.{role}", env=env) as process:
         out, _ = process.communicate(timeout=60)
@@ -47,18 +49,18 @@ def test_exit_codes(role: str, env: dict[str, str], supervised: bool, code: int)
 
 
 @pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--shards=4", 2)])
-def test_a_worker_takes_no_arguments_and_says_so(
+def test_a_worker_refuses_arguments_and_names_the_settings(
     capsys: pytest.CaptureFixture[str], argument: str, code: int
 ) -> None:
     def role(settings: Settings, stop: threading.Event) -> None:
         raise AssertionError("it runs")
 
     assert run_role(role, [argument]) == code
-    told = capsys.readouterr().err
-    assert "takes no arguments" in told and told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert "takes no arguments" in message and message.count("\n") == 1
 
 
-def test_a_supervised_worker_comes_back_until_redis_does(tmp_path: Path) -> None:
+def test_a_supervised_worker_is_restarted_until_redis_is_available(tmp_path: Path) -> None:
     [port] = free_ports(1)
     env = {**os.environ, "PKB_REDIS_URL": f"redis://127.0.0.1:{port}/0", "PKB_DATA_DIR": str(tmp_path)}
     supervisor = Supervisor(
