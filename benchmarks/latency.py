@@ -31,7 +31,7 @@ from benchmarks.harness import (
     worker_env,
 )
 from pkbrokers_redis.kite.protocol import encode_full
-from pkbrokers_redis.runtime.warmup import settle_heap
+from pkbrokers_redis.runtime.warmup import freeze_heap
 from pkbrokers_redis.store.cluster import Pipe
 
 TICKS_PER_SECOND = 9_000
@@ -96,7 +96,7 @@ def bare_round_trip_ms(client: redis.Redis) -> float:
 
 def measure(seconds: float = 15.0) -> tuple[float, float, float, int, float]:
     """`(p50, p99, max, probes, bare round trip)`, all but the count in milliseconds."""
-    settle_heap()  # neither feeder nor reader may pause for a collection of its own
+    freeze_heap()  # neither feeder nor reader may pause for a collection of its own
     parent, child = multiprocessing.Pipe()
     feeder = multiprocessing.Process(target=feed, args=(seconds, child), daemon=True)
     feeder.start()

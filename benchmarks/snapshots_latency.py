@@ -31,7 +31,7 @@ from websockets.exceptions import ConnectionClosed
 
 from benchmarks.harness import committed, running, tick_stream, tokens, wait_for, worker_env
 from pkbrokers_redis.kite.protocol import encode_full
-from pkbrokers_redis.runtime.warmup import settle_heap
+from pkbrokers_redis.runtime.warmup import freeze_heap
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.queue import OVER, enqueue, open_queue
@@ -213,7 +213,7 @@ def delays_ms(sent: Sent, seen: Seen, from_at: float, until_at: float) -> list[f
 
 def run(settings: Settings, client: redis.Redis, seconds: float = PHASE_SECONDS) -> None:
     """Print the table; the store is filled."""
-    settle_heap()  # neither feeder nor reader may pause for a collection of its own
+    freeze_heap()  # neither feeder nor reader may pause for a collection of its own
     parent, child = multiprocessing.Pipe()
     feeder = multiprocessing.Process(target=feed, args=(child,), daemon=True)
     feeder.start()

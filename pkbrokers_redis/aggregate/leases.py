@@ -1,12 +1,12 @@
-"""Which shards are ours: equal shares of those aggregators that live, kept by leases (`store.leases`).
+"""Which shards this aggregator owns: equal shares among the running aggregators, held by leases.
 
-    lease    runs 0.6 × PKB_LEASE_SECONDS, renewed every 0.2 ×: two looks may fail
-    look     every 0.2 ×: who lives, who holds what; renew ours, take free ones up to our share
-    share    shards / members, the remainder to the first by id; who holds more gives the excess up
+    lease    runs 0.6 × PKB_LEASE_SECONDS and is renewed every 0.2 ×, so that two renewals may fail
+    renewal  reads members and holders; renews, takes free shards up to the share, releases what is above it
+    share    shards / members; the remainder goes to the first members by id
 
-So the shards of a dead aggregator are another's after at most 0.8 × PKB_LEASE_SECONDS, and what a new one
-gets is without an owner for one look. Whoever was away longer than its leases run finds them gone, by its own
-clock before a commit, or by Redis's refusal (FENCED).
+The shards of a dead aggregator therefore move within 0.8 × PKB_LEASE_SECONDS. An aggregator that was
+suspended longer than its leases run notices it by its own clock before a commit, or by Redis's refusal
+(FENCED).
 """
 
 from __future__ import annotations
@@ -25,83 +25,84 @@ log = logs.get("shards")
 
 ROLE = "aggregate"
 TTL_PART = 0.6  # of PKB_LEASE_SECONDS
-LOOK_PART = 0.2
+RENEWAL_PART = 0.2
+NEVER = float("-inf")
 
 
 def fair_share(members: Sequence[str], owner: str, shards: int) -> tuple[int, int]:
-    """How many shards are `owner`'s, and the first it prefers. The shares of all add up to `shards`."""
+    """Return how many shards `owner` may hold and the first it prefers; all shares add up to `shards`."""
     ids = sorted({*members, owner})
     rank, whole, rest = ids.index(owner), shards // len(ids), shards % len(ids)
     return whole + (rank < rest), rank * whole + min(rank, rest)
 
 
 class ShardLeases:
-    """The leases of one aggregator. `epochs` is shard → epoch of what is ours, as far as we know."""
+    """The leases of one aggregator. `epochs` maps each shard it holds to the lease's epoch."""
 
     def __init__(
         self, keys: Keys, owner: str, lease_seconds: float, monotonic: Callable[[], float] = time.monotonic
     ) -> None:
         self.owner = owner
         self.epochs: dict[int, int] = {}
-        self.refused: dict[int, PkbError] = {}  # shards whose lease or cursor a foreign hand filled
+        self.refused: dict[int, PkbError] = {}  # shards whose lease or cursor key is malformed
         self.members: list[str] = []
-        self.closing = False  # renew, but take nothing more
+        self.closing = False  # renew, but take no further shard
         self._keys = keys
         self._ttl_seconds = TTL_PART * lease_seconds
-        self._look_seconds = LOOK_PART * lease_seconds
+        self._renewal_seconds = RENEWAL_PART * lease_seconds
         self._monotonic = monotonic
-        self._renewed = self._next = float("-inf")
+        self._renewed_at = self._due_at = NEVER
 
     @property
     def due_seconds(self) -> float:
-        """How long until the next look; 0 or less: now."""
-        return self._next - self._monotonic()
+        """Seconds until the next renewal; 0 or less if it is due."""
+        return self._due_at - self._monotonic()
 
-    def may_be_gone(self) -> bool:
-        """Whether our leases may have run out since the last look: we slept, or a round took too long."""
-        return self._monotonic() - self._renewed >= self._ttl_seconds
+    def may_have_expired(self) -> bool:
+        """Return whether the leases may have run out since the last renewal."""
+        return self._monotonic() - self._renewed_at >= self._ttl_seconds
 
-    def hurry(self) -> None:
-        """Look again at once: something is not as we believed."""
-        self._next = float("-inf")
+    def renew_now(self) -> None:
+        """Make the next renewal due at once: the state in Redis is not the expected one."""
+        self._due_at = NEVER
 
-    def forget(self) -> None:
-        """Redis was away: what we believed may not be so."""
+    def invalidate(self) -> None:
+        """Forget the epochs: after an outage of Redis they may be wrong."""
         self.epochs.clear()
-        self.hurry()
+        self.renew_now()
 
-    def look(self, client: redis.Redis) -> None:
-        """Renew what is ours, take what is free within our share, give up what is above it.
+    def renew(self, client: redis.Redis) -> None:
+        """Renew the leases, take free shards within the share, release those above it.
 
-        A shard whose epoch is another than before must be loaded again.
+        A shard whose epoch has changed must be loaded again: its lease was lost in between.
         """
-        began = self._monotonic()
+        started = self._monotonic()
         ttl_ms = int(self._ttl_seconds * 1000)
         found = read_membership(client, self._keys, ROLE, self.owner, ttl_ms)
         share, first = fair_share(found.members, self.owner, self._keys.shards)
-        held = [shard for shard, holder in enumerate(found.holders) if holder == self.owner]
-        free = [shard for shard, holder in enumerate(found.holders) if holder is None]
 
         def preference(shard: int) -> tuple[bool, bool, int]:
-            """Usable ones, ours of a moment ago, then from a place of our own on, so that few collide."""
+            """Usable shards, then those held until now, then from an own start, so that few collide."""
             return shard in self.refused, shard not in self.epochs, (shard - first) % self._keys.shards
 
-        held.sort(key=preference)
-        excess = held[share:] if not self.closing else []
+        held = sorted((s for s, holder in enumerate(found.holders) if holder == self.owner), key=preference)
+        free = sorted((s for s, holder in enumerate(found.holders) if holder is None), key=preference)
+        excess: list[int] = []
         if self.closing:
             free = [shard for shard in free if shard in self.epochs]
-        wanted = held[: len(held) - len(excess)]
-        wanted += sorted(free, key=preference)[: max(0, share - len(wanted))]
+        else:
+            held, excess = held[:share], held[share:]
         release_shards(client, self._keys, excess, self.owner)
-        epochs, self.refused = lease_shards(client, self._keys, wanted, self.owner, ttl_ms)
+        requested = held + free[: max(0, share - len(held))]
+        epochs, self.refused = lease_shards(client, self._keys, requested, self.owner, ttl_ms)
         if set(epochs) != set(self.epochs) or found.members != self.members:
             owned = ",".join(map(str, sorted(epochs)))
-            log.info("shards", owned=owned, share=share, aggregators=len(found.members))
+            log.info("shards_assigned", owned=owned, share=share, aggregators=len(found.members))
         self.epochs, self.members = epochs, found.members
-        self._renewed, self._next = began, began + self._look_seconds
+        self._renewed_at, self._due_at = started, started + self._renewal_seconds
 
     def leave(self, client: redis.Redis) -> None:
-        """Give everything up at once, so that another takes over without waiting for the leases' end."""
+        """Release everything, so that another aggregator need not wait for the leases to run out."""
         release_shards(client, self._keys, list(self.epochs), self.owner)
         leave(client, self._keys, ROLE, self.owner)
         self.epochs.clear()

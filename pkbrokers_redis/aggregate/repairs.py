@@ -1,14 +1,15 @@
-"""The aggregator's side of the repair streams: read, apply to a clean book, hand out one commit.
+"""The repair streams: outages to flag, rows of Kite's history, instruments to forget.
 
-A repair waits until every tick is applied that was in the shard's stream before it, so that nothing which is
-under way to a row can fall on what history said. Its effects and the cursor's field `repair` are one commit:
-killed before it, the successor applies the entry again, from the same rows; killed after it, not at all.
+A repair waits until every tick is applied that was in the shard's stream before it. So no older tick can
+change a row after history corrected it. The effects of a repair and the cursor's field `repair` are one
+commit: if the aggregator dies before it, the successor applies the entry again to the same rows; if it dies
+after it, the entry is not applied again.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -17,12 +18,13 @@ import redis
 from pkbrokers_redis import logs
 from pkbrokers_redis.aggregate.shard import (
     EVIDENCE_BYTES,
-    Addenda,
-    Names,
-    Repair,
+    ChangesetBuilder,
+    Log,
+    PendingRepair,
     ShardWorker,
+    SymbolCache,
+    collect,
     fields_of,
-    settle_late,
 )
 from pkbrokers_redis.candles.amend import (
     HistoryRows,
@@ -44,65 +46,73 @@ from pkbrokers_redis.store.errors import is_wrong_type
 from pkbrokers_redis.store.repairs import Forget, Gap, Rows, is_forget, read_repair
 from pkbrokers_redis.store.streams import id_order
 
-ROUND_SECONDS = 0.1  # for the repairs of all shards; then ticks have their turn
-READ_EVERY_SECONDS = 0.25  # a look at all streams: repairs are rare, and not worth a wait for ticks
-ENTRIES_MAX = 8  # of one shard a look, at most 8 MB
-ROWS_A_COMMIT = 4_000  # changed; then the rest waits for the next round, ~30 ms of Redis' time
-LISTS_AT_ONCE = 200  # of an old outage: ~4 MB of replies
+ROUND_SECONDS = 0.1  # for the repairs of all shards; then ticks are applied
+READ_EVERY_SECONDS = 0.25  # repairs are rare: reading them must not delay ticks
+ENTRIES_MAX = 8  # of one shard a read, at most 8 MB
+ROWS_A_COMMIT = 4_000  # changed; the rest waits for the next round, ~30 ms of Redis' time
+LISTS_AT_ONCE = 200  # of a long outage: ~4 MB of replies
 PUTS_MAX = 8  # changed rows of a list; with more, the list is written as a whole
 WRONG_TYPE_RETRY_SECONDS = 2.0
+NEVER = float("-inf")
 
-REPAIR_COUNTS = ("repairs", "repaired_rows", "gap_marks", "odd_repairs", "forming_repairs", "forgotten")
+REPAIR_COUNTS = (
+    "repairs", "repaired_rows", "gap_marks", "malformed_repairs", "forming_repairs", "forgotten"
+)  # fmt: skip
 
 log = logs.get("aggregate")
 
 
 class Repairs:
-    """Reads and applies. Counts in `counts`; `tell(event, place, **evidence)` hears of what is odd."""
+    """Reads the repair streams and applies their entries. Counts in `counts`."""
 
-    def __init__(self, keys: Keys, counts: dict[str, int], tell: Callable[..., None], names: Names) -> None:
-        self._keys, self._counts, self._tell, self._names = keys, counts, tell, names
-        self._read_at = 0.0
-        self._round_ends_at = 0.0
-        self._skipped: dict[int, float] = {}  # shard → when to look at its key again
+    def __init__(self, keys: Keys, counts: dict[str, int], log: Log, symbols: SymbolCache) -> None:
+        self._keys, self._counts, self._log, self._symbols = keys, counts, log, symbols
+        self._read_at = NEVER
+        self._round_ends_at = NEVER
+        self._skipped: dict[int, float] = {}  # shard → when to look at its key again, monotonic seconds
         self._trimmed: dict[int, str] = {}
 
     def read(self, client: redis.Redis, workers: Iterable[ShardWorker]) -> None:
-        """Look for entries behind those applied, of every shard that has none waiting; now and then."""
+        """Read further entries of every shard that has none pending, at most every READ_EVERY_SECONDS."""
         now = time.monotonic()
         self._round_ends_at = now + ROUND_SECONDS
-        if now < self._read_at:
+        if now < self._read_at + READ_EVERY_SECONDS:
             return
-        self._read_at = now + READ_EVERY_SECONDS
-        idle = [each for each in workers if not each.repairs and self._skipped.get(each.shard, 0.0) <= now]
+        self._read_at = now
+        idle = [each for each in workers if not each.repairs and self._skipped.get(each.shard, NEVER) <= now]
         pipe = Pipe(client)
         for worker in idle:
             key = self._keys.repairs(worker.shard)
-            pipe.add("XREAD", "COUNT", ENTRIES_MAX, "STREAMS", key, worker.held.repair)
+            pipe.add("XREAD", "COUNT", ENTRIES_MAX, "STREAMS", key, worker.cursor.repair)
         for worker, reply in zip(idle, pipe.execute(), strict=True):
             if is_wrong_type(reply):
                 key = self._keys.repairs(worker.shard)
                 self._skipped[worker.shard] = now + WRONG_TYPE_RETRY_SECONDS
                 self._counts["refused_keys"] += 1
-                self._tell("wrong_type", key, hint=f"look at it, then `DEL {key}`")
+                self._log("wrong_type", key, hint=f"look at it, then `DEL {key}`")
             elif isinstance(reply, Exception):
                 raise reply
             else:
                 worker.repairs.extend(
-                    Repair(entry_id.decode(), fields_of(cells), worker.reads_out)
+                    PendingRepair(entry_id.decode(), fields_of(cells), worker.full_reads)
                     for entry_id, cells in _entries(reply)
                 )
 
     def ready(self, workers: Iterable[ShardWorker]) -> list[ShardWorker]:
-        """The shards whose next repair can be applied, the longest waiting first."""
+        """Return the shards whose next repair can be applied, the longest waiting first."""
         waiting = [each for each in workers if each.repairs and each.is_ready(each.repairs[0])]
         return sorted(waiting, key=lambda each: id_order(each.repairs[0].id))
 
     def apply(self, client: redis.Redis, worker: ShardWorker, now_ms: float) -> tuple[Move, Changes] | None:
-        """Apply what is ready to the worker's book, which must be as Redis has it; None when the round's time
-        is up.
+        """Apply the repairs that are ready.
 
-        `now_ms` is market time: of what forms by then, history is not believed.
+        Args:
+            client: Where the lists are read.
+            worker: A shard without uncommitted changes.
+            now_ms: Market time; history is not applied to candles that still form.
+
+        Returns:
+            One commit, or None when the round's time is up.
         """
         if time.monotonic() > self._round_ends_at:
             return None
@@ -110,140 +120,138 @@ class Repairs:
         last = ""
         while worker.repairs and batch.has_room and worker.is_ready(worker.repairs[0]):
             if last and (time.monotonic() > self._round_ends_at or is_forget(worker.repairs[0].fields)):
-                break  # what is forgotten is a commit of its own: no row of the batch may outlive it
+                break  # to forget an instrument is a commit of its own: no row of the batch may outlive it
             entry = worker.repairs.popleft()
             last = entry.id
             try:
-                batch.take(read_repair(entry.fields))
+                batch.apply(read_repair(entry.fields))
                 self._counts["repairs"] += 1
             except (ValueError, UnknownInterval) as error:
-                self._odd(worker, entry, str(error))
+                self._log_malformed(worker, entry, str(error))
                 continue
-            if batch.odd_rows:
-                self._odd(worker, entry, f"{batch.odd_rows} rows are no candles of the instrument")
-                batch.odd_rows = 0
+            if batch.malformed_rows:
+                reason = f"{batch.malformed_rows} rows are no candles of the instrument"
+                self._log_malformed(worker, entry, reason)
+                batch.malformed_rows = 0
         self._counts["repaired_rows"] += batch.rows
-        self._counts["gap_marks"] += batch.marks
+        self._counts["gap_marks"] += batch.flagged
         self._counts["forming_repairs"] += batch.forming
         if batch.forgotten:
-            self._forget(worker, batch.forgotten, now_ms)
-        held = worker.held
-        return Move(held.id, held.read, {}, repair=last, forgotten=batch.forgotten), batch.changes()
+            self._forget(worker, batch.forgotten)
+        cursor = worker.cursor
+        return Move(cursor.id, cursor.read, {}, repair=last, forgotten=batch.forgotten), batch.changes()
 
-    def _forget(self, worker: ShardWorker, tokens: Iterable[int], now_ms: float) -> None:
-        known = set(worker.book.tokens.tolist()).intersection(tokens)
+    def _forget(self, worker: ShardWorker, tokens: Iterable[int]) -> None:
+        known = set(worker.state.tokens.tolist()).intersection(tokens)
         for token in known:
-            worker.book.forget(token)
-            worker.revs.forget(token)
-            self._names.forget(token, now_ms)
+            worker.state.forget(token)
+            worker.revisions.forget(token)
+            self._symbols.forget(token)
         self._counts["forgotten"] += len(known)
-        log.info("forgotten", shard=worker.shard, instruments=len(known))
+        log.info("instruments_forgotten", shard=worker.shard, instruments=len(known))
 
     def trim(self, client: redis.Redis, workers: Iterable[ShardWorker]) -> None:
-        """Drop applied entries. The last one stays: a Redis that does not know it has gone back in time."""
+        """Delete applied entries except the last: a Redis that lacks it was rolled back."""
         pipe = Pipe(client)
         for worker in workers:
-            applied = worker.held.repair
+            applied = worker.cursor.repair
             if applied != "0-0" and self._trimmed.get(worker.shard) != applied:
                 self._trimmed[worker.shard] = applied
                 pipe.add("XTRIM", self._keys.repairs(worker.shard), "MINID", applied)
         pipe.execute()
 
-    def _odd(self, worker: ShardWorker, entry: Repair, why: str) -> None:
-        self._counts["odd_repairs"] += 1
+    def _log_malformed(self, worker: ShardWorker, entry: PendingRepair, reason: str) -> None:
+        self._counts["malformed_repairs"] += 1
         evidence = repr(entry.fields)[:EVIDENCE_BYTES]
         key = self._keys.repairs(worker.shard)
-        self._tell("odd_repair", key, id=entry.id, why=why[:EVIDENCE_BYTES], evidence=evidence)
+        self._log("malformed_repair", key, id=entry.id, reason=reason[:EVIDENCE_BYTES], evidence=evidence)
 
 
 class _Batch:
-    """Entries that share one commit."""
+    """Repairs that share one commit."""
 
     def __init__(self, client: redis.Redis, keys: Keys, worker: ShardWorker, now_ms: float) -> None:
         self._client, self._keys, self._worker, self._now_ms = client, keys, worker, now_ms
-        self._book = worker.book
+        self._state = worker.state
         self._lists: dict[ListIndex, CandleList] = {}  # with what the batch changed in them
-        self.rows = self.marks = self.forming = self.odd_rows = 0
+        self.rows = self.flagged = self.forming = self.malformed_rows = 0
         self.forgotten: dict[int, list[str]] = {}  # instrument → its intervals
 
     @property
     def has_room(self) -> bool:
-        """Whether another entry may join. One that moved a candle out of its slot is the last: its row is not
-        in the lists before the commit."""
-        return self.rows + self.marks < ROWS_A_COMMIT and not self._book.evicted and not self.forgotten
+        """Whether another repair may join. One that moved a candle out of the state is the last: before the
+        commit its row is not in the lists."""
+        return self.rows + self.flagged < ROWS_A_COMMIT and not self._state.evicted and not self.forgotten
 
-    def take(self, repair: Gap | Rows | Forget) -> None:
-        """Apply one entry to the book and the lists. Raises ValueError or UnknownInterval for an odd one."""
+    def apply(self, repair: Gap | Rows | Forget) -> None:
+        """Apply one repair to the state and the lists. Raises ValueError or UnknownInterval if malformed."""
         if isinstance(repair, Forget):
-            names = [interval.name for interval in self._book.intervals]
-            ours = [token for token in repair.tokens if self._keys.shard_of(token) == self._worker.shard]
-            self.forgotten = dict.fromkeys(ours, names)
+            names = [interval.name for interval in self._state.intervals]
+            self.forgotten = dict.fromkeys(self._of_shard(repair.tokens), names)
         elif isinstance(repair, Gap):
-            self._take_gap(repair)
+            self._apply_gap(repair)
         else:
-            self._take_rows(repair)
+            self._apply_rows(repair)
 
-    def _take_rows(self, repair: Rows) -> None:
-        if self._keys.shard_of(repair.token) != self._worker.shard:
-            raise ValueError("the instrument is another shard's")
-        intervals = self._book.intervals
+    def _of_shard(self, tokens: Iterable[int]) -> list[int]:
+        return [token for token in tokens if self._keys.shard_of(token) == self._worker.shard]
+
+    def _apply_rows(self, repair: Rows) -> None:
+        if not self._of_shard([repair.token]):
+            raise ValueError("the instrument belongs to another shard")
+        intervals = self._state.intervals
         k = intervals.index(find_interval(intervals, repair.interval))
-        i = self._book.index(repair.token)
-        concerned = range(len(intervals)) if k == self._book.base_interval else (k,)
+        i = self._state.index(repair.token)
+        # Rows of the base interval also correct the longer intervals, which are composed of them.
+        concerned = range(len(intervals)) if k == self._state.base_interval else (k,)
         self._load([ListIndex(i, each) for each in concerned])
         history = HistoryRows(repair.token, k, repair.from_s, repair.to_s, repair.rows)
         lists = {each: self._lists[ListIndex(i, each)] for each in concerned}
-        mended = apply_history(self._book, history, lists, self._now_ms)
-        self.rows += mended.rows
-        self.forming += mended.forming
-        self.odd_rows = mended.malformed
+        result = apply_history(self._state, history, lists, self._now_ms)
+        self.rows += result.rows
+        self.forming += result.forming
+        self.malformed_rows = result.malformed
 
-    def _take_gap(self, repair: Gap) -> None:
-        outage = Outage(
-            [token for token in repair.tokens if self._keys.shard_of(token) == self._worker.shard],
-            repair.from_ms,
-            repair.to_ms,
-        )
-        places = iter(list(lists_in_reach(self._book, outage)))
-        self.marks += flag_outage(self._book, outage)
-        while some := list(islice(places, LISTS_AT_ONCE)):
+    def _apply_gap(self, repair: Gap) -> None:
+        outage = Outage(self._of_shard(repair.tokens), repair.from_ms, repair.to_ms)
+        places = iter(list(lists_in_reach(self._state, outage)))
+        self.flagged += flag_outage(self._state, outage)
+        while chunk := list(islice(places, LISTS_AT_ONCE)):
             before = set(self._lists)
-            self._load(some)
-            self.marks += flag_lists(self._book, outage, {place: self._lists[place] for place in some})
-            for place in some:  # an old outage of many instruments: keep only what changed
+            self._load(chunk)
+            self.flagged += flag_lists(self._state, outage, {place: self._lists[place] for place in chunk})
+            for place in chunk:  # a long outage of many instruments: keep only the lists that changed
                 if place not in before and not self._lists[place].changed:
                     del self._lists[place]
 
     def _load(self, places: Sequence[ListIndex]) -> None:
+        """Read the lists that the batch does not have yet."""
         missing = [place for place in places if place not in self._lists]
         pipe = Pipe(self._client)
         for i, k in missing:
-            name = self._book.intervals[k].name
-            pipe.add("LRANGE", self._keys.candles(int(self._book.tokens[i]), name), 0, -1)
+            name = self._state.intervals[k].name
+            pipe.add("LRANGE", self._keys.candles(int(self._state.tokens[i]), name), 0, -1)
         for place, reply in zip(missing, pipe.execute(), strict=True):
             if isinstance(reply, Exception) and not is_wrong_type(reply):
                 raise reply
-            texts = [] if isinstance(reply, Exception) else reply  # a foreign hand's key: the commit says so
-            self._lists[place] = CandleList(texts, self._book.intervals[place.k].keep)
+            texts = [] if isinstance(reply, Exception) else reply  # another type: the commit reports it
+            self._lists[place] = CandleList(texts, self._state.intervals[place.k].keep)
 
     def changes(self) -> Changes:
-        """What the slots and the lists gained, for one commit."""
+        """Return what the state and the lists gained, for one commit."""
         worker = self._worker
-        changes = settle_late(self._client, self._keys, self._book, worker.revs, self._book.collect())
-        addenda = Addenda(self._book, worker.revs, changes)
+        changes = collect(self._client, self._keys, self._state, worker.revisions)
+        builder = ChangesetBuilder(self._state, worker.revisions, changes)
         for (i, k), rows in self._lists.items():
             whole = len(rows.changed) > PUTS_MAX
             if whole:
-                addenda.replace(i, k, rows.texts())
+                builder.replace_list(i, k, rows.texts())
             for start in rows.changed:
-                addenda.add(i, k, start, rows.text(start), put=not whole)
-        return addenda.changes()
+                builder.add_row(i, k, start, rows.text(start), put=not whole)
+        return builder.changes()
 
 
 def _entries(reply: Any) -> list[tuple[bytes, Any]]:
-    """The entries of an XREAD of one stream, whichever protocol it came by."""
-    if not reply:
-        return []
-    if isinstance(reply, dict):
-        return [each for entries in reply.values() for each in entries]
-    return [each for _, entries in reply for each in entries]
+    """Return the entries of an XREAD of one stream: RESP2 gives pairs, RESP3 a map."""
+    parts = reply.values() if isinstance(reply, dict) else [entries for _, entries in reply or ()]
+    return [entry for entries in parts for entry in entries]

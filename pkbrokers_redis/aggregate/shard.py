@@ -1,14 +1,14 @@
-"""The symbols that stand beside the tokens in announcements.
+"""One shard in its aggregator: stream entries → ticks → `ShardState` → the changes of one commit.
 
-Stream entries → ticks, a whole read decoded at once. What a foreign hand wrote is told and gives none.
-
-What a commit needs beyond the book: rows that are in no slot any more, and their revisions.
-
-One shard in its aggregator's hands: its book, its position, the entries read but not yet applied.
+EntryDecoder   entries of a tick stream → ticks, a whole read decoded at once
+ShardWorker    the shard's state, its cursor, and the entries read but not applied yet
+collect        the changes of one commit, late ticks amended
+SymbolCache    token → symbol, for announcements of closed candles
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -26,42 +26,25 @@ from pkbrokers_redis.candles.model import AT_MS, FLAG_NAMES, TickArray, bucket_e
 from pkbrokers_redis.candles.rows import flag_for, start_of
 from pkbrokers_redis.candles.state import LateTick, ShardState
 from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import Move, Position
 from pkbrokers_redis.store.streams import id_order, is_count
-from pkbrokers_redis.store.symbols import load_symbols
 
-RETRY_MS = 5_000  # between looks for an instrument that has no symbol
+EVIDENCE_BYTES = 120  # of malformed input, in a log line
+TICKS_MAX = 50_000  # applied a commit and shard, ~20 ms; the rest waits for the next round
+SOURCES_MAX = 256  # producers whose last seq the cursor keeps; a source is one run of an ingest worker
+SETTLED_ENTRIES = 10_000  # applied since the shard was loaded: by then every live source has sent an entry
+REVISIONS_MAX = 64  # remembered of an instrument's evicted candles …
+OLDER = "*"  # … and the highest revision of those forgotten, from which all others count on
 
+Log = Callable[..., None]
+"""Logs a kind of problem once a place: `log(event, place, **evidence)`."""
 
-class Names:
-    """Token → symbol, as `P:symbols` has it; read again when an instrument turns up that is not known."""
-
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
-        self._symbols: dict[int, bytes] = {}
-        self._read_at_ms = float(-RETRY_MS)
-
-    def symbol_of(self, client: redis.Redis, token: int, now_ms: float) -> bytes:
-        """The symbol; the token itself where there is none."""
-        symbol = self._symbols.get(token)
-        if symbol is None and not 0 <= now_ms - self._read_at_ms < RETRY_MS:
-            self._read_at_ms = now_ms
-            names = load_symbols(client, self._keys)
-            self._symbols = {each: name.encode() for each, name in names.items()}
-            symbol = self._symbols.get(token)
-        return symbol or b"%d" % token
-
-    def forget(self, token: int, now_ms: float) -> None:
-        """It is about to get another symbol: a later look will find it."""
-        self._symbols.pop(token, None)
-        self._read_at_ms = now_ms
+_revisions_decoder = msgspec.json.Decoder(dict[str, int])
 
 
-EVIDENCE_BYTES = 120  # of bad input, in a log line
-
-
-class Pending(NamedTuple):
-    """One entry, read and not yet applied. `source` is empty where a foreign hand wrote it."""
+class PendingEntry(NamedTuple):
+    """A stream entry that was read and not applied yet. `source` is empty if the entry is malformed."""
 
     id: bytes
     source: bytes
@@ -70,14 +53,22 @@ class Pending(NamedTuple):
 
 
 class EntryDecoder:
-    """Counts `odd_entries` and `odd_rows` in `counts`; `tell(event, place, **evidence)` hears of both."""
+    """Decodes stream entries; counts `malformed_entries` and `malformed_rows` in `counts`.
 
-    def __init__(self, counts: dict[str, int], tell: Callable[..., None]) -> None:
+    An entry that another writer made by other rules is logged, and counts as an entry without ticks.
+    """
+
+    def __init__(self, counts: dict[str, int], log: Log) -> None:
         self._counts = counts
-        self._tell = tell
+        self._log = log
 
-    def decode(self, key: str, entries: Sequence[tuple[bytes, Any]]) -> list[Pending]:
-        """The entries of one stream (`XREAD`'s: id and fields) in order."""
+    def decode(self, key: str, entries: Sequence[tuple[bytes, Any]]) -> list[PendingEntry]:
+        """Return the entries of one stream in order.
+
+        Args:
+            key: The stream's key, for the log.
+            entries: Ids and fields, as XREAD gives them.
+        """
         heads: list[tuple[bytes, bytes, int, float]] = []
         texts: list[bytes] = []
         for entry_id, cells in entries:
@@ -85,184 +76,225 @@ class EntryDecoder:
             source, seq, at = fields.get(b"src", b""), fields.get(b"seq", b""), fields.get(b"at", b"")
             text = fields.get(b"ticks")
             if text is None or not source or not is_count(seq):
-                self._counts["odd_entries"] += 1
+                self._counts["malformed_entries"] += 1
                 evidence = repr(cells)[:EVIDENCE_BYTES]
-                self._tell(
-                    "foreign_entry", key, id=entry_id.decode(), lacks="src, seq or ticks", evidence=evidence
+                self._log(
+                    "malformed_entry",
+                    key,
+                    id=entry_id.decode(),
+                    missing="src, seq or ticks",
+                    evidence=evidence,
                 )
                 text, source, seq = b"[]", b"", b"0"
             texts.append(text)
             heads.append((entry_id, source, int(seq), float(at) if is_count(at) else 0.0))
         if not texts:
             return []
-        ticks, counts, odd = read_tick_entries(texts)
-        pending: list[Pending] = []
+        ticks, counts, malformed = read_tick_entries(texts)
+        pending: list[PendingEntry] = []
         first = 0
         for n, (entry_id, source, number, at_ms) in enumerate(heads):
             rows = ticks[first : first + counts[n]]
             first += counts[n]
-            if n in odd:
-                rows = self._salvage(key, entry_id, texts[n])
+            if n in malformed:
+                rows = self._recover(key, entry_id, texts[n])
             rows[:, AT_MS] = at_ms
-            pending.append(Pending(entry_id, source, number, rows))
+            pending.append(PendingEntry(entry_id, source, number, rows))
         return pending
 
-    def _salvage(self, key: str, entry_id: bytes, text: bytes) -> TickArray:
-        """The rows of an entry that is not whole, as far as they are ticks."""
+    def _recover(self, key: str, entry_id: bytes, text: bytes) -> TickArray:
+        """Return those rows of a malformed entry that are ticks."""
         rows, refused = recover_ticks(text)
         if refused:
-            self._counts["odd_rows"] += refused
+            self._counts["malformed_rows"] += refused
             evidence = repr(text[:EVIDENCE_BYTES])
-            self._tell("odd_rows", key, id=entry_id.decode(), rows=refused, evidence=evidence)
+            self._log("malformed_rows", key, id=entry_id.decode(), rows=refused, evidence=evidence)
         return rows
 
 
 def fields_of(cells: Any) -> dict[bytes, bytes]:
-    """The fields of a stream entry as a mapping, whichever way the client gave them."""
+    """Return the fields of a stream entry as a mapping; RESP2 gives flat lists, RESP3 maps."""
     if isinstance(cells, dict):
         return cells
     return dict(zip(cells[::2], cells[1::2], strict=False)) if cells else {}
 
 
-REVS_MAX = 64  # revisions remembered of an instrument's candles that left the book …
-FLOOR = "*"  # … and the highest of those forgotten, which all others count on from
+class SymbolCache:
+    """Symbols of tokens, from the instrument master (`P:instrument:<token>`).
 
-_revs_decoder = msgspec.json.Decoder(dict[str, int])
+    One round trip per unknown token. A token without a symbol is cached too, for a shorter time: reading it
+    at each announcement would hold up the ticks.
+    """
+
+    KNOWN_SECONDS = 3600.0  # then a renamed instrument gets its new symbol
+    UNKNOWN_SECONDS = 30.0
+
+    def __init__(self, keys: Keys, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._keys = keys
+        self._monotonic = monotonic
+        self._symbols: dict[int, tuple[bytes, float]] = {}  # token → symbol, when to read it again
+
+    def load(self, client: redis.Redis, tokens: Sequence[int]) -> None:
+        """Read the symbols of `tokens` in one pipeline."""
+        pipe = Pipe(client)
+        for token in tokens:
+            pipe.add("HMGET", self._keys.instrument(token), "exchange", "tradingsymbol")
+        now = self._monotonic()
+        for token, reply in zip(tokens, pipe.execute(), strict=True):
+            if isinstance(reply, Exception) and not isinstance(reply, ResponseError):
+                raise reply
+            exchange, name = (None, None) if isinstance(reply, Exception) else reply
+            if name:
+                symbol = (exchange or b"NSE").strip().upper() + b":" + name.strip()
+                self._symbols[token] = symbol, now + self.KNOWN_SECONDS
+            else:  # no master row, another type, or no permission to read it
+                self._symbols[token] = b"%d" % token, now + self.UNKNOWN_SECONDS
+
+    def symbol_of(self, client: redis.Redis, token: int) -> bytes:
+        """Return `NSE:INFY`; the token itself where the master has no row of it."""
+        found = self._symbols.get(token)
+        if found is None or self._monotonic() >= found[1]:
+            self.load(client, [token])
+            found = self._symbols[token]
+        return found[0]
+
+    def forget(self, token: int) -> None:
+        """Drop a token: another instrument has it now."""
+        self._symbols.pop(token, None)
 
 
 class Revisions:
-    """Of the candles that left the book: token → "5m 1762745700" → rev. A candle's only ever rise."""
+    """Revision numbers of candles that left the state: token → "5m 1762745700" → rev. They only rise."""
 
     def __init__(self, fields: Mapping[bytes, bytes]) -> None:
-        """`<token>:revs` fields of `P:{S}:state`; what a foreign hand left there is passed over."""
-        self._revs: dict[int, dict[str, int]] = {}
+        """Read the `<token>:revs` fields of `P:{S}:state`; malformed ones are skipped."""
+        self._revisions: dict[int, dict[str, int]] = {}
         self._changed: set[int] = set()
         for name, value in fields.items():
             try:
-                self._revs[int(name.removesuffix(b":revs"))] = _revs_decoder.decode(value)
+                self._revisions[int(name.removesuffix(b":revs"))] = _revisions_decoder.decode(value)
             except (msgspec.DecodeError, ValueError):
                 continue
 
     def next(self, token: int, interval: str, start: int) -> int:
-        """The revision to announce a row with; remembered."""
-        revs = self._revs.get(token, {})
-        rev = max(revs.get(f"{interval} {start}", 0), revs.get(FLOOR, 0)) + 1
-        self.note(token, interval, start, rev)
-        return rev
+        """Return the revision with which to announce a row, and remember it."""
+        known = self._revisions.get(token, {})
+        revision = max(known.get(f"{interval} {start}", 0), known.get(OLDER, 0)) + 1
+        self.remember(token, interval, start, revision)
+        return revision
 
-    def note(self, token: int, interval: str, start: int, rev: int) -> None:
+    def remember(self, token: int, interval: str, start: int, revision: int) -> None:
         """Remember a revision that was announced."""
-        revs = self._revs.setdefault(token, {})
+        known = self._revisions.setdefault(token, {})
         name = f"{interval} {start}"
-        revs.pop(name, None)  # to the end: forgotten last
-        revs[name] = rev
+        known.pop(name, None)  # to the end: the oldest are forgotten first
+        known[name] = revision
         self._changed.add(token)
 
     def forget(self, token: int) -> None:
-        """An instrument that is another one from now on."""
-        self._revs.pop(token, None)
+        """Drop a token: another instrument has it now."""
+        self._revisions.pop(token, None)
         self._changed.discard(token)
 
     def collect(self) -> dict[bytes, bytes]:
-        """State fields of what changed since the last collect."""
+        """Return the state fields that changed since the last call."""
         fields: dict[bytes, bytes] = {}
         for token in self._changed:
-            revs = self._revs[token]
-            for oldest in [name for name in revs if name != FLOOR][:-REVS_MAX]:
-                revs[FLOOR] = max(revs.get(FLOOR, 0), revs.pop(oldest))
-            fields[b"%d:revs" % token] = msgspec.json.encode(revs)
+            known = self._revisions[token]
+            for oldest in [name for name in known if name != OLDER][:-REVISIONS_MAX]:
+                known[OLDER] = max(known.get(OLDER, 0), known.pop(oldest))
+            fields[b"%d:revs" % token] = msgspec.json.encode(known)
         self._changed.clear()
         return fields
 
 
-class Addenda:
-    """Changes with rows added that are in no slot: put into their list, and announced again."""
+class ChangesetBuilder:
+    """Adds to changes of the state rows that left it: they amend their list and are announced again."""
 
-    def __init__(self, book: ShardState, revs: Revisions, changes: Changes) -> None:
-        self._book, self._revs = book, revs
+    def __init__(self, state: ShardState, revisions: Revisions, changes: Changes) -> None:
+        self._state, self._revisions = state, revisions
         self._ops = list(changes.ops)
         self._text = [changes.text]
         self._size = len(changes.text)
         self._lists = list(changes.lists)
 
-    def add(
-        self, i: int, k: int, start: int, row: bytes, *, put: bool = True, first_told: bool = False
+    def add_row(
+        self, i: int, k: int, start: int, row: bytes, *, put: bool = True, is_new: bool = False
     ) -> None:
-        """One row, announced with a raised revision, or with 0 where nobody was told of its candle before
-        (`first_told`); `put` False where its list is replaced as a whole."""
+        """Add one row and its announcement.
+
+        Args:
+            i: The instrument's index in the state.
+            k: The interval's index.
+            start: Start of the candle, epoch seconds.
+            row: The row's text.
+            put: Whether to write the row; False if its list is replaced as a whole.
+            is_new: Whether the candle was never announced: then its revision is 0.
+        """
         first, self._size = self._size, self._size + len(row)
         self._text.append(row)
         if put:
             self._ops.append([ch.PUT, i, k, first, self._size, 0])
-        token, interval = int(self._book.tokens[i]), self._book.intervals[k].name
-        rev = 0 if first_told else self._revs.next(token, interval, start)
-        self._ops.append([ch.CLOSED, i, k, first, self._size, rev])
+        token, interval = int(self._state.tokens[i]), self._state.intervals[k].name
+        revision = 0 if is_new else self._revisions.next(token, interval, start)
+        self._ops.append([ch.CLOSED, i, k, first, self._size, revision])
 
-    def replace(self, i: int, k: int, rows: list[bytes]) -> None:
-        """A whole list."""
+    def replace_list(self, i: int, k: int, rows: list[bytes]) -> None:
+        """Replace a whole list."""
         self._lists.append((i, k, rows))
 
     def changes(self) -> Changes:
-        """All of it."""
+        """Return all changes."""
         return Changes(self._ops, b"".join(self._text), self._lists)
 
 
-def settle_late(
-    client: redis.Redis, keys: Keys, book: ShardState, revs: Revisions, changes: Changes
-) -> Changes:
-    """Complete a book's changes: very late ticks amend their rows, in the same commit.
+def collect(client: redis.Redis, keys: Keys, state: ShardState, revisions: Revisions) -> Changes:
+    """Return the changes since the last commit. Late ticks beyond the window amend their rows.
 
-    Their rows are read from Redis (with what this commit will put laid over them). `revs` is updated.
+    Their rows are read from Redis, and what this commit writes is laid over them.
     """
-    tokens = book.tokens
+    changes = state.collect()
+    tokens = state.tokens
     for op in changes.ops:
         if op[0] == ch.REVISION:
-            revs.note(int(tokens[op[1]]), book.intervals[op[2]].name, op[3], op[5])
-    ticks = list(book.late_ticks())
+            revisions.remember(int(tokens[op[1]]), state.intervals[op[2]].name, op[3], op[5])
+    ticks = list(state.late_ticks())
     if not ticks:
         return changes
-    addenda = Addenda(book, revs, changes)
+    builder = ChangesetBuilder(state, revisions, changes)
     lists: dict[tuple[int, int], dict[int, bytes]] = {}
     for tick in ticks:
-        interval = book.intervals[tick.interval]
+        interval = state.intervals[tick.interval]
         place = tick.token, tick.interval
         if place not in lists:
-            lists[place] = _rows(client, keys, book, tick, interval.name, changes)
+            lists[place] = _stored_rows(client, keys, state, tick, changes)
         rows = lists[place]
-        i, is_day = book.index(tick.token), interval.seconds == 0
-        day = book.sessions.day(int(book.arrays.schedule[i]), tick.start * 1000)
+        i, is_day = state.index(tick.token), interval.seconds == 0
+        day = state.sessions.day(int(state.arrays.schedule[i]), tick.start * 1000)
         end = bucket_end_s(day, interval.seconds, tick.start)
-        flag = "" if is_day else FLAG_NAMES[flag_for(book, i, tick.start, end)]
+        flag = "" if is_day else FLAG_NAMES[flag_for(state, i, tick.start, end)]
         texts = [rows[start] for start in sorted(rows)]
         for start, row, is_new in amend_rows(texts, tick, is_day, keep=interval.keep, flag=flag):
             rows[start] = row
-            addenda.add(i, tick.interval, start, row, first_told=is_new)
-    return addenda.changes()
+            builder.add_row(i, tick.interval, start, row, is_new=is_new)
+    return builder.changes()
 
 
-def _rows(
-    client: redis.Redis, keys: Keys, book: ShardState, tick: LateTick, interval: str, changes: Changes
+def _stored_rows(
+    client: redis.Redis, keys: Keys, state: ShardState, tick: LateTick, changes: Changes
 ) -> dict[int, bytes]:
+    """Return start → row of the tick's list, as it is after `changes`."""
     try:
-        stored: Any = client.lrange(keys.candles(tick.token, interval), 0, -1)
+        stored: Any = client.lrange(keys.candles(tick.token, state.intervals[tick.interval].name), 0, -1)
     except ResponseError:
-        stored = []  # a foreign hand's key: the commit will say so
-    i = book.index(tick.token)
-    put = [
-        changes.text[op[3] : op[4]]
-        for op in changes.ops
-        if op[0] == ch.PUT and op[1] == i and op[2] == tick.interval
-    ]
+        stored = []  # a key of another type: the commit reports it
+    place = state.index(tick.token), tick.interval
+    put = [changes.text[op[3] : op[4]] for op in changes.ops if op[0] == ch.PUT and (op[1], op[2]) == place]
     return {start: row for row in (*stored, *put) if (start := start_of(row)) is not None}
 
 
-TICKS_MAX = 50_000  # applied a commit and shard, ~20 ms; the rest waits for the next round
-SOURCES_MAX = 256  # whose last seq the cursor keeps; a source is one life of an ingest worker
-SETTLED_ENTRIES = 10_000  # applied since the shard was taken: by then every source that lives was heard of
-
-
 class Applied(NamedTuple):
-    """What one round fed to the book, and how far that moves the cursor."""
+    """What one round applied to the state, and how far that moves the cursor."""
 
     ticks: int
     entries: int
@@ -271,78 +303,85 @@ class Applied(NamedTuple):
     batch: TickArray | None = None
 
 
-class Repair(NamedTuple):
-    """One entry of the shard's repairs, read and not yet applied."""
+class PendingRepair(NamedTuple):
+    """An entry of the shard's repair stream that was read and not applied yet."""
 
     id: str
     fields: dict[bytes, bytes]
-    reads_out: int  # of the tick stream when it was read
+    full_reads: int  # of the tick stream when the repair was read
 
 
 class ShardWorker:
-    """Lives from taking a shard over until it is lost, given up, or its book is no longer what Redis has."""
+    """A shard from its loading until it is lost, released, or its state no longer agrees with Redis."""
 
-    def __init__(self, shard: int, book: ShardState, held: Position, revs: dict[bytes, bytes]) -> None:
+    def __init__(
+        self, shard: int, state: ShardState, cursor: Position, revisions: dict[bytes, bytes]
+    ) -> None:
         self.shard = shard
-        self.book = book
-        self.held = held
-        self.read_id = held.id  # where the next XREAD goes on
-        self.revs = Revisions(revs)
-        self.pending: list[Pending] = []  # at most one read, so bounded by it
-        self.repairs: deque[Repair] = deque()  # at most one read of that stream
-        self.read_out_ms = 0.0  # when the stream was last read to its end, epoch ms
-        self.reads_out = 0  # how often it was
-        self.drained_ms = 0.0  # … and all that was read has been applied
-        self.told: set[str] = set()  # kinds of odd ticks whose evidence was logged
+        self.state = state
+        self.cursor = cursor
+        self.read_id = cursor.id  # where the next XREAD starts
+        self.revisions = Revisions(revisions)
+        self.pending: list[PendingEntry] = []  # at most one read
+        self.repairs: deque[PendingRepair] = deque()  # at most one read
+        self.full_reads = 0  # how often the stream was read to its end
+        self.read_until_ms = 0.0  # when it last was, epoch ms
+        self.applied_until_ms = 0.0  # … and everything read has been applied
+        self.logged: set[str] = set()  # kinds of invalid ticks whose evidence was logged
         self._entries = 0
 
     @property
     def lag_ms(self) -> float:
         """Milliseconds between the newest entry applied and the newest one read."""
-        return float(self.read_id.split("-")[0]) - float(self.held.id.split("-")[0])
+        return float(self.read_id.split("-")[0]) - float(self.cursor.id.split("-")[0])
 
-    def is_ready(self, repair: Repair) -> bool:
-        """Whether all ticks are applied that were in the stream before a repair was in its own."""
-        if id_order(self.held.id)[0] > id_order(repair.id)[0]:
-            return True  # the ids of both streams are the same server's time, to the millisecond
-        return not self.pending and self.reads_out > repair.reads_out
+    def is_ready(self, repair: PendingRepair) -> bool:
+        """Return whether all ticks are applied that were in the stream before the repair was in its own."""
+        if id_order(self.cursor.id)[0] > id_order(repair.id)[0]:
+            return True  # the ids of both streams are one server's time in milliseconds
+        return not self.pending and self.full_reads > repair.full_reads
 
-    def note_read_out(self, now_ms: float) -> None:
-        """The stream was read to its end; nothing older than `now_ms` waits in it."""
-        self.read_out_ms = now_ms
-        self.reads_out += 1
+    def note_full_read(self, now_ms: float) -> None:
+        """Note that nothing older than `now_ms` is left in the stream."""
+        self.read_until_ms = now_ms
+        self.full_reads += 1
 
-    def queue(self, entries: list[Pending]) -> None:
-        """Take entries as they were read."""
+    def queue(self, entries: list[PendingEntry]) -> None:
+        """Append entries as they were read."""
         if entries:
             self.pending += entries
             self.read_id = entries[-1].id.decode()
 
     def apply(self, dirty_max: int) -> Applied:
-        """Feed what is pending to the book, as far as one commit may go."""
-        held = self.held
+        """Apply pending entries to the state, as many as one commit may hold.
+
+        Args:
+            dirty_max: How many instruments the commit may change.
+        """
+        cursor = self.cursor
         if not self.pending:
-            self.drained_ms = self.read_out_ms
-            return Applied(0, 0, 0, Move(held.id, held.read, {}))
-        seen = dict(held.sources)
+            self.applied_until_ms = self.read_until_ms
+            return Applied(0, 0, 0, Move(cursor.id, cursor.read, {}))
         batch: list[TickArray] = []
         repeats: list[bool] = []
+        newest: dict[bytes, int] = {}  # source → its last seq in this batch
         size = 0
         for entry in self.pending:
             if size >= TICKS_MAX:
                 break
-            repeated = bool(entry.source) and entry.seq <= seen.get(entry.source, -1)
+            last_seq = newest.get(entry.source, cursor.sources.get(entry.source, -1))
+            repeated = bool(entry.source) and entry.seq <= last_seq
             if entry.source and not repeated:
-                seen[entry.source] = entry.seq
-            repeats.append(repeated)  # a producer's retry: Redis had it already
+                newest[entry.source] = entry.seq
+            repeats.append(repeated)  # a producer's retry: Redis had the entry already
             batch.append(entry.ticks[:0] if repeated else entry.ticks)
             size += len(entry.ticks)
         ends = np.cumsum([len(rows) for rows in batch])
         rows = np.concatenate(batch)
-        left = self.book.apply(rows, 0, ends, dirty_max)
-        # `take` stops where an entry ends: all entries that end there or before are applied.
-        done = int(np.searchsorted(ends, left, side="right"))
-        sources = {  # ascending within a source but for its repeats, so the last one stands
+        applied = self.state.apply(rows, 0, ends, dirty_max)
+        # `apply` stops where an entry ends: all entries that end there or before are applied.
+        done = int(np.searchsorted(ends, applied, side="right"))
+        sources = {  # ascending within a source but for its repeats, so that the last one counts
             entry.source: entry.seq
             for entry, repeated in zip(self.pending[:done], repeats, strict=False)
             if entry.source and not repeated
@@ -350,27 +389,27 @@ class ShardWorker:
         last_id = self.pending[done - 1].id.decode()
         self.pending = self.pending[done:]
         if not self.pending:
-            self.drained_ms = self.read_out_ms
+            self.applied_until_ms = self.read_until_ms
         self._entries += done
-        move = Move(last_id, held.read + done, sources, self._silent_sources(sources))
-        return Applied(left, done, sum(repeats[:done]), move, rows[:left])
+        move = Move(last_id, cursor.read + done, sources, self._evictable_sources(sources))
+        return Applied(applied, done, sum(repeats[:done]), move, rows[:applied])
 
-    def _silent_sources(self, heard: dict[bytes, int]) -> list[bytes]:
-        """Sources whose numbers may go: unheard of while 256 others were, so that none waits to be resent.
+    def _evictable_sources(self, active: dict[bytes, int]) -> list[bytes]:
+        """Return sources whose seq may be dropped: the least recently used beyond SOURCES_MAX.
 
-        `held.sources` is in the order in which they were heard of; at first only in that of Redis' answer,
-        therefore nobody is forgotten before those that live have shown themselves.
+        `cursor.sources` is in the order of use. After loading it is in the order of Redis' answer, so nothing
+        is dropped before the live sources have sent an entry.
         """
-        surplus = len(self.held.sources) - SOURCES_MAX
+        surplus = len(self.cursor.sources) - SOURCES_MAX
         if surplus <= 0 or self._entries < SETTLED_ENTRIES:
             return []
-        return [source for source in list(self.held.sources)[:surplus] if source not in heard]
+        return [source for source in list(self.cursor.sources)[:surplus] if source not in active]
 
 
-def book_counts(workers: Iterable[ShardWorker]) -> dict[str, int]:
-    """What became of the ticks, added up over shards."""
+def state_counts(workers: Iterable[ShardWorker]) -> dict[str, int]:
+    """Return what the rules did with the ticks, added up over shards."""
     totals: dict[str, int] = {}
     for worker in workers:
-        for name, count in worker.book.counts().items():
+        for name, count in worker.state.counts().items():
             totals[name] = totals.get(name, 0) + count
     return totals

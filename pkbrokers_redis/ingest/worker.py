@@ -35,7 +35,7 @@ from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.kite.quotes import INTERVAL_MS
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.runtime.roles import RestartWatch, now_ms, open_store, worker_id
-from pkbrokers_redis.runtime.warmup import settle_heap, warm_up_writer
+from pkbrokers_redis.runtime.warmup import freeze_heap, warm_up_writer
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.instrument_list import instrument_list, list_version
@@ -355,7 +355,7 @@ def run_ingest(settings: Settings, stop: threading.Event, *, restartable: bool =
         if heart.due(at := now_ms()):
             heart.beat(client, at, worker.writer.counts["ticks"], worker.figures())
             if worker.writer.counts["ticks"]:  # every kernel has run by now
-                settle_heap()
+                freeze_heap()
             if restartable:
                 restart.check(stop)
 

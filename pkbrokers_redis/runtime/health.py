@@ -101,7 +101,7 @@ def shards_owned(facts: Facts) -> Iterator[Finding]:
     elif facts.alive("aggregate"):
         yield Finding(
             "shards", "warn", f"no aggregator has shard {_some(free)}",
-            "wait for PKB_LEASE_SECONDS; then look at the aggregators' logs for `set_aside`",
+            "wait for PKB_LEASE_SECONDS; then look at the aggregators' logs for `shard_quarantined`",
         )  # fmt: skip
 
 
@@ -169,8 +169,8 @@ def nothing_lost(facts: Facts) -> Iterator[Finding]:
          "keep aggregators running, or raise PKB_STREAM_MAX_ENTRIES"),
         ("frames_lost", "frames were lost while Redis was away: the spool was full, or damaged",
          "give PKB_SPOOL_DIR more room, or another disk"),
-        ("odd_repairs", "entries of the repair streams could not be applied",
-         "look for `odd_repair` in the aggregators' logs"),
+        ("malformed_repairs", "entries of the repair streams could not be applied",
+         "look for `malformed_repair` in the aggregators' logs"),
         ("jobs_refused", "repairs were not asked for, because too many wait for RQ",
          "bring PKB_RQ_REDIS_URL back"),
     ):  # fmt: skip

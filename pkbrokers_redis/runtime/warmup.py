@@ -48,7 +48,7 @@ def warm_up(intervals: Sequence[Interval]) -> None:
 
 
 @cache
-def settle_heap() -> None:
+def freeze_heap() -> None:
     """Once per process: what is in memory now stays, so the garbage collector need not walk it again.
 
     Numba alone leaves 150,000 objects: collecting among them stops the ticks for 60 ms every few seconds. A

@@ -166,7 +166,7 @@ def some_frames(seconds: int = 900, tokens: tuple[int, ...] = (INFY, RELIANCE, T
 
 
 def test_ticks_become_rows_of_every_interval_and_are_announced_when_they_are_over(store: Store) -> None:
-    store.client.hset(store.keys.symbols(), "NSE:INFY", INFY)
+    store.client.hset(store.keys.instrument(INFY), mapping={"exchange": "NSE", "tradingsymbol": "INFY"})
     store.send(tick(-10, 100, 1_000))
     store.send(tick(5, 101, 1_010), tick(20, 99, 1_020))
     store.send(tick(61, 102, 1_030))
@@ -206,26 +206,26 @@ GOOD = json.dumps([tick(30, 105, 1_020)])
 @pytest.mark.parametrize(
     ("fields", "count"),
     [
-        ({"hello": "world"}, "odd_entries"),
-        ({"src": "x", "seq": "1"}, "odd_entries"),
-        ({"seq": "1", "ticks": GOOD}, "odd_entries"),
-        ({"src": "x", "ticks": GOOD}, "odd_entries"),
-        ({"src": "x", "seq": "one", "ticks": GOOD}, "odd_entries"),
-        ({"src": "x", "seq": "-1", "ticks": GOOD}, "odd_entries"),
-        ({"src": "x", "seq": "9" * 5000, "ticks": GOOD}, "odd_entries"),
-        ({"src": "", "seq": "1", "ticks": GOOD}, "odd_entries"),
-        ({b"\xff\xfe": b"\x00" * 5000, "seq": "²"}, "odd_entries"),
-        ({"src": "x", "seq": "1", "ticks": ""}, "odd_rows"),
-        ({"src": "x", "seq": "1", "ticks": "garbage"}, "odd_rows"),
-        ({"src": "x", "seq": "1", "ticks": b'[["\xff"]]'}, "odd_rows"),
-        ({"src": "x", "seq": "1", "ticks": "[" * 100_000}, "odd_rows"),
-        ({"src": "x", "seq": "1", "ticks": "[[1,2,3]]"}, "odd_rows"),
-        ({"src": "x", "seq": "1", "ticks": "[[1,1,1,1,1,1,1,1,1e999]]"}, "odd_rows"),
-        ({"src": "x", "seq": "1", "ticks": "[[" + "9" * 400 + ",1,1,1,1,1,1,1,1]]"}, "odd_rows"),
+        ({"hello": "world"}, "malformed_entries"),
+        ({"src": "x", "seq": "1"}, "malformed_entries"),
+        ({"seq": "1", "ticks": GOOD}, "malformed_entries"),
+        ({"src": "x", "ticks": GOOD}, "malformed_entries"),
+        ({"src": "x", "seq": "one", "ticks": GOOD}, "malformed_entries"),
+        ({"src": "x", "seq": "-1", "ticks": GOOD}, "malformed_entries"),
+        ({"src": "x", "seq": "9" * 5000, "ticks": GOOD}, "malformed_entries"),
+        ({"src": "", "seq": "1", "ticks": GOOD}, "malformed_entries"),
+        ({b"\xff\xfe": b"\x00" * 5000, "seq": "²"}, "malformed_entries"),
+        ({"src": "x", "seq": "1", "ticks": ""}, "malformed_rows"),
+        ({"src": "x", "seq": "1", "ticks": "garbage"}, "malformed_rows"),
+        ({"src": "x", "seq": "1", "ticks": b'[["\xff"]]'}, "malformed_rows"),
+        ({"src": "x", "seq": "1", "ticks": "[" * 100_000}, "malformed_rows"),
+        ({"src": "x", "seq": "1", "ticks": "[[1,2,3]]"}, "malformed_rows"),
+        ({"src": "x", "seq": "1", "ticks": "[[1,1,1,1,1,1,1,1,1e999]]"}, "malformed_rows"),
+        ({"src": "x", "seq": "1", "ticks": "[[" + "9" * 400 + ",1,1,1,1,1,1,1,1]]"}, "malformed_rows"),
         ({"src": "x", "seq": "1", "ticks": f"[[{INFY},0,1,1,1,1,1,1,{START_S}000]]"}, "invalid"),
         ({"src": "x", "seq": "1", "ticks": f"[[{INFY},5,1,1,1,1,1,1,0]]"}, "invalid"),
         ({"src": "x", "seq": "1", "ticks": f"[[{INFY},5,1,1e13,1,1,1,1,{START_S}000]]"}, "invalid"),
-        ({"src": "x", "seq": "1", "ticks": f"[[{INFY},5,1,1e300,1,1,1,1,{START_S}000]]"}, "odd_rows"),
+        ({"src": "x", "seq": "1", "ticks": f"[[{INFY},5,1,1e300,1,1,1,1,{START_S}000]]"}, "malformed_rows"),
         ({"src": "x", "seq": "1", "ticks": f"[[{INFY},5,1,-1,1,1,1,1,{START_S}000]]"}, "invalid"),
         ({"src": "x", "seq": "1", "ticks": f"[[-1,5,1,1,1,1,1,1,{START_S}000]]"}, "invalid"),
         ({"src": "x", "seq": "1", "ticks": f"[[1.5,5,1,1,1,1,1,1,{START_S}000]]"}, "invalid"),
@@ -245,10 +245,10 @@ def test_an_entry_of_a_foreign_hand_is_counted_told_once_and_changes_no_row(
         store.foreign(fields)
     store.send(tick(20, 99, 1_020))
     store.drain(aggregator)
-    assert aggregator.figures()[count] >= (3 if count == "odd_entries" else 1)
+    assert aggregator.figures()[count] >= (3 if count == "malformed_entries" else 1)
     assert store.rows() == [minute(0, 101, 101, 99, 99, volume=20, ticks=2)]
     assert store.lag() == 0
-    told = ("foreign_entry", "odd_rows", "invalid_tick")
+    told = ("malformed_entry", "malformed_rows", "invalid_tick")
     lines = [line for line in capsys.readouterr().err.splitlines() if any(word in line for word in told)]
     assert len(lines) == 1
     assert len(lines[0]) < 600 and ("evidence=" in lines[0] or "tick=" in lines[0])
@@ -260,7 +260,7 @@ def test_a_wrong_count_and_foreign_fields_beside_good_ticks_harm_nobody(store: S
     store.foreign({"src": "x", "seq": 1, "at": "noon", "n": "many", "ticks": ticks, "colour": "red"})
     aggregator = store.drain()
     assert store.rows() == [minute(0, 101, 101, 101, 101, volume=10, ticks=1)]
-    assert aggregator.counts["odd_entries"] == aggregator.counts["odd_rows"] == 0
+    assert aggregator.counts["malformed_entries"] == aggregator.counts["malformed_rows"] == 0
 
 
 def test_the_good_rows_of_a_half_bad_entry_are_taken(store: Store) -> None:
@@ -268,7 +268,7 @@ def test_the_good_rows_of_a_half_bad_entry_are_taken(store: Store) -> None:
     store.foreign({"src": "x", "seq": 1, "ticks": json.dumps([["no"], tick(5, 101, 1_010), {}, 7])})
     aggregator = store.drain()
     assert store.rows() == [minute(0, 101, 101, 101, 101, volume=10, ticks=1)]
-    assert aggregator.counts["odd_rows"] == 3
+    assert aggregator.counts["malformed_rows"] == 3
 
 
 # -- repeats and order -------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def test_a_shard_whose_own_keys_are_foreign_waits_alone_until_they_are_mended(
     assert store.client.get(key) == b"mine"
     store.client.delete(key)
     store.clock.ms += 2_000
-    aggregator.leases.hurry()
+    aggregator.leases.renew_now()
     store.drain(aggregator)
     assert store.rows() == [minute(0, 101, 101, 101, 101, volume=10, ticks=1)]
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import redis
 
-from pkbrokers_redis.aggregate.shard import Names
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.ingest.feeds import FeedLeases
 from pkbrokers_redis.ingest.job_outbox import JobOutbox
@@ -83,14 +82,7 @@ def test_jobs_of_the_dead_are_carried(settings: Settings, client: redis.Redis) -
     assert alive.counts["jobs_queued"] == 1 and not client.exists(settings.keys.job_outbox())
 
 
-def test_new_names_are_read(settings: Settings, client: redis.Redis) -> None:
-    names = Names(settings.keys)
-    assert names.symbol_of(client, INFY, NOW_MS) == b"%d" % INFY
-    client.hset(settings.keys.symbols(), "NSE:INFY", INFY)
-    assert names.symbol_of(client, INFY, NOW_MS - HOURS_MS) == b"NSE:INFY"
-
-
-def test_an_aggregator_trims_and_looks_again_at_what_it_set_aside(
+def test_an_aggregator_trims_and_retries_quarantined_shards(
     make_store: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make_store(shards=1, clock="wall")
@@ -101,7 +93,7 @@ def test_an_aggregator_trims_and_looks_again_at_what_it_set_aside(
     )
     aggregator = store.aggregator()
     aggregator.step(block_ms_max=1)
-    aggregator._set_aside(0, PkbError("a key is odd", "look at it"))
+    aggregator._quarantine(0, PkbError("a key is odd", "look at it"))
     aggregator.step(block_ms_max=1)
     assert not aggregator.workers and len(trimmed) == 1
     store.clock.set(-HOURS_MS / 1000)

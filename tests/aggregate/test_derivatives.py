@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import redis
 
-from pkbrokers_redis.aggregate.worker import LOOK_SECONDS, Aggregator, Derivatives
+from pkbrokers_redis.aggregate.shard import SymbolCache
+from pkbrokers_redis.aggregate.worker import DERIVATIVES_SECONDS, Aggregator, Derivatives
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
@@ -36,22 +38,22 @@ def sync(client: redis.Redis, settings: Settings, *with_futures: str) -> None:
     swap_master(client, settings.keys, rows, ["NSE", "NFO"])
 
 
-def test_a_look_says_whether_they_changed(client: redis.Redis, settings: Settings) -> None:
+def test_a_read_returns_whether_the_derivatives_changed(client: redis.Redis, settings: Settings) -> None:
     derivatives = Derivatives(settings.keys)
-    assert not derivatives.look(client) and derivatives.tokens == frozenset()
+    assert not derivatives.read(client) and derivatives.tokens == frozenset()
     sync(client, settings, "INFY")
-    assert derivatives.look(client) and derivatives.tokens == {INFY}
-    assert not derivatives.look(client)
-    assert not derivatives.look_if_due(client), "it has just looked"
+    assert derivatives.read(client) and derivatives.tokens == {INFY}
+    assert not derivatives.read(client)
+    assert not derivatives.read_if_due(client), "it was read just now"
 
 
-def test_a_key_of_a_foreign_hand_counts_as_no_master(client: redis.Redis, settings: Settings) -> None:
+def test_a_key_of_another_type_counts_as_no_master(client: redis.Redis, settings: Settings) -> None:
     client.set(settings.keys.derivatives(), "x")
     derivatives = Derivatives(settings.keys)
-    assert not derivatives.look(client) and derivatives.tokens == frozenset()
+    assert not derivatives.read(client) and derivatives.tokens == frozenset()
 
 
-def test_an_aggregator_gives_a_stock_the_hours_of_the_master_of_today(
+def test_an_aggregator_applies_the_hours_of_a_new_master_within_a_minute(
     client: redis.Redis, make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = make_settings(shards=1)
@@ -61,14 +63,61 @@ def test_an_aggregator_gives_a_stock_the_hours_of_the_master_of_today(
     try:
 
         def schedules() -> list[int]:
-            book = aggregator.workers[0].book
-            return [int(book.arrays.schedule[book.index(token)]) for token in (INFY, RELIANCE)]
+            state = aggregator.workers[0].state
+            return [int(state.arrays.schedule[state.index(token)]) for token in (INFY, RELIANCE)]
 
         assert schedules() == [cash, cash]
         sync(client, settings, "INFY")
-        later = time.monotonic() + LOOK_SECONDS
+        later = time.monotonic() + DERIVATIVES_SECONDS
         monkeypatch.setattr("pkbrokers_redis.aggregate.worker.time.monotonic", lambda: later)
         aggregator.step(block_ms_max=1)
         assert schedules() == [auction, cash]
     finally:
         aggregator.close()
+
+
+# --- symbols in announcements
+
+
+def master_row(client: redis.Redis, settings: Settings, token: int, symbol: str) -> None:
+    client.hset(settings.keys.instrument(token), mapping={"exchange": "NSE", "tradingsymbol": symbol})
+
+
+def test_symbols_are_read_once_also_where_there_is_none(client: redis.Redis, settings: Settings) -> None:
+    now = 1_000.0
+    symbols = SymbolCache(settings.keys, monotonic=lambda: now)
+    master_row(client, settings, INFY, "INFY")
+    symbols.load(client, [INFY])
+    calls_before = commands(client)
+    assert symbols.symbol_of(client, INFY) == b"NSE:INFY"
+    assert commands(client) == calls_before, "it was loaded with the shard"
+    for _ in range(100):
+        assert symbols.symbol_of(client, RELIANCE) == b"%d" % RELIANCE
+    assert commands(client) == calls_before + 1, "one HMGET, not the whole name table"
+
+
+def test_a_new_symbol_is_found_after_a_while_and_a_forgotten_one_at_once(
+    client: redis.Redis, settings: Settings
+) -> None:
+    now = 1_000.0
+    symbols = SymbolCache(settings.keys, monotonic=lambda: now)
+    assert symbols.symbol_of(client, INFY) == b"%d" % INFY
+    master_row(client, settings, INFY, "INFY")
+    assert symbols.symbol_of(client, INFY) == b"%d" % INFY
+    now += SymbolCache.UNKNOWN_SECONDS
+    assert symbols.symbol_of(client, INFY) == b"NSE:INFY"
+    master_row(client, settings, INFY, "INFOSYS")
+    assert symbols.symbol_of(client, INFY) == b"NSE:INFY"
+    symbols.forget(INFY)
+    assert symbols.symbol_of(client, INFY) == b"NSE:INFOSYS"
+
+
+def test_a_malformed_master_row_gives_the_token(client: redis.Redis, settings: Settings) -> None:
+    client.set(settings.keys.instrument(INFY), "x")
+    assert SymbolCache(settings.keys).symbol_of(client, INFY) == b"%d" % INFY
+
+
+def commands(client: redis.Redis) -> int:
+    """How many HMGETs the server has run."""
+    stats: Any = client.info("commandstats")
+    return int(stats.get("cmdstat_hmget", {}).get("calls", 0))

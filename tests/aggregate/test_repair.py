@@ -144,7 +144,7 @@ def test_an_outage_is_marked_and_mended_and_told(shop: Shop) -> None:
     ]
     assert shop.adds_up()
     counts = aggregator.figures()
-    assert (counts["repairs"], counts["repaired_rows"], counts["odd_repairs"]) == (2, 5, 0)
+    assert (counts["repairs"], counts["repaired_rows"], counts["malformed_repairs"]) == (2, 5, 0)
     assert counts["gap_marks"] == 3
 
 
@@ -361,9 +361,9 @@ def test_odd_entries_are_counted_told_once_and_passed_over(
     for fields in HOSTILE:
         shop.client.xadd(shop.keys.repairs(0), fields or {"": ""})  # type: ignore[arg-type]
     shop.settle(aggregator)
-    assert aggregator.figures()["odd_repairs"] == len(HOSTILE)
+    assert aggregator.figures()["malformed_repairs"] == len(HOSTILE)
     assert shop.all_rows() == before
-    assert capsys.readouterr().err.count("event=odd_repair") == 1
+    assert capsys.readouterr().err.count("event=malformed_repair") == 1
     shop.rows_from_history(60, 180, *LOST)
     shop.settle(aggregator)
     assert shop.rows()[1][8] == "backfilled" and shop.adds_up()
@@ -381,7 +381,7 @@ def test_a_repair_in_another_shard_than_its_instruments_is_odd(make_store: Calla
     shop.client.rename(shop.keys.repairs(shop.keys.shard_of(INFY)), other)
     shop.gap(70, 125, INFY, TCS, 123_456 << 8)
     shop.settle(aggregator)
-    assert entry and aggregator.figures()["odd_repairs"] == 1
+    assert entry and aggregator.figures()["malformed_repairs"] == 1
     assert [row[8:] for row in shop.rows()] == [[], ["gap"], ["gap"], []]
 
 

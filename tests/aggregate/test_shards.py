@@ -55,7 +55,7 @@ def rounds(client: redis.Redis, group: list[ShardLeases], seed: int, most: int =
     for n in range(most):
         before = [dict(each.epochs) for each in group]
         for each in rng.sample(group, len(group)):
-            each.look(client)
+            each.renew(client)
         quiet = quiet + 1 if [each.epochs for each in group] == before else 0
         if quiet == 2:
             return n - 1
@@ -117,10 +117,10 @@ def test_a_closing_one_renews_and_takes_no_more(client: redis.Redis) -> None:
     first.closing = True
     mine = dict(first.epochs)
     second.leave(client)
-    first.look(client)
+    first.renew(client)
     assert first.epochs == mine
     client.delete(*(KEYS.lease(shard) for shard in mine))
-    first.look(client)
+    first.renew(client)
     assert set(first.epochs) == set(mine)
 
 
@@ -137,11 +137,11 @@ def test_a_foreign_lease_key_does_not_keep_others_from_being_taken(client: redis
 def test_it_looks_at_a_fifth_and_doubts_at_three_fifths_of_the_lease_time(client: redis.Redis) -> None:
     clock = Clock()
     mine = ShardLeases(KEYS, "a", 300, clock)
-    assert mine.due_seconds < 0 and mine.may_be_gone()
-    mine.look(client)
-    assert (round(mine.due_seconds), mine.may_be_gone()) == (60, False)
+    assert mine.due_seconds < 0 and mine.may_have_expired()
+    mine.renew(client)
+    assert (round(mine.due_seconds), mine.may_have_expired()) == (60, False)
     assert 179_000 < client.pttl(KEYS.lease(0)) <= 180_000
     clock.seconds += 179
-    assert not mine.may_be_gone() and mine.due_seconds < 0
+    assert not mine.may_have_expired() and mine.due_seconds < 0
     clock.seconds += 1
-    assert mine.may_be_gone()
+    assert mine.may_have_expired()

@@ -316,7 +316,7 @@ def test_rubbish_in_the_streams_and_in_the_hashes_costs_only_itself(
             client.xadd(keys.ticks(keys.shard_of(INFY)), {"src": "t", "seq": 1, "ticks": row})
         tick(client, bot_settings, 101.0)
         wait_until(lambda: worker.counts["alerts_fired"])
-        assert worker.counts["odd_entries"] == 1
+        assert worker.counts["malformed_entries"] == 1
 
 
 def test_a_full_message_is_split_in_order(

@@ -286,7 +286,7 @@ def slow_settings(make_settings: Make) -> Settings:
 def take_over(client: redis.Redis, settings: Settings, heir: Aggregator, shards: list[int]) -> None:
     """As when leases run out while their owner sleeps."""
     client.delete(*(settings.keys.lease(shard) for shard in shards))
-    heir.leases.hurry()
+    heir.leases.renew_now()
     heir.step(block_ms_max=1)
     assert set(heir.workers) == set(shards)
 
@@ -311,7 +311,7 @@ def test_stale_owner_commits_nothing_and_keeps_its_valid_shards(
     send(client, settings, 200, 300)
     while lag_entries(client, settings.keys):
         for each in (zombie, heir):
-            each.leases.hurry()
+            each.leases.renew_now()
             each.step(block_ms_max=1)
     assert zombie.counts["fenced"] == 3
     assert len(zombie.workers) + len(heir.workers) == 8
@@ -334,8 +334,8 @@ def test_suspended_aggregator_notices_lost_leases_before_committing(
         """Between read and commit, for longer than the leases run."""
         result = applied(dirty_max)
         take_over(client, settings, heir, [0, 1, 2, 3])
-        sleeper.leases.may_be_gone = lambda: True  # type: ignore[method-assign]
-        sleeper.leases.hurry()
+        sleeper.leases.may_have_expired = lambda: True  # type: ignore[method-assign]
+        sleeper.leases.renew_now()
         return result
 
     send(client, settings, 100, 200)
@@ -462,4 +462,4 @@ def test_old_producers_are_evicted_and_live_ones_kept(
     sources = {name for name in fields if name.startswith(b"src:")}
     assert len(sources) == SOURCES_MAX
     assert fields[b"src:alive"] == b"7" and b"src:new" in sources
-    assert len(aggregator.workers[0].held.sources) == SOURCES_MAX
+    assert len(aggregator.workers[0].cursor.sources) == SOURCES_MAX

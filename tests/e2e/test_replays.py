@@ -123,7 +123,7 @@ def test_replay_of_a_day_at_full_speed_loses_nothing(
         thread.join()
     counts = aggregator.figures()
     assert counts["ticks"] == ticks + 1  # and the baseline
-    assert counts["invalid"] == counts["late_beyond_window"] == counts["odd_rows"] == 0
+    assert counts["invalid"] == counts["late_beyond_window"] == counts["malformed_rows"] == 0
 
     store = CandleStore(settings, client=client)
     candles = store.get_candles(name.upper(), "1m", 2_000, include_current=True)

@@ -12,7 +12,7 @@ import numpy as np
 from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.candles.model import DEFAULT_INTERVALS
 from pkbrokers_redis.candles.calendar import load_sessions
-from pkbrokers_redis.runtime.warmup import settle_heap, warm_up
+from pkbrokers_redis.runtime.warmup import freeze_heap, warm_up
 
 def compiled():
     modules = [m for name, m in sys.modules.items() if name.startswith("pkbrokers_redis.candles.")]
@@ -31,7 +31,7 @@ for minute in range(5):
     taken = book.apply(ticks, 0, np.array([20]), 500)
     book.close_due(at_ms + 59_000, book.dirty + 32)
     changes = book.collect()
-settle_heap()
+freeze_heap()
 print(taken, len(changes.ops) > 20, len(before) > 3, compiled() - before, gc.get_freeze_count() > 50_000)
 """
 

@@ -57,7 +57,8 @@ COLUMNS = [LAST_PRICE, VOLUME, DAY_HIGH, DAY_LOW, TIME_MS, AT_MS]
 class AlertWorker:
     """`start`, `stop`; `reload` when alerts changed. `on_fired` is called in its thread after a commit.
 
-    `counts`: `alert_ticks` (of instruments with alerts), `alerts_fired`, `odd_entries`, `odd_rows`.
+    `counts`: `alert_ticks` (of instruments with alerts), `alerts_fired`, `malformed_entries`,
+    `malformed_rows`.
     `silent_seconds` is how long no tick came.
     """
 
@@ -71,7 +72,7 @@ class AlertWorker:
     ) -> None:
         self._connect, self._settings, self._keys = connect, settings, settings.keys
         self._on_fired, self._monotonic = on_fired, monotonic
-        self.counts = {"alert_ticks": 0, "alerts_fired": 0, "odd_entries": 0, "odd_rows": 0}
+        self.counts = {"alert_ticks": 0, "alerts_fired": 0, "malformed_entries": 0, "malformed_rows": 0}
         self._by_wall_clock = settings.clock == "wall"  # else a tick's own time is believed
         self._odd = logs.Once()
         self._decoder = EntryDecoder(self.counts, self._tell_odd)
