@@ -1,9 +1,9 @@
-"""Pull: published snapshots into a folder, if they are newer than what is there, and only whole ones.
+"""Pull published snapshots into a folder, if they are newer than the local files.
 
-    manifest.json ─► which are newer? ─► each under a temporary name ─► sha256, then what is inside
-                     (nothing changed: 304)                             (allow-list unpickler) ─► renamed
+    manifest.json ─► which are newer? ─► each under a temporary name ─► sha256, then the content ─► renamed
+                     (unchanged: 304)                                   (pickles: files/pickle_reader.py)
 
-Over HTTPS from the folder's raw URL where there is one (GitHub, PKB_FILES_URL), else with git.
+Over HTTPS where the folder has a raw URL (GitHub, PKB_FILES_URL), else with git.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from pkbrokers_redis.files.manifest import Entry, parse_manifest, read_manifest,
 from pkbrokers_redis.files.pickle_reader import read_frames
 from pkbrokers_redis.files.published import MANIFEST_BYTES_MAX, folder_of
 from pkbrokers_redis.files.ticks_json import read_ticks_json
-from pkbrokers_redis.jobs.github import LOOPBACK, Git, GitFailed, RemoteAway, fetch, target_of
+from pkbrokers_redis.jobs.github import LOOPBACK, Git, GitFailed, RemoteUnavailable, fetch, target_of
 from pkbrokers_redis.jobs.progress import Listener
-from pkbrokers_redis.jobs.retention import chosen
+from pkbrokers_redis.jobs.retention import select
 from pkbrokers_redis.settings import Settings
 
 Via = Literal["auto", "https", "git"]
 
 PULLED_BYTES_MAX = 512 << 20  # one file
-TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, between two pieces
-PIECE_BYTES = 1 << 20
-SMALL_BYTES_MAX = 1 << 20  # files up to here come together where that is faster
+TIMEOUT_SECONDS = (10.0, 60.0)  # to connect, between two chunks
+CHUNK_BYTES = 1 << 20
+SMALL_BYTES_MAX = 1 << 20  # git fetches the contents of files up to this size together
 ETAG_FILE = ".pulled-etag"
 FETCH_BLOBS = (
     "-c", "fetch.negotiationAlgorithm=noop", "fetch", "origin", "--quiet", "--no-tags",
@@ -47,14 +47,18 @@ log = logs.get("sync")
 
 
 class Remote(Protocol):
-    """Where files come from. `manifest` is None when it has not changed since the last pull."""
+    """A place that files come from.
+
+    `manifest` returns None if it has not changed since the last pull. `prepare` names files that `copy` will
+    be called for, `finish` all files of a pull that succeeded.
+    """
 
     shown: str
 
     def manifest(self) -> bytes | None: ...
-    def expect(self, names: Sequence[str]) -> None: ...
+    def prepare(self, names: Sequence[str]) -> None: ...
     def copy(self, name: str, into: IO[bytes], bytes_max: int) -> None: ...
-    def done(self, names: Sequence[str]) -> None: ...
+    def finish(self, names: Sequence[str]) -> None: ...
 
 
 def pull(
@@ -66,63 +70,78 @@ def pull(
     force: bool = False,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
-    """Bring the published files that match (or the usual ones: `selection`), and are newer, into `folder`.
-    `force` takes older ones too.
+    """Copy the published files that are newer than the local ones into `folder`.
 
-    Returns counts: `pulled same older bytes`. Raises InputFileError for a file that is not what the manifest
-    names, RefusedPickle for one that asks for more than tables, RemoteAway, GitFailed, SettingsError. What
-    was there before stays whole in any case.
+    The local files stay whole in any case: each new file is checked before it replaces the old one.
+
+    Args:
+        settings: Name the source: PKB_FILES_URL or the sync target.
+        folder: Local folder; its manifest is updated.
+        patterns: Names of files, with `*` and `?`. Without patterns: those that `sync.push` publishes.
+        via: "https", "git", or "auto": HTTPS if the source has a URL for it.
+        force: Copy older files too.
+        listener: Called with (done, total, file) after each file.
+
+    Returns:
+        Counts: `pulled same older bytes`; `unchanged` if the manifest has not changed since the last pull.
+
+    Raises:
+        InputFileError: A file differs from its manifest entry, is too large, or cannot be fetched.
+        RefusedPickle: A pickle holds more than tables.
+        RemoteUnavailable: The source does not respond; try again later.
+        GitFailed, SettingsError: git did not succeed; there is no source.
     """
     with _open(settings, folder, patterns, via, force) as remote:
         text = remote.manifest()
         if text is None:
             return {"pulled": 0, "same": 0, "older": 0, "bytes": 0, "unchanged": True}
-        theirs = parse_manifest(text)
-        usable = {name: entry for name, entry in theirs.items() if _is_usable(name)}
-        names = chosen(usable, patterns, settings.intervals)
-        ours = _ours(folder)
+        published = parse_manifest(text)
+        usable = {name: entry for name, entry in published.items() if _is_usable(name)}
+        names = select(usable, patterns, settings.intervals)
+        local = _local_entries(folder)
         verdicts = {
-            name: "pulled" if force else _compare(folder / name, ours.get(name), theirs[name])
+            name: "pulled" if force else _compare(folder / name, local.get(name), published[name])
             for name in names
         }
-        small = (name for name in names if theirs[name].bytes <= SMALL_BYTES_MAX)
-        remote.expect([name for name in small if verdicts[name] == "pulled"])
-        found = {"pulled": 0, "same": 0, "older": 0, "bytes": 0}
+        small = (name for name in names if published[name].bytes <= SMALL_BYTES_MAX)
+        remote.prepare([name for name in small if verdicts[name] == "pulled"])
+        counts = {"pulled": 0, "same": 0, "older": 0, "bytes": 0}
         for number, (name, verdict) in enumerate(verdicts.items()):
-            entry = theirs[name]
+            entry = published[name]
             if verdict == "pulled":
-                _take(remote, folder / name, name, entry)
+                _replace(remote, folder / name, name, entry)
                 update_manifest(folder, {name: entry})
-                found["bytes"] += entry.bytes
-            found[verdict] += 1
+                counts["bytes"] += entry.bytes
+            counts[verdict] += 1
             if listener is not None:
                 listener(number + 1, len(names), name)
-        remote.done(names)
-    log.info("pulled_files", source=remote.shown, **found)
-    return found
+        remote.finish(names)
+    log.info("files_pulled", source=remote.shown, **counts)
+    return counts
 
 
-def _ours(folder: Path) -> dict[str, Entry]:
+def _local_entries(folder: Path) -> dict[str, Entry]:
     try:
         return read_manifest(folder)
     except InputFileError:
-        return {}  # damaged: then everything is news
+        return {}  # a damaged manifest: every published file is newer
 
 
-def _compare(path: Path, ours: Entry | None, theirs: Entry) -> str:
-    if ours is None or not path.exists() or path.stat().st_size != ours.bytes:
+def _compare(path: Path, local: Entry | None, published: Entry) -> str:
+    if local is None or not path.exists() or path.stat().st_size != local.bytes:
         return "pulled"
-    if ours.sha256 == theirs.sha256:
+    if local.sha256 == published.sha256:
         return "same"
-    return "pulled" if (theirs.made_at_ms or 0) > (ours.made_at_ms or 0) else "older"
+    return "pulled" if (published.made_at_ms or 0) > (local.made_at_ms or 0) else "older"
 
 
 def _is_usable(name: str) -> bool:
-    """No file that we keep for ourselves, whatever a manifest lists."""
+    """Return whether a published file may have this name: hidden files and the manifest are local."""
     return name != MANIFEST and not any(part.startswith(".") for part in Path(name).parts)
 
 
-def _take(remote: Remote, path: Path, name: str, entry: Entry) -> None:
+def _replace(remote: Remote, path: Path, name: str, entry: Entry) -> None:
+    """Copy a file, check its hash and its content, then rename it."""
     if not 0 <= entry.bytes <= PULLED_BYTES_MAX:
         raise InputFileError(
             f"{name} has {entry.bytes:,} bytes, more than {PULLED_BYTES_MAX:,}", "publish it in parts"
@@ -133,7 +152,7 @@ def _take(remote: Remote, path: Path, name: str, entry: Entry) -> None:
             file.seek(0)
             if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
                 raise InputFileError(
-                    f"{name} is not the file its manifest names", "it may be half-way published; try again"
+                    f"{name} differs from its manifest entry", "it may be half published; try again"
                 )
         if path.suffix in (".pkl", ".pickle"):
             read_frames(temporary)
@@ -141,7 +160,7 @@ def _take(remote: Remote, path: Path, name: str, entry: Entry) -> None:
             read_ticks_json(temporary)
 
 
-# --- where from
+# --- sources
 
 
 @contextmanager
@@ -160,7 +179,7 @@ def _open(
 
 
 class _OverGit:
-    """The branch's tree, then each file's contents when it is asked for."""
+    """Read the branch's tree, then the contents of each file on demand."""
 
     def __init__(self, git: Git) -> None:
         self._git = git
@@ -177,8 +196,8 @@ class _OverGit:
             raise _no_manifest(self.shown)
         return self._git.run(["cat-file", "blob", f"{self._tip}:{path}"])
 
-    def expect(self, names: Sequence[str]) -> None:
-        """Fetch the contents of these at once; of others each when it is asked for."""
+    def prepare(self, names: Sequence[str]) -> None:
+        """Fetch the contents of these files together; git fetches those of other files one by one."""
         paths = {self._git.target.path_of(name) for name in names}
         listed = (
             line.partition("\t") for line in self._git("ls-tree", "-r", "-z", self._tip or "").split("\0")
@@ -188,26 +207,26 @@ class _OverGit:
             return
         try:
             self._git(*FETCH_BLOBS, given="\n".join(blobs).encode())
-        except RemoteAway:
+        except RemoteUnavailable:
             raise
         except GitFailed:
-            log.debug("fetched_one_by_one", source=self.shown)  # git before 2.29, or the remote's protocol 0
+            log.debug("batch_fetch_failed", source=self.shown)  # git before 2.29, or protocol 0: one by one
 
     def copy(self, name: str, into: IO[bytes], bytes_max: int) -> None:
         blob = f"{self._tip}:{self._git.target.path_of(name)}"
         size = int(self._git("cat-file", "-s", blob))
         if size != bytes_max:
             raise InputFileError(
-                f"{name} has {size:,} bytes, its manifest says {bytes_max:,}", "push it again"
+                f"{name} has {size:,} bytes, its manifest entry {bytes_max:,}", "push it again"
             )
         self._git.run(["cat-file", "blob", blob], into=into)
 
-    def done(self, names: Sequence[str]) -> None:
+    def finish(self, names: Sequence[str]) -> None:
         pass
 
 
 class _OverHttps:
-    """Raw URLs. The token goes to GitHub's raw host (or a loopback one) only, as a header."""
+    """Read raw URLs. The token is sent as a header, to GitHub's raw host or a loopback one only."""
 
     def __init__(
         self,
@@ -227,82 +246,84 @@ class _OverHttps:
         if token is not None and (is_github or host in LOOPBACK):
             self._session.auth = _Token(token.get_secret_value())
         self._folder, self._force, self._etag = folder, force, ""
-        self._scope = f"{base} {' '.join(patterns or ['the usual'])}"
+        self._scope = f"{base} {' '.join(patterns or ['default'])}"
 
     def manifest(self) -> bytes | None:
         headers = {}
-        if not self._force and (known := self._known_etag()):
-            headers["If-None-Match"] = known
-        answer = self._get(MANIFEST, headers)
-        with answer:
-            if answer.status_code == 304:
+        if not self._force and (etag := self._stored_etag()):
+            headers["If-None-Match"] = etag
+        response = self._get(MANIFEST, headers)
+        with response:
+            if response.status_code == 304:
                 return None
-            self._etag = answer.headers.get("ETag", "")
+            self._etag = response.headers.get("ETag", "")
             content = bytearray()
-            for piece in self._pieces(answer, MANIFEST):
-                content += piece
+            for chunk in self._chunks(response, MANIFEST):
+                content += chunk
                 if len(content) > MANIFEST_BYTES_MAX:
                     raise InputFileError(
-                        f"{MANIFEST} is larger than {MANIFEST_BYTES_MAX >> 20} MB", "is it one?"
+                        f"{MANIFEST} is larger than {MANIFEST_BYTES_MAX >> 20} MB", "check PKB_FILES_URL"
                     )
             return bytes(content)
 
-    def expect(self, names: Sequence[str]) -> None:
+    def prepare(self, names: Sequence[str]) -> None:
         pass
 
     def copy(self, name: str, into: IO[bytes], bytes_max: int) -> None:
         written = 0
-        with self._get(name, {}) as answer:
-            for piece in self._pieces(answer, name):
-                written += len(piece)
+        with self._get(name, {}) as response:
+            for chunk in self._chunks(response, name):
+                written += len(chunk)
                 if written > bytes_max:
-                    raise InputFileError(f"{name} is longer than its manifest says", "try again")
-                into.write(piece)
+                    raise InputFileError(f"{name} is longer than its manifest entry", "try again")
+                into.write(chunk)
 
-    def done(self, names: Sequence[str]) -> None:
-        """Everything of this manifest is here: until it changes there is nothing to do."""
+    def finish(self, names: Sequence[str]) -> None:
+        """Store the ETag: until the manifest changes, the next pull of the same files has nothing to do."""
         if self._etag:
             with replacing_path(self._folder / ETAG_FILE) as temporary:
                 temporary.write_text("\n".join([self._scope, self._etag, *names]))
 
-    def _known_etag(self) -> str:
-        """What the last pull of the same files saw, if they are still there, in their size."""
+    def _stored_etag(self) -> str:
+        """Return the ETag of the last pull, if it was of the same files and all of them are still whole."""
         try:
             scope, etag, *names = (self._folder / ETAG_FILE).read_text().split("\n")
-            ours = read_manifest(self._folder)
-            is_whole = all((self._folder / name).stat().st_size == ours[name].bytes for name in names)
+            local = read_manifest(self._folder)
+            is_whole = all((self._folder / name).stat().st_size == local[name].bytes for name in names)
         except (OSError, ValueError, KeyError, InputFileError):
             return ""
         return etag if scope == self._scope and is_whole else ""
 
     def _get(self, name: str, headers: dict[str, str]) -> requests.Response:
         try:
-            answer = self._session.get(
+            response = self._session.get(
                 f"{self.shown}/{quote(name)}", headers=headers, timeout=TIMEOUT_SECONDS, stream=True
             )
         except requests.RequestException as error:
-            raise _away(name, self.shown, type(error).__name__) from None  # its text may hold headers
-        if answer.status_code in (200, 304):
-            return answer
-        answer.close()
-        if answer.status_code == 404 and name == MANIFEST:
+            raise _unavailable(
+                name, self.shown, type(error).__name__
+            ) from None  # its text can contain headers
+        if response.status_code in (200, 304):
+            return response
+        response.close()
+        if response.status_code == 404 and name == MANIFEST:
             raise _no_manifest(self.shown)
-        if answer.status_code in (401, 403, 404):
+        if response.status_code in (401, 403, 404):
             raise InputFileError(
-                f"cannot fetch {name} from {self.shown} (HTTP {answer.status_code})",
+                f"cannot fetch {name} from {self.shown} (HTTP {response.status_code})",
                 "check PKB_GITHUB_REPO, PKB_GITHUB_TOKEN or PKB_FILES_URL",
             )
-        raise _away(name, self.shown, f"HTTP {answer.status_code}")
+        raise _unavailable(name, self.shown, f"HTTP {response.status_code}")
 
-    def _pieces(self, answer: requests.Response, name: str) -> Iterator[bytes]:
+    def _chunks(self, response: requests.Response, name: str) -> Iterator[bytes]:
         try:
-            yield from answer.iter_content(PIECE_BYTES)
+            yield from response.iter_content(CHUNK_BYTES)
         except requests.RequestException as error:
-            raise _away(name, self.shown, type(error).__name__) from None
+            raise _unavailable(name, self.shown, type(error).__name__) from None
 
 
 class _Token(requests.auth.AuthBase):
-    """The token as a header, which a `.netrc` does not replace and a redirect does not carry elsewhere."""
+    """Send the token as a header that `.netrc` does not replace and a redirect to another host drops."""
 
     def __init__(self, token: str) -> None:
         self._token = token
@@ -312,8 +333,8 @@ class _Token(requests.auth.AuthBase):
         return request
 
 
-def _away(name: str, source: str, why: str) -> RemoteAway:
-    return RemoteAway(f"cannot fetch {name} from {source} ({why})", "try again later")
+def _unavailable(name: str, source: str, reason: str) -> RemoteUnavailable:
+    return RemoteUnavailable(f"cannot fetch {name} from {source} ({reason})", "try again later")
 
 
 def _no_manifest(source: str) -> InputFileError:

@@ -1,8 +1,8 @@
-"""Which files of a folder a sync takes, and which have had their day. Pure, but for `gone`.
+"""Which files of a folder a sync publishes, and which are old enough to delete.
 
-ticks.json, *.pkl                           what other programs read
-parquet/interval=…/date=…/candles.parquet   the newest, as many as a restore needs
-stock_data_20112026.pkl                     for thirty days
+ticks.json, *.pkl                           for other programs
+parquet/interval=…/date=…/candles.parquet   the newest ones, as many as a restore needs
+stock_data_20112026.pkl                     thirty days
 """
 
 from __future__ import annotations
@@ -18,54 +18,59 @@ from pkbrokers_redis.files.manifest import Entry
 
 PATTERNS = ("ticks.json", "*.pkl")
 DATED = re.compile(r"_(\d{2})(\d{2})(\d{4})\.pkl$")  # stock_data_20112026.pkl
-DATED_DAYS = 30  # how long those are kept: the undated ones and the database have what is in them
+DATED_DAYS = 30  # dated pickles are deleted after this; the undated ones and the database keep their rows
 PARTITION = re.compile(r"parquet/interval=([^/]+)/date=\d{4}-\d{2}-\d{2}/[^/]+")
 PARTITIONS_MAX = 400  # of an interval
 
 
-def chosen(
+def select(
     files: Mapping[str, Entry], patterns: Sequence[str] | None, intervals: Sequence[Interval]
 ) -> list[str]:
-    """The files that match one of the patterns, sorted. Without patterns: what other programs read, and the
-    Parquet that a restore needs."""
-    matched = {name for name in files if any(fnmatchcase(name, each) for each in patterns or PATTERNS)}
-    return sorted(matched if patterns else matched.union(restorable(files, intervals)))
+    """Return the files that match a pattern, sorted.
+
+    Without patterns: the files for other programs, and the Parquet that a restore needs.
+    """
+    matched = {name for name in files if any(fnmatchcase(name, pattern) for pattern in patterns or PATTERNS)}
+    return sorted(matched if patterns else matched.union(needed(files, intervals)))
 
 
-def restorable(files: Mapping[str, Entry], intervals: Iterable[Interval]) -> list[str]:
-    """The newest Parquet partitions of each interval, as many as fill a store's lists; in one counts what
-    its instruments have on average."""
+def needed(files: Mapping[str, Entry], intervals: Iterable[Interval]) -> list[str]:
+    """Return the newest Parquet partitions of each interval, as many as fill the lists of a store.
+
+    A partition counts with the average number of rows of its instruments.
+    """
     found: list[str] = []
-    wanted = {each.name: each.keep for each in intervals}
-    room = dict.fromkeys(wanted, PARTITIONS_MAX)
+    missing_rows = {interval.name: interval.keep for interval in intervals}
+    partitions_left = dict.fromkeys(missing_rows, PARTITIONS_MAX)
     for name in sorted(files, reverse=True):
-        told = PARTITION.fullmatch(name)
-        if told and wanted.get(told[1], 0) > 0 and room[told[1]] > 0:
+        match = PARTITION.fullmatch(name)
+        if match and missing_rows.get(match[1], 0) > 0 and partitions_left[match[1]] > 0:
             found.append(name)
-            room[told[1]] -= 1
-            wanted[told[1]] -= max(1, files[name].rows // max(1, files[name].instruments))
+            partitions_left[match[1]] -= 1
+            missing_rows[match[1]] -= max(1, files[name].rows // max(1, files[name].instruments))
     return found
 
 
-def surplus(files: Mapping[str, Entry], intervals: Sequence[Interval]) -> list[str]:
-    """Partitions of these intervals that a restore can do without."""
-    known = {each.name for each in intervals}
-    ours = {name for name in files if (told := PARTITION.fullmatch(name)) and told[1] in known}
-    return sorted(ours.difference(restorable(files, intervals)))
+def unneeded(files: Mapping[str, Entry], intervals: Sequence[Interval]) -> list[str]:
+    """Return the partitions of these intervals that a restore does not need."""
+    known = {interval.name for interval in intervals}
+    partitions = {name for name in files if (match := PARTITION.fullmatch(name)) and match[1] in known}
+    return sorted(partitions.difference(needed(files, intervals)))
 
 
-def gone(folder: Path, names: Iterable[str]) -> list[str]:
-    """Files of a single day that somebody removed. No run makes them anew, and the others do without."""
+def deleted(folder: Path, names: Iterable[str]) -> list[str]:
+    """Return the files of a single day that are not in the folder: a user deleted them, and no run writes
+    them again."""
     return sorted(name for name in names if is_of_a_day(name) and not (folder / name).exists())
 
 
 def is_of_a_day(name: str) -> bool:
-    """A dated pickle or a partition: when its day is over it stays as it is."""
+    """Return whether the file is a dated pickle or a partition, which do not change after their day."""
     return _day_in(name) is not None or PARTITION.fullmatch(name) is not None
 
 
 def outdated(names: Iterable[str], today: date) -> list[str]:
-    """The dated pickles that are too old to keep."""
+    """Return the dated pickles that are older than `DATED_DAYS`."""
     oldest = today - timedelta(days=DATED_DAYS)
     return sorted(name for name in names if (day := _day_in(name)) is not None and day < oldest)
 

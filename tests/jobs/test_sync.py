@@ -18,7 +18,7 @@ from pkbrokers_redis.errors import InputFileError
 from pkbrokers_redis.files.manifest import Entry, parse_manifest, problems, read_manifest
 from pkbrokers_redis.jobs import sync
 from pkbrokers_redis.jobs.github import Git, GitFailed, Target, backoff_seconds, target_of
-from pkbrokers_redis.jobs.retention import PARTITIONS_MAX, restorable
+from pkbrokers_redis.jobs.retention import PARTITIONS_MAX, needed
 from pkbrokers_redis.jobs.sync import FileTooLarge, PushConflict, push
 from tests.cli.conftest import Pkb, pkb
 from tests.jobs.remotes import BRANCH, FOLDER, GitHost, Repository, partition, snapshot, sync_settings
@@ -32,12 +32,12 @@ AT_S = 1_795_169_000.0  # 2026-11-20
 # --- push
 
 
-def test_the_first_push_makes_the_branch_with_the_files_and_their_manifest(
+def test_first_push_creates_the_branch_with_the_files_and_their_manifest(
     repository: Repository, target: Target, folder: Path
 ) -> None:
-    found = push(target, folder)
-    assert (found["files"], found["changed"], found["attempts"]) == (2, True, 1)
-    assert repository.tip() == found["commit"]
+    result = push(target, folder)
+    assert (result["files"], result["changed"], result["attempts"]) == (2, True, 1)
+    assert repository.tip() == result["commit"]
     assert repository.names() == [
         f"{FOLDER}/{name}" for name in ("daily_candles.pkl", "manifest.json", "ticks.json")
     ]
@@ -45,28 +45,28 @@ def test_the_first_push_makes_the_branch_with_the_files_and_their_manifest(
     assert published == read_manifest(folder)
 
 
-def test_the_same_files_again_make_no_commit(repository: Repository, target: Target, folder: Path) -> None:
+def test_pushing_the_same_files_makes_no_commit(repository: Repository, target: Target, folder: Path) -> None:
     first = push(target, folder)
     again = push(target, folder)
     assert (again["changed"], again["commit"]) == (False, first["commit"])
 
 
-def test_other_files_of_the_branch_stay_byte_for_byte(
+def test_push_keeps_other_files_of_the_branch_byte_for_byte(
     repository: Repository, target: Target, folder: Path
 ) -> None:
-    theirs = {
-        "README.md": b"hello\r\n", f"{FOLDER}/old.bin": os.urandom(5_000), f"{FOLDER}x/y": b"beside",
+    existing = {
+        "README.md": b"hello\r\n", f"{FOLDER}/old.bin": os.urandom(5_000), f"{FOLDER}x/y": b"near",
         "t\u00e4glich/\u20b9.txt": b"1",
     }  # fmt: skip
-    repository.commit(theirs)
+    repository.commit(existing)
     before = repository.git("ls-tree", "-r", BRANCH).splitlines()
     push(target, folder)
     after = repository.git("ls-tree", "-r", BRANCH).splitlines()
     assert set(before) < set(after) and len(after) == len(before) + 3
-    assert all(repository.read(name) == content for name, content in theirs.items())
+    assert all(repository.read(name) == content for name, content in existing.items())
 
 
-def test_eight_pushes_leave_one_commit_and_no_more_objects_than_one(
+def test_eight_pushes_leave_one_commit_and_no_more_objects_than_one_push(
     repository: Repository, target: Target, folder: Path
 ) -> None:
     repository.commit({"README.md": b"hello"})
@@ -81,44 +81,44 @@ def test_eight_pushes_leave_one_commit_and_no_more_objects_than_one(
     assert abs(sizes[0][1] - sizes[1][1]) <= 2  # KiB
 
 
-def test_somebody_elses_commit_upon_ours_is_kept_and_built_upon(
+def test_push_keeps_a_commit_of_another_author_and_follows_it(
     repository: Repository, target: Target, folder: Path
 ) -> None:
     push(target, folder)
-    theirs = repository.commit({"notes.txt": b"1"}, "a note")
+    note = repository.commit({"notes.txt": b"1"}, "a note")
     for content in (b'{"1":{}}', b'{"2":{}}'):
         snapshot(folder, "ticks.json", content)
         push(target, folder)
     log = repository.log()
     assert log[1] == "a note" and len(log) == 3
-    assert repository.git("rev-parse", f"{BRANCH}^") == theirs
+    assert repository.git("rev-parse", f"{BRANCH}^") == note
     assert repository.read("notes.txt") == b"1"
 
 
-def test_a_push_that_another_outruns_is_built_anew_on_what_they_pushed(
+def test_push_that_races_with_another_is_built_again_on_the_other_commit(
     repository: Repository, target: Target, folder: Path
 ) -> None:
     raced = []
 
     def another(done: int, total: int, _part: str) -> None:
-        if done == 1 and len(raced) < 2:  # after our fetch, before our push
-            raced.append(repository.commit({f"theirs-{len(raced)}": b"x"}))
+        if done == 1 and len(raced) < 2:  # between fetch and push
+            raced.append(repository.commit({f"other-{len(raced)}": b"x"}))
 
     waits: list[float] = []
-    found = push(target, folder, listener=another, sleep=waits.append)
-    assert found["attempts"] == 3 and len(waits) == 2
-    assert {"theirs-0", "theirs-1", f"{FOLDER}/ticks.json"} <= set(repository.names())
+    result = push(target, folder, listener=another, sleep=waits.append)
+    assert result["attempts"] == 3 and len(waits) == 2
+    assert {"other-0", "other-1", f"{FOLDER}/ticks.json"} <= set(repository.names())
     assert repository.git("rev-parse", f"{BRANCH}^") == raced[-1]
 
 
-def test_a_branch_that_never_rests_is_given_up_after_some_attempts(
+def test_push_gives_up_after_the_maximum_number_of_conflicts(
     repository: Repository, target: Target, folder: Path
 ) -> None:
     raced = []
 
     def another(done: int, _total: int, _part: str) -> None:
         if done == 1:
-            raced.append(repository.commit({"theirs": os.urandom(8)}))
+            raced.append(repository.commit({"other": os.urandom(8)}))
 
     with pytest.raises(PushConflict):
         push(target, folder, listener=another, sleep=lambda _: None)
@@ -126,22 +126,22 @@ def test_a_branch_that_never_rests_is_given_up_after_some_attempts(
     assert all(0 <= backoff_seconds(attempt, 1.0) <= 8 for attempt in range(1, 20))
 
 
-def test_a_remote_that_cannot_leave_contents_out_will_do(repository: Repository, folder: Path) -> None:
+def test_push_works_with_a_remote_without_partial_fetch(repository: Repository, folder: Path) -> None:
     repository.git("config", "uploadpack.allowFilter", "false")
-    repository.commit({"theirs": b"x"})
+    repository.commit({"other": b"x"})
     target = Target(str(repository.path), BRANCH, "")  # a path, and the top of the branch
     for content in (b'{"1":{}}', b'{"2":{}}'):
         snapshot(folder, "ticks.json", content)
         push(target, folder)
-    assert repository.names() == ["daily_candles.pkl", "manifest.json", "theirs", "ticks.json"]
+    assert repository.names() == ["daily_candles.pkl", "manifest.json", "other", "ticks.json"]
     assert len(repository.log()) == 2
 
 
-def test_two_pushes_at_once_both_arrive(repository: Repository, target: Target, tmp_path: Path) -> None:
+def test_two_concurrent_pushes_both_succeed(repository: Repository, target: Target, tmp_path: Path) -> None:
     folders = [tmp_path / "one", tmp_path / "two"]
-    for each in folders:
-        snapshot(each, f"{each.name}.pkl", pickle.dumps({}))
-    threads = [threading.Thread(target=push, args=(target, each)) for each in folders]
+    for folder_ in folders:
+        snapshot(folder_, f"{folder_.name}.pkl", pickle.dumps({}))
+    threads = [threading.Thread(target=push, args=(target, folder_)) for folder_ in folders]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -150,15 +150,15 @@ def test_two_pushes_at_once_both_arrive(repository: Repository, target: Target, 
     assert set(parse_manifest(repository.read(f"{FOLDER}/manifest.json"))) == {"one.pkl", "two.pkl"}
 
 
-def test_a_remote_that_refuses_is_no_conflict(repository: Repository, target: Target, folder: Path) -> None:
+def test_push_that_the_remote_refuses_is_final(repository: Repository, target: Target, folder: Path) -> None:
     hook = repository.path / "hooks" / "pre-receive"
     hook.write_text("#!/bin/sh\necho 'protected branch' >&2\nexit 1\n")
     hook.chmod(0o755)
     with pytest.raises(GitFailed, match=r"git push failed .*protected branch.*allow force pushes"):
-        push(target, folder, sleep=lambda _: pytest.fail("nothing to wait for"))
+        push(target, folder, sleep=lambda _: pytest.fail("must not wait"))
 
 
-def test_a_branch_that_refuses_force_pushes_says_so_with_the_second_push(
+def test_second_push_to_a_branch_without_force_pushes_names_the_setting(
     repository: Repository, target: Target, folder: Path
 ) -> None:
     repository.git("config", "receive.denyNonFastForwards", "true")
@@ -168,7 +168,7 @@ def test_a_branch_that_refuses_force_pushes_says_so_with_the_second_push(
         push(target, folder)
 
 
-def test_a_file_that_is_too_large_stays_at_home_and_is_named_once_the_others_are_there(
+def test_too_large_file_is_named_after_all_other_files_were_pushed(
     repository: Repository, target: Target, folder: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     for name, size in (("huge.pkl", sync.FILE_BYTES_MAX + 1), ("large.pkl", sync.FILE_BYTES_WARN + 1)):
@@ -176,7 +176,7 @@ def test_a_file_that_is_too_large_stays_at_home_and_is_named_once_the_others_are
         os.truncate(folder / name, size)
     with pytest.raises(FileTooLarge, match=r"huge\.pkl \(100 MB\)"):
         push(target, folder, ["huge.pkl"])
-    assert repository.tip() == ""  # looked at before anything else
+    assert repository.tip() == ""  # sizes are checked first
     snapshot(folder, "large.pkl", b"\0")
     with pytest.raises(FileTooLarge) as error:
         push(target, folder)
@@ -185,7 +185,7 @@ def test_a_file_that_is_too_large_stays_at_home_and_is_named_once_the_others_are
     assert "large_file" not in capfd.readouterr().err
 
 
-def test_a_push_downloads_no_contents_of_the_branch(
+def test_push_downloads_no_contents_of_the_branch(
     repository: Repository, folder: Path, tmp_path: Path
 ) -> None:
     repository.commit({"big.bin": os.urandom(3_000_000), f"{FOLDER}/old.pkl": os.urandom(3_000_000)})
@@ -200,20 +200,20 @@ def test_a_push_downloads_no_contents_of_the_branch(
 
 
 @pytest.mark.parametrize("commits", [0, 1, 3])
-def test_what_the_branch_has_is_neither_stored_nor_sent_again(
+def test_push_neither_stores_nor_sends_contents_that_the_branch_has(
     repository: Repository, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commits: int
 ) -> None:
     stored: list[str] = []
 
     class Watched(Git):
         def __call__(self, *arguments: str, given: Any = None) -> str:
-            said = super().__call__(*arguments, given=given)
-            stored.extend([said] if arguments[0] == "hash-object" else [])
-            return said
+            printed = super().__call__(*arguments, given=given)
+            stored.extend([printed] if arguments[0] == "hash-object" else [])
+            return printed
 
     monkeypatch.setattr(sync, "Git", Watched)
     for number in range(commits):
-        repository.commit({"theirs": b"%d" % number})
+        repository.commit({"other": b"%d" % number})
     large = os.urandom(3_000_000)
     for name in ("stock_data_20112026.pkl", "daily_candles.pkl"):
         snapshot(folder, name, large)
@@ -223,7 +223,7 @@ def test_what_the_branch_has_is_neither_stored_nor_sent_again(
         push(target, folder, at_s=AT_S)
         assert len(stored) == 3  # ticks.json, both pickles at once, the manifest
         taken, sent = host.bytes_taken, host.bytes_sent
-        for number in (1, 2):  # upon theirs, then in the place of our own
+        for number in (1, 2):  # after the other commit, then in place of the first push
             snapshot(folder, "ticks.json", b'{"%d": 1}' % number)
             push(target, folder, at_s=AT_S + number)
         assert len(stored) == 3 + 2 * 2
@@ -232,13 +232,13 @@ def test_what_the_branch_has_is_neither_stored_nor_sent_again(
     assert len(repository.log()) == commits + 1 and "dangling blob" not in repository.git("fsck", "--full")
 
 
-def test_dated_files_of_last_month_leave_the_branch(
+def test_push_removes_outdated_files_from_the_branch(
     repository: Repository, target: Target, folder: Path
 ) -> None:
     for day in ("01102026", "19112026"):
         snapshot(folder, f"stock_data_{day}.pkl", pickle.dumps({}))
     push(target, folder, at_s=AT_S - 40 * 86_400)
-    repository.commit({f"{FOLDER}/stock_data_01012020.pkl": b"not ours: in no manifest"})
+    repository.commit({f"{FOLDER}/stock_data_01012020.pkl": b"in no manifest"})
     push(target, folder, ["ticks.json"], at_s=AT_S)
     names = {name.rpartition("/")[2] for name in repository.names()}
     assert "stock_data_01102026.pkl" not in names
@@ -246,7 +246,7 @@ def test_dated_files_of_last_month_leave_the_branch(
     assert "stock_data_01102026.pkl" not in parse_manifest(repository.read(f"{FOLDER}/manifest.json"))
 
 
-def test_a_file_of_a_day_that_somebody_removed_holds_up_none_of_the_others(
+def test_locally_deleted_dated_files_do_not_stop_a_push(
     repository: Repository, target: Target, folder: Path
 ) -> None:
     days = ("stock_data_18112026.pkl", "stock_data_19112026.pkl", partition("2026-11-19"))
@@ -257,11 +257,11 @@ def test_a_file_of_a_day_that_somebody_removed_holds_up_none_of_the_others(
         (folder / name).unlink()
     snapshot(folder, "ticks.json", b"{ }")
     assert push(target, folder, at_s=AT_S)["files"] == 3
-    assert {f"{FOLDER}/{name}" for name in days} < set(repository.names())  # there they have their time
+    assert {f"{FOLDER}/{name}" for name in days} < set(repository.names())  # until they are outdated
     assert repository.read(f"{FOLDER}/ticks.json") == b"{ }"
 
 
-def test_of_parquet_the_branch_has_what_a_restore_needs_and_no_more(
+def test_branch_holds_only_the_parquet_that_a_restore_needs(
     repository: Repository, target: Target, folder: Path
 ) -> None:
     """Each of these partitions has one row an instrument."""
@@ -282,47 +282,47 @@ def test_of_parquet_the_branch_has_what_a_restore_needs_and_no_more(
     push(target, folder, intervals=intervals)
     assert partitions()[:2] == [partition("2026-11-19"), partition("2026-11-20")]
     assert len(partitions()) == 2 + 3
-    push(target, folder, ["parquet/*"], intervals=intervals)  # asked for by name
+    push(target, folder, ["parquet/*"], intervals=intervals)  # requested by name
     assert len(partitions()) == len(names) + 1
     push(target, folder, intervals=intervals)
-    assert len(partitions()) == 2 + 4 + 3  # those of an interval that we do not have are not ours to judge
+    assert len(partitions()) == 2 + 4 + 3  # partitions of an unknown interval stay
     assert_whole(repository)
 
 
-def test_partitions_with_few_rows_are_more_for_the_same_lists_and_never_without_end() -> None:
+def test_more_partitions_are_needed_if_they_have_few_rows_up_to_a_limit() -> None:
     def entry(rows: int, instruments: int) -> Entry:
         return Entry("", 1, rows, instruments, "", "", "", "parquet")
 
     days = [str(date(2025, 1, 1) + timedelta(days=number)) for number in range(500)]
     minutes = Interval("1m", 60, 390)
     thin = {partition(day): entry(1_000, 10) for day in days}
-    assert restorable(thin, [minutes]) == [partition(day) for day in days[:-5:-1]]
-    whole = {partition(day): entry(3_750, 10) for day in days}
-    assert restorable(whole, [minutes]) == [partition(day) for day in days[:-3:-1]]
-    odd = {partition(day): entry(0, 0) for day in days}
-    assert len(restorable(odd, [Interval("1m", 60, 100_000)])) == PARTITIONS_MAX
+    assert needed(thin, [minutes]) == [partition(day) for day in days[:-5:-1]]
+    full = {partition(day): entry(3_750, 10) for day in days}
+    assert needed(full, [minutes]) == [partition(day) for day in days[:-3:-1]]
+    empty = {partition(day): entry(0, 0) for day in days}
+    assert len(needed(empty, [Interval("1m", 60, 100_000)])) == PARTITIONS_MAX
 
 
 @pytest.mark.parametrize(
-    ("theirs", "in_the_way"),
+    ("existing", "blocking"),
     [(FOLDER, FOLDER), ("results", "results"), (f"{FOLDER}/ticks.json/x", f"{FOLDER}/ticks.json")],
 )
-def test_a_file_with_the_name_of_our_folder_is_not_replaced_by_it(
-    repository: Repository, target: Target, folder: Path, theirs: str, in_the_way: str
+def test_push_does_not_replace_a_file_that_has_the_name_of_its_folder(
+    repository: Repository, target: Target, folder: Path, existing: str, blocking: str
 ) -> None:
-    repository.commit({theirs: b"theirs"})
-    with pytest.raises(InputFileError, match=f"^{in_the_way} on the branch .*PKB_GITHUB_PATH"):
+    repository.commit({existing: b"other"})
+    with pytest.raises(InputFileError, match=f"^{blocking} on the branch .*PKB_GITHUB_PATH"):
         push(target, folder)
-    assert repository.read(theirs) == b"theirs" and len(repository.log()) == 1
+    assert repository.read(existing) == b"other" and len(repository.log()) == 1
 
 
-def test_what_is_pushed_is_what_its_manifest_says_though_the_file_is_replaced_meanwhile(
+def test_pushed_files_match_their_manifest_while_snapshots_replace_them(
     repository: Repository, target: Target, folder: Path
 ) -> None:
-    over = threading.Event()
+    stop = threading.Event()
 
     def keep_writing() -> None:
-        while not over.is_set():
+        while not stop.is_set():
             snapshot(folder, "ticks.json", b"{" + b" " * (os.urandom(1)[0]) + b"}")
 
     writer = threading.Thread(target=keep_writing)
@@ -332,7 +332,7 @@ def test_what_is_pushed_is_what_its_manifest_says_though_the_file_is_replaced_me
             push(target, folder)
             assert_whole(repository)
     finally:
-        over.set()
+        stop.set()
         writer.join()
 
 
@@ -341,12 +341,12 @@ def assert_whole(repository: Repository) -> None:
         assert hashlib.sha256(repository.read(f"{FOLDER}/{name}")).hexdigest() == entry.sha256
 
 
-def test_nothing_to_push_and_a_damaged_file_are_one_line(
+def test_empty_folder_and_damaged_file_are_one_line_errors(
     target: Target, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(InputFileError, match="nothing to push"):
         push(target, tmp_path / "empty")
-    monkeypatch.setattr(sync, "READ_AGAIN_SECONDS", 0.0)
+    monkeypatch.setattr(sync, "READ_PAUSE_SECONDS", 0.0)
     (folder / "ticks.json").write_bytes(b"[]")
     with pytest.raises(InputFileError, match="not the file its manifest names"):
         push(target, folder)
@@ -358,7 +358,7 @@ def test_nothing_to_push_and_a_damaged_file_are_one_line(
 # --- the command
 
 
-def test_the_command_pushes_and_pulls(
+def test_commands_push_and_pull(
     pkb: Pkb, repository: Repository, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PKB_DATA_DIR", str(folder.parent))
