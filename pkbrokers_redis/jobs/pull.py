@@ -300,9 +300,8 @@ class _OverHttps:
                 f"{self.shown}/{quote(name)}", headers=headers, timeout=TIMEOUT_SECONDS, stream=True
             )
         except requests.RequestException as error:
-            raise _unavailable(
-                name, self.shown, type(error).__name__
-            ) from None  # its text can contain headers
+            # The error's text can contain headers.
+            raise _unavailable(name, self.shown, type(error).__name__) from None
         if response.status_code in (200, 304):
             return response
         response.close()
