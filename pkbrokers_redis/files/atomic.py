@@ -1,7 +1,7 @@
-"""Files that are whole or not there: written under another name, synced, renamed.
+"""Write files atomically: under a temporary name, synced, then renamed.
 
-A reader sees the old file or the new one, never a part, and a kill leaves at most a `.….tmp`, which a later
-write in that folder removes, or the day's trim (`sweep`).
+A reader sees the old file or the new one, never a part. A killed writer leaves at most a `.….tmp`, which a
+later write in that folder or the day's trim (`sweep`) deletes.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from uuid import uuid4
 from pkbrokers_redis.errors import PkbError
 
 READ_BYTES = 1 << 20
-STALE_SECONDS = 3600  # no write of ours takes an hour: a temporary file that old has no writer left
-# What a disk answers that is full, read-only, broken, or too small for the file. Others name a path.
+STALE_SECONDS = 3600  # no write takes an hour: an older temporary file has no writer
+# Errors of a disk that is full, read-only, broken, or too small for the file. Other errors have a path.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp(-journal|-wal|-shm)?")  # SQLite's, beside its own
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp(-journal|-wal|-shm)?")  # SQLite adds the last ones
 
 
 class FilesUnwritable(PkbError):
-    """Raised when files cannot be written: disk full, read-only, no right. The old files stand."""
+    """Raised when files cannot be written: disk full, read-only, no permission. The old files stay."""
 
     def __init__(self, folder: Path, error: OSError) -> None:
         super().__init__(
             f"the files in {folder} cannot be written ({error.strerror or error})",
-            "make room or give the right, or move PKB_FILES_DIR",
+            "make room or grant permission, or move PKB_FILES_DIR",
         )
 
 
 @contextmanager
 def writing_into(folder: Path) -> Iterator[None]:
-    """A disk's error in the block becomes one line: FilesUnwritable."""
+    """Raise FilesUnwritable for a disk's error in the block."""
     try:
         yield
-    except OSError as error:  # not redis-py's; those of requests carry neither number nor path
+    except OSError as error:  # the OSErrors of requests have neither number nor path
         if error.errno in DISK_ERRORS or error.filename is not None:
             raise FilesUnwritable(folder, error) from error
         raise
 
 
 class HashedFile:
-    """A binary file that knows the sha256 and the size of what was written to it."""
+    """A binary file that computes the sha256 and the size of its content while it is written."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -65,15 +65,22 @@ class HashedFile:
 
     @property
     def sha256(self) -> str:
-        """Of all that was written so far, in hex."""
+        """Return the hash of everything written so far, in hex."""
         return self._sum.hexdigest()
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[HashedFile]:
-    """`with replacing(path) as file:` write it; at the end of the block it takes the place of `path`.
+    """Yield a file that replaces `path` at the end of the block; nothing changes if the block raises.
 
-    Nothing changes when the block raises. Missing folders are made. Raises OSError (disk full, no right).
+    Missing folders are created.
+
+    Raises:
+        OSError: The disk is full, or the permission is missing.
+
+    Example:
+        >>> with replacing(Path("ticks.json")) as file:
+        ...     file.write(b"{}")
     """
     with replacing_path(path) as temporary, temporary.open("wb") as file:
         hashed = HashedFile(file)
@@ -84,7 +91,7 @@ def replacing(path: Path) -> Iterator[HashedFile]:
 
 @contextmanager
 def replacing_path(path: Path) -> Iterator[Path]:
-    """The same for writers that want a path of their own (Parquet, SQLite): a name in the same folder."""
+    """Yield a temporary path in the same folder, for writers that need a path (Parquet, SQLite)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(path.parent.glob(".*.tmp*"))
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid4().hex[:8]}.tmp")
@@ -99,7 +106,7 @@ def replacing_path(path: Path) -> Iterator[Path]:
 
 
 def linked(path: Path, other: Path) -> None:
-    """`other` becomes a second name of `path`, atomically; a copy where the disk knows no links."""
+    """Make `other` a second name of `path`, atomically; copy it if the file system has no links."""
     with replacing_path(other) as temporary:
         try:
             os.link(path, temporary)
@@ -109,7 +116,7 @@ def linked(path: Path, other: Path) -> None:
 
 @contextmanager
 def exclusively(lock: Path) -> Iterator[None]:
-    """Hold a lock file; it ends with its process. Raises PkbError when another process has it."""
+    """Hold a lock file, which ends with its process. Raise PkbError if another process holds it."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("a") as file:
         try:
@@ -120,34 +127,34 @@ def exclusively(lock: Path) -> Iterator[None]:
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file's content, in hex."""
+    """Return the sha256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sweep(folder: Path) -> int:
-    """Remove what killed writers left anywhere in the folder; how many files. Writers at work keep theirs.
+    """Delete the temporary files of killed writers anywhere in the folder; return how many.
 
-    A name with a date in it is written on one day only: no later write would find what is left of that.
+    `replacing` deletes old ones next to its file only, and a dated file is written on one day only.
     """
     return _remove_stale(folder.rglob(".*.tmp*"))
 
 
 def _remove_stale(paths: Iterable[Path]) -> int:
     removed = 0
-    for left in paths:
+    for path in paths:
         try:
-            # A clock that was set back makes what is old look as if it came from the future.
-            if _TEMPORARY.fullmatch(left.name) and abs(time.time() - left.lstat().st_mtime) > STALE_SECONDS:
-                left.unlink()
+            # After the clock was set back, an old file has a time in the future.
+            if _TEMPORARY.fullmatch(path.name) and abs(time.time() - path.lstat().st_mtime) > STALE_SECONDS:
+                path.unlink()
                 removed += 1
         except OSError:
-            pass  # somebody else was faster
+            pass  # another process deleted it
     return removed
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable. Not every system lets a folder be opened."""
+    """Make the rename durable, if the system can open a folder."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

@@ -1,4 +1,4 @@
-"""One form for the candles of a symbol, whatever file or source they come from.
+"""One form for the candles of a symbol from any file or source.
 
 A *frame* here is a DataFrame `open high low close volume` (float64, volume int64 where it is whole) under a
 tz-aware `DatetimeIndex` in Asia/Kolkata named `datetime`, ascending, each moment once. Day candles are
@@ -28,26 +28,26 @@ SYMBOL_LENGTH_MAX = 100
 
 
 def file_symbol(token: int, symbol: str) -> str:
-    """How files name an instrument: `INFY` for `NSE:INFY` and `NIFTY 50` for an index, else as it is.
+    """Return an instrument's name in files: `INFY` for `NSE:INFY`, `NIFTY 50` for an index.
 
-    Other exchanges keep their prefix, so that `BSE:INFY` does not take the place of NSE's.
+    Other exchanges keep their prefix, so that `BSE:INFY` and `NSE:INFY` stay apart.
     """
     exchange, colon, name = symbol.partition(":")
     return name if colon and (exchange == "NSE" or token & 0xFF == SEGMENT_INDICES) else symbol
 
 
 def is_symbol(text: Any) -> bool:
-    """Whether a file's key can be a symbol: printable, not empty, of sane length."""
+    """Return whether a file's key can be a symbol: printable, and 1 to 100 characters long."""
     return isinstance(text, str) and 0 < len(text) <= SYMBOL_LENGTH_MAX and text.isprintable()
 
 
 def midnights(starts: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Epoch seconds → those of the same Kolkata day's midnight."""
+    """Return the midnights in Kolkata of these moments, both in epoch seconds."""
     return (starts + KOLKATA_SECONDS) // DAY_SECONDS * DAY_SECONDS - KOLKATA_SECONDS
 
 
 def kolkata(starts: npt.NDArray[np.int64], name: str | None = "datetime") -> pd.DatetimeIndex:
-    """Epoch seconds → index of nanoseconds, which pandas 2 and 3 both read."""
+    """Return an index of nanoseconds, which pandas 2 and 3 both read, from epoch seconds."""
     moments = pd.DatetimeIndex(starts.astype("datetime64[s]").astype("datetime64[ns]"), name=name)
     return moments.tz_localize("UTC").tz_convert(MARKET_TIMEZONE)
 
@@ -59,7 +59,7 @@ def kolkata_ns(moments: npt.NDArray[np.int64]) -> pd.DatetimeIndex:
 
 
 def rows_frame(rows: Floats, daily: bool) -> pd.DataFrame:
-    """float64[n, 8] as in CANDLE_FIELDS → frame."""
+    """Return the frame of float64[n, 8] with the columns of CANDLE_FIELDS."""
     starts = rows[:, 0].astype(np.int64)
     frame = pd.DataFrame({name: rows[:, i + 1] for i, name in enumerate(COLUMNS)}, copy=False)
     frame["volume"] = whole(frame["volume"])
@@ -68,13 +68,13 @@ def rows_frame(rows: Floats, daily: bool) -> pd.DataFrame:
 
 
 def whole(values: pd.Series[Any]) -> pd.Series[Any]:
-    """Whole numbers as int64; a market that trades fractions of a unit keeps its floats."""
+    """Return whole numbers as int64, and other numbers (fractions of a unit) unchanged."""
     numbers = values.to_numpy(np.float64)
     return values.astype(np.int64) if is_whole(numbers) else values
 
 
 def is_whole(numbers: Floats) -> bool:
-    """Whether int64 holds all of them exactly."""
+    """Return whether int64 represents all numbers exactly."""
     return bool((np.abs(numbers) < 2**53).all() and np.array_equal(numbers, np.floor(numbers)))
 
 
@@ -124,7 +124,7 @@ def frame_of(index: pd.DatetimeIndex, numbers: Floats) -> pd.DataFrame:
 
 
 def _parts(table: Any) -> tuple[dict[str, Any], Any]:
-    """(column name in lower case → its cells, moments) of a table in any spelling."""
+    """Return (column name in lower case → its cells, moments) of a table in any spelling."""
     if isinstance(table, Mapping) and {"data", "columns", "index"} <= set(table):
         rows, names = table["data"], [str(name).strip().lower() for name in table["columns"]]
         try:
@@ -151,7 +151,7 @@ def _floats(cells: Any) -> Floats:
 
 
 def moments_of(index: Any) -> pd.DatetimeIndex:
-    """Texts, dates, times → tz-aware index in Kolkata; naive ones are Kolkata's, odd ones NaT."""
+    """Return an index in Kolkata from texts, dates or times; naive ones are in its zone, invalid ones NaT."""
     if not isinstance(index, pd.DatetimeIndex):
         if pd.api.types.is_numeric_dtype(index):
             raise ValueError("an index of numbers instead of moments")
@@ -163,29 +163,27 @@ def moments_of(index: Any) -> pd.DatetimeIndex:
 
 
 def _parsed(moments: list[Any]) -> pd.DatetimeIndex:
-    if any(isinstance(each, bool | int | float) and each == each for each in moments):
+    if any(isinstance(moment, bool | int | float) and moment == moment for moment in moments):
         raise ValueError("numbers instead of moments")
     try:
-        text = all(isinstance(each, str) for each in moments)
+        text = all(isinstance(moment, str) for moment in moments)
         return pd.DatetimeIndex(pd.to_datetime(moments, format="ISO8601" if text else None))
     except (ValueError, TypeError, OverflowError):
-        return pd.DatetimeIndex(
-            [_moment(each) for each in moments], tz=MARKET_TIMEZONE
-        )  # naive and aware mixed
+        # Naive and aware moments are mixed.
+        return pd.DatetimeIndex([_moment(value) for value in moments], tz=MARKET_TIMEZONE)
 
 
-def _moment(each: Any) -> Any:
+def _moment(value: Any) -> Any:
     try:
-        moment = pd.Timestamp(each)
-        return (
-            moment.tz_localize(MARKET_TIMEZONE) if moment.tz is None else moment.tz_convert(MARKET_TIMEZONE)
-        )
+        moment = pd.Timestamp(value)
+        is_naive = moment.tz is None
+        return moment.tz_localize(MARKET_TIMEZONE) if is_naive else moment.tz_convert(MARKET_TIMEZONE)
     except (ValueError, TypeError, OverflowError):
         return pd.NaT
 
 
 def cut(frame: pd.DataFrame, start: dt.date | None, end: dt.date | None) -> pd.DataFrame:
-    """The rows from `start`'s midnight to `end`'s last moment, both in Kolkata, both optional."""
+    """Return the rows of the days from `start` to `end`, both included, both optional, in Kolkata."""
     if start is not None:
         frame = frame[frame.index >= pd.Timestamp(start, tz=MARKET_TIMEZONE)]
     if end is not None:
@@ -194,12 +192,12 @@ def cut(frame: pd.DataFrame, start: dt.date | None, end: dt.date | None) -> pd.D
 
 
 def iso_texts(index: pd.DatetimeIndex) -> list[str]:
-    """`2026-11-20T09:15:00+05:30` of each."""
+    """Return each moment as `2026-11-20T09:15:00+05:30`."""
     return [text + "+05:30" for text in _local_texts(index.as_unit("s").asi8)]
 
 
 def date_texts(starts: npt.NDArray[np.int64]) -> list[str]:
-    """`2026-11-20` of each moment, epoch seconds."""
+    """Return each moment (epoch seconds) as `2026-11-20`."""
     return [text[:10] for text in _local_texts(starts)]
 
 

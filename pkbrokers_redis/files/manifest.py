@@ -1,4 +1,4 @@
-"""`manifest.json`: what a folder of snapshots holds, so that a reader can check a file before it believes it.
+"""`manifest.json`: the files of a folder of snapshots with their hashes, so that a reader can check a file.
 
     {"version": 1,
      "files": {"stock_data_20112026.pkl": {
@@ -6,9 +6,9 @@
          "from": "2025-11-14", "to": "2026-11-20", "made_at": "2026-11-20T15:36:02+05:30",
          "position": {"0": "1795152605000-0", …}}}}
 
-`position` is how far the store's aggregators were when the file was made: the cursor of each shard, an id of
-its tick stream. Paths are relative to the folder. While files are being replaced a second table of entries
-stands beside `files`, `coming`: what a kill leaves there counts where the file is that one.
+`position` is the aggregators' position when the file was made: the cursor of each shard, an id of its tick
+stream. Paths are relative to the folder. Entries of files that are being replaced are listed under `coming`.
+After a crash such an entry is valid if the file on disk matches its hash.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FILES_MAX = 100_000
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file. `from_` and `to` are the first and last moment (or date) in it, ISO."""
+    """One file. `from_` and `to` are its first and last moment (or date), ISO."""
 
     sha256: str
     bytes: int
@@ -47,7 +47,7 @@ class Entry:
 
     @property
     def made_at_ms(self) -> float | None:
-        """`made_at` in epoch ms; None when it is no time."""
+        """Return `made_at` in epoch ms, or None if it is no time."""
         try:
             return datetime.fromisoformat(self.made_at).timestamp() * 1000
         except ValueError:
@@ -58,30 +58,35 @@ Entries = dict[str, Entry]
 
 
 def read_manifest(folder: Path) -> Entries:
-    """File → entry; {} when there is no manifest. Raises InputFileError for a damaged one."""
+    """Return file → entry, {} if there is no manifest. Raise InputFileError if it is damaged."""
     files, coming = _read(folder)
-    return files | _arrived(folder, coming)
+    return files | _in_place(folder, coming)
 
 
 def parse_manifest(data: bytes) -> Entries:
-    """The same from its text."""
+    """Return the entries of a manifest's text. Raise InputFileError if it is damaged."""
     return _parse(data)[0]
 
 
-def announce(folder: Path, coming: Mapping[str, Entry]) -> None:
-    """Say what is about to take these files' places; `update_manifest` says that it has.
+def encode_manifest(entries: Mapping[str, Entry], coming: Mapping[str, Entry] | None = None) -> bytes:
+    """Return the text of a manifest."""
+    tree: dict[str, Any] = {"version": VERSION, "files": _table(entries)}
+    if coming:
+        tree["coming"] = _table(coming)
+    return msgspec.json.format(msgspec.json.encode(tree), indent=1)
 
-    In between, and for good after a kill there, an entry counts once its file is in place.
-    """
+
+def announce(folder: Path, coming: Mapping[str, Entry]) -> None:
+    """List files under `coming` that are about to be renamed; call `update_manifest` after the rename."""
     with _rewriting(folder) as (_, announced):
         announced.update(coming)
 
 
-def update_manifest(folder: Path, changed: Mapping[str, Entry], gone: Iterable[str] = ()) -> None:
-    """Put these entries in, take those out. Other writers wait their turn; a damaged file is begun anew."""
+def update_manifest(folder: Path, changed: Mapping[str, Entry], removed: Iterable[str] = ()) -> None:
+    """Add or replace entries, and remove others. Concurrent writers wait; a damaged manifest is replaced."""
     with _rewriting(folder) as (files, announced):
         files.update(changed)
-        for name in gone:
+        for name in removed:
             files.pop(name, None)
             announced.pop(name, None)
         for name in changed:
@@ -89,7 +94,7 @@ def update_manifest(folder: Path, changed: Mapping[str, Entry], gone: Iterable[s
 
 
 def problems(folder: Path, names: Iterable[str] | None = None) -> list[str]:
-    """What is wrong with the folder, a line each: files missing, shorter, or not what was written."""
+    """Return a line for each file that is missing, or differs from its entry in size or hash."""
     found: list[str] = []
     files = read_manifest(folder)
     for name in files if names is None else names:
@@ -113,24 +118,24 @@ def _read(folder: Path) -> tuple[Entries, Entries]:
 
 
 def _parse(data: bytes) -> tuple[Entries, Entries]:
-    """(files, what is coming)"""
+    """Return (files, coming)."""
     try:
         tree = msgspec.json.decode(data)
         tables: list[dict[str, Any]] = [tree["files"], tree.get("coming") or {}]
         if tree["version"] != VERSION or any(len(table) > FILES_MAX for table in tables):
             raise ValueError("another version")
         files, coming = (
-            {_checked_name(name): _entry(told) for name, told in table.items()} for table in tables
+            {_checked_name(name): _entry(fields) for name, fields in table.items()} for table in tables
         )
         return files, coming
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputFileError(
-            f"{NAME} cannot be read ({str(error)[:80]})", "make the snapshots anew"
+            f"{NAME} cannot be read ({str(error)[:80]})", "write the snapshots again"
         ) from error
 
 
-def _arrived(folder: Path, coming: Entries) -> Entries:
-    """Those whose file is in place."""
+def _in_place(folder: Path, coming: Entries) -> Entries:
+    """Return the entries whose file is in place."""
     found: Entries = {}
     for name, entry in coming.items():
         path = folder / name
@@ -138,32 +143,27 @@ def _arrived(folder: Path, coming: Entries) -> Entries:
             if path.stat().st_size == entry.bytes and sha256_of(path) == entry.sha256:
                 found[name] = entry
         except OSError:
-            pass  # not there, or gone in this moment
+            pass  # missing, or deleted meanwhile
     return found
 
 
-def _entry(told: Mapping[str, Any]) -> Entry:
-    position = told.get("position") or {}
+def _entry(fields: Mapping[str, Any]) -> Entry:
+    position = fields.get("position") or {}
     return Entry(
-        sha256=str(told["sha256"]),
-        bytes=int(told["bytes"]),
-        rows=int(told["rows"]),
-        instruments=int(told["instruments"]),
-        from_=str(told["from"]),
-        to=str(told["to"]),
-        made_at=str(told["made_at"]),
-        kind=str(told["kind"]),
+        sha256=str(fields["sha256"]),
+        bytes=int(fields["bytes"]),
+        rows=int(fields["rows"]),
+        instruments=int(fields["instruments"]),
+        from_=str(fields["from"]),
+        to=str(fields["to"]),
+        made_at=str(fields["made_at"]),
+        kind=str(fields["kind"]),
         position={str(shard): str(stream_id) for shard, stream_id in position.items()},
     )
 
 
-def _told(entry: Entry) -> dict[str, Any]:
-    told = asdict(entry)
-    return {"from" if name == "from_" else name: value for name, value in told.items()}
-
-
 def _checked_name(name: str) -> str:
-    """A path inside the folder, whatever the manifest of a stranger says."""
+    """Return the name if it is a path inside the folder: a manifest can come from anywhere."""
     path = Path(name)
     if path.is_absolute() or ".." in path.parts or not name or "\0" in name:
         raise ValueError(f"a path outside the folder: {name[:40]!r}")
@@ -172,7 +172,7 @@ def _checked_name(name: str) -> str:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One writer at a time, also among processes; the lock ends with its process."""
+    """Hold the manifest's lock, also against other processes; it ends with its process."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f".{NAME}.lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -181,22 +181,23 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def _rewriting(folder: Path) -> Iterator[tuple[Entries, Entries]]:
-    """(files, what is coming) to be changed in the block, then written."""
+    """Yield (files, coming) to be changed in the block, then write them."""
     with _locked(folder):
         try:
             files, coming = _read(folder)
         except InputFileError:
             files, coming = {}, {}
-        for name, entry in _arrived(folder, coming).items():
+        for name, entry in _in_place(folder, coming).items():
             files[name] = entry
             del coming[name]
         yield files, coming
-        tree: dict[str, Any] = {"version": VERSION, "files": _table(files)}
-        if coming:
-            tree["coming"] = _table(coming)
         with replacing(folder / NAME) as file:
-            file.write(msgspec.json.format(msgspec.json.encode(tree), indent=1))
+            file.write(encode_manifest(files, coming))
 
 
-def _table(entries: Entries) -> dict[str, Any]:
-    return {name: _told(entries[name]) for name in sorted(entries)}
+def _table(entries: Mapping[str, Entry]) -> dict[str, Any]:
+    table = {}
+    for name in sorted(entries):
+        fields = asdict(entries[name])
+        table[name] = {"from" if key == "from_" else key: value for key, value in fields.items()}
+    return table

@@ -1,4 +1,4 @@
-"""Candles as Parquet, one folder per interval and day, as polars and DuckDB read them:
+"""Candles as Parquet, one folder per interval and day, which polars and DuckDB read directly:
 
     parquet/interval=1m/date=2026-11-20/candles.parquet
     token int64 · symbol · start timestamp[us, Asia/Kolkata] · open high low close volume oi double ·
@@ -7,8 +7,8 @@
     pl.read_parquet("parquet/**/*.parquet", hive_partitioning=True)
     SELECT * FROM read_parquet('parquet/*/*/*.parquet', hive_partitioning = true)
 
-A partition is written again as a whole, from what is in the file and what the store has now (the store's rows
-count), instruments in slices, so that memory stays small. What the store has dropped stays in the file.
+A partition is rewritten as a whole from the rows of the old file and those of the store, which take
+precedence. Rows that left the store stay in the file. Instruments are read in slices to bound the memory.
 """
 
 from __future__ import annotations
@@ -34,9 +34,8 @@ from pkbrokers_redis.files.frames import KOLKATA_SECONDS, midnights
 
 FOLDER = "parquet"
 FILE = "candles.parquet"
-DATES_MAX = (
-    400  # partitions written at once, each an open file: a year of days. Older rows wait for a full run
-)
+# Partitions written at once, each an open file: a year of days. A full run writes rows that are older.
+DATES_MAX = 400
 COMPRESSION = "zstd"
 
 Floats = npt.NDArray[np.float64]
@@ -68,17 +67,17 @@ class Rows:
 
     @property
     def starts(self) -> Ints:
-        """Epoch seconds."""
+        """Return the starts in epoch seconds."""
         return self.rows[:, 0].astype(np.int64)
 
     def take(self, which: Any) -> Rows:
-        """Some of them, by mask or positions."""
+        """Return a selection by mask or positions."""
         return Rows(self.tokens[which], self.rows[which], self.flags[which])
 
 
 @dataclass(slots=True)
 class Written:
-    """What a partition holds now."""
+    """The content of a partition that was written."""
 
     path: Path
     rows: int = 0
@@ -90,18 +89,18 @@ class Written:
 
 
 def partition_path(folder: Path, interval: str, day: date) -> Path:
-    """`<folder>/parquet/interval=1m/date=2026-11-20/candles.parquet`."""
+    """Return `<folder>/parquet/interval=1m/date=2026-11-20/candles.parquet`."""
     return folder / FOLDER / f"interval={interval}" / f"date={day.isoformat()}" / FILE
 
 
 def partitions(folder: Path, interval: str) -> dict[date, Path]:
-    """The partitions there are, oldest first."""
+    """Return the existing partitions, oldest first."""
     found: dict[date, Path] = {}
     for path in sorted((folder / FOLDER / f"interval={interval}").glob(f"date=*/{FILE}")):
         try:
             found[date.fromisoformat(path.parent.name.removeprefix("date="))] = path
         except ValueError:
-            continue  # somebody else's folder
+            continue  # a folder of another program
     return found
 
 
@@ -109,11 +108,20 @@ def partitions(folder: Path, interval: str) -> dict[date, Path]:
 def writing_partitions(
     folder: Path, interval: str, slices: Iterable[Bulk], since: date | None
 ) -> Iterator[list[Written]]:
-    """Bring the partitions of an interval up to date, from `since` on (None: all).
+    """Update the partitions of an interval: written under temporary names, renamed at the end of the block.
 
-    `slices` gives the store's candles in slices of instruments with ascending tokens. Yields what is written,
-    under temporary names; at the end of the block it takes its places. Raises OSError, and InputFileError
-    for an old file that is damaged.
+    Args:
+        folder: The snapshots' folder.
+        interval: Name of the interval.
+        slices: The store's candles in slices of instruments with ascending tokens.
+        since: First day to write; None for all days.
+
+    Yields:
+        The partitions that were written.
+
+    Raises:
+        InputFileError: An existing partition is damaged.
+        OSError: The disk refuses the write.
     """
     with ExitStack() as stack:
         writers: dict[date, _Partition] = {}
@@ -122,13 +130,13 @@ def writing_partitions(
             rows = of_bulk(bulk)
             names = dict(zip(bulk.tokens.tolist(), bulk.symbols, strict=True))
             until = int(bulk.tokens[-1]) if len(bulk) else after
-            for day, some in _by_day(rows, since):
+            for day, day_rows in _by_day(rows, since):
                 if day not in writers:
                     if len(writers) >= DATES_MAX:
                         continue
                     path = partition_path(folder, interval, day)
                     writers[day] = stack.enter_context(_Partition(path))
-                writers[day].add(some, names, until)
+                writers[day].add(day_rows, names, until)
             after = until
         for writer in writers.values():
             writer.add(Rows(np.empty(0, np.int64), np.empty((0, 8)), np.empty(0, np.int8)), {}, TOKEN_MAX)
@@ -137,19 +145,19 @@ def writing_partitions(
 
 
 def _by_day(rows: Rows, since: date | None) -> Iterator[tuple[date, Rows]]:
-    """The rows of each Kolkata date from `since` on, the newest first."""
+    """Yield each Kolkata date from `since` on with its rows, newest first."""
     days = midnights(rows.starts)
     order = np.argsort(days, kind="stable")
     ordered, days = rows.take(order), days[order]
-    each, first = np.unique(days, return_index=True)
+    dates, first = np.unique(days, return_index=True)
     bounds = [*first.tolist(), len(days)]
-    for i in range(len(each) - 1, -1, -1):
-        if since is None or each[i] >= midnight_s(since):
-            yield date_of(int(each[i])), ordered.take(slice(bounds[i], bounds[i + 1]))
+    for i in range(len(dates) - 1, -1, -1):
+        if since is None or dates[i] >= midnight_s(since):
+            yield date_of(int(dates[i])), ordered.take(slice(bounds[i], bounds[i + 1]))
 
 
 class _Partition:
-    """One partition being written: the old file's rows are laid under the new ones as the tokens go by."""
+    """One partition being written: merges the old file's rows with the new ones in order of the tokens."""
 
     def __init__(self, path: Path) -> None:
         self.written = Written(path)
@@ -173,7 +181,7 @@ class _Partition:
         self._stack.__exit__(*error)
 
     def add(self, new: Rows, names: dict[int, str], until: int) -> None:
-        """The instruments up to token `until`; tokens must ascend from call to call."""
+        """Write the instruments up to token `until`; tokens must ascend from call to call."""
         if self._old is not None and until > self._after:
             old, old_names = _between(self._old, self._after, until)
             new, names = merge(old, new), {**old_names, **names}
@@ -183,26 +191,26 @@ class _Partition:
         order = np.lexsort((new.rows[:, 0], new.tokens))
         new = new.take(order)
         self._writer.write_table(table_of(new, names))
-        told, starts = self.written, new.starts
-        told.first_s = min(told.first_s or int(starts.min()), int(starts.min()))
-        told.last_s = max(told.last_s, int(starts.max()))
-        told.rows += len(new)
-        told.instruments += len(np.unique(new.tokens))
+        written, starts = self.written, new.starts
+        written.first_s = min(written.first_s or int(starts.min()), int(starts.min()))
+        written.last_s = max(written.last_s, int(starts.max()))
+        written.rows += len(new)
+        written.instruments += len(np.unique(new.tokens))
 
     def finish(self) -> None:
-        """No more rows are to come: the file is whole."""
+        """Close the file, and note its hash and size."""
         self._writer.close()
         self.written.sha256 = sha256_of(self._temporary)
         self.written.bytes = self._temporary.stat().st_size
 
 
 def of_bulk(bulk: Bulk) -> Rows:
-    """A bulk read's rows with their tokens."""
+    """Return the rows of a bulk read with their tokens."""
     return Rows(np.repeat(bulk.tokens, bulk.counts), bulk.rows, bulk.flags)
 
 
 def merge(old: Rows, new: Rows) -> Rows:
-    """Both; where they have the same token and start, the new one."""
+    """Return the rows of both; of equal token and start the new one."""
     if not len(old):
         return new
     kept = old.take(~np.isin(_keys(old), _keys(new)))
@@ -214,12 +222,12 @@ def merge(old: Rows, new: Rows) -> Rows:
 
 
 def _keys(rows: Rows) -> Ints:
-    """Token and start in one number: 32 bits each."""
+    """Return token and start as one number: 32 bits each."""
     return (rows.tokens << 32) + rows.starts
 
 
 def table_of(rows: Rows, names: dict[int, str]) -> pa.Table:
-    """Rows → a table of SCHEMA."""
+    """Return the rows as a table of SCHEMA."""
     tokens, owner = np.unique(rows.tokens, return_inverse=True)
     symbols = pa.array([names.get(int(token), str(token)) for token in tokens], pa.string())
     ticks = np.nan_to_num(rows.rows[:, 7]).astype(np.int64)
@@ -235,7 +243,7 @@ def table_of(rows: Rows, names: dict[int, str]) -> pa.Table:
 
 
 def read_tokens(path: Path) -> Ints:
-    """The instruments of a partition, ascending. Raises InputFileError for what is none."""
+    """Return the tokens of a partition, ascending. Raise InputFileError if it is damaged."""
     with _open(path) as file:
         try:
             return np.unique(file.read(["token"])["token"].to_numpy())
@@ -244,7 +252,7 @@ def read_tokens(path: Path) -> Ints:
 
 
 def read_rows(path: Path) -> Iterator[tuple[Rows, dict[int, str]]]:
-    """A partition's rows and symbols, a row group at a time. Raises InputFileError for what is none."""
+    """Yield a partition's rows and symbols per row group. Raise InputFileError if it is damaged."""
     with _open(path) as file:
         for group in range(file.num_row_groups):
             yield _rows_of(path, file.read_row_group(group))
@@ -257,17 +265,17 @@ def _open(path: Path) -> pq.ParquetFile:
         raise _damaged(path, error) from error
     if set(SCHEMA.names) - set(file.schema_arrow.names):
         file.close()
-        raise InputFileError(f"{path} has other columns", "move it away; it is made anew")
+        raise InputFileError(f"{path} has other columns", "move it away; the next snapshot writes it")
     return file
 
 
 def _between(file: pq.ParquetFile, after: int, until: int) -> tuple[Rows, dict[int, str]]:
-    """The old file's rows with after < token <= until, from the row groups that can hold them."""
+    """Return the file's rows with after < token <= until, from the row groups that can contain them."""
     column = file.schema_arrow.get_field_index("token")
     groups = []
     for group in range(file.num_row_groups):
-        seen = file.metadata.row_group(group).column(column).statistics
-        if seen is None or not seen.has_min_max or (seen.max > after and seen.min <= until):
+        bounds = file.metadata.row_group(group).column(column).statistics
+        if bounds is None or not bounds.has_min_max or (bounds.max > after and bounds.min <= until):
             groups.append(group)
     rows, names = _rows_of(Path(), file.read_row_groups(groups))
     return rows.take((rows.tokens > after) & (rows.tokens <= until)), names
@@ -289,8 +297,8 @@ def _rows_of(path: Path, table: pa.Table) -> tuple[Rows, dict[int, str]]:
 
 
 def _flag_codes(column: pa.ChunkedArray) -> npt.NDArray[np.int8]:
-    """Codes into FLAG_NAMES, by the column's own dictionary."""
-    if not pa.types.is_dictionary(column.type):  # written anew by another program
+    """Return positions in FLAG_NAMES, by the column's own dictionary."""
+    if not pa.types.is_dictionary(column.type):  # written by another program
         column = column.dictionary_encode()
     codes = []
     for chunk in column.chunks:
@@ -300,15 +308,18 @@ def _flag_codes(column: pa.ChunkedArray) -> npt.NDArray[np.int8]:
 
 
 def _damaged(path: Path, error: Exception) -> InputFileError:
-    why = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-    return InputFileError(f"{path} is no Parquet file of candles ({why})", "move it away; it is made anew")
+    reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+    return InputFileError(
+        f"{path} is no Parquet file of candles ({reason})",
+        "move it away; the next snapshot writes it",
+    )
 
 
 def midnight_s(day: date) -> int:
-    """Epoch seconds of a Kolkata day's beginning."""
+    """Return the epoch seconds of a day's midnight in Kolkata."""
     return int(datetime(day.year, day.month, day.day, tzinfo=UTC).timestamp()) - KOLKATA_SECONDS
 
 
 def date_of(day_s: int) -> date:
-    """The Kolkata date of a moment in epoch seconds."""
+    """Return the date in Kolkata of a moment in epoch seconds."""
     return datetime.fromtimestamp(day_s + KOLKATA_SECONDS, UTC).date()

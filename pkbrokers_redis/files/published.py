@@ -1,4 +1,4 @@
-"""What a source of candles is: something that may have day candles of symbols, and says so.
+"""Sources of candles, and the published files that some of them read.
 
     class Mine(Source):
         name = "mine"
@@ -6,11 +6,8 @@
         def is_available(self) -> bool: ...
         def fetch_data(self, symbols, start_date, end_date) -> Frames: ...
 
-and a row in `SOURCES` (`sources/table.py`).
-
-Published files, fetched from PKB_FILES_URL: a folder on a web server, a branch on GitHub, or a path.
-
-Where the folder has a `manifest.json`, what is fetched must have the sha256 it names.
+A source needs a row in `compat.sources.SOURCES`. Published files come from PKB_FILES_URL: a folder on a web
+server, a branch on GitHub, or a path. If the folder has a `manifest.json`, a file must match its sha256.
 """
 
 from __future__ import annotations
@@ -38,7 +35,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Context:
-    """What sources are made from. `now_ms` is market time; `store` opens the store, or raises."""
+    """The tools of sources. `now_ms` returns market time; `store` opens the store, or raises."""
 
     settings: Settings
     folder: Path
@@ -48,51 +45,51 @@ class Context:
 
 
 class Source(ABC):
-    """One place that day candles can come from. What it raises is the reason for which it is skipped."""
+    """A place that day candles come from. Its exceptions are the reason why it is skipped."""
 
     name: ClassVar[str]
-    has_history: ClassVar[bool] = True  # False: only the day at hand
-    is_remote: ClassVar[bool] = False  # True: asked only for what nobody here has
+    has_history: ClassVar[bool] = True  # False: only the current day
+    is_remote: ClassVar[bool] = False  # True: used only for symbols that no local source has
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.reason = ""  # why it is not available, or what it left out; a short line
-        self.refused = 0  # entries of its answer that were no candles
+        self.reason = ""  # one line: why it is not available, or what it left out
+        self.refused = 0  # entries that were no candles
 
     @abstractmethod
     def is_available(self) -> bool:
-        """Whether asking makes sense now; cheap, and with a `reason` if not."""
+        """Return whether the source can be read now, without reading it; set `reason` if not."""
 
     @abstractmethod
     def fetch_data(self, symbols: Sequence[str] | None, start_date: date, end_date: date) -> Frames:
-        """Symbol → frame (`files.frames`) of its days from `start_date` to `end_date`, both included.
+        """Return symbol → frame (`files.frames`) of the days from `start_date` to `end_date`, both included.
 
-        None means every symbol it has. Symbols it does not know are left out.
+        `symbols` None means all symbols of the source. Unknown symbols are left out.
         """
 
     def as_of_ms(self) -> float | None:
-        """When what it answered with was true, market time; None: as its newest row."""
+        """Return the time of its data, market time in epoch ms; None means the time of its newest row."""
         return None
 
-    def close(self) -> None:  # noqa: B027 - most hold nothing
-        """Give back what it holds."""
+    def close(self) -> None:  # noqa: B027 - most sources hold nothing open
+        """Release connections and files."""
 
 
-TIMEOUT_SECONDS = (5.0, 60.0)  # to connect, between two pieces
-PIECE_BYTES = 1 << 20
+TIMEOUT_SECONDS = (5.0, 60.0)  # to connect, between two chunks
+CHUNK_BYTES = 1 << 20
 MANIFEST_BYTES_MAX = 4 << 20
 RAW_GITHUB = "https://raw.githubusercontent.com"
 
 
 class Fetched(NamedTuple):
-    """A file's bytes and when it was written, epoch ms; None when nobody says."""
+    """A file's bytes and the time of its writing in epoch ms, None if unknown."""
 
     data: bytes
     written_ms: float | None
 
 
 def folder_of(settings: Settings) -> str | None:
-    """The folder of the published files: PKB_FILES_URL, else the sync target on GitHub."""
+    """Return the folder of the published files: PKB_FILES_URL, else the sync target on GitHub."""
     if settings.files_url:
         return settings.files_url.rstrip("/")
     if settings.github_repo and not settings.github_url:
@@ -102,8 +99,11 @@ def folder_of(settings: Settings) -> str | None:
 
 
 def fetch(folder: str, name: str, bytes_max: int) -> Fetched | None:
-    """A file of the folder; None when there is none. Raises InputFileError for one that is too large, is not
-    what the manifest says, or cannot be fetched."""
+    """Return a file of the folder, or None if it does not exist.
+
+    Raises:
+        InputFileError: It is too large, differs from its manifest entry, or cannot be fetched.
+    """
     fetched = _get(folder, name, bytes_max)
     if fetched is None:
         return None
@@ -112,7 +112,7 @@ def fetch(folder: str, name: str, bytes_max: int) -> Fetched | None:
         entry = parse_manifest(listed.data).get(name)
         if entry is not None and entry.sha256 != hashlib.sha256(fetched.data).hexdigest():
             raise InputFileError(
-                f"{name} is not the file its manifest names", "it may be half-way written; try again"
+                f"{name} differs from its manifest entry", "it may be half written; try again"
             )
         if entry is not None:
             return Fetched(fetched.data, entry.made_at_ms)
@@ -128,21 +128,21 @@ def _get(folder: str, name: str, bytes_max: int) -> Fetched | None:
             raise _too_large(name, bytes_max)
         return Fetched(path.read_bytes(), path.stat().st_mtime * 1000)
     try:
-        with requests.get(f"{folder}/{name}", timeout=TIMEOUT_SECONDS, stream=True) as answer:
-            if answer.status_code == 404:
+        with requests.get(f"{folder}/{name}", timeout=TIMEOUT_SECONDS, stream=True) as response:
+            if response.status_code == 404:
                 return None
-            answer.raise_for_status()
-            pieces, size = [], 0
-            for piece in answer.iter_content(PIECE_BYTES):
-                pieces.append(piece)
-                size += len(piece)
+            response.raise_for_status()
+            chunks, size = [], 0
+            for chunk in response.iter_content(CHUNK_BYTES):
+                chunks.append(chunk)
+                size += len(chunk)
                 if size > bytes_max:
                     raise _too_large(name, bytes_max)
-            return Fetched(b"".join(pieces), _date_ms(answer.headers.get("Last-Modified")))
+            return Fetched(b"".join(chunks), _date_ms(response.headers.get("Last-Modified")))
     except requests.RequestException as error:
         status = getattr(error.response, "status_code", None)
-        why = f"HTTP {status}" if status else type(error).__name__
-        raise InputFileError(f"cannot fetch {name} ({why})", "check PKB_FILES_URL") from error
+        reason = f"HTTP {status}" if status else type(error).__name__
+        raise InputFileError(f"cannot fetch {name} ({reason})", "check PKB_FILES_URL") from error
 
 
 def _date_ms(text: str | None) -> float | None:
@@ -157,7 +157,7 @@ def _too_large(name: str, bytes_max: int) -> InputFileError:
 
 
 class Published(Source):
-    """A source whose files are fetched, if it is known from where."""
+    """A source of published files."""
 
     is_remote = True
 

@@ -1,4 +1,4 @@
-"""`ticks.json`: the latest picture of every instrument, in the shape PKScreener and scripts read.
+"""`ticks.json`: the latest quote of every instrument, in the shape that PKScreener and scripts read.
 
 {"256265": {"instrument_token": 256265, "trading_symbol": "NIFTY 50",
             "ohlcv": {"open": …, "high": …, "low": …, "close": …, "volume": …, "timestamp": "2026-…+05:30"},
@@ -28,23 +28,12 @@ from pkbrokers_redis.store.rows import Tally, parse_candles
 
 NAME = "ticks.json"
 BYTES_MAX = 256 << 20  # 9,000 instruments with five levels of depth are 15 MB
-INSTRUMENTS_A_PIPELINE = 500  # 1 MB of quotes: what is in memory beside the entries
+INSTRUMENTS_A_PIPELINE = 500  # 1 MB of quotes in memory
 
 QUOTE_FIELDS = (
-    "open",
-    "high",
-    "low",
-    "last_price",
-    "volume",
-    "last_trade_time",
-    "exchange_time",
-    "received_at",
-    "close",
-    "buy_quantity",
-    "sell_quantity",
-    "oi",
-    "depth",
-)
+    "open", "high", "low", "last_price", "volume", "last_trade_time", "exchange_time", "received_at", "close",
+    "buy_quantity", "sell_quantity", "oi", "depth",
+)  # fmt: skip
 _PRICES = slice(0, 4)
 
 _json = msgspec.json.Decoder()
@@ -54,18 +43,18 @@ _encode = msgspec.json.Encoder().encode
 def read_entries(
     client: redis.Redis, keys: Keys, instruments: list[tuple[int, str]], tally: Tally | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """`(token, entry)` of each instrument that has traded: its quote, with the tick count of its day candle.
+    """Yield (token, entry) of each instrument that has a price: its quote and its day candle's tick count.
 
-    Where ingest writes no quotes (a replay) the day candle alone gives the prices.
+    Without a quote (in a replay ingest writes none) the prices are those of the day candle.
     """
     for first in range(0, len(instruments), INSTRUMENTS_A_PIPELINE):
-        some = instruments[first : first + INSTRUMENTS_A_PIPELINE]
+        batch = instruments[first : first + INSTRUMENTS_A_PIPELINE]
         pipe = client.pipeline(transaction=False)
-        for token, _ in some:
+        for token, _ in batch:
             pipe.hmget(keys.quote(token), QUOTE_FIELDS)
             pipe.hget(keys.current(token), DAY)
         replies = pipe.execute(raise_on_error=False)
-        for (token, symbol), quote, row in zip(some, replies[::2], replies[1::2], strict=True):
+        for (token, symbol), quote, row in zip(batch, replies[::2], replies[1::2], strict=True):
             for reply in (quote, row):
                 if isinstance(reply, redis.ConnectionError | redis.TimeoutError):
                     raise reply
@@ -77,17 +66,17 @@ def read_entries(
 
 
 def entry_of(token: int, symbol: str, cells: list[bytes | None], day: Candle | None) -> dict[str, Any] | None:
-    """One instrument's entry from its quote's QUOTE_FIELDS and its day candle; None when it has no price."""
-    told = dict(zip(QUOTE_FIELDS, cells, strict=True))
+    """Return an instrument's entry from its quote (QUOTE_FIELDS) and its day candle; None without a price."""
+    quote = dict(zip(QUOTE_FIELDS, cells, strict=True))
     prices = [_number(cell) for cell in cells[_PRICES]]
-    volume = _number(told["volume"])
+    volume = _number(quote["volume"])
     if day is not None and None in prices:
         prices, volume = [day.open, day.high, day.low, day.close], day.volume
     if prices[3] is None:
         return None
     last = prices[3]
-    received = _text(told["received_at"])
-    traded = _text(told["last_trade_time"]) or _text(told["exchange_time"]) or received
+    received = _text(quote["received_at"])
+    traded = _text(quote["last_trade_time"]) or _text(quote["exchange_time"]) or received
     if not traded and day is not None:
         traded = moments_of(pd.DatetimeIndex([pd.Timestamp(day.start, unit="s", tz="UTC")]))[0].isoformat()
     ohlc = [last if price is None else price for price in prices]
@@ -99,18 +88,18 @@ def entry_of(token: int, symbol: str, cells: list[bytes | None], day: Candle | N
             "volume": int(volume or 0),
             "timestamp": traded,
         },
-        "prev_day_close": _number(told["close"]) or 0.0,
-        "buy_quantity": int(_number(told["buy_quantity"]) or 0),
-        "sell_quantity": int(_number(told["sell_quantity"]) or 0),
-        "oi": int(_number(told["oi"]) or 0),
-        "market_depth": market_depth(told["depth"]),
+        "prev_day_close": _number(quote["close"]) or 0.0,
+        "buy_quantity": int(_number(quote["buy_quantity"]) or 0),
+        "sell_quantity": int(_number(quote["sell_quantity"]) or 0),
+        "oi": int(_number(quote["oi"]) or 0),
+        "market_depth": market_depth(quote["depth"]),
         "last_updated": received or traded,
         "tick_count": day.ticks if day is not None else 0,
     }
 
 
 def market_depth(text: bytes | None) -> dict[str, list[Any]]:
-    """Kite's `{"buy": [{quantity, price, orders}…], "sell"}` → upstream's `{"bid": […], "ask": […]}`.
+    """Convert Kite's `{"buy": [{quantity, price, orders}…], "sell": …}` to upstream's `{"bid": …, "ask": …}`.
 
     Levels without a price or a quantity are left out, as upstream leaves them.
     """
@@ -134,7 +123,7 @@ def _number(cell: bytes | None) -> float | None:
         value = float(cell) if cell else None
     except ValueError:
         return None
-    return value if value is not None and abs(value) < 1e15 else None  # NaN and infinities fail it too
+    return value if value is not None and abs(value) < 1e15 else None  # false for NaN and infinities
 
 
 def _text(cell: bytes | None) -> str:
@@ -142,7 +131,14 @@ def _text(cell: bytes | None) -> str:
 
 
 class TicksFile:
-    """Writes the file entry by entry: `with replacing(path) as file: ticks = TicksFile(file)`."""
+    """Write the file entry by entry.
+
+    Example:
+        >>> with replacing(path) as file:
+        ...     ticks = TicksFile(file)
+        ...     ticks.add(408065, entry)
+        ...     ticks.finish()
+    """
 
     def __init__(self, file: Any) -> None:
         self.entries = 0
@@ -150,37 +146,48 @@ class TicksFile:
         file.write(b"{")
 
     def add(self, token: int, entry: Mapping[str, Any]) -> None:
-        """One more instrument; tokens must differ."""
+        """Write one more instrument; tokens must differ."""
         comma = b",\n" if self.entries else b"\n"
         self._file.write(comma + b'"%d":' % token + _encode(entry))
         self.entries += 1
 
     def finish(self) -> None:
-        """The end of the object."""
+        """Write the end of the object."""
         self._file.write(b"\n}\n")
 
 
 class ReadTicks(NamedTuple):
-    """What a ticks.json held: one row a symbol; `refused` entries were none, `why` the first one's reason."""
+    """The content of a ticks.json.
+
+    Attributes:
+        frames: Symbol → frame of one row.
+        refused: How many entries were malformed.
+        why: The reason for the first of them, one line.
+        as_of_ms: The newest `timestamp`, epoch ms.
+    """
 
     frames: Frames
     refused: int
     why: str
-    as_of_ms: float | None = None  # the newest `timestamp` in it
+    as_of_ms: float | None = None
 
 
 def read_ticks_json(source: Path | bytes) -> ReadTicks:
-    """Symbol → frame of one row (the day so far, at its midnight), from the file or its zip.
+    """Read symbol → frame of one row (the current day, at its midnight) from the file or its zip.
 
-    Odd entries are counted and left out. Raises InputFileError when it is no such file, OSError.
+    Malformed entries are counted and left out.
+
+    Raises:
+        InputFileError: The source is no ticks.json, or larger than 256 MB.
+        OSError: The path cannot be read.
     """
     data = source if isinstance(source, bytes) else source.read_bytes()
     try:
         tree = _json.decode(_unzipped(data))
     except (ValueError, RecursionError) as error:
-        raise InputFileError(f"ticks.json is no JSON ({str(error)[:80]})", "write it anew") from error
+        raise InputFileError(f"ticks.json is no JSON ({str(error)[:80]})", "write it again") from error
     if not isinstance(tree, dict):
-        raise InputFileError("ticks.json holds no object", "write it anew")
+        raise InputFileError("ticks.json holds no object", "write it again")
     symbols: list[str] = []
     rows: list[list[float]] = []
     moments: list[Any] = []
@@ -224,13 +231,13 @@ def _row_of(entry: Any) -> tuple[str, list[float], str]:
 
 
 def _unzipped(data: bytes) -> bytes:
-    """The `ticks.json` in upstream's `ticks.json.zip`; other bytes as they are. Bounded either way."""
+    """Return the `ticks.json` in upstream's `ticks.json.zip`, other bytes unchanged, bounded in size."""
     if data[:4] == b"PK\x03\x04":
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive, archive.open(NAME) as member:
                 data = member.read(BYTES_MAX + 1)
         except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, EOFError) as error:
-            raise InputFileError("the zip holds no readable ticks.json", "write it anew") from error
+            raise InputFileError("the zip holds no readable ticks.json", "write it again") from error
     if len(data) > BYTES_MAX:
         raise InputFileError(f"ticks.json is larger than {BYTES_MAX >> 20} MB", "split it")
     return data

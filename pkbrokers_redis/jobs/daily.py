@@ -275,7 +275,7 @@ def trim(at: str, day: str, after: Sequence[str] = ()) -> Any:
         # Files first: a later trim would not find a file that the manifest no longer names.
         for name in old:
             (folder / name).unlink(missing_ok=True)
-        update_manifest(folder, {}, gone={*old, *retention.deleted(folder, listed)})
+        update_manifest(folder, {}, removed={*old, *retention.deleted(folder, listed)})
         return {"removed": len(old), "swept": sweep(folder)}
 
 

@@ -1,4 +1,4 @@
-"""Snapshots of the store as files: ticks.json, pickles, SQLite, Parquet; each in its manifest entry.
+"""Write snapshots of the store: ticks.json, pickles, SQLite, Parquet, and a manifest of them.
 
     files/ticks.json                                  snapshot("ticks")
     files/stock_data_DDMMYYYY.pkl, daily_candles.pkl  snapshot("pickle")
@@ -7,9 +7,9 @@
     files/parquet/interval=…/date=…/candles.parquet   snapshot("parquet")
     files/manifest.json
 
-One of a kind at a time, also among processes. A run that is killed leaves each file old or new, and the
-manifest right. What has no rows is not written: a new store must not replace yesterday's files, here and on
-the branch, by empty ones. Instruments are read in slices, so memory does not grow with their number.
+One run of a kind at a time, also among processes. A killed run leaves each file old or new, and a manifest
+that matches. A file without rows is not written: an empty store must not replace yesterday's files, locally
+and on the branch. Instruments are read in slices, so memory does not grow with their number.
 """
 
 from __future__ import annotations
@@ -60,7 +60,18 @@ log = logs.get("snapshots")
 
 @dataclass
 class Run:
-    """What a snapshot works with; `made` is what it has written. `listener` hears of instruments done."""
+    """The tools and the progress of one snapshot.
+
+    Attributes:
+        settings: The store's settings.
+        store: The store to read.
+        clock: Market time, epoch ms.
+        folder: Where the files are written.
+        listener: Called with (instruments done, instruments × passes, part).
+        made: Entries of the files that were written.
+        done: Instruments done so far, over all passes.
+        passes: How often the kind reads all instruments.
+    """
 
     settings: Settings
     store: CandleStore
@@ -69,19 +80,19 @@ class Run:
     listener: Listener | None = None
     made: dict[str, Entry] = field(default_factory=dict)
     done: int = 0
-    passes: int = 1  # over all instruments
+    passes: int = 1
 
     @property
     def today(self) -> date:
-        """Kolkata's date, market time."""
+        """Return the date in Kolkata, market time."""
         return datetime.fromtimestamp(self.clock() / 1000 + KOLKATA_SECONDS, UTC).date()
 
     def made_at(self) -> str:
-        """Now, ISO with +05:30, market time."""
+        """Return the present market time, ISO with +05:30."""
         return _iso(int(self.clock() / 1000))
 
     def position(self) -> dict[str, str]:
-        """How far each shard's aggregator is: the cursor's stream id."""
+        """Return the position of each shard's aggregator: its cursor's stream id."""
         keys, client = self.store.keys, self.store.client
         pipeline = client.pipeline(transaction=False)
         for shard in range(keys.shards):
@@ -89,17 +100,17 @@ class Run:
         replies = enumerate(pipeline.execute(raise_on_error=False))
         return {str(shard): reply.decode() for shard, reply in replies if isinstance(reply, bytes)}
 
-    def coming(self, entries: Mapping[str, Entry]) -> None:
-        """These files are whole, and about to take their places."""
+    def before_rename(self, entries: Mapping[str, Entry]) -> None:
+        """Note in the manifest that these files are whole and about to be renamed."""
         announce(self.folder, entries)
 
-    def placed(self, entries: Mapping[str, Entry]) -> None:
-        """They have taken them."""
+    def after_rename(self, entries: Mapping[str, Entry]) -> None:
+        """Note that the files have their names."""
         update_manifest(self.folder, entries)
         self.made.update(entries)
 
-    def tell(self, instruments: int, total: int, part: str) -> None:
-        """So many more instruments are done, of `total` in each pass."""
+    def report(self, instruments: int, total: int, part: str) -> None:
+        """Report that `instruments` more are done, of `total` in each pass."""
         self.done += instruments
         if self.listener is not None:
             self.listener(self.done, self.passes * total, part)
@@ -107,7 +118,7 @@ class Run:
     def slices(
         self, interval: str, count: int, include_current: bool = False, rows_a_slice: int = ROWS_A_SLICE
     ) -> Iterator[Bulk]:
-        """The store's candles of an interval, instruments in slices with ascending tokens."""
+        """Yield the newest `count` candles of each instrument, in slices with ascending tokens."""
         instruments = sorted(self.store.instruments())
         step = max(1, rows_a_slice // max(count, 1))
         parts = [instruments[first : first + step] for first in range(0, len(instruments), step)]
@@ -115,20 +126,20 @@ class Run:
         def read(part: list[tuple[int, str]]) -> Bulk:
             return read_bulk(self.store.client, self.store.keys, part, interval, count, include_current)
 
-        with ThreadPoolExecutor(1) as ahead:  # Redis answers for the next slice while this one is written
-            coming = ahead.submit(read, parts[0]) if parts else None
+        with ThreadPoolExecutor(1) as executor:  # reads the next slice while the caller writes this one
+            pending = executor.submit(read, parts[0]) if parts else None
             for part in [*parts[1:], None]:
-                if coming is None:
+                if pending is None:
                     return
-                bulk = coming.result()
-                coming = ahead.submit(read, part) if part is not None else None
+                bulk = pending.result()
+                pending = executor.submit(read, part) if part is not None else None
                 yield bulk.with_rows_only()
-                self.tell(len(bulk), len(instruments), interval)
+                self.report(len(bulk), len(instruments), interval)
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What the caller of `snapshot` chose; each kind takes what concerns it."""
+class SnapshotOptions:
+    """The arguments of `snapshot`; each kind uses those that concern it."""
 
     shape: Shape
     intervals: list[str]
@@ -143,7 +154,10 @@ def open_run(
     folder: Path | None = None,
     listener: Listener | None = None,
 ) -> Iterator[Run]:
-    """On the configured store and folder, or on those handed in. A job's progress goes to Redis."""
+    """Open a run on the configured store and folder, or on the given ones.
+
+    Inside a job the progress is reported to Redis.
+    """
     settings = settings or load_settings()
     with ExitStack() as stack:
         opened = store or stack.enter_context(CandleStore(settings))
@@ -159,12 +173,23 @@ def snapshot(
     day: str = "",
     run: Run | None = None,
 ) -> dict[str, Any]:
-    """Write one kind of snapshot. Returns `{"kind", "files": {name: rows}, "instruments", "seconds"}`.
+    """Write one kind of snapshot.
 
-    `shape` is the pickles', `intervals` the Parquet's (default: 1m and day), `full` writes again what an
-    incremental run would leave, `day` (ISO, default: today) is the session's date, in the names of pickles.
-    Raises PkbError when another run of the kind is at work, InputFileError for a damaged file in the way,
-    FilesUnwritable for the disk.
+    Args:
+        kind: One of `KINDS`.
+        shape: Shape of the pickles: "published" (DataFrames) or "split" (dicts of lists).
+        intervals: Intervals of the Parquet; default: 1m and day.
+        full: Write everything again, also what an incremental run would keep.
+        day: Date of the session, ISO; it is part of the pickles' names. Default: today.
+        run: An open run; default: on the configured store and folder.
+
+    Returns:
+        `{"kind": …, "files": {name: rows}, "instruments": …, "seconds": …}`.
+
+    Raises:
+        PkbError: Another run of the kind is in progress, or the kind is unknown.
+        InputFileError: A file that is to be updated is damaged.
+        FilesUnwritable: The disk is full, or refuses the write.
     """
     if kind not in KINDS:
         raise PkbError(f"unknown snapshot {kind!r}", "use one of " + " ".join(KINDS))
@@ -176,24 +201,24 @@ def snapshot(
         at.made.clear()
         at.done, at.passes = 0, 1
         local = date.fromisoformat(day) if day else at.today
-        _WRITERS[kind](at, Wanted(shape, intervals or [MINUTE, DAY], full, local))
-        told = {
+        _WRITERS[kind](at, SnapshotOptions(shape, intervals or [MINUTE, DAY], full, local))
+        result = {
             "kind": kind,
             "files": {name: entry.rows for name, entry in at.made.items()},
             "instruments": max((entry.instruments for entry in at.made.values()), default=0),
             "seconds": round(time.monotonic() - began, 2),
         }
         log.info(
-            "snapshot",
+            "snapshot_written",
             kind=kind,
             files=len(at.made),
-            instruments=told["instruments"],
-            seconds=told["seconds"],
+            instruments=result["instruments"],
+            seconds=result["seconds"],
         )
-        return told
+        return result
 
 
-def _ticks(run: Run, _: Wanted) -> None:
+def _ticks(run: Run, _: SnapshotOptions) -> None:
     position, instruments = run.position(), sorted(run.store.instruments())
     first, last = "", ""
     entries = _unless_empty(
@@ -210,26 +235,28 @@ def _ticks(run: Run, _: Wanted) -> None:
         ticks.finish()
         counts = (file.bytes_written, ticks.entries, ticks.entries)
         made = {ticks_json.NAME: Entry(file.sha256, *counts, first, last, run.made_at(), "ticks", position)}
-        run.coming(made)
-    run.placed(made)
-    run.tell(len(instruments), len(instruments), ticks_json.NAME)
+        run.before_rename(made)
+    run.after_rename(made)
+    run.report(len(instruments), len(instruments), ticks_json.NAME)
 
 
-def _pickles(run: Run, wanted: Wanted) -> None:
+def _pickles(run: Run, options: SnapshotOptions) -> None:
     names, kept = run.store.intervals, run.settings.intervals
     run.passes = len({DAY, MINUTE} & set(names))
     if DAY in names:
-        dated, latest = pickles.daily_name(wanted.day), pickles.DAILY_LATEST
-        _pickle(run, DAY, DAILY_ROWS_MAX, wanted.shape, (dated, latest))
+        dated, latest = pickles.daily_name(options.day), pickles.DAILY_LATEST
+        _pickle(run, DAY, DAILY_ROWS_MAX, options.shape, (dated, latest))
     if MINUTE in names:
-        dated, latest = pickles.intraday_name(wanted.day), pickles.INTRADAY_LATEST
-        _pickle(run, MINUTE, find_interval(kept, MINUTE).keep, wanted.shape, (dated, latest))
+        dated, latest = pickles.intraday_name(options.day), pickles.INTRADAY_LATEST
+        _pickle(run, MINUTE, find_interval(kept, MINUTE).keep, options.shape, (dated, latest))
 
 
 def _pickle(run: Run, interval: str, count: int, shape: Shape, names: tuple[str, str]) -> None:
-    """One pickle under its dated and its undated name."""
+    """Write one pickle under its dated and its undated name."""
     daily, position = interval == DAY, run.position()
-    slices = run.slices(interval, count, include_current=daily)  # the day so far, whole minutes
+    slices = run.slices(
+        interval, count, include_current=daily
+    )  # the current day candle, but whole minutes only
     bulks = _unless_empty(bulk for bulk in slices if len(bulk))
     if bulks is None:
         return
@@ -249,13 +276,13 @@ def _pickle(run: Run, interval: str, count: int, shape: Shape, names: tuple[str,
         pickled.finish()
         counts, span = (file.bytes_written, total, pickled.items), (_iso(first_s), _iso(last_s))
         entry = Entry(file.sha256, *counts, *span, run.made_at(), "pickle", position)
-        run.coming(dict.fromkeys(names, entry))
+        run.before_rename(dict.fromkeys(names, entry))
     linked(run.folder / names[0], run.folder / names[1])
-    run.placed(dict.fromkeys(names, entry))
+    run.after_rename(dict.fromkeys(names, entry))
 
 
 class _OlderDays:
-    """Days that the store does not have (yet), from the candle file: a new store has a year at once."""
+    """Days that the store does not have yet, read from the candle file: a new store has a year at once."""
 
     def __init__(self, run: Run, daily: bool) -> None:
         self._database: LocalCandleDatabase | None = None
@@ -270,7 +297,7 @@ class _OlderDays:
             self._database.close()
 
     def before(self, symbol: str, rows: Floats, count: int) -> Floats:
-        """`rows` with older ones before them, `count` at most."""
+        """Return `rows` after older ones, `count` at most."""
         if self._database is None or not len(rows):
             return rows
         until = datetime.fromtimestamp(int(rows[0, 0]) + KOLKATA_SECONDS, UTC).date() - timedelta(days=1)
@@ -282,13 +309,13 @@ class _OlderDays:
         return rows
 
 
-def _sqlite(run: Run, wanted: Wanted) -> None:
-    """The live candle file brought up to date, and a whole copy of it for other machines."""
+def _sqlite(run: Run, options: SnapshotOptions) -> None:
+    """Update the live candle file, and write a whole copy of it for other machines."""
     position, count = run.position(), len(run.store.instruments())
     run.passes = 2
     with LocalCandleDatabase(run.folder, run.settings) as database:
-        database.update_from_ticks(run.store, full=wanted.full)
-        run.tell(count, count, CANDLE_DB)
+        database.update_from_ticks(run.store, full=options.full)
+        run.report(count, count, CANDLE_DB)
         stats = database.get_stats()
         first, last = database.span()
         rows = stats["daily"]["records"] + stats["intraday"]["records"]
@@ -297,68 +324,66 @@ def _sqlite(run: Run, wanted: Wanted) -> None:
             return
         with replacing_path(run.folder / SQLITE_COPY) as temporary:
             database.copy_to(temporary)
-            told = sha256_of(temporary), temporary.stat().st_size
-            entry = Entry(*told, rows, symbols, first, last, run.made_at(), "sqlite", position)
-            run.coming({SQLITE_COPY: entry})
-    run.placed({SQLITE_COPY: entry})
-    run.tell(count, count, SQLITE_COPY)
+            digest, size = sha256_of(temporary), temporary.stat().st_size
+            entry = Entry(digest, size, rows, symbols, first, last, run.made_at(), "sqlite", position)
+            run.before_rename({SQLITE_COPY: entry})
+    run.after_rename({SQLITE_COPY: entry})
+    run.report(count, count, SQLITE_COPY)
 
 
-def _parquet(run: Run, wanted: Wanted) -> None:
-    run.passes = len(wanted.intervals)
-    for name in wanted.intervals:
+def _parquet(run: Run, options: SnapshotOptions) -> None:
+    run.passes = len(options.intervals)
+    for name in options.intervals:
         interval = find_interval(run.settings.intervals, name)
-        position, made_at = (
-            run.position(),
-            run.made_at(),
-        )  # before the rows: a restore asks what was over then
-        since = None if wanted.full else _since(run, interval.name)
+        # Before the rows are read: a restore needs to know which candles were complete at that time.
+        position, made_at = run.position(), run.made_at()
+        since = None if options.full else _since(run, interval.name)
         count = interval.keep
         if since is not None and interval.name == DAY:
             count = min(count, (run.today - since).days + 1)
-        # A year of days is as many files: each must get more than a handful of rows at a time.
+        # A year of day candles is as many files: larger slices write more rows to each at a time.
         rows_a_slice = ROWS_A_SLICE * (5 if interval.name == DAY else 1)
         slices = run.slices(interval.name, count, rows_a_slice=rows_a_slice)
         made: dict[str, Entry] = {}
         with parquet.writing_partitions(run.folder, interval.name, slices, since) as written:
-            for each in written:
-                counts = (each.bytes, each.rows, each.instruments)
-                span = (_iso(each.first_s), _iso(each.last_s))
-                entry = Entry(each.sha256, *counts, *span, made_at, "parquet", position)
-                made[each.path.relative_to(run.folder).as_posix()] = entry
-            run.coming(made)
-        run.placed(made)
+            for partition in written:
+                counts = (partition.bytes, partition.rows, partition.instruments)
+                span = (_iso(partition.first_s), _iso(partition.last_s))
+                entry = Entry(partition.sha256, *counts, *span, made_at, "parquet", position)
+                made[partition.path.relative_to(run.folder).as_posix()] = entry
+            run.before_rename(made)
+        run.after_rename(made)
 
 
 def _since(run: Run, interval: str) -> date | None:
-    """From which day an incremental run writes: the newest partition that is there, and the one before it,
-    whose candles may have been repaired since."""
+    """Return the first day that an incremental run writes: the day of the newest partition but one, whose
+    candles may have been repaired since."""
     try:
         listed = read_manifest(run.folder)
     except InputFileError:
         return None
-    there = parquet.partitions(run.folder, interval)
-    known = [day for day, path in there.items() if path.relative_to(run.folder).as_posix() in listed]
+    existing = parquet.partitions(run.folder, interval)
+    known = [day for day, path in existing.items() if path.relative_to(run.folder).as_posix() in listed]
     return known[-2:][0] if known else None
 
 
 def _unless_empty(items: Iterator[T]) -> Iterator[T] | None:
-    """The same; None where there are none."""
+    """Return the iterator, or None if it is empty."""
     for first in items:
         return chain([first], items)
     return None
 
 
 def _iso(moment_s: int) -> str:
-    """`2026-11-20T09:15:00+05:30`; "" for 0."""
+    """Return `2026-11-20T09:15:00+05:30`; "" for 0."""
     if not moment_s:
         return ""
     local = datetime.fromtimestamp(moment_s + KOLKATA_SECONDS, UTC)
     return local.strftime("%Y-%m-%dT%H:%M:%S+05:30")
 
 
-# A new kind is a row; docs/adding.md says what else.
-_WRITERS: dict[str, Callable[[Run, Wanted], None]] = {
+# A new kind is a row; docs/adding.md lists the other places.
+_WRITERS: dict[str, Callable[[Run, SnapshotOptions], None]] = {
     "ticks": _ticks,
     "pickle": _pickles,
     "sqlite": _sqlite,

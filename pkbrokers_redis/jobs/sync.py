@@ -19,13 +19,11 @@ from datetime import UTC, date, datetime
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import msgspec
-
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles.model import DEFAULT_INTERVALS, Interval
 from pkbrokers_redis.errors import InputFileError, PkbError
 from pkbrokers_redis.files.manifest import NAME as MANIFEST
-from pkbrokers_redis.files.manifest import VERSION, Entry, parse_manifest, read_manifest
+from pkbrokers_redis.files.manifest import Entry, encode_manifest, parse_manifest, read_manifest
 from pkbrokers_redis.jobs.github import (
     Git,
     GitFailed,
@@ -208,7 +206,7 @@ class _Push:
         for name in set(old).difference(entries):
             lines.append(f"0 {'0' * len(blob)}\t{target.path_of(name)}\0")
             del published[name]
-        blob = git("hash-object", "-w", "--stdin", given=_manifest_text(published))
+        blob = git("hash-object", "-w", "--stdin", given=encode_manifest(published))
         lines.append(f"100644 {blob}\t{target.path_of(MANIFEST)}\0")
         git("update-index", "-z", "--index-info", given="".join(lines).encode(errors="surrogateescape"))
         return entries
@@ -272,7 +270,7 @@ def _store(
                     return blob, entry
         time.sleep(READ_PAUSE_SECONDS)
         entry = read_manifest(folder).get(name)
-    raise InputFileError(f"{name} is not the file its manifest names", "write the snapshot again")
+    raise InputFileError(f"{name} differs from its manifest entry", "write the snapshot again")
 
 
 def _digests(file: IO[bytes], size: int) -> tuple[str, str]:
@@ -294,16 +292,6 @@ def _manifest_at(git: Git, tip: str | None) -> dict[str, Entry]:
     except InputFileError:
         log.warning("branch_manifest_replaced", target=git.target.shown)
         return {}
-
-
-def _manifest_text(entries: Mapping[str, Entry]) -> bytes:
-    files = {name: _fields(entry) for name, entry in sorted(entries.items())}
-    return msgspec.json.format(msgspec.json.encode({"version": VERSION, "files": files}), indent=1)
-
-
-def _fields(entry: Entry) -> dict[str, Any]:
-    fields: dict[str, Any] = msgspec.to_builtins(entry)
-    return {"from" if name == "from_" else name: value for name, value in fields.items()}
 
 
 def _commit(git: Git, tree: str, tip: str | None, at_s: float) -> str:

@@ -197,10 +197,10 @@ MALICIOUS: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", list(MALICIOUS))
 def test_a_malicious_pickle_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    data, asked = MALICIOUS[name]
+    data, expected_name = MALICIOUS[name]
     with pytest.raises(RefusedPickle) as refused:
         load(data)
-    assert asked in f"{refused.value.name} {refused.value}" and "\n" not in str(refused.value)
+    assert expected_name in f"{refused.value.name} {refused.value}" and "\n" not in str(refused.value)
 
 
 def test_a_refusal_in_the_child_arrives_by_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Pickles in upstream's two shapes: what plain pandas reads from ours, and what we read from anyone's."""
+"""Pickles in upstream's two shapes: written for plain pandas, and read from any source."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def pickled(items: dict[str, Any]) -> bytes:
     return file.getvalue()
 
 
-def test_an_index_that_many_share_is_written_once_and_every_frame_is_as_if_written_alone() -> None:
-    """More sets of days than are shared, and one that most have."""
+def test_shared_index_is_written_once_and_each_frame_reads_as_if_written_alone() -> None:
+    """There are more sets of days than shared indexes, and one set that most frames have."""
     tables = {f"S{i}": rows(120 if i % 2 else 20 + i) for i in range(2 * INDEXES_SHARED_MAX + 20)}
     frames = {name: shaped(table, True, "published") for name, table in tables.items()}
     data = pickled(frames)
@@ -64,7 +64,7 @@ def test_an_index_that_many_share_is_written_once_and_every_frame_is_as_if_writt
     pd.testing.assert_frame_equal(got["S3"], alone["S3"], check_freq=False)
 
 
-def test_names_are_upstreams() -> None:
+def test_file_names_are_those_of_upstream() -> None:
     day = dt.date(2026, 11, 5)
     assert (daily_name(day), intraday_name(day)) == (
         "stock_data_05112026.pkl",
@@ -72,22 +72,22 @@ def test_names_are_upstreams() -> None:
     )
 
 
-def test_the_published_form_is_what_plain_pandas_reads() -> None:
+def test_plain_pandas_reads_the_published_shape() -> None:
     got = pickle.loads(pickled({"INFY": shaped(rows(3), True, "published")}))["INFY"]
     assert got.columns.to_list() == ["Open", "High", "Low", "Close", "Volume"]
     assert str(got.index.tz) == "Asia/Kolkata" and got.index[0].isoformat() == "2026-01-05T00:00:00+05:30"
     assert got["Close"].to_list() == [100.5, 101.5, 102.5] and got["Volume"].dtype == np.int64
 
 
-def test_the_split_form_makes_a_frame_as_upstream_does() -> None:
-    told = pickle.loads(pickled({"INFY": shaped(rows(2, 60), False, "split")}))["INFY"]
-    frame = pd.DataFrame(data=told["data"], columns=told["columns"], index=told["index"])
+def test_split_shape_makes_a_frame_as_in_upstream() -> None:
+    table = pickle.loads(pickled({"INFY": shaped(rows(2, 60), False, "split")}))["INFY"]
+    frame = pd.DataFrame(data=table["data"], columns=table["columns"], index=table["index"])
     assert frame.columns.to_list() == ["open", "high", "low", "close", "volume"]
-    assert told["index"] == ["2026-01-05T09:15:00+05:30", "2026-01-05T09:16:00+05:30"]
-    assert told["data"][1] == [101.5, 101.5, 101.5, 101.5, 11] and type(told["data"][1][4]) is int
+    assert table["index"] == ["2026-01-05T09:15:00+05:30", "2026-01-05T09:16:00+05:30"]
+    assert table["data"][1] == [101.5, 101.5, 101.5, 101.5, 11] and type(table["data"][1][4]) is int
 
 
-def test_pandas_2_can_read_the_published_form() -> None:
+def test_published_shape_names_nothing_that_pandas_2_lacks() -> None:
     """Nothing that only pandas 3 knows: labels of Arrow strings, arrays of times without their third part."""
     data = pickled({"INFY": shaped(rows(3), True, "published")})
     names = {str(argument) for opcode, argument, _ in pickletools.genops(data) if opcode.name == "GLOBAL"}
@@ -97,20 +97,20 @@ def test_pandas_2_can_read_the_published_form() -> None:
     assert pickle.EMPTY_DICT in state and pickle.TUPLE3 in state
 
 
-def test_days_are_cut_to_a_trading_year() -> None:
+def test_days_are_limited_to_a_trading_year() -> None:
     assert len(shaped(rows(300), True, "published")) == DAILY_ROWS_MAX
     assert len(shaped(rows(300), False, "split")["data"]) == 300
 
 
 @pytest.mark.parametrize("count", [0, 1, SYMBOLS_A_BATCH, SYMBOLS_A_BATCH + 1])
-def test_a_dict_written_item_by_item_is_that_dict(count: int) -> None:
+def test_dict_written_item_by_item_is_read_as_that_dict(count: int) -> None:
     items = {f"S{i}": {"data": [[1.5, i]], "columns": ["x"], "index": ["a", "a"]} for i in range(count)}
     assert pickle.loads(pickled(items)) == items
 
 
 @pytest.mark.parametrize("shape", ["published", "split"])
 @pytest.mark.parametrize("daily", [True, False])
-def test_what_is_written_is_read_back(shape: Any, daily: bool) -> None:
+def test_written_frames_are_read_back(shape: Any, daily: bool) -> None:
     found = read_frames(pickled({"INFY": shaped(rows(5), daily, shape)}))
     frame = found.frames["INFY"]
     assert found.refused == 0 and frame.columns.to_list() == ["open", "high", "low", "close", "volume"]
@@ -122,7 +122,7 @@ def test_what_is_written_is_read_back(shape: Any, daily: bool) -> None:
 
 
 @pytest.mark.parametrize("protocol", [2, 5])
-def test_files_of_pandas_2_give_the_same_frame_in_every_shape(protocol: int) -> None:
+def test_files_of_pandas_2_are_read_to_the_same_frame_in_every_shape(protocol: int) -> None:
     found = read_frames(PICKLES[protocol])
     assert sorted(found.frames) == ["INFY", "SBIN", "SPLIT", "STAMPS", "TCS"] and found.refused == 0
     for frame in found.frames.values():
@@ -162,13 +162,13 @@ OHLC = {"open": 1, "high": 2, "low": 0.5, "close": 1.5}
     ],
     ids=["by moment", "adjusted", "texts", "utc", "naive", "twice", "an empty row"],
 )
-def test_every_spelling_means_the_same_row(table: Any) -> None:
+def test_every_spelling_of_a_table_is_read_to_the_same_row(table: Any) -> None:
     frame = read_frames(pickle.dumps({"INFY": table})).frames["INFY"]
     assert frame.index.to_list() == [pd.Timestamp("2026-11-20", tz="Asia/Kolkata")]
     assert frame.iloc[0].to_list() == [1, 2, 0.5, 1.5, 3]
 
 
-def test_upstreams_hybrid_files_are_read() -> None:
+def test_hybrid_files_of_upstream_are_read() -> None:
     hybrid = {
         "symbol_data": {"INFY": {"2026-11-20T00:00:00+05:30": {**OHLC, "volume": 3}}},
         "metadata": {},
@@ -177,7 +177,7 @@ def test_upstreams_hybrid_files_are_read() -> None:
     assert list(read_frames(pickle.dumps(hybrid)).frames) == ["INFY"]
 
 
-def test_odd_entries_are_counted_and_cost_the_others_nothing() -> None:
+def test_malformed_entries_are_counted_and_all_other_entries_are_read() -> None:
     items = {
         "INFY": shaped(rows(1), True, "published"),
         "NONE": None,
@@ -193,6 +193,6 @@ def test_odd_entries_are_counted_and_cost_the_others_nothing() -> None:
     assert list(found.frames) == ["INFY"] and found.refused == len(items) - 1 and "NONE" in found.why
 
 
-def test_a_pickle_of_something_else_is_one_line() -> None:
+def test_pickle_without_a_dict_of_symbols_is_a_one_line_error() -> None:
     with pytest.raises(InputFileError, match="dict of symbols"):
         read_frames(pickle.dumps([1, 2]))

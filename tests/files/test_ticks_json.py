@@ -1,4 +1,4 @@
-"""ticks.json in upstream's shape, from quotes and day candles; and read back, ours or a stranger's."""
+"""ticks.json in upstream's shape, from quotes and day candles; files of any origin are read."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def write(client: redis.Redis, settings: Settings, path: Path) -> dict[str, Any]
     return tree
 
 
-def test_an_entry_has_upstreams_shape(client: redis.Redis, settings: Settings, tmp_path: Path) -> None:
+def test_entry_has_the_shape_of_upstream(client: redis.Redis, settings: Settings, tmp_path: Path) -> None:
     client.hset(settings.keys.quote(INFY), mapping=QUOTE)
     client.hset(settings.keys.current(INFY), "day", row(OPEN_S, 100.5, 1200, ticks=42))
     entry = write(client, settings, tmp_path / "ticks.json")[str(INFY)]
@@ -72,7 +72,7 @@ def test_an_entry_has_upstreams_shape(client: redis.Redis, settings: Settings, t
     assert entry["last_updated"] == QUOTE["received_at"]
 
 
-def test_without_quotes_the_day_candle_speaks(
+def test_prices_are_those_of_the_day_candle_without_a_quote(
     client: redis.Redis, settings: Settings, tmp_path: Path
 ) -> None:
     client.hset(settings.keys.current(NIFTY), "day", row(OPEN_S, 25_000, 0, open=24_900, ticks=7))
@@ -81,7 +81,7 @@ def test_without_quotes_the_day_candle_speaks(
     assert entry["ohlcv"]["timestamp"] == "2026-01-05T09:15:00+05:30" and entry["tick_count"] == 7
 
 
-def test_what_has_no_price_is_left_out_and_damage_costs_only_itself(
+def test_instruments_without_a_price_and_malformed_fields_are_left_out(
     client: redis.Redis, settings: Settings, tmp_path: Path
 ) -> None:
     client.hset(settings.keys.quote(INFY), mapping={**QUOTE, "depth": "{", "close": "?", "volume": "inf"})
@@ -94,14 +94,14 @@ def test_what_has_no_price_is_left_out_and_damage_costs_only_itself(
     )
 
 
-def test_other_exchanges_keep_their_name(client: redis.Redis, settings: Settings, tmp_path: Path) -> None:
+def test_other_exchanges_keep_their_prefix(client: redis.Redis, settings: Settings, tmp_path: Path) -> None:
     for token, _ in INSTRUMENTS:
         client.hset(settings.keys.quote(token), mapping=QUOTE)
     names = [entry["trading_symbol"] for entry in write(client, settings, tmp_path / "t.json").values()]
     assert names == ["INFY", "NIFTY 50", "RELIANCE", "BSE:INFY"]
 
 
-def test_what_is_written_is_read_as_one_row_a_symbol(
+def test_written_file_is_read_as_one_row_per_symbol(
     client: redis.Redis, settings: Settings, tmp_path: Path
 ) -> None:
     client.hset(settings.keys.quote(INFY), mapping=QUOTE)
@@ -113,9 +113,7 @@ def test_what_is_written_is_read_as_one_row_a_symbol(
     assert found.as_of_ms == (OPEN_S + 45 * 60 + 1) * 1000
 
 
-def test_an_empty_store_gives_an_empty_object(
-    client: redis.Redis, settings: Settings, tmp_path: Path
-) -> None:
+def test_empty_store_gives_an_empty_object(client: redis.Redis, settings: Settings, tmp_path: Path) -> None:
     assert write(client, settings, tmp_path / "t.json") == {}
     assert read_ticks_json(tmp_path / "t.json").frames == {}
 
@@ -132,7 +130,7 @@ def entry(**changes: Any) -> dict[str, Any]:
     return {"trading_symbol": "INFY", "ohlcv": ohlcv, **changes}
 
 
-def test_odd_entries_are_counted_and_left_out() -> None:
+def test_malformed_entries_are_counted_and_left_out() -> None:
     ohlcv = entry()["ohlcv"]
     tree = {
         "1": entry(),
@@ -149,7 +147,7 @@ def test_odd_entries_are_counted_and_left_out() -> None:
     assert list(found.frames) == ["INFY"] and found.refused == 8 and found.why
 
 
-def test_upstreams_zip_is_read_and_a_bomb_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zip_of_upstream_is_read_and_a_zip_bomb_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("ticks.json", json.dumps({"1": entry()}))
@@ -166,7 +164,7 @@ def test_upstreams_zip_is_read_and_a_bomb_is_not(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{", b"PK\x03\x04no zip", b"[" * 100_000])
-def test_what_is_no_ticks_json_is_one_line(data: bytes) -> None:
+def test_file_that_is_no_ticks_json_is_a_one_line_error(data: bytes) -> None:
     with pytest.raises(InputFileError) as refused:
         read_ticks_json(data)
     assert "\n" not in str(refused.value)

@@ -133,7 +133,7 @@ class Gate:
 
 
 class GitHost:
-    """`http://127.0.0.1:port/repository.git` for whoever has the token, and `/raw/branch/…` beside it.
+    """`http://127.0.0.1:port/repository.git` for requests with the token, and `/raw/branch/…`.
 
     `seen` are the request lines, `authorizations` the headers that came, `bytes_sent` the bodies we sent,
     `bytes_taken` those that came.

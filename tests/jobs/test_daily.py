@@ -160,7 +160,7 @@ def test_failed_check_of_the_day_has_a_hint(
     update_manifest(context.settings.files_folder, {"daily_candles.pkl": kept})
     with pytest.raises(daily.NotReady, match="make room"):
         daily.capacity(**WHEN)
-    update_manifest(context.settings.files_folder, {}, gone=["daily_candles.pkl"])
+    update_manifest(context.settings.files_folder, {}, removed=["daily_candles.pkl"])
     monkeypatch.setattr(daily, "DISK_BYTES_MIN", 1 << 62)
     with pytest.raises(daily.NotReady, match="make room"):
         daily.capacity(**WHEN)

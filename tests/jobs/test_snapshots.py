@@ -1,4 +1,4 @@
-"""Snapshots: what the files hold, what the manifest says of them, and what a kill leaves."""
+"""Snapshots: the files' content, their manifest, and the state after a kill."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from tests.support import run_pkb, settings_env
 __all__ = ["at_close", "run", "server_kind"]  # fixtures
 
 
-def test_ticks_json_is_in_the_manifest(run: Run) -> None:
-    told = snapshot("ticks", run=run)
-    assert told["files"] == {"ticks.json": 2} and told["instruments"] == 2
+def test_ticks_json_is_written_with_its_manifest_entry(run: Run) -> None:
+    result = snapshot("ticks", run=run)
+    assert result["files"] == {"ticks.json": 2} and result["instruments"] == 2
     entry = read_manifest(run.folder)["ticks.json"]
     assert entry.sha256 == sha256_of(run.folder / "ticks.json") and entry.kind == "ticks"
     assert entry.made_at.startswith("2026-01-05T16:15") and entry.position == {"1": "1767600000000-7"}
@@ -44,7 +44,7 @@ def test_ticks_json_is_in_the_manifest(run: Run) -> None:
 
 
 @pytest.mark.parametrize("shape", ["published", "split"])
-def test_pickles_have_upstreams_names_and_shapes(run: Run, shape: Any) -> None:
+def test_pickles_have_the_names_and_shapes_of_upstream(run: Run, shape: Any) -> None:
     snapshot("pickle", shape, run=run)
     names = [
         "daily_candles.pkl",
@@ -54,7 +54,7 @@ def test_pickles_have_upstreams_names_and_shapes(run: Run, shape: Any) -> None:
     ]
     assert sorted(read_manifest(run.folder)) == names and problems(run.folder) == []
     daily = read_frames(run.folder / "stock_data_05012026.pkl").frames
-    assert daily["INFY"]["close"].to_list() == [1496.05, 1497.05, 1501.05]  # the day so far is the last
+    assert daily["INFY"]["close"].to_list() == [1496.05, 1497.05, 1501.05]  # the current day is the last
     minutes = read_frames(run.folder / "intraday_1m_candles.pkl").frames
     assert len(minutes["INFY"]) == 31 and list(minutes) == ["NIFTY 50", "INFY", "RELIANCE"]
     assert (run.folder / names[0]).read_bytes() == (run.folder / names[3]).read_bytes()
@@ -64,7 +64,7 @@ def test_pickles_have_upstreams_names_and_shapes(run: Run, shape: Any) -> None:
     )
 
 
-def test_days_that_the_store_does_not_have_come_from_the_candle_file(run: Run) -> None:
+def test_pickle_takes_older_days_from_the_candle_file(run: Run) -> None:
     with LocalCandleDatabase(run.folder, run.settings) as database:
         for day in ("2025-12-30", "2025-12-31", "2026-01-01", "2026-01-05"):
             database.update_daily_candle("INFY", day, 7, 7, 7, 7, 7)
@@ -73,9 +73,9 @@ def test_days_that_the_store_does_not_have_come_from_the_candle_file(run: Run) -
     assert closes == [7, 7, 1496.05, 1497.05, 1501.05]
 
 
-def test_sqlite_is_updated_and_copied(run: Run) -> None:
-    told = snapshot("sqlite", run=run)
-    assert told["files"] == {"stock_data.db": 6 + 63} and problems(run.folder) == []
+def test_sqlite_snapshot_updates_the_file_and_copies_it(run: Run) -> None:
+    result = snapshot("sqlite", run=run)
+    assert result["files"] == {"stock_data.db": 6 + 63} and problems(run.folder) == []
     (run.folder / "elsewhere").mkdir()
     (run.folder / "stock_data.db").rename(run.folder / "elsewhere" / "candles.db")
     with LocalCandleDatabase(run.folder / "elsewhere", run.settings) as database:
@@ -83,10 +83,10 @@ def test_sqlite_is_updated_and_copied(run: Run) -> None:
         assert len(database.get_intraday_candles("RELIANCE")["RELIANCE"]) == 31
 
 
-def test_parquet_is_what_polars_and_duckdb_read(run: Run) -> None:
-    told = snapshot("parquet", run=run)
-    assert told["files"]["parquet/interval=1m/date=2026-01-05/candles.parquet"] == 61
-    assert len(told["files"]) == 4 and problems(run.folder) == []
+def test_polars_and_duckdb_read_the_parquet(run: Run) -> None:
+    result = snapshot("parquet", run=run)
+    assert result["files"]["parquet/interval=1m/date=2026-01-05/candles.parquet"] == 61
+    assert len(result["files"]) == 4 and problems(run.folder) == []
     pattern = str(run.folder / "parquet" / "*" / "*" / "*.parquet")
     frame = pl.read_parquet(pattern, hive_partitioning=True)
     assert frame.height == 63 + 4 and set(frame["interval"].unique()) == {"1m", "day"}
@@ -99,7 +99,7 @@ def test_parquet_is_what_polars_and_duckdb_read(run: Run) -> None:
     assert (count, close, str(when)) == (31, 1507.3, "2026-01-05")
 
 
-def test_a_later_run_writes_only_the_newest_days_and_keeps_what_the_store_dropped(
+def test_incremental_parquet_writes_the_newest_days_and_keeps_rows_that_left_the_store(
     client: redis.Redis, run: Run
 ) -> None:
     snapshot("parquet", run=run)
@@ -109,9 +109,9 @@ def test_a_later_run_writes_only_the_newest_days_and_keeps_what_the_store_droppe
     client.lset(key, 0, row(OPEN_S + 25 * 60, 9999.5))
     client.delete(run.store.keys.candles(RELIANCE, "1m"))
     push(client, run.store.keys, INFY, "1m", [row(OPEN_S + 30 * 60, 1.5)])
-    told = snapshot("parquet", intervals=["1m"], run=run)
+    result = snapshot("parquet", intervals=["1m"], run=run)
     today = "parquet/interval=1m/date=2026-01-05/candles.parquet"
-    assert told["files"] == {today: 62}
+    assert result["files"] == {today: 62}
     frame = pl.read_parquet(run.folder / today).filter(pl.col("symbol") == "NSE:INFY")
     assert frame.height == 31 and frame["close"][25] == 9999.5 and frame["close"][30] == 1.5
     assert frame["close"][24] == 1500.05 + 6 and frame["start"].is_sorted()
@@ -121,17 +121,17 @@ def test_a_later_run_writes_only_the_newest_days_and_keeps_what_the_store_droppe
     assert problems(run.folder) == []
 
 
-def test_slices_of_instruments_give_the_same_files(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_size_of_the_slices_does_not_change_the_files(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     snapshot("parquet", run=run)
-    whole = pl.read_parquet(str(run.folder / "parquet" / "*" / "*" / "*.parquet"))
+    full = pl.read_parquet(str(run.folder / "parquet" / "*" / "*" / "*.parquet"))
     monkeypatch.setattr(snapshots, "ROWS_A_SLICE", 1)
-    for _ in range(2):  # anew, then over the old ones
+    for _ in range(2):  # first without, then with the old files
         snapshot("parquet", full=True, run=run)
         again = pl.read_parquet(str(run.folder / "parquet" / "*" / "*" / "*.parquet"))
-        assert again.sort("token", "start").equals(whole.sort("token", "start"))
+        assert again.sort("token", "start").equals(full.sort("token", "start"))
 
 
-def test_a_damaged_partition_is_one_line_and_stays(run: Run) -> None:
+def test_damaged_partition_is_a_one_line_error_and_stays(run: Run) -> None:
     snapshot("parquet", run=run)
     path = parquet.partition_path(run.folder, "1m", dt.date(2026, 1, 5))
     path.write_bytes(b"PAR1 nonsense PAR1")
@@ -140,29 +140,29 @@ def test_a_damaged_partition_is_one_line_and_stays(run: Run) -> None:
     assert path.read_bytes() == b"PAR1 nonsense PAR1"
 
 
-def test_one_of_a_kind_at_a_time(run: Run) -> None:
+def test_second_run_of_a_kind_is_refused_while_the_first_holds_the_lock(run: Run) -> None:
     with exclusively(run.folder / ".snapshot-ticks.lock"):
-        told: list[BaseException] = []
+        errors: list[BaseException] = []
 
         def other() -> None:
             try:
                 snapshot("ticks", run=run)
             except PkbError as error:
-                told.append(error)
+                errors.append(error)
 
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
-    assert "another run" in str(told[0])
+    assert "another run" in str(errors[0])
     assert snapshot("ticks", run=run)["files"] == {"ticks.json": 2}
 
 
-def test_an_unknown_kind_is_one_line(run: Run) -> None:
+def test_unknown_kind_is_a_one_line_error(run: Run) -> None:
     with pytest.raises(PkbError, match="unknown snapshot"):
         snapshot("excel", run=run)
 
 
-def test_a_store_without_rows_writes_no_files(client: redis.Redis, at_close: Settings) -> None:
+def test_empty_store_writes_no_files(client: redis.Redis, at_close: Settings) -> None:
     ensure_meta(client, at_close, "2026-01-05T09:00:00+05:30")
     with CandleStore(at_close, client) as store, open_run(at_close, store) as empty:
         for kind in snapshots.KINDS:
@@ -170,7 +170,7 @@ def test_a_store_without_rows_writes_no_files(client: redis.Redis, at_close: Set
         assert read_manifest(empty.folder) == {} and not list(empty.folder.glob("*.pkl"))
 
 
-def test_a_store_that_was_emptied_keeps_yesterdays_files(client: redis.Redis, run: Run) -> None:
+def test_emptied_store_keeps_the_files_of_yesterday(client: redis.Redis, run: Run) -> None:
     for kind in snapshots.KINDS:
         snapshot(kind, run=run)
     before = read_manifest(run.folder)
@@ -186,18 +186,18 @@ def test_a_store_that_was_emptied_keeps_yesterdays_files(client: redis.Redis, ru
     assert problems(run.folder) == []
 
 
-def test_pickles_are_named_after_the_session_not_the_night_they_are_made_in(run: Run) -> None:
-    told = snapshot("pickle", day="2026-01-02", run=run)
-    assert {"stock_data_02012026.pkl", "intraday_stock_data_02012026.pkl"} <= set(told["files"])
-    assert "stock_data_05012026.pkl" not in told["files"]
+def test_pickles_have_the_date_of_their_session(run: Run) -> None:
+    result = snapshot("pickle", day="2026-01-02", run=run)
+    assert {"stock_data_02012026.pkl", "intraday_stock_data_02012026.pkl"} <= set(result["files"])
+    assert "stock_data_05012026.pkl" not in result["files"]
 
 
 class Killed(BaseException):
-    """Nobody catches it, as nobody catches kill -9."""
+    """Not caught by any handler, like kill -9."""
 
 
 @pytest.mark.parametrize("kind", snapshots.KINDS)
-def test_a_kill_right_after_any_rename_leaves_files_that_are_as_their_manifest_says(
+def test_kill_after_any_rename_leaves_files_that_match_the_manifest(
     client: redis.Redis, run: Run, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = atomic._sync_folder
@@ -227,15 +227,15 @@ def test_a_kill_right_after_any_rename_leaves_files_that_are_as_their_manifest_s
     assert "coming" not in json.loads((run.folder / "manifest.json").read_text())
 
 
-def test_a_listener_hears_of_all_instruments(run: Run) -> None:
+def test_listener_gets_the_progress_of_all_instruments(run: Run) -> None:
     for kind, passes in (("ticks", 1), ("pickle", 2), ("sqlite", 2), ("parquet", 2)):
-        heard: list[tuple[int, int]] = []
-        run.listener = lambda done, total, _, heard=heard: heard.append((done, total))  # type: ignore[misc]
+        seen: list[tuple[int, int]] = []
+        run.listener = lambda done, total, _, seen=seen: seen.append((done, total))  # type: ignore[misc]
         snapshot(kind, run=run)
-        assert heard[-1] == (passes * len(MASTER), passes * len(MASTER)) and heard == sorted(heard), kind
+        assert seen[-1] == (passes * len(MASTER), passes * len(MASTER)) and seen == sorted(seen), kind
 
 
-def test_the_progress_of_a_job_is_in_redis(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_reports_its_progress_to_redis(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "get_current_job", lambda: SimpleNamespace(id="snapshot-1"))
     with open_run(run.settings, run.store) as job:
         snapshot("pickle", run=job)
@@ -245,14 +245,14 @@ def test_the_progress_of_a_job_is_in_redis(run: Run, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("kind", snapshots.KINDS)
-def test_a_folder_that_takes_no_files_is_one_line(run: Run, kind: str) -> None:
+def test_unwritable_folder_is_a_one_line_error(run: Run, kind: str) -> None:
     run.folder.parent.mkdir(parents=True, exist_ok=True)
     run.folder.touch()
     with pytest.raises(FilesUnwritable, match=rf"{run.folder} cannot be written .*PKB_FILES_DIR"):
         snapshot(kind, run=run)
 
 
-def test_the_command_writes_restores_and_checks(client: redis.Redis, run: Run) -> None:
+def test_commands_write_restore_and_check(client: redis.Redis, run: Run) -> None:
     env = settings_env(run.settings)
     done = run_pkb("snapshot", "parquet", "--json", env=env)
     assert done.returncode == 0 and json.loads(done.stdout)["instruments"] == 3, done.stderr

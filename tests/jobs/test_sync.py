@@ -348,7 +348,7 @@ def test_empty_folder_and_damaged_file_are_one_line_errors(
         push(target, tmp_path / "empty")
     monkeypatch.setattr(sync, "READ_PAUSE_SECONDS", 0.0)
     (folder / "ticks.json").write_bytes(b"[]")
-    with pytest.raises(InputFileError, match="not the file its manifest names"):
+    with pytest.raises(InputFileError, match="differs from its manifest entry"):
         push(target, folder)
     (folder / "ticks.json").unlink()
     with pytest.raises(InputFileError, match="not in the folder"):
