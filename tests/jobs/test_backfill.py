@@ -42,12 +42,14 @@ def entries(context: JobContext, token: int) -> list[dict[str, Any]]:
     return [row for row in rows if row.get("token") == str(token)]
 
 
-def theirs(kite: SimulatedKite, token: int, interval: str, from_s: int, to_s: int) -> list[tuple[Any, ...]]:
+def kite_rows(
+    kite: SimulatedKite, token: int, interval: str, from_s: int, to_s: int
+) -> list[tuple[Any, ...]]:
     """Kite's own candles that begin in [from_s, to_s)."""
     return [row[:6] for row in kite.history.rows(token, interval, from_s, to_s - 1, kite.now_ms())]
 
 
-def ours(context: JobContext, token: int, interval: str) -> list[tuple[Any, ...]]:
+def stored(context: JobContext, token: int, interval: str) -> list[tuple[Any, ...]]:
     return [tuple(row[:6]) for row in read_candles(context.client, context.keys, token, interval, 1000)]
 
 
@@ -61,7 +63,7 @@ def test_gap_repair_sends_the_minutes_of_the_outage(context: JobContext, kite: S
     assert (entry["kind"], entry["interval"], entry["why"]) == ("rows", "1m", "gap")
     assert (int(entry["from"]), int(entry["to"])) == (from_s, from_s + 120)
     sent = [tuple(row[:6]) for row in json.loads(entry["rows"])]
-    assert sent == theirs(kite, STOCK, "minute", from_s, from_s + 120)
+    assert sent == kite_rows(kite, STOCK, "minute", from_s, from_s + 120)
     assert len(sent) == 2
 
 
@@ -129,8 +131,8 @@ def test_repaired_rows_reach_the_lists_and_all_longer_intervals(
     aggregator()
     found = repair_gap([STOCK], OPENED_S * 1000, KNOWN_S * 1000, context=context)
     assert found["applied"] is True
-    assert ours(context, STOCK, "1m") == theirs(kite, STOCK, "minute", OPENED_S, KNOWN_S)
-    assert ours(context, STOCK, "15m") == theirs(kite, STOCK, "15minute", OPENED_S, KNOWN_S - 899)
+    assert stored(context, STOCK, "1m") == kite_rows(kite, STOCK, "minute", OPENED_S, KNOWN_S)
+    assert stored(context, STOCK, "15m") == kite_rows(kite, STOCK, "15minute", OPENED_S, KNOWN_S - 899)
     flags = {row.flag for row in read_candles(context.client, context.keys, STOCK, "1m", 1000)}
     assert flags == {"backfilled"}
 
@@ -161,7 +163,9 @@ def test_gap_repair_requests_candles_of_the_session(
     assert (entry["interval"], int(entry["from"]), int(entry["to"])) == (base, from_s, to_s)
     names = {"1m": "minute", "60m": "60minute"}
     sent = [tuple(row[:6]) for row in json.loads(entry["rows"])]
-    assert sent == theirs(kite, STOCK, names.get(base, f"{base[:-1]}minute"), from_s, to_s) and len(sent) == 1
+    assert (
+        sent == kite_rows(kite, STOCK, names.get(base, f"{base[:-1]}minute"), from_s, to_s) and len(sent) == 1
+    )
 
 
 def test_gap_repair_waits_for_the_end_of_a_forming_hour(context: JobContext, clock: MovableClock) -> None:
@@ -198,7 +202,7 @@ def test_interval_that_kite_lacks_is_combined_from_minutes(
     for token in (STOCK, INDEX):
         [entry] = entries(context, token)
         first, second = json.loads(entry["rows"])
-        minutes = theirs(kite, token, "minute", OPENED_S, OPENED_S + 2 * seconds)
+        minutes = kite_rows(kite, token, "minute", OPENED_S, OPENED_S + 2 * seconds)
         part = minutes[len(minutes) // 2 :]
         assert (entry["interval"], first[0], second[0]) == (base, OPENED_S, OPENED_S + seconds)
         assert second[1:6] == [
@@ -218,9 +222,9 @@ def test_warm_start_fetches_the_session_so_far_and_the_days(
     assert found["instruments"] == len(TOKENS)
     assert found["applied"] is True
     for token in (STOCK, INDEX):
-        assert ours(context, token, "1m") == theirs(kite, token, "minute", OPENED_S, KNOWN_S)
-        days = ours(context, token, "day")
-        expected = theirs(kite, token, "day", NOW_S - 900 * 86_400, OPENED_S - 12 * 3600)
+        assert stored(context, token, "1m") == kite_rows(kite, token, "minute", OPENED_S, KNOWN_S)
+        days = stored(context, token, "day")
+        expected = kite_rows(kite, token, "day", NOW_S - 900 * 86_400, OPENED_S - 12 * 3600)
         assert [row[1:] for row in days] == [row[1:] for row in expected[-365:]]
         assert len(days) == 365
 
@@ -239,10 +243,10 @@ def test_second_warm_start_changes_nothing(
 ) -> None:
     aggregator()
     warm_start([STOCK], context=context)
-    before = ours(context, STOCK, "1m"), ours(context, STOCK, "day")
+    before = stored(context, STOCK, "1m"), stored(context, STOCK, "day")
     announced = client.xlen(context.keys.closed(context.keys.shard_of(STOCK)))
     warm_start([STOCK], context=context)
-    assert (ours(context, STOCK, "1m"), ours(context, STOCK, "day")) == before
+    assert (stored(context, STOCK, "1m"), stored(context, STOCK, "day")) == before
     assert client.xlen(context.keys.closed(context.keys.shard_of(STOCK))) == announced
 
 
@@ -292,7 +296,7 @@ def test_different_rows_are_counted_and_replaced(watched: JobContext, kite: Simu
     found = repair_day("2026-08-05", [STOCK], context=watched)
     assert {name: found[name] for name in counts} == counts
     assert found["sent"] == 1 and found["applied"] is True
-    assert ours(watched, STOCK, "1m") == theirs(kite, STOCK, "minute", OPENED_S, KNOWN_S)
+    assert stored(watched, STOCK, "1m") == kite_rows(kite, STOCK, "minute", OPENED_S, KNOWN_S)
     assert repair_day("2026-08-05", [STOCK], context=watched)["matched"] == 105
 
 
@@ -345,9 +349,9 @@ def test_slice_ends_after_its_time_and_the_next_resumes(context: JobContext) -> 
 
 
 def test_progress_is_reported_and_unknown_fields_are_ignored(context: JobContext) -> None:
-    heard: list[tuple[int, int, str]] = []
+    received: list[tuple[int, int, str]] = []
     context.client.hset(context.keys.job("test"), mapping={"a": "no figures", "b": '{"rows":1}'})
-    progress = Progress(context.client, context.keys, "test", lambda *told: heard.append(told))
+    progress = Progress(context.client, context.keys, "test", lambda *result: received.append(result))
     assert run_parts(progress, ["a", "b"], lambda _: {"rows": 2}) == {"rows": 3}
-    assert heard == [(1, 2, ""), (2, 2, "a")]
+    assert received == [(1, 2, ""), (2, 2, "a")]
     assert 0 < context.client.ttl(context.keys.job("test")) <= 86_400  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""The cron: each run once, whoever and how many plan it, and of missed ones the latest."""
+"""Cron enqueues each run once, however many processes plan it, and only the latest missed run."""
 
 from __future__ import annotations
 
@@ -167,8 +167,8 @@ def test_cron_role_enqueues_due_runs_sends_heartbeats_and_stops(
         wait_until(lambda: len(names(queue)) >= 4, timeout_seconds=30, what="the morning's jobs")
         for cron in crons:
             cron.send_signal(signal.SIGTERM)
-        said = [cron.communicate(timeout=30)[0] for cron in crons]
-        assert [cron.returncode for cron in crons] == [0, 0], said
+        stated = [cron.communicate(timeout=30)[0] for cron in crons]
+        assert [cron.returncode for cron in crons] == [0, 0], stated
     assert names(queue) == ["login", "instruments", "calendar", "capacity"]
     assert beats() == []
 

@@ -98,11 +98,11 @@ def test_special_sunday_runs_all_rows_from_login_to_push(
     # The worker is there before the day begins to pass.
     lead_s = 8.0
     monkeypatch.setenv("PKB_TIME_SHIFT", f"{begin_s - lead_s * speed},{time.time()},{speed}")
-    told = load_settings()
-    queue = open_queue(told, client)
+    result = load_settings()
+    queue = open_queue(result, client)
     for role in ("jobs", "cron", "cron"):
         stack.enter_context(running_python("-m", f"workers.{role}"))
-    plan = Plan(sessions, schedules_of(client, told, sessions))
+    plan = Plan(sessions, schedules_of(client, result, sessions))
     runs = list(plan.day_of(day))
     last = {run.row.name: run for run in runs}
     assert len([run for run in runs if run.row.name == "ticks"]) == 6
@@ -119,7 +119,7 @@ def test_special_sunday_runs_all_rows_from_login_to_push(
     reason = view.reason(fetch(queue, last["open"].job_id))
     assert "\n" not in reason and reason
 
-    folder = told.files_folder
+    folder = result.files_folder
     assert problems(folder) == []
     files = read_manifest(folder)
     assert {"ticks.json", "stock_data_09082026.pkl", "daily_candles.pkl", "stock_data.db"} <= set(files)
@@ -228,10 +228,10 @@ def test_trim_drops_manifest_entries_of_deleted_files(context: JobContext) -> No
 def test_sync_command_with_enqueue_leaves_the_push_to_a_worker(
     context: JobContext, repository: Repository, client: redis.Redis, pkb: Pkb
 ) -> None:
-    told = json.loads(pkb("sync", "push", "--enqueue", "--json").out)
+    result = json.loads(pkb("sync", "push", "--enqueue", "--json").out)
     again = json.loads(pkb("sync", "push", "--enqueue", "--json").out)
-    assert told["new"] and again == {"job": told["job"], "new": False}
-    job = fetch(open_queue(context.settings, client), told["job"])
+    assert result["new"] and again == {"job": result["job"], "new": False}
+    job = fetch(open_queue(context.settings, client), result["job"])
     assert job.func_name == "pkbrokers_redis.jobs.daily.sync_push"
     assert daily.retry_delay_seconds(job) == 1.0
     job.created_at -= timedelta(hours=1)
@@ -255,8 +255,8 @@ def test_pickle_written_after_midnight_carries_the_sessions_date(
 ) -> None:
     """MCX closes at 23:55: its rows run when the date is another."""
     fill(client, context.settings, OPENED_S)
-    told = daily.day_snapshot("2026-08-05T00:06:00+05:30", "2026-08-04", "pickle")
-    assert "stock_data_04082026.pkl" in told["files"] and "stock_data_05082026.pkl" not in told["files"]
+    result = daily.day_snapshot("2026-08-05T00:06:00+05:30", "2026-08-04", "pickle")
+    assert "stock_data_04082026.pkl" in result["files"] and "stock_data_05082026.pkl" not in result["files"]
 
 
 def test_newer_ticks_json_supersedes_a_planned_one(context: JobContext, client: redis.Redis) -> None:

@@ -148,9 +148,9 @@ def test_job_killed_midway_leaves_whole_files_and_resumes_to_the_same_result(
         assert [line for line in problems(folder) if "missing" not in line] == [], name
         give_up_the_dead(queue, context.keys, jobs[-1])
     assert repository.tip() == "" and not list(tmp_path.glob("pkb-sync-*"))
-    told = finish(workers, queue, jobs[-1], *jobs[:-1]).log
+    outcome = finish(workers, queue, jobs[-1], *jobs[:-1]).log
     [feed] = [id_ for id_ in jobs if fetch(queue, id_).get_status() != "finished"]
-    assert feed.startswith("feed-") and "no worker reads Kite" in told  # which is right, nobody does
+    assert feed.startswith("feed-") and "no worker reads Kite" in outcome  # which is right, nobody does
     assert problems(folder) == []
     assert contents(folder) == expected
     assert f"{FOLDER}/ticks.json" in repository.names() and len(repository.log()) == 1

@@ -19,5 +19,5 @@ was = os.nice(0)
 lower_priority({load})
 print(os.sched_getscheduler(0) == os.SCHED_IDLE, os.nice(0) == min(19, was + NICENESS))
 """
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert told.stdout.split() == [str(idle), "True"]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [str(idle), "True"]

@@ -37,8 +37,10 @@ def test_restore_gives_a_fresh_store_the_same_rows(client: redis.Redis, run: Run
     before = rows_of(client)
     assert verify(run=run) == []
     client.flushall()
-    told = restore(run=run)
-    assert sum(told.rows.values()) == sum(len(rows) for rows in before.values()) and told.lists_skipped == 0
+    result = restore(run=run)
+    assert (
+        sum(result.rows.values()) == sum(len(rows) for rows in before.values()) and result.lists_skipped == 0
+    )
     after = rows_of(client)
     assert {key: [json.loads(text) for text in rows] for key, rows in after.items()} == {
         key: [json.loads(text) for text in rows] for key, rows in before.items()
@@ -180,8 +182,8 @@ def test_restore_never_changes_existing_rows(client: redis.Redis, run: Run) -> N
     key = run.store.keys.candles(INFY, "1m")
     client.delete(key, run.store.keys.candles(RELIANCE, "1m"))
     push(client, run.store.keys, INFY, "1m", [row(OPEN_S, 1.5)])
-    told = restore(run=run)
-    assert client.llen(key) == 1 and told.rows["1m"] == 31 and told.lists_skipped > 0
+    result = restore(run=run)
+    assert client.llen(key) == 1 and result.rows["1m"] == 31 and result.lists_skipped > 0
     assert any("NSE:INFY 1m" in line for line in verify(run=run))
 
 

@@ -63,8 +63,8 @@ def fetch(queue: Queue, id_: str | None) -> Job:
     return job
 
 
-def status_is(queue: Queue, id_: str | None, wanted: str) -> bool:
-    return fetch(queue, id_).get_status() == wanted
+def status_is(queue: Queue, id_: str | None, expected_names: str) -> bool:
+    return fetch(queue, id_).get_status() == expected_names
 
 
 # --- doing
@@ -229,10 +229,10 @@ def test_queue_on_a_cluster_is_refused_with_a_hint(settings: Settings) -> None:
     with pytest.raises(SettingsError, match="PKB_RQ_REDIS_URL"):
         connect_queue(cluster)
     assert settings.redis_url is not None
-    beside = load_settings(
+    other = load_settings(
         redis_url="redis+cluster://127.0.0.1:7000", rq_redis_url=settings.redis_url.get_secret_value()
     )
-    with connect_queue(beside) as client:
+    with connect_queue(other) as client:
         assert client.ping()
 
 
