@@ -38,8 +38,8 @@ class Moment(NamedTuple):
 class Worker:
     """A jobs worker. `log` is what it has said."""
 
-    def __init__(self, workers: Workers, pid: int, stated: Path) -> None:
-        self.pid, self._workers, self._said = pid, workers, stated
+    def __init__(self, workers: Workers, pid: int, log_path: Path) -> None:
+        self.pid, self._workers, self._said = pid, workers, log_path
         self._code: int | None = None
 
     @property
@@ -76,10 +76,10 @@ class Workers:
     def start(self, moment: Moment | None = None, file_bytes_max: int | None = None) -> Worker:
         """One with the environment of now. `file_bytes_max`: no file can grow larger, as on a full disk."""
         self._count += 1
-        stated = self._folder / f"worker-{self._count}.log"
+        log_path = self._folder / f"worker-{self._count}.log"
         env = {name: value for name, value in os.environ.items() if name.startswith(("PKB_", "TMPDIR"))}
-        how = {"moment": moment, "env": env, "said": str(stated), "file_bytes_max": file_bytes_max}
-        self._started.append(Worker(self, self.ask({"start": how}), stated))
+        how = {"moment": moment, "env": env, "said": str(log_path), "file_bytes_max": file_bytes_max}
+        self._started.append(Worker(self, self.ask({"start": how}), log_path))
         return self._started[-1]
 
     def end_all(self) -> None:
@@ -133,9 +133,9 @@ def _be_a_worker(how: dict[str, Any]) -> None:
     from pkbrokers_redis.jobs.worker import jobs
     from pkbrokers_redis.runtime.roles import run_role
 
-    stated = os.open(how["said"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    log_path = os.open(how["said"], os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
-        os.dup2(stated, stream)
+        os.dup2(log_path, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for name in [name for name in os.environ if name.startswith("PKB_")]:
         del os.environ[name]
