@@ -64,7 +64,7 @@ from pkbrokers_redis.candles.rows import (
     row_text,
     write_candle,
 )
-from pkbrokers_redis.candles.rules import apply_off_session
+from pkbrokers_redis.candles.rules import absorb_off_session
 from pkbrokers_redis.candles.state import LateTick, ShardState
 
 
@@ -386,7 +386,7 @@ class _Repair:
             return
         is_later = start * 1000 > self.statement_ms and start * 1000 >= self.backfilled_to_ms
         if is_later and not np.isnan(inst[col.CUM_VOLUME]):
-            apply_off_session(inst, start * 1000.0, np.inf, False)
+            absorb_off_session(inst, start * 1000.0, np.inf, False)
             self.unseen[start] = volume
             inst[col.CUM_VOLUME] += volume
         else:

@@ -1,9 +1,9 @@
-"""`compiled`: numba's njit for the kernels of the core, with a cache that knows all their sources.
+"""`compiled`, `internal`, `merged`, `inlined`: numba's njit, with a cache that depends on all kernels.
 
-numba keeps what it compiled for a function until that function's own file changes. The kernels call each
-other across files and share the columns of `candles/arrays.py`: after an update one of them would go on with
-another's old rules, or with old columns, and write past an array. So the cache's folder is named after all of
-the core's sources.
+numba keeps the compiled form of a function until that function's own file changes. The kernels call each
+other across files and share the columns of `columns.py`: after an update, one of them could run with
+another's old rules, or with old columns, and write beyond an array. So the cache's folder is named after the
+contents of all files of this package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, TypeVar, cast
 import numba
 import platformdirs
 
-OLD_FOLDERS_MAX = 4  # of other versions and edits, 3 MB each
+OLD_FOLDERS_MAX = 4  # kept of other versions and edits, 3 MB each
 
 _config: Any = numba.config
 _SOURCES = Path(__file__).parent
@@ -26,7 +26,7 @@ _F = TypeVar("_F", bound=Callable[..., object])
 
 
 def _find_folder() -> str:
-    """In NUMBA_CACHE_DIR, else beside the sources as Python's own cache, else in the user's; "": nowhere."""
+    """Return a folder in NUMBA_CACHE_DIR, `__pycache__` or the user's cache; "" if none is writable."""
     digest = hashlib.sha256()
     for path in sorted(_SOURCES.glob("*.py")):
         digest.update(path.read_bytes())
@@ -39,9 +39,9 @@ def _find_folder() -> str:
         except OSError:
             continue
         if os.access(found, os.W_OK):
-            others = sorted((each for each in base.glob("kernels-*") if each != found), key=_changed_at)
-            for old in others[:-OLD_FOLDERS_MAX]:
-                shutil.rmtree(old, ignore_errors=True)
+            older = sorted((path for path in base.glob("kernels-*") if path != found), key=_changed_at)
+            for path in older[:-OLD_FOLDERS_MAX]:
+                shutil.rmtree(path, ignore_errors=True)
             return str(found)
     return ""
 
@@ -50,16 +50,36 @@ def _changed_at(path: Path) -> float:
     try:
         return path.stat().st_mtime
     except OSError:
-        return 0.0  # another process removes it, too
+        return 0.0  # another process removes it at the same time
 
 
 folder = _find_folder()
 
 
 def compiled(function: _F) -> _F:
-    """Compile at the first call, or take it from the cache; left as it is with NUMBA_DISABLE_JIT=1."""
-    theirs, _config.CACHE_DIR = _config.CACHE_DIR, folder
+    """Compile a kernel that Python calls, at its first call; load it from the cache if it is there.
+
+    With NUMBA_DISABLE_JIT=1 the function stays as it is.
+    """
+    users, _config.CACHE_DIR = _config.CACHE_DIR, folder
     try:
         return cast("_F", numba.njit(cache=bool(folder), error_model="numpy")(function))
     finally:
-        _config.CACHE_DIR = theirs  # for other users of numba in this process
+        _config.CACHE_DIR = users  # for other users of numba in this process
+
+
+def internal(function: _F) -> _F:
+    """Compile a kernel that only other kernels call: without a wrapper for Python, as part of its callers."""
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    return cast("_F", numba.njit(error_model="numpy", **options)(function))
+
+
+def inlined(function: _F) -> _F:
+    """Insert a kernel into its callers before they are compiled: for those that run for every tick."""
+    return cast("_F", numba.njit(error_model="numpy", inline="always")(function))
+
+
+def merged(function: _F) -> _F:
+    """Compile a kernel by itself and insert its machine code into its callers: shorter to compile."""
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
+    return cast("_F", numba.njit(error_model="numpy", **options)(function))

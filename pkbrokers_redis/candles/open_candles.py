@@ -9,13 +9,61 @@ import numpy as np
 
 from pkbrokers_redis.candles import columns as col
 from pkbrokers_redis.candles.arrays import Floats, ShardArrays, touch
-from pkbrokers_redis.candles.compiled import compiled
-from pkbrokers_redis.candles.model import FLAG_GAP, FLAG_PARTIAL
+from pkbrokers_redis.candles.compiled import compiled, internal, merged
+from pkbrokers_redis.candles.model import DAY_HIGH, FLAG_GAP, FLAG_PARTIAL, FLAG_WHOLE, VOLUME
 
 
-@compiled
-def _evict(candles: Floats, i: int, k: int, s: int, scalars: Floats, evicted: Floats) -> None:
-    """Make room at candle s by moving it and the older ones down; the oldest leaves to the log."""
+@merged
+def find_candle(candles: Floats, i: int, k: int, start: int) -> int:
+    """Return the row of the candle that starts at `start`, or where it has to be opened.
+
+    -1 if it is older than every candle in memory.
+    """
+    for s in range(candles.shape[2]):
+        if candles[i, k, s, col.START] <= start:
+            return s
+    return -1
+
+
+@internal
+def open_candle(
+    shard: ShardArrays, i: int, k: int, s: int, d: int, start: int, end: int, tick: Floats, base: float,
+    grace_ms: float,
+) -> None:  # fmt: skip
+    """Open the candle that starts at `start` at row s.
+
+    Rule 4: a newer candle completes the one before it. Rule 6: an older one is inserted between its
+    neighbours as complete, and takes its volume out of the newer one's. `base` is the day's volume before
+    the tick, NaN for a tick of an earlier day.
+    """
+    candles, day_s, is_day = shard.candles, shard.day_ms[d, 0] // 1000, shard.seconds[k] == 0
+    if s == 0 and candles[i, k, 0, col.START] != 0 and candles[i, k, 0, col.COMPLETE] == 0:
+        candles[i, k, 0, col.COMPLETE], candles[i, k, 0, col.DIRTY] = 1.0, 1.0
+    older_day, older_end = candles[i, k, s, col.DAY], candles[i, k, s, col.VOL_END]
+    _shift(candles, i, k, s, shard.scalars, shard.evicted)
+    if is_day:
+        base = 0.0  # rule 7: all of the day's volume, also what traded before the first tick
+    elif s > 0 and candles[i, k, s - 1, col.DAY] == day_s:
+        base = candles[i, k, s - 1, col.VOL_START]
+    elif base != base:
+        base = older_end if older_day == day_s else tick[VOLUME]
+    for column in range(col.CANDLE_WIDTH):
+        candles[i, k, s, column] = 0.0
+    candles[i, k, s, col.START], candles[i, k, s, col.END], candles[i, k, s, col.DAY] = start, end, day_s
+    candles[i, k, s, col.HIGH], candles[i, k, s, col.LOW] = -np.inf, np.inf
+    candles[i, k, s, col.VOL_START], candles[i, k, s, col.VOL_END] = base, base
+    candles[i, k, s, col.OPEN_INTEREST] = np.nan
+    candles[i, k, s, col.OPEN_TIME], candles[i, k, s, col.CLOSE_TIME] = np.inf, -np.inf
+    candles[i, k, s, col.REV] = col.UNANNOUNCED
+    candles[i, k, s, col.COMPLETE] = 1.0 if s > 0 else 0.0
+    if not is_day or tick[DAY_HIGH] != tick[DAY_HIGH]:  # rule 7: day fields make the day candle whole
+        candles[i, k, s, col.FLAG] = flag_of(start, end, shard.inst[i])
+    shard.scalars[col.NEXT_DUE] = min(shard.scalars[col.NEXT_DUE], end * 1000 + grace_ms)
+
+
+@internal
+def _shift(candles: Floats, i: int, k: int, s: int, scalars: Floats, evicted: Floats) -> None:
+    """Move the candles from row s one row down; the oldest one leaves to `evicted`."""
     last = candles.shape[2] - 1
     if candles[i, k, last, col.START] != 0:
         n = int(scalars[col.EVICTED_SIZE])
@@ -28,57 +76,12 @@ def _evict(candles: Floats, i: int, k: int, s: int, scalars: Floats, evicted: Fl
             candles[i, k, older, column] = candles[i, k, older - 1, column]
 
 
-@compiled
-def open_candle(
-    candles: Floats, i: int, k: int, length: int, start: int, end: int, day_s: int, base: float,
-    volume: float, flag: int, due: float, scalars: Floats, evicted: Floats,
-) -> int:  # fmt: skip
-    """The candle of the candle that starts at `start`, opened if need be; -1: older than every candle.
+@internal
+def raise_vol_start(candles: Floats, i: int, k: int, s: int, day_s: float, volume: float) -> bool:
+    """Rule 1: the volume an older candle gains, candle s and the newer ones lose, so that the sum stays.
 
-    Rule 4: a newer candle completes the one before it. Rule 6: an older one that never was is put
-    between its neighbours, and takes its volume out of the newer one's. `base` is the highest volume
-    seen before the tick, NaN for a tick of an earlier day.
+    Return True if any of them changed.
     """
-    size = candles.shape[2]
-    newest = candles[i, k, 0, col.START]
-    if start == newest:
-        return 0
-    s = 0
-    if newest != 0 and start < newest:
-        s = 1
-        while s < size and candles[i, k, s, col.START] > start:
-            s += 1
-        if s == size:
-            return -1
-        if candles[i, k, s, col.START] == start:
-            return s
-    elif newest != 0 and candles[i, k, 0, col.COMPLETE] == 0:
-        candles[i, k, 0, col.COMPLETE], candles[i, k, 0, col.DIRTY] = 1.0, 1.0
-    older_day, older_top = candles[i, k, s, col.DAY], candles[i, k, s, col.VOL_END]
-    _evict(candles, i, k, s, scalars, evicted)
-    if length == 0:
-        base = 0.0  # rule 7: the day's volume is the day's, watched or not
-    elif s > 0 and candles[i, k, s - 1, col.DAY] == day_s:
-        base = candles[i, k, s - 1, col.VOL_START]
-    elif base != base:
-        base = older_top if older_day == day_s else volume
-    for column in range(col.CANDLE_WIDTH):
-        candles[i, k, s, column] = 0.0
-    candles[i, k, s, col.START], candles[i, k, s, col.END], candles[i, k, s, col.DAY] = start, end, day_s
-    candles[i, k, s, col.HIGH], candles[i, k, s, col.LOW] = -np.inf, np.inf
-    candles[i, k, s, col.VOL_START], candles[i, k, s, col.VOL_END] = base, base
-    candles[i, k, s, col.OPEN_INTEREST] = np.nan
-    candles[i, k, s, col.OPEN_TIME], candles[i, k, s, col.CLOSE_TIME] = np.inf, -np.inf
-    candles[i, k, s, col.REV] = col.UNANNOUNCED
-    candles[i, k, s, col.COMPLETE] = 1.0 if s > 0 else 0.0
-    candles[i, k, s, col.FLAG] = flag
-    scalars[col.NEXT_DUE] = min(scalars[col.NEXT_DUE], due)
-    return s
-
-
-@compiled
-def raise_base(candles: Floats, i: int, k: int, s: int, day_s: float, volume: float) -> bool:
-    """Rule 1: the volume an older candle gains, candle s and newer ones lose: the sum stays. False: none."""
     changed = False
     for newer in range(s, -1, -1):
         if candles[i, k, newer, col.DAY] != day_s or not volume > candles[i, k, newer, col.VOL_START]:
@@ -92,8 +95,11 @@ def raise_base(candles: Floats, i: int, k: int, s: int, day_s: float, volume: fl
 
 @compiled
 def flag_of(start: int, end: int, inst: Floats) -> int:
-    """Rule 8: partial, if we began to watch inside it or our baseline holds volume traded inside it, unless
-    history has told us of it from its start; gap, if the feed was down inside it."""
+    """Rule 8: return the flag of a candle that is opened now.
+
+    `partial` if the first tick lies inside it or the baseline holds volume traded inside it, unless Kite's
+    history covered it from its start; `gap` if the feed was down inside it.
+    """
     start_ms, end_ms = start * 1000, end * 1000
     first_at, first_time = inst[col.FIRST_AT], inst[col.FIRST_TIME]
     if not (inst[col.BACKFILLED_FROM] <= start_ms and first_at < inst[col.BACKFILLED_TO]):
@@ -103,33 +109,29 @@ def flag_of(start: int, end: int, inst: Floats) -> int:
             return FLAG_PARTIAL
     if inst[col.GAP_FROM] < end_ms and start_ms < inst[col.GAP_TO]:
         return FLAG_GAP
-    return 0
+    return FLAG_WHOLE
 
 
-@compiled
-def mark_partial(shard: ShardArrays, i: int) -> None:
-    """Rule 8 for the forming candles that history opened before we saw the first tick."""
+@internal
+def flag_partial(shard: ShardArrays, i: int) -> None:
+    """Rule 8 for the open candles that Kite's history filled before the first tick."""
     for k in range(shard.seconds.size):
         candle = shard.candles[i, k, 0]
-        if candle[col.START] != 0 and candle[col.COMPLETE] == 0 and shard.seconds[k] != 0:
-            if flag_of(int(candle[col.START]), int(candle[col.END]), shard.inst[i]) == FLAG_PARTIAL:
-                candle[col.FLAG], candle[col.DIRTY] = FLAG_PARTIAL, 1.0
-                touch(shard, i, 2)
-
-
-@compiled
-def rebase(shard: ShardArrays, i: int, day_s: int, volume: float) -> None:
-    """Let the forming candles count on from `volume`: what traded up to there is in them, or is not ours."""
-    for k in range(shard.seconds.size):
-        candle = shard.candles[i, k, 0]
-        if (
-            shard.seconds[k] == 0
-            or candle[col.START] == 0
-            or candle[col.COMPLETE] != 0
-            or candle[col.DAY] != day_s
-        ):
+        if candle[col.START] == 0 or candle[col.COMPLETE] != 0 or shard.seconds[k] == 0:
             continue
-        if volume > candle[col.VOL_END]:
+        if flag_of(int(candle[col.START]), int(candle[col.END]), shard.inst[i]) == FLAG_PARTIAL:
+            candle[col.FLAG], candle[col.DIRTY] = FLAG_PARTIAL, 1.0
+            touch(shard, i, 2)
+
+
+@internal
+def count_on_from(shard: ShardArrays, i: int, day_s: int, volume: float) -> None:
+    """Let the open candles count from `volume`: what traded before is in them, or belongs to no candle."""
+    for k in range(shard.seconds.size):
+        candle = shard.candles[i, k, 0]
+        if shard.seconds[k] == 0 or candle[col.START] == 0 or candle[col.COMPLETE] != 0:
+            continue
+        if candle[col.DAY] == day_s and volume > candle[col.VOL_END]:
             candle[col.VOL_START] += volume - candle[col.VOL_END]
             candle[col.VOL_END] = volume
             candle[col.DIRTY] = 1.0

@@ -1,12 +1,20 @@
-"""The candle rules, one after the other: ticks in, changed candles out. No I/O, no clock, no strings.
+"""The candle rules, in the order in which a tick meets them. No I/O, no clock, no strings.
 
-A tick is a *statement*: "at `time_ms` the last trade was at this price and the day's volume stood at
-this". Candles are a merge of statements: taken twice, or in another order, they give the same rows.
-The window of an instrument's latest statements is what makes that exact: it tells a repeat from a straggler,
-and finds a straggler's neighbours in time, between which a hidden extreme may lie.
+A tick states a fact: at `time_ms` the last trade had this price, and the day's cumulative volume was this.
+Candles are a merge of such facts: a tick applied twice, or two ticks in another order, give the same rows.
+The window of an instrument's recent ticks makes that exact. It tells a repeat from a late tick, and it finds
+the neighbours in time of a late tick, between which a hidden extreme may lie.
 
-The kernels stop, with a reason, whenever they need something of Python (`NEED_DAY`, `FULL`, …) and
-are called again where they stopped. They run uncompiled too (NUMBA_DISABLE_JIT=1).
+    1. invalid ticks             `is_invalid`
+    2. baseline, new trade date  `_set_baseline`, `_start_day`, `_correct_baseline`
+    3. outside the windows       `_apply_off_session`, `absorb_off_session`
+    4. repeats                   `_find_news`, `_find_place`
+    5. each interval's candle    `_apply_to_candles`: `open_candle`, `_merge`, `_include_extreme`
+    6. closing                   `close_due`
+
+The kernels return a reason when they need something of Python (`NEED_DAY`, `FULL`, …). Python then calls
+them again where they stopped. They run uncompiled, too (NUMBA_DISABLE_JIT=1). NaN is unequal to itself:
+`volume == volume` reads "the volume is known".
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ import numpy as np
 
 from pkbrokers_redis.candles import columns as col
 from pkbrokers_redis.candles.arrays import Floats, Ints, ShardArrays, add, find_day, touch
-from pkbrokers_redis.candles.compiled import compiled
+from pkbrokers_redis.candles.compiled import compiled, inlined, internal, merged
 from pkbrokers_redis.candles.model import (
     AT_MS,
     DAY_HIGH,
@@ -32,12 +40,22 @@ from pkbrokers_redis.candles.model import (
     TOKEN_MAX,
     VOLUME,
 )
-from pkbrokers_redis.candles.open_candles import flag_of, mark_partial, open_candle, raise_base, rebase
+from pkbrokers_redis.candles.open_candles import (
+    count_on_from,
+    find_candle,
+    flag_partial,
+    open_candle,
+    raise_vol_start,
+)
+
+Extremes = tuple[float, float, float, float, float, float]
+
+# -- invalid ticks -------------------------------------------------------------------------------
 
 
 @compiled
 def is_invalid(tick: Floats) -> bool:
-    """No token, no price, a price of 0, a time outside 1990–2100, or a number beyond all bounds."""
+    """Return True for no token, no price, a price of 0, or a number out of bounds (times: 1990 to 2100)."""
     token = tick[TOKEN]
     if not (1 <= token <= TOKEN_MAX) or token != np.floor(token):
         return True
@@ -54,28 +72,99 @@ def is_invalid(tick: Floats) -> bool:
     return False
 
 
-@compiled
-def _note_off_session(inst: Floats, time: float, volume: float) -> bool:
-    """Remember the latest statement made outside the windows. False: an older one, a repeat, or no volume."""
+# -- rule 2: baseline and trade date -------------------------------------------------------------
+
+
+@internal
+def _set_baseline(shard: ShardArrays, i: int, tick: Floats, time: float, day_s: int) -> None:
+    """Rule 2: the first tick of an instrument is its baseline and makes no candle."""
+    inst, volume = shard.inst[i], tick[VOLUME]
+    inst[col.FIRST_AT], inst[col.FIRST_TIME], inst[col.FIRST_VOLUME] = max(tick[AT_MS], 1.0), time, volume
+    if day_s > inst[col.DAY_S]:
+        inst[col.CUM_VOLUME], inst[col.BASELINE], inst[col.DAY_S] = volume, volume, day_s
+    elif day_s == inst[col.DAY_S]:
+        # Kite's history filled candles of today before the first tick. They hold the volume so far.
+        inst[col.BASELINE] -= inst[col.CUM_VOLUME]
+        if volume == volume:
+            inst[col.BASELINE] += volume
+            count_on_from(shard, i, day_s, volume)
+        inst[col.CUM_VOLUME] = volume
+        flag_partial(shard, i)
+    # Trade times are whole seconds. If the first tick has a receive time instead, truncate it, so that
+    # trades of that second sort after it.
+    known_at = time // 1000 * 1000 if volume == volume else time
+    inst[col.WINDOW_SIZE] = _insert_tick(shard.window[i], 0, 0, tick, known_at)
+    shard.counts[col.C_FIRST] += 1
+    touch(shard, i, 1)
+
+
+@internal
+def _start_day(inst: Floats, day_s: int) -> None:
+    """Rule 2: a new trade date starts from a volume of 0; an unknown volume stays unknown."""
+    inst[col.DAY_S] = day_s
+    is_known = inst[col.CUM_VOLUME] == inst[col.CUM_VOLUME]
+    inst[col.CUM_VOLUME] = inst[col.BASELINE] = 0.0 if is_known else np.nan
+
+
+@merged
+def _correct_baseline(
+    shard: ShardArrays, inst: Floats, i: int, volume: float, day_s: int, is_day_new: bool
+) -> None:
+    """Rule 2: drop the volume of the previous day; start from the first volume after ticks without one."""
+    if volume < inst[col.CUM_VOLUME] and is_day_new:
+        inst[col.CUM_VOLUME] = inst[col.BASELINE] = inst[col.FIRST_VOLUME] = 0.0
+        touch(shard, i, 1)
+    if volume == volume and inst[col.CUM_VOLUME] != inst[col.CUM_VOLUME]:  # from ltp to a mode with volume
+        had_baseline = inst[col.BASELINE] == inst[col.BASELINE]
+        inst[col.BASELINE] = volume + (inst[col.BASELINE] if had_baseline else 0.0)
+        inst[col.CUM_VOLUME] = volume
+        count_on_from(shard, i, day_s, volume)
+
+
+# -- rule 9: outside the windows -----------------------------------------------------------------
+
+
+@inlined
+def _is_in_session(windows: Ints, d: int, c: int, time: float) -> bool:
+    """Rule 9: return True if the schedule trades at that time."""
+    for w in range(windows.shape[2]):
+        if windows[d, c, w, 0] <= time < windows[d, c, w, 1]:
+            return True
+    return False
+
+
+@internal
+def _apply_off_session(
+    shard: ShardArrays, i: int, volume: float, time: float, open_ms: float, is_day_new: bool
+) -> None:
+    """Rule 9: a trade outside the windows (pre-open, break, post-close) is in no candle.
+
+    Its volume raises the baseline when a tick inside a window follows. Until then the tick is only
+    remembered: a late tick of the window before must not count its volume, and a stale copy changes nothing.
+    """
+    inst = shard.inst[i]
+    if time >= open_ms:  # a late tick of the first window counts from the pre-open
+        absorb_off_session(inst, open_ms, volume, is_day_new)
     if volume != volume or time < inst[col.OFF_SESSION_TIME]:
-        return False
+        return
     if time == inst[col.OFF_SESSION_TIME] and volume <= inst[col.OFF_SESSION_VOLUME]:
-        return False
+        return
     inst[col.OFF_SESSION_TIME], inst[col.OFF_SESSION_VOLUME] = time, volume
-    return True
+    touch(shard, i, 1)
 
 
 @compiled
-def apply_off_session(inst: Floats, time: float, volume: float, said_before: bool) -> bool:
-    """Raise the baseline by what was said outside the windows before `time`, when `volume` was told.
+def absorb_off_session(inst: Floats, time: float, volume: float, is_day_new: bool) -> bool:
+    """Rule 2: raise the baseline by the volume traded outside the windows before `time`.
 
-    A day's volume never falls: a statement above `volume` was another day's if it was `said_before` all of
-    today's, else `volume` is a straggler's. False: nothing changed.
+    `volume` is that of the tick which follows. Daily volume is monotonic: if it is lower than the one
+    outside the windows, either that one belongs to the previous day (`is_day_new`), or the tick is late.
+    Return True if anything changed.
     """
     if not inst[col.DAY_S] * 1000 <= inst[col.OFF_SESSION_TIME] < time:
         return False
     if volume < inst[col.OFF_SESSION_VOLUME]:  # NaN, no volume, compares false
-        if not said_before:
+        if not is_day_new:
             return False
     elif inst[col.OFF_SESSION_VOLUME] > inst[col.CUM_VOLUME]:
         inst[col.BASELINE] += inst[col.OFF_SESSION_VOLUME] - inst[col.CUM_VOLUME]
@@ -84,122 +173,102 @@ def apply_off_session(inst: Floats, time: float, volume: float, said_before: boo
     return True
 
 
-@compiled
-def _find_place(window: Floats, size: int, time: float, volume: float, price: float) -> int:
-    """Where a statement belongs (0 newest); -1 it is there already; WINDOW_MAX older than all kept.
+# -- rule 1: repeats -----------------------------------------------------------------------------
 
-    Statements are ordered by trade time, then cumulative volume, then arrival. With a volume, time
-    and volume identify one; without, time and price do.
+
+@inlined
+def _find_news(
+    inst: Floats, window: Floats, tick: Floats, time: float, midnight_ms: float, is_today: bool
+) -> tuple[int, int]:
+    """Return whether a tick is news, a repeat or older than the baseline, and its place in the window."""
+    volume = tick[VOLUME]
+    # Without a trade time, the time is the one received, and only a risen volume is news. A source whose
+    # trade times equal its receive times to the second may still bring a late tick.
+    has_receive_time = time == tick[AT_MS] and (time % 1000 != 0 or time >= window[0, col.TICK_TIME])
+    if has_receive_time and volume <= inst[col.CUM_VOLUME] and is_today:
+        return col.C_REPEAT, -1
+    # Rule 2: what traded before the first tick is in no candle. That tick's time may be a receive time,
+    # a trade time is in whole seconds.
+    first_second = inst[col.FIRST_TIME] // 1000 * 1000
+    if time < first_second or (midnight_ms <= first_second and volume <= inst[col.FIRST_VOLUME]):
+        return col.C_EARLY, -1
+    place = _find_place(window, int(inst[col.WINDOW_SIZE]), time, volume, tick[LAST_PRICE])
+    return (col.C_NEWS if place >= 0 else col.C_REPEAT), place
+
+
+@internal
+def _find_place(window: Floats, size: int, time: float, volume: float, price: float) -> int:
+    """Return a tick's place in the window: 0 newest, -1 it is a repeat, WINDOW_MAX older than all.
+
+    Ticks are ordered by trade time, then cumulative volume, then arrival. With a volume, time and volume
+    identify a tick; without one, time and price do.
     """
     for j in range(size):
-        r_time = window[j, col.TICK_TIME]
-        if time < r_time:
+        if time < window[j, col.TICK_TIME]:
             continue
-        if time > r_time:
+        if time > window[j, col.TICK_TIME]:
             return j
-        r_volume = window[j, col.TICK_VOLUME]
-        if volume != volume or r_volume != r_volume:
-            for same in range(j, size):  # same time, no volume to tell them apart: the price does
+        known_volume = window[j, col.TICK_VOLUME]
+        if volume != volume or known_volume != known_volume:
+            for same in range(j, size):  # all ticks of that time: the price tells them apart
                 if window[same, col.TICK_TIME] != time:
                     break
                 if window[same, col.TICK_PRICE] == price:
                     return -1
             return j
-        if volume == r_volume:
+        if volume == known_volume:
             return -1
-        if volume > r_volume:
+        if volume > known_volume:
             return j
     return size if size < col.WINDOW_MAX else col.WINDOW_MAX
 
 
-@compiled
-def _insert_tick(
-    window: Floats, size: int, place: int, time: float, volume: float, price: float, high: float, low: float
-) -> int:
-    """Insert a statement; the oldest of a full window goes. Returns the new size."""
+@internal
+def _insert_tick(window: Floats, size: int, place: int, tick: Floats, time: float) -> int:
+    """Insert a tick into the window; a full window drops its oldest. Return the new size."""
     if size < col.WINDOW_MAX:
         size += 1
     for j in range(size - 1, place, -1):
-        for column in range(window.shape[1]):
+        for column in range(col.TICK_STATE_WIDTH):
             window[j, column] = window[j - 1, column]
-    window[place, col.TICK_TIME], window[place, col.TICK_VOLUME], window[place, col.TICK_PRICE] = (
-        time,
-        volume,
-        price,
-    )
-    window[place, col.TICK_DAY_HIGH], window[place, col.TICK_DAY_LOW] = high, low
+    window[place, col.TICK_TIME], window[place, col.TICK_VOLUME] = time, tick[VOLUME]
+    window[place, col.TICK_PRICE] = tick[LAST_PRICE]
+    window[place, col.TICK_DAY_HIGH], window[place, col.TICK_DAY_LOW] = tick[DAY_HIGH], tick[DAY_LOW]
     return size
 
 
-@compiled
-def _merge(
-    candles: Floats,
-    i: int,
-    k: int,
-    s: int,
-    tick: Floats,
-    time: float,
-    is_new: bool,
-    is_day: bool,
-    newest_oi: bool,
+# -- rule 3: hidden extremes ---------------------------------------------------------------------
+
+
+@inlined
+def _hidden_extremes(window: Floats, size: int, place: int, tick: Floats) -> Extremes:
+    """Rule 3: compare the day's high and low with those of the ticks before and after this one.
+
+    Return, for the tick before and then for the tick after: its time, and the day high and day low that
+    are new between the two ticks. NaN where nothing is new.
+    """
+    before_time = after_time = np.nan
+    high_before = low_before = high_after = low_after = np.nan
+    if place < size:
+        before_time = window[place, col.TICK_TIME]
+        if tick[DAY_HIGH] > window[place, col.TICK_DAY_HIGH]:
+            high_before = tick[DAY_HIGH]
+        if tick[DAY_LOW] < window[place, col.TICK_DAY_LOW]:
+            low_before = tick[DAY_LOW]
+    if 0 < place < col.WINDOW_MAX:
+        after_time = window[place - 1, col.TICK_TIME]
+        if window[place - 1, col.TICK_DAY_HIGH] > tick[DAY_HIGH]:
+            high_after = window[place - 1, col.TICK_DAY_HIGH]
+        if window[place - 1, col.TICK_DAY_LOW] < tick[DAY_LOW]:
+            low_after = window[place - 1, col.TICK_DAY_LOW]
+    return before_time, high_before, low_before, after_time, high_after, low_after
+
+
+@internal
+def _include_extreme(
+    candles: Floats, i: int, k: int, s: int, other_time: float, high: float, low: float
 ) -> int:
-    """Rules 1 and 7: take one statement into one candle. 0 no change, 1 changed, 2 its open too."""
-    price, volume = tick[LAST_PRICE], tick[VOLUME]
-    key = -1.0 if volume != volume else volume
-    change = 1 if is_new else 0
-    open_time, close_time = candles[i, k, s, col.OPEN_TIME], candles[i, k, s, col.CLOSE_TIME]
-    if price > candles[i, k, s, col.HIGH]:
-        candles[i, k, s, col.HIGH] = price
-        change = max(change, 1)
-    if price < candles[i, k, s, col.LOW]:
-        candles[i, k, s, col.LOW] = price
-        change = max(change, 1)
-    if time > close_time or (time == close_time and key >= candles[i, k, s, col.CLOSE_VOLUME]):
-        if (
-            price != candles[i, k, s, col.CLOSE]
-            or time != close_time
-            or key != candles[i, k, s, col.CLOSE_VOLUME]
-        ):
-            change = max(change, 1)
-        candles[i, k, s, col.CLOSE], candles[i, k, s, col.CLOSE_TIME] = price, time
-        candles[i, k, s, col.CLOSE_VOLUME] = key
-        if tick[OI] == tick[OI]:
-            candles[i, k, s, col.OPEN_INTEREST] = tick[OI]
-    elif s == 0 and newest_oi:  # what is newer came in a mode without open interest
-        candles[i, k, s, col.OPEN_INTEREST] = tick[OI]
-    if time < open_time or (time == open_time and key < candles[i, k, s, col.OPEN_VOLUME]):
-        candles[i, k, s, col.OPEN], candles[i, k, s, col.OPEN_TIME], candles[i, k, s, col.OPEN_VOLUME] = (
-            price,
-            time,
-            key,
-        )
-        change = 2
-    if volume == volume:
-        top = candles[i, k, s, col.VOL_END]
-        if top != top:
-            candles[i, k, s, col.VOL_START] = volume
-            candles[i, k, s, col.VOL_END] = volume
-        elif volume > top:
-            candles[i, k, s, col.VOL_END] = volume
-            change = max(change, 1)
-            if s > 0 and not is_day and raise_base(candles, i, k, s - 1, candles[i, k, s, col.DAY], volume):
-                change = 2
-    if is_day and tick[DAY_HIGH] == tick[DAY_HIGH] and tick[DAY_LOW] == tick[DAY_LOW]:
-        if tick[DAY_OPEN] == tick[DAY_OPEN]:
-            candles[i, k, s, col.OPEN] = tick[DAY_OPEN]
-        if tick[DAY_HIGH] > candles[i, k, s, col.HIGH] or tick[DAY_LOW] < candles[i, k, s, col.LOW]:
-            candles[i, k, s, col.HIGH] = max(candles[i, k, s, col.HIGH], tick[DAY_HIGH])
-            candles[i, k, s, col.LOW] = min(candles[i, k, s, col.LOW], tick[DAY_LOW])
-            change = max(change, 1)
-    if change:
-        candles[i, k, s, col.TICKS] += 1
-        candles[i, k, s, col.DIRTY] = 1.0
-    return change
-
-
-@compiled
-def _take_hidden(candles: Floats, i: int, k: int, s: int, other_time: float, high: float, low: float) -> int:
-    """Rule 3: a day extreme that is new between two statements of one candle happened inside it."""
+    """Rule 3: an extreme that is new between two ticks of a candle lies inside it. Return 1 if new."""
     if not (candles[i, k, s, col.START] * 1000 <= other_time < candles[i, k, s, col.END] * 1000):
         return 0
     change = 0
@@ -214,178 +283,215 @@ def _take_hidden(candles: Floats, i: int, k: int, s: int, other_time: float, hig
     return change
 
 
-@compiled
-def _apply_tick(shard: ShardArrays, tick: Floats, i: int, d: int, time: float, grace_ms: float) -> None:
-    """One good tick of a known instrument on a known day."""
-    inst, window = shard.inst[i], shard.window[i]
-    price, volume = tick[LAST_PRICE], tick[VOLUME]
-    size = int(inst[col.WINDOW_SIZE])
-    day_s = shard.day_ms[d, 0] // 1000
+# -- rules 1 and 7: merge ------------------------------------------------------------------------
 
-    if inst[col.FIRST_AT] == 0:  # rule 2: the first sight is the baseline and makes no candle
-        inst[col.FIRST_AT], inst[col.FIRST_TIME], inst[col.FIRST_VOLUME] = max(tick[AT_MS], 1.0), time, volume
-        if day_s > inst[col.DAY_S]:
-            inst[col.CUM_VOLUME], inst[col.BASELINE], inst[col.DAY_S] = volume, volume, day_s
-        elif day_s == inst[col.DAY_S]:  # history told us of today before: its volume is in the candles
-            inst[col.BASELINE] -= inst[col.CUM_VOLUME]
-            if volume == volume:
-                inst[col.BASELINE] += volume
-                rebase(shard, i, day_s, volume)
-            inst[col.CUM_VOLUME] = volume
-            mark_partial(shard, i)
-        # Without a trade time it has the receipt's: trades of its second, in whole seconds, come after it.
-        known_at = time // 1000 * 1000 if volume == volume else time
-        inst[col.WINDOW_SIZE] = _insert_tick(
-            window, 0, 0, known_at, volume, price, tick[DAY_HIGH], tick[DAY_LOW]
-        )
-        shard.counts[col.C_FIRST] += 1
-        touch(shard, i, 1)
-        return
-    if day_s > inst[col.DAY_S]:  # rule 2: a new trade date starts from 0
-        inst[col.DAY_S] = day_s
-        inst[col.BASELINE] = 0.0 if inst[col.CUM_VOLUME] == inst[col.CUM_VOLUME] else np.nan
-        if inst[col.CUM_VOLUME] == inst[col.CUM_VOLUME]:
-            inst[col.CUM_VOLUME] = 0.0
-        touch(shard, i, 1)
-    today = day_s == inst[col.DAY_S]
-    # A day's volume never falls. Where it does, all that was said before today's open was another day's: Kite
-    # resends the last tick after a subscribe, in a mode without a trade time, and it looks as if of today.
-    open_ms = shard.anchor_s[d, shard.schedule[i]] * 1000.0
-    said_before = window[0, col.TICK_TIME] < min(time, open_ms) and inst[col.BACKFILLED_TO] <= open_ms
-    if today and volume < inst[col.CUM_VOLUME] and said_before:
-        inst[col.CUM_VOLUME] = inst[col.BASELINE] = inst[col.FIRST_VOLUME] = 0.0
-        touch(shard, i, 1)
-    if (
-        today and volume == volume and inst[col.CUM_VOLUME] != inst[col.CUM_VOLUME]
-    ):  # from ltp to a mode with volume
-        inst[col.BASELINE] = volume + (
-            inst[col.BASELINE] if inst[col.BASELINE] == inst[col.BASELINE] else 0.0
-        )
-        inst[col.CUM_VOLUME] = volume
-        rebase(shard, i, day_s, volume)
 
-    c = shard.schedule[i]
-    inside = False
-    for w in range(shard.windows.shape[2]):
-        if shard.windows[d, c, w, 0] <= time < shard.windows[d, c, w, 1]:
-            inside = True
-    if not inside:  # rule 9
-        shard.counts[col.C_OFF_SESSION] += 1
-        if today:
-            if time >= open_ms:  # a straggler of the first window counts on from the pre-open
-                apply_off_session(inst, open_ms, volume, said_before)
-            if _note_off_session(inst, time, volume):
-                touch(shard, i, 1)
-        return
-    if volume == 0 and (
-        inst[col.CUM_VOLUME] > 0 or window[0, col.TICK_VOLUME] > 0
-    ):  # its day has no trade yet
-        shard.counts[col.C_REPEAT] += 1
-        return
-    if today and apply_off_session(inst, time, volume, said_before):
-        touch(shard, i, 1)
+@internal
+def _merge(
+    candles: Floats,
+    i: int,
+    k: int,
+    s: int,
+    tick: Floats,
+    time: float,
+    is_new: bool,
+    is_day: bool,
+    has_oi: bool,
+) -> int:
+    """Merge a tick into a candle. Return 0 if nothing changed, 2 if the stored state changed, else 1."""
+    change = max(1 if is_new else 0, _merge_price(candles, i, k, s, tick, time, has_oi))
+    if tick[VOLUME] == tick[VOLUME]:
+        change = max(change, _merge_volume(candles, i, k, s, tick[VOLUME], is_day))
+    if is_day and tick[DAY_HIGH] == tick[DAY_HIGH] and tick[DAY_LOW] == tick[DAY_LOW]:
+        change = max(change, _merge_day_fields(candles, i, k, s, tick))
+    if change:
+        candles[i, k, s, col.TICKS] += 1
+        candles[i, k, s, col.DIRTY] = 1.0
+    return change
 
-    # Rule 1. No trade time (then it is the time received): only a risen volume is news. A source whose trade
-    # times equal its receipts to the second may still bring a straggler.
-    received = time == tick[AT_MS] and (time % 1000 != 0 or time >= window[0, col.TICK_TIME])
-    if received and volume <= inst[col.CUM_VOLUME] and today:
-        shard.counts[col.C_REPEAT] += 1
-        return
-    # Rule 2: what had traded when we first looked is not ours to tell. A trade time is in whole seconds, the
-    # first sight's may be a time of receipt.
-    first_second = inst[col.FIRST_TIME] // 1000 * 1000
-    if time < first_second or (shard.day_ms[d, 0] <= first_second and volume <= inst[col.FIRST_VOLUME]):
-        shard.counts[col.C_EARLY] += 1
-        return
-    place = _find_place(window, size, time, volume, price)
-    if place < 0:
-        shard.counts[col.C_REPEAT] += 1
-        return
-    known = place < col.WINDOW_MAX
-    before_time = after_time = np.nan
-    high_before = low_before = high_after = low_after = np.nan
-    if known:
-        if place < size:  # the statement before this one
-            before_time = window[place, col.TICK_TIME]
-            if tick[DAY_HIGH] > window[place, col.TICK_DAY_HIGH]:
-                high_before = tick[DAY_HIGH]
-            if tick[DAY_LOW] < window[place, col.TICK_DAY_LOW]:
-                low_before = tick[DAY_LOW]
-        if place > 0:  # a straggler: the statement after it
-            after_time = window[place - 1, col.TICK_TIME]
-            if window[place - 1, col.TICK_DAY_HIGH] > tick[DAY_HIGH]:
-                high_after = window[place - 1, col.TICK_DAY_HIGH]
-            if window[place - 1, col.TICK_DAY_LOW] < tick[DAY_LOW]:
-                low_after = window[place - 1, col.TICK_DAY_LOW]
-        inst[col.WINDOW_SIZE] = _insert_tick(
-            window, size, place, time, volume, price, tick[DAY_HIGH], tick[DAY_LOW]
-        )
-    shard.counts[col.C_NEWS] += 1
 
-    newest_oi = tick[OI] == tick[OI] and (
-        place == 0
-        or time > inst[col.OI_TIME]
-        or (time == inst[col.OI_TIME] and volume >= inst[col.OI_VOLUME])
-    )
-    if newest_oi:
-        inst[col.OI_TIME], inst[col.OI_VOLUME] = time, volume
+@merged
+def _merge_price(candles: Floats, i: int, k: int, s: int, tick: Floats, time: float, has_oi: bool) -> int:
+    """Rule 1: open is the earliest trade, close the latest, high and low are the extremes."""
+    price, oi = tick[LAST_PRICE], tick[OI]
+    key = tick[VOLUME] if tick[VOLUME] == tick[VOLUME] else -1.0
+    open_time, close_time = candles[i, k, s, col.OPEN_TIME], candles[i, k, s, col.CLOSE_TIME]
+    open_key, close_key = candles[i, k, s, col.OPEN_VOLUME], candles[i, k, s, col.CLOSE_VOLUME]
+    change = 0
+    if price > candles[i, k, s, col.HIGH]:
+        candles[i, k, s, col.HIGH] = price
+        change = 1
+    if price < candles[i, k, s, col.LOW]:
+        candles[i, k, s, col.LOW] = price
+        change = 1
+    if time > close_time or (time == close_time and key >= close_key):
+        if price != candles[i, k, s, col.CLOSE] or time != close_time or key != close_key:
+            change = 1
+        candles[i, k, s, col.CLOSE], candles[i, k, s, col.CLOSE_TIME] = price, time
+        candles[i, k, s, col.CLOSE_VOLUME] = key
+        if oi == oi:
+            candles[i, k, s, col.OPEN_INTEREST] = oi
+    elif s == 0 and has_oi:  # the newer ticks had no open interest
+        candles[i, k, s, col.OPEN_INTEREST] = oi
+    if time < open_time or (time == open_time and key < open_key):
+        candles[i, k, s, col.OPEN], candles[i, k, s, col.OPEN_TIME] = price, time
+        candles[i, k, s, col.OPEN_VOLUME] = key
+        change = 2
+    return change
 
-    # History has answered for its time: it is in the candles, with what we may have missed.
-    answered = inst[col.BACKFILLED_FROM] <= time < inst[col.BACKFILLED_TO]
-    if answered:
-        shard.counts[col.C_BACKFILLED] += 1
-    base = inst[col.CUM_VOLUME] if today else np.nan
-    candles, seconds, scalars, evicted = shard.candles, shard.seconds, shard.scalars, shard.evicted
+
+@merged
+def _merge_volume(candles: Floats, i: int, k: int, s: int, volume: float, is_day: bool) -> int:
+    """Rule 1: volume is the highest cumulative volume inside the candle minus the highest before it."""
+    vol_end = candles[i, k, s, col.VOL_END]
+    if vol_end != vol_end:
+        candles[i, k, s, col.VOL_START] = candles[i, k, s, col.VOL_END] = volume
+        return 0
+    if volume <= vol_end:
+        return 0
+    candles[i, k, s, col.VOL_END] = volume
+    if s > 0 and not is_day and raise_vol_start(candles, i, k, s - 1, candles[i, k, s, col.DAY], volume):
+        return 2
+    return 1
+
+
+@internal
+def _merge_day_fields(candles: Floats, i: int, k: int, s: int, tick: Floats) -> int:
+    """Rule 7: the day candle takes open, high and low from the packet's own day fields."""
+    if tick[DAY_OPEN] == tick[DAY_OPEN]:
+        candles[i, k, s, col.OPEN] = tick[DAY_OPEN]
+    if tick[DAY_HIGH] > candles[i, k, s, col.HIGH] or tick[DAY_LOW] < candles[i, k, s, col.LOW]:
+        candles[i, k, s, col.HIGH] = max(candles[i, k, s, col.HIGH], tick[DAY_HIGH])
+        candles[i, k, s, col.LOW] = min(candles[i, k, s, col.LOW], tick[DAY_LOW])
+        return 1
+    return 0
+
+
+# -- one tick ------------------------------------------------------------------------------------
+
+
+@inlined
+def _apply_to_candles(
+    shard: ShardArrays, tick: Floats, i: int, d: int, time: float, grace_ms: float, base: float,
+    extremes: Extremes, is_new: bool, has_oi: bool, is_backfilled: bool,
+) -> int:  # fmt: skip
+    """Apply a tick to the candle of each interval. Return how much of the state changed, for `touch`.
+
+    `base` is the day's volume before the tick, NaN for a tick of an earlier day.
+    """
+    candles, seconds, c = shard.candles, shard.seconds, shard.schedule[i]
     anchor, close = shard.anchor_s[d, c], shard.close_s[d, c]
     second = np.int64(time) // 1000
     level = 1
     for k in range(seconds.size):
         length = seconds[k]
-        if answered and length != 0:
+        if is_backfilled and length != 0:  # it is in the candle, with what we may have missed
             continue
         start, end = anchor, close
         if length != 0:
             start = anchor + (second - anchor) // length * length
             end = min(start + length, close)
-        newest = candles[i, k, 0, col.START]
-        flag = 0
-        if start != newest and (length != 0 or tick[DAY_HIGH] != tick[DAY_HIGH]):
-            flag = flag_of(start, end, inst)
-        due = end * 1000 + grace_ms
-        s = open_candle(
-            candles, i, k, length, start, end, day_s, base, volume, flag, due, scalars, evicted
-        )  # fmt: skip
+        s = find_candle(candles, i, k, start)
         if s < 0:
-            shard.counts[col.C_BEYOND_WINDOW] += 1
-            n = int(scalars[col.LATE_SIZE])
-            shard.late[n, 0], shard.late[n, 1] = i, k
-            shard.late[n, 2:-2] = tick
-            oldest = candles.shape[2] - 1
-            same_day = candles[i, k, oldest, col.DAY] == day_s
-            shard.late[n, -2] = candles[i, k, oldest, col.START]
-            shard.late[n, -1] = candles[i, k, oldest, col.VOL_START] if same_day else np.nan
-            scalars[col.LATE_SIZE] = n + 1
-            if length != 0 and raise_base(candles, i, k, oldest, day_s, volume):
-                level = 2
+            level = max(level, _log_late_tick(shard, i, k, d, tick))
             continue
-        change = _merge(candles, i, k, s, tick, time, known, length == 0, newest_oi)
+        if candles[i, k, s, col.START] != start:
+            open_candle(shard, i, k, s, d, start, end, tick, base, grace_ms)
+            level = 2
+        change = _merge(candles, i, k, s, tick, time, is_new, length == 0, has_oi)
+        before_time, high_before, low_before, after_time, high_after, low_after = extremes
         if high_before == high_before or low_before == low_before:
-            change = max(change, _take_hidden(candles, i, k, s, before_time, high_before, low_before))
+            change = max(change, _include_extreme(candles, i, k, s, before_time, high_before, low_before))
         if high_after == high_after or low_after == low_after:
-            change = max(change, _take_hidden(candles, i, k, s, after_time, high_after, low_after))
-        if (
-            change == 2
-            or newest != candles[i, k, 0, col.START]
-            or (change and candles[i, k, s, col.COMPLETE] != 0)
-        ):
+            change = max(change, _include_extreme(candles, i, k, s, after_time, high_after, low_after))
+        if change == 2 or (change and candles[i, k, s, col.COMPLETE] != 0):
             level = 2
         if change and candles[i, k, s, col.REV] >= 0:
             shard.counts[col.C_LATE] += 1
+    return level
+
+
+@internal
+def _log_late_tick(shard: ShardArrays, i: int, k: int, d: int, tick: Floats) -> int:
+    """Rule 6: log a tick older than every candle in memory; the commit amends its row in the list."""
+    candles, late, volume = shard.candles, shard.late, tick[VOLUME]
+    shard.counts[col.C_BEYOND_WINDOW] += 1
+    n = int(shard.scalars[col.LATE_SIZE])
+    shard.scalars[col.LATE_SIZE] = n + 1
+    oldest, day_s = candles.shape[2] - 1, shard.day_ms[d, 0] // 1000
+    same_day = candles[i, k, oldest, col.DAY] == day_s
+    late[n, 0], late[n, 1] = i, k
+    late[n, 2:-2] = tick
+    late[n, -2] = candles[i, k, oldest, col.START]
+    late[n, -1] = candles[i, k, oldest, col.VOL_START] if same_day else np.nan
+    if shard.seconds[k] != 0 and raise_vol_start(candles, i, k, oldest, day_s, volume):
+        return 2
+    return 1
+
+
+@compiled
+def _apply_tick(shard: ShardArrays, tick: Floats, i: int, d: int, time: float, grace_ms: float) -> None:
+    """Apply one valid tick of a known instrument on a known day."""
+    inst, window, volume = shard.inst[i], shard.window[i], tick[VOLUME]
+    day_s = shard.day_ms[d, 0] // 1000
+    if inst[col.FIRST_AT] == 0:
+        _set_baseline(shard, i, tick, time, day_s)
+        return
+    if day_s > inst[col.DAY_S]:
+        _start_day(inst, day_s)
+        touch(shard, i, 1)
+    is_today = day_s == inst[col.DAY_S]
+    c = shard.schedule[i]
+    open_ms = shard.anchor_s[d, c] * 1000.0
+    # Daily volume is monotonic. A drop means that the ticks before today's open belong to the previous day:
+    # Kite replays the last tick after a subscribe, and without a trade time it looks like today's.
+    is_day_new = window[0, col.TICK_TIME] < min(time, open_ms) and inst[col.BACKFILLED_TO] <= open_ms
+    if is_today:
+        _correct_baseline(shard, inst, i, volume, day_s, is_day_new)
+    if not _is_in_session(shard.windows, d, c, time):
+        shard.counts[col.C_OFF_SESSION] += 1
+        if is_today:
+            _apply_off_session(shard, i, volume, time, open_ms, is_day_new)
+        return
+    if volume == 0 and (inst[col.CUM_VOLUME] > 0 or window[0, col.TICK_VOLUME] > 0):  # no trade yet today
+        shard.counts[col.C_REPEAT] += 1
+        return
+    if is_today and absorb_off_session(inst, time, volume, is_day_new):
+        touch(shard, i, 1)
+    kind, place = _find_news(inst, window, tick, time, shard.day_ms[d, 0], is_today)
+    shard.counts[kind] += 1
+    if kind == col.C_NEWS:
+        _apply_news(shard, inst, window, tick, i, d, time, grace_ms, place, is_today)
+
+
+@inlined
+def _apply_news(
+    shard: ShardArrays, inst: Floats, window: Floats, tick: Floats, i: int, d: int, time: float,
+    grace_ms: float, place: int, is_today: bool,
+) -> None:  # fmt: skip
+    """Apply a tick that is neither a repeat nor older than the baseline."""
+    volume = tick[VOLUME]
+    size = int(inst[col.WINDOW_SIZE])
+    extremes = _hidden_extremes(window, size, place, tick)
+    if place < col.WINDOW_MAX:
+        inst[col.WINDOW_SIZE] = _insert_tick(window, size, place, tick, time)
+    is_newer = time == inst[col.OI_TIME] and volume >= inst[col.OI_VOLUME]
+    has_oi = tick[OI] == tick[OI] and (place == 0 or time > inst[col.OI_TIME] or is_newer)
+    if has_oi:
+        inst[col.OI_TIME], inst[col.OI_VOLUME] = time, volume
+    is_backfilled = inst[col.BACKFILLED_FROM] <= time < inst[col.BACKFILLED_TO]
+    if is_backfilled:
+        shard.counts[col.C_BACKFILLED] += 1
+    base = inst[col.CUM_VOLUME] if is_today else np.nan
+    is_new = place < col.WINDOW_MAX
+    level = _apply_to_candles(
+        shard, tick, i, d, time, grace_ms, base, extremes, is_new, has_oi, is_backfilled
+    )
     touch(shard, i, level)
-    if today and volume > inst[col.CUM_VOLUME]:
-        if answered:
+    if is_today and volume > inst[col.CUM_VOLUME]:
+        if is_backfilled:
             inst[col.BASELINE] += volume - inst[col.CUM_VOLUME]
-            rebase(shard, i, day_s, volume)
+            count_on_from(shard, i, shard.day_ms[d, 0] // 1000, volume)
         inst[col.CUM_VOLUME] = volume
     if time > shard.scalars[col.WATERMARK]:
         shard.scalars[col.WATERMARK] = time
@@ -395,24 +501,23 @@ def _apply_tick(shard: ShardArrays, tick: Floats, i: int, d: int, time: float, g
 def apply(
     shard: ShardArrays, ticks: Floats, first: int, ends: Ints, dirty_max: int, grace_ms: float, clamp: bool
 ) -> tuple[int, int]:
-    """Take in ticks[first:]. Returns (reason, index of the first tick not taken in).
+    """Apply ticks[first:]. Return (reason, index of the first tick that was not applied).
 
     `ends` are the entry boundaries (row indices, ascending): with `dirty_max` instruments changed it
-    stops (col.LIMIT) at the next boundary, so that a commit stays bounded and ends on a whole entry.
+    stops (LIMIT) at the next boundary, so that a commit stays bounded and ends on a whole entry.
     """
     n = ticks.shape[0]
     entry = np.searchsorted(ends, first, side="right")
-    room = shard.seconds.size
+    scalars, room = shard.scalars, shard.seconds.size
     for row in range(first, n):
         if entry < ends.size and row >= ends[entry]:
             while entry < ends.size and row >= ends[entry]:
                 entry += 1
-            if shard.scalars[col.DIRTY_SIZE] >= dirty_max:
+            if scalars[col.DIRTY_SIZE] >= dirty_max:
                 return col.LIMIT, row
-        if (
-            shard.evicted.shape[0] - shard.scalars[col.EVICTED_SIZE] < room
-            or shard.late.shape[0] - shard.scalars[col.LATE_SIZE] < room
-        ):
+        if shard.evicted.shape[0] - scalars[col.EVICTED_SIZE] < room:
+            return col.LOG_FULL, row
+        if shard.late.shape[0] - scalars[col.LATE_SIZE] < room:
             return col.LOG_FULL, row
         tick = ticks[row]
         if is_invalid(tick):
@@ -420,8 +525,8 @@ def apply(
             shard.counts[col.C_INVALID] += 1
             continue
         time, at = tick[TIME_MS], tick[AT_MS]
-        clamped = clamp and at >= TIME_MIN_MS and time > at + FUTURE_MAX_MS
-        if clamped:
+        is_clamped = clamp and at >= TIME_MIN_MS and time > at + FUTURE_MAX_MS
+        if is_clamped:
             time = at
         d = find_day(shard, time)
         if d < 0:
@@ -430,10 +535,13 @@ def apply(
         if i < 0:
             return col.FULL, row
         shard.counts[col.C_TICKS] += 1
-        if clamped:
+        if is_clamped:
             shard.counts[col.C_CLAMPED] += 1
         _apply_tick(shard, tick, i, d, time, grace_ms)
     return col.DONE, n
+
+
+# -- rule 5: closing -----------------------------------------------------------------------------
 
 
 @compiled
