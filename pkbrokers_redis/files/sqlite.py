@@ -87,9 +87,12 @@ class LocalCandleDatabase:
         CandleFileError: The file cannot be used. Every method raises it.
 
     Example:
-        >>> with LocalCandleDatabase("/tmp/candles") as database:                       # doctest: +SKIP
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, LocalCandleDatabase(folder) as database:
         ...     database.update_daily_candle("INFY", "2026-11-20", 100, 102, 99, 101, 1000)
+        ...     database.get_daily_candles("INFY")["INFY"]["close"].to_list()
         True
+        [101.0]
     """
 
     SUPPORTED_INTERVALS: ClassVar[list[str]] = [interval.name for interval in DEFAULT_INTERVALS]

@@ -59,6 +59,7 @@ class SimulatedKite:
         ws_port: The websocket's port; 0: a free one. `api_port` and `login_port` likewise.
 
     Example:
+        >>> from pkbrokers_redis.simulator.universe import universe
         >>> with SimulatedKite(universe(3)) as kite:
         ...     kite.environment()["PKB_SESSIONS"]
         'always'
