@@ -26,8 +26,15 @@ from pkbrokers_redis.bot.services import Services
 from pkbrokers_redis.bot.text import duration, escape, size
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.kite.rest import session_in
-from pkbrokers_redis.runtime.cluster_state import Facts, gather
-from pkbrokers_redis.runtime.health import BEAT_AGE_MS_MAX, FAILED_JOBS, STATUS, Finding, jobs_well, judge
+from pkbrokers_redis.runtime.cluster_state import ClusterState, read_cluster_state
+from pkbrokers_redis.runtime.health import (
+    BEAT_AGE_MS_MAX,
+    FAILED_JOBS,
+    STATUS_CHECKS,
+    Finding,
+    check_jobs,
+    run_checks,
+)
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.auth import load_session
 from pkbrokers_redis.store.connect import describe
@@ -51,13 +58,13 @@ class Trouble(msgspec.Struct):
     since: float
 
 
-def look(services: Services) -> tuple[Facts, list[Finding]]:
+def look(services: Services) -> tuple[ClusterState, list[Finding]]:
     """One picture of the pipeline and what the rules say of it, ours included. For threads."""
     client, settings = services.client, services.settings
-    facts = gather(client, settings.keys, describe(settings, for_reading=True))
-    findings = judge(facts, STATUS)
-    findings += [*_others_live(facts), *_session(client, settings), *_disk(settings), *_jobs(services)]
-    return facts, findings
+    cluster = read_cluster_state(client, settings.keys, describe(settings, for_reading=True))
+    findings = run_checks(cluster, STATUS_CHECKS)
+    findings += [*_others_live(cluster), *_session(client, settings), *_disk(settings), *_jobs(services)]
+    return cluster, findings
 
 
 def _session(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
@@ -88,10 +95,10 @@ def _disk(settings: Settings) -> Iterator[Finding]:
         yield Finding("disk", "ok", f"{usage.free / 1e9:,.0f} GB free")
 
 
-def _others_live(facts: Facts) -> Iterator[Finding]:
+def _others_live(cluster: ClusterState) -> Iterator[Finding]:
     """The workers of roles that the pipeline can do without for a while beat, too."""
-    for role in sorted({each.role for each in facts.workers} - ROLES_JUDGED):
-        late = [each.id for each in facts.alive(role) if (each.age_ms or 0) > BEAT_AGE_MS_MAX]
+    for role in sorted({each.role for each in cluster.workers} - ROLES_JUDGED):
+        late = [each.id for each in cluster.alive(role) if (each.age_ms or 0) > BEAT_AGE_MS_MAX]
         if late:
             yield Finding(role, "warn", f"{', '.join(late[:5])} does not beat", "look at its log")
 
@@ -118,7 +125,7 @@ def _jobs(services: Services) -> Iterator[Finding]:
             "jobs", "warn", "the jobs' Redis does not answer", "start it, or correct PKB_RQ_REDIS_URL"
         )
         return
-    yield jobs_well(int(failed))
+    yield check_jobs(int(failed))
 
 
 class Monitor:
@@ -156,10 +163,10 @@ class Monitor:
             is_worse = known is not None and known.level != WORSE and finding.level == WORSE
             if (known is None or is_worse) and self._seen[check] >= LOOKS_BEFORE_TOLD:
                 since = time.time() if known is None else known.since
-                text = f"{PROBLEM[finding.level]} <b>{escape(check)}</b>: {escape(finding.what)}"
+                text = f"{PROBLEM[finding.level]} <b>{escape(check)}</b>: {escape(finding.message)}"
                 text += f"\n{escape(finding.hint)}" if finding.hint else ""
                 if await self.tell(text):
-                    await self._note(check, Trouble(finding.level, finding.what, since))
+                    await self._note(check, Trouble(finding.level, finding.message, since))
         for check in told.keys() - worst.keys():
             lasted = duration(time.time() - told[check].since)
             if await self.tell(f"✅ <b>{escape(check)}</b>: well again, after {lasted}"):

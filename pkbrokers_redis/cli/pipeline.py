@@ -1,11 +1,4 @@
-"""`pkb status`: the pipeline's health in one look, for people, scripts and healthchecks.
-
-`pkb top`: the pipeline's health, live.
-
-`pkb doctor`: everything that may be wrong with a pipeline, checked one by one, each with its mend.
-
-The pipeline's health for people: what `pkb status`, `pkb doctor` and `pkb top` print.
-"""
+"""`pkb status` and `pkb top`: the pipeline's health, once and live."""
 
 from __future__ import annotations
 
@@ -15,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import redis
 import typer
@@ -25,165 +18,156 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pkbrokers_redis.cli.common import AsJson, dump, require_store
+from pkbrokers_redis.cli.common import AsJson, Seconds, dump, require_store
 from pkbrokers_redis.errors import PkbError, RedisUnavailable
-from pkbrokers_redis.runtime.cluster_state import Facts, Server, Worker, gather, read_workers
+from pkbrokers_redis.runtime.cluster_state import (
+    ClusterState,
+    Server,
+    Worker,
+    read_cluster_state,
+    read_workers,
+)
 from pkbrokers_redis.runtime.health import (
     EXIT_CODES,
-    STATUS,
+    STATUS_CHECKS,
     Finding,
     Health,
-    as_dict,
+    check_health,
+    check_host,
     counters,
+    health_document,
     health_of,
-    here,
-    judge,
-    look,
+    run_checks,
 )
 from pkbrokers_redis.runtime.signals import stop_on_signals
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect, describe, explain
 from pkbrokers_redis.store.meta import adopt_meta
 
+REFRESH_SECONDS = 1.0
+STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
+HEALTH_STYLES: dict[Health, str] = {"healthy": "green", "degraded": "yellow", "down": "red"}
+WIDTH_MIN = 110  # a terminal wraps a wide line; rich would cut it
+
 
 def status(
     as_json: AsJson = False,
     only_here: Annotated[
-        bool,
-        typer.Option("--here", help="only whether this host's workers live: for a container's healthcheck"),
+        bool, typer.Option("--here", help="check only this host's workers: for a container's healthcheck")
     ] = False,
 ) -> None:
     """Show the pipeline's health once: workers, shards, lag, Redis. Exits with 0 healthy, 1 degraded, 2 down.
 
-    Trouble is looked at twice, a second apart: what is there for a moment is a handover.
+    A problem is checked again after a second: one that has passed was a handover between workers.
     """
     settings = load_settings()
+    cluster: ClusterState | None = None
     try:
         require_store(settings)
-        client = connect(settings, for_reading=True)
+        with connect(settings, for_reading=True) as client:
+            if only_here:
+                workers = read_workers(client, settings.keys, time.time() * 1000)
+                findings = [check_host(workers, socket.gethostname())]
+            else:
+                cluster, findings = check_health(client, adopt_meta(client, settings))
     except RedisUnavailable as error:
         if not as_json:
             raise
-        print(dump(as_dict(None, [Finding("redis", "fail", error.message, error.hint)])))
-        raise typer.Exit(EXIT_CODES["down"]) from None
-    with client:
-        if only_here:
-            _here(client, settings, as_json)
-        settings = adopt_meta(client, settings)
-        facts, findings = look(client, settings)
+        findings = [Finding("redis", "fail", error.message, error.hint)]
     if as_json:
-        print(dump(as_dict(facts, findings)))
+        print(dump(health_document(cluster, findings)))
+    elif cluster is None:
+        print_findings(findings)
     else:
-        console().print(view(facts, findings))
+        _console().print(_view(cluster, findings))
     raise typer.Exit(EXIT_CODES[health_of(findings)])
 
 
-def _here(client: redis.Redis, settings: Settings, as_json: bool) -> NoReturn:
-    workers = read_workers(client, settings.keys, time.time() * 1000)
-    findings = here(workers, socket.gethostname())  # as their heartbeats have it
-    if as_json:
-        print(dump(as_dict(None, findings)))
-    else:
-        for finding in findings:
-            console().print(line(finding))
-    raise typer.Exit(EXIT_CODES[health_of(findings)])
-
-
-REFRESH_SECONDS = 1.0
-
-
-def top(
-    seconds: Annotated[float | None, typer.Option(min=0, help="stop by itself after this long")] = None,
-) -> None:
-    """Watch the pipeline: workers, rates, shards and lag, every second; a line each where no terminal is."""
+def top(seconds: Seconds = None) -> None:
+    """Watch the pipeline: workers, rates, shards and lag, every second; without a terminal a line each."""
     settings = load_settings()
     require_store(settings)
     stop = threading.Event()
     client: redis.Redis | None = connect(settings, for_reading=True)
     deadline = None if seconds is None else time.monotonic() + seconds
-    terminal = sys.stdout.isatty()
-    screen = Live(console=console(), auto_refresh=False, screen=False) if terminal else None
+    screen = Live(console=_console(), auto_refresh=False) if sys.stdout.isatty() else None
     with stop_on_signals(stop), screen or contextlib.nullcontext():
         while True:
-            facts: Facts | None = None
+            cluster: ClusterState | None = None
             try:
                 client = client or connect(settings, for_reading=True)
                 keys = adopt_meta(client, settings).keys
-                facts = gather(client, keys, describe(settings, for_reading=True))
-                findings = judge(facts, STATUS)
+                cluster = read_cluster_state(client, keys, describe(settings, for_reading=True))
+                findings = run_checks(cluster, STATUS_CHECKS)
             except (redis.RedisError, PkbError) as error:
                 # Go on while Redis is unavailable: that is when a person watches.
                 client = None
-                findings = [_away(error, settings)]
+                findings = [_unavailable(error, settings)]
             if screen:
-                screen.update(_picture(facts, findings), refresh=True)
+                screen.update(_view(cluster, findings), refresh=True)
             else:
-                print(_plain(facts, findings), flush=True)
+                print(_line_of(cluster, findings), flush=True)
             if deadline is not None and time.monotonic() + REFRESH_SECONDS > deadline:
                 break
             if stop.wait(REFRESH_SECONDS):
                 break
+    if client is not None:
+        client.close()
 
 
-def _away(error: Exception, settings: Settings) -> Finding:
-    told = explain(error, describe(settings, for_reading=True))
-    return Finding("redis", "fail", told.message, told.hint)
+def print_findings(findings: Iterable[Finding]) -> None:
+    """Print findings, one a line."""
+    for finding in findings:
+        _console().print(_finding_line(finding))
 
 
-def _picture(facts: Facts | None, findings: list[Finding]) -> RenderableType:
-    return view(facts, findings) if facts is not None else Group(*map(line, findings))
+def _unavailable(error: Exception, settings: Settings) -> Finding:
+    explained = explain(error, describe(settings, for_reading=True))
+    return Finding("redis", "fail", explained.message, explained.hint)
 
 
-def _plain(facts: Facts | None, findings: list[Finding]) -> str:
-    trouble = "; ".join(f"{each.check}: {each.what}" for each in findings if each.level != "ok")
-    if facts is None:
-        return f"{health_of(findings)}  {trouble}"
-    ingest = sum(worker.number("ticks_per_second") for worker in facts.alive("ingest"))
-    candles = sum(worker.number("ticks_per_second") for worker in facts.alive("aggregate"))
-    waiting = sum(shard.lag_entries for shard in facts.shards)
-    lag_ms = max((shard.lag_ms for shard in facts.shards), default=0.0)
+def _line_of(cluster: ClusterState | None, findings: list[Finding]) -> str:
+    problems = "; ".join(f"{each.check}: {each.message}" for each in findings if each.level != "ok")
+    if cluster is None:
+        return f"{health_of(findings)}  {problems}"
+    received, applied = (
+        sum(worker.number("ticks_per_second") for worker in cluster.alive(role))
+        for role in ("ingest", "aggregate")
+    )
+    waiting = sum(shard.lag_entries for shard in cluster.shards)
+    lag_ms = max((shard.lag_ms for shard in cluster.shards), default=0.0)
     text = (
-        f"{health_of(findings)}  in {ingest:,.0f} ticks/s  applied {candles:,.0f} ticks/s  "
+        f"{health_of(findings)}  in {received:,.0f} ticks/s  applied {applied:,.0f} ticks/s  "
         f"waiting {waiting:,} entries, {lag_ms:,.0f} ms"
     )
-    return f"{text}  {trouble}".rstrip()
+    return f"{text}  {problems}".rstrip()
 
 
-STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
-STYLE_OF: dict[Health, str] = {"healthy": "green", "degraded": "yellow", "down": "red"}
-WIDTH_MIN = 110  # rather wrapped by the terminal than cut short
-
-
-def view(facts: Facts, findings: Iterable[Finding]) -> Group:
-    """The whole picture, for a terminal or a pipe."""
-    findings = list(findings)
+def _view(cluster: ClusterState | None, findings: list[Finding]) -> RenderableType:
+    if cluster is None:
+        return Group(*map(_finding_line, findings))
     health = health_of(findings)
-    trouble = [finding for finding in findings if finding.level != "ok"]
-    lost = " · ".join(f"{name} {count:,}" for name, count in counters(facts).items() if count)
-    head = (health, f"bold {STYLE_OF[health]}")
+    head = (health, f"bold {HEALTH_STYLES[health]}")
+    lost = " · ".join(f"{name} {count:,}" for name, count in counters(cluster).items() if count)
     parts: list[Any] = [
-        Text.assemble(head, f"  {facts.place}  ", (_servers(facts.servers), "dim")),
-        *([_workers(facts)] if facts.workers else []),
-        _shards(facts),
+        Text.assemble(head, f"  {cluster.place}  ", (_servers(cluster.servers), "dim")),
+        *([_workers(cluster)] if cluster.workers else []),
+        _shards(cluster),
+        *([Text(lost, "yellow")] if lost else []),
     ]
-    if lost:
-        parts.append(Text(lost, "yellow"))
-    return Group(*parts, *(line(finding) for finding in trouble))
+    return Group(*parts, *(_finding_line(finding) for finding in findings if finding.level != "ok"))
 
 
-def line(finding: Finding) -> Text:
-    """One finding: level, what was looked at, what was found, the mend."""
+def _finding_line(finding: Finding) -> Text:
     hint = f": {finding.hint}" if finding.hint else ""
-    return Text.assemble(
-        (f"{finding.level:<5}", STYLES[finding.level]), f"{finding.check:<12} {finding.what}{hint}"
-    )
+    level = f"{finding.level:<5}", STYLES[finding.level]
+    return Text.assemble(level, f"{finding.check:<12} {finding.message}{hint}")
 
 
-def console() -> Console:
-    """stdout, wide enough for the tables."""
-    found = Console(highlight=False, soft_wrap=True)
-    found.width = max(found.width, WIDTH_MIN)
-    return found
+def _console() -> Console:
+    console = Console(highlight=False, soft_wrap=True)
+    console.width = max(console.width, WIDTH_MIN)
+    return console
 
 
 def _servers(servers: Sequence[Server]) -> str:
@@ -196,53 +180,39 @@ def _servers(servers: Sequence[Server]) -> str:
     return f"{masters}{servers[0].version}, {memory}, {aof}"
 
 
-def _workers(facts: Facts) -> Table:
-    table = _table(("worker", False), ("beat", True), ("ticks/s", True), ("ticks", True), ("has", False))
-    for worker in sorted(facts.workers, key=lambda each: (each.role != "ingest", each.role, each.id)):
+def _workers(cluster: ClusterState) -> Table:
+    table = _table(worker="left", beat="right", rate="right", ticks="right", part="left")
+    for worker in sorted(cluster.workers, key=lambda each: (each.role != "ingest", each.role, each.id)):
         if worker.age_ms is None:
-            table.add_row(worker.id, "gone", "", "", "", style="dim")
+            table.add_row(worker.id, "expired", "", "", "", style="dim")
             continue
-        table.add_row(
-            worker.id,
-            f"{worker.age_ms / 1000:.1f} s",
-            f"{worker.number('ticks_per_second'):,.0f}",
-            f"{worker.number('ticks_total'):,.0f}",
-            _has(worker),
-        )
+        rate, ticks = worker.number("ticks_per_second"), worker.number("ticks_total")
+        age = f"{worker.age_ms / 1000:.1f} s"
+        table.add_row(worker.id, age, f"{rate:,.0f}/s", f"{ticks:,.0f}", _part_of(worker))
     return table
 
 
-def _has(worker: Worker) -> str:
+def _part_of(worker: Worker) -> str:
+    instruments = f"{worker.number('instruments'):,.0f} instruments"
     if worker.role == "ingest":
         feeds = worker.numbers("feeds")
-        return (
-            f"{worker.number('instruments'):,.0f} instruments in feeds {_list(feeds)}, "
-            f"{worker.number('connected'):.0f} of {len(feeds)} connected"
-        )
-    if worker.role == "aggregate":
-        return f"{worker.number('instruments'):,.0f} instruments in shards {_list(worker.numbers('shards'))}"
-    return ""
+        connected = f"{worker.number('connected'):.0f} of {len(feeds)} connected"
+        return f"{instruments} in feeds {_list(feeds)}, {connected}"
+    return f"{instruments} in shards {_list(worker.numbers('shards'))}" if worker.role == "aggregate" else ""
 
 
-def _shards(facts: Facts) -> Table:
-    table = _table(
-        ("shard", True), ("aggregator", False), ("waiting", True), ("lag ms", True), ("stream", True)
-    )
-    for shard in facts.shards:
-        table.add_row(
-            str(shard.number),
-            shard.owner or "–",
-            f"{shard.lag_entries:,}",
-            f"{shard.lag_ms:,.0f}",
-            f"{shard.entries:,}",
-        )
+def _shards(cluster: ClusterState) -> Table:
+    table = _table(shard="right", aggregator="left", waiting="right", lag_ms="right", stream="right")
+    for shard in cluster.shards:
+        lag = f"{shard.lag_entries:,}", f"{shard.lag_ms:,.0f}"
+        table.add_row(str(shard.number), shard.owner or "–", *lag, f"{shard.entries:,}")
     return table
 
 
-def _table(*columns: tuple[str, bool]) -> Table:
+def _table(**columns: Any) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name, is_number in columns:
-        table.add_column(name, justify="right" if is_number else "left", no_wrap=True)
+    for name, justify in columns.items():
+        table.add_column(name.replace("_", " "), justify=justify, no_wrap=True)
     return table
 
 

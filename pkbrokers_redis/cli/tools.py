@@ -38,7 +38,7 @@ def config(as_json: AsJson = False, as_csv: AsCsv = False) -> None:
         rows.append({"name": name, "value": value, "source": source, "description": info.description})
     emit(rows, COLUMNS, form)
     for name, meant in unknown_names().items():
-        note(f"{name} is no setting" + (f": did you mean {meant}?" if meant else ""))
+        note(f"{name} is not a setting" + (f": did you mean {meant}?" if meant else ""))
 
 
 def shown(value: Any, is_url: bool) -> Any:

@@ -45,8 +45,8 @@ from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.kite.instruments import KiteInstruments
 from pkbrokers_redis.kite.rest import open_kite
 from pkbrokers_redis.kite.session import SessionManager
-from pkbrokers_redis.runtime.cluster_state import gather, read_servers
-from pkbrokers_redis.runtime.health import STATUS, health_of, judge
+from pkbrokers_redis.runtime.cluster_state import read_cluster_state, read_servers
+from pkbrokers_redis.runtime.health import STATUS_CHECKS, health_of, run_checks
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.instrument_list import instrument_list
@@ -197,13 +197,13 @@ def feed(at: str, day: str) -> Any:
     with _work("feed") as work:
         if work.must_wait:
             return work.must_wait
-        facts = gather(work.client, work.settings.keys, describe(work.settings))
-        findings = [each for each in judge(facts, STATUS) if each.level != "ok"]
+        cluster = read_cluster_state(work.client, work.settings.keys, describe(work.settings))
+        findings = [each for each in run_checks(cluster, STATUS_CHECKS) if each.level != "ok"]
         health = health_of(findings)
         if health == "down":
             first = next(each for each in findings if each.level == "fail")
-            raise NotReady(first.what, first.hint or "`pkb doctor` says more")
-        return {"health": health, "findings": [each.what for each in findings]}
+            raise NotReady(first.message, first.hint or "`pkb doctor` says more")
+        return {"health": health, "findings": [each.message for each in findings]}
 
 
 def day_snapshot(at: str, day: str, kind: str, after: Sequence[str] = ()) -> Any:

@@ -1,7 +1,7 @@
-"""What can be known of a running pipeline from outside: read once from Redis, judged by `health.py`.
+"""The state of a running pipeline as Redis shows it; `health.py` checks it.
 
-A few round trips, none of them a SCAN: `P:workers` names the workers, P:meta the shards, the heartbeats of
-ingest the number of feeds. All ages are by Redis's clock.
+It is read in a few round trips, without SCAN: `P:workers` names the workers, `P:meta` the shards, the
+heartbeats of ingest the number of feeds. All ages are by Redis's clock.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from pkbrokers_redis.store.cluster import cluster_of
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """One Redis (a cluster has several): what INFO tells that matters here."""
+    """One Redis master (a cluster has several), from INFO."""
 
     name: str
     version: str
     used_bytes: int
-    limit_bytes: int  # maxmemory, 0: none
+    limit_bytes: int  # maxmemory; 0 for none
     eviction: str  # maxmemory-policy
     aof: bool
-    saves: bool  # False: the last attempt to save failed, Redis refuses writes
+    saves: bool  # False if the last attempt to save failed: Redis then refuses writes
     forks: int = 0  # since its start: rewrites of the AOF and RDB snapshots
     up_seconds: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One member of `P:workers`. `age_ms` is the age of its heartbeat, None when there is none (any more)."""
+    """One member of `P:workers`. `age_ms` is the age of its heartbeat; None if that has expired."""
 
     id: str
     role: str
@@ -45,20 +45,20 @@ class Worker:
     fields: dict[str, str]
 
     def number(self, name: str) -> float:
-        """A figure of the heartbeat; 0 where it has none."""
+        """Return a number of the heartbeat; 0 if it has none."""
         try:
             return float(self.fields.get(name, "") or 0)
         except ValueError:
             return 0.0
 
     def numbers(self, name: str) -> list[int]:
-        """A comma list of the heartbeat: `shards`, `feeds`."""
+        """Return a comma list of the heartbeat: `shards`, `feeds`."""
         return [int(part) for part in self.fields.get(name, "").split(",") if part.isdecimal()]
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """A picture of the pipeline at `at_ms` (Redis's clock)."""
+class ClusterState:
+    """The pipeline at `at_ms`, epoch milliseconds of Redis's clock."""
 
     place: str
     at_ms: float
@@ -69,29 +69,29 @@ class Facts:
     feeds: list[str | None] = field(default_factory=list)  # the reader of each feed
 
     def alive(self, role: str) -> list[Worker]:
-        """The workers of a role that beat."""
+        """Return the workers of a role whose heartbeat has not expired."""
         return [worker for worker in self.workers if worker.role == role and worker.age_ms is not None]
 
 
-def gather(
+def read_cluster_state(
     client: redis.Redis,
     keys: Keys,
     place: str,
     *,
     stream_bytes: bool = False,
     clock: Callable[[], float] = time.time,
-) -> Facts:
-    """Look at everything once. Raises what redis-py raises."""
+) -> ClusterState:
+    """Read the state once. Raises redis.RedisError."""
     before = clock() * 1000
     try:
-        seconds, micros = first_server(client, "time")
+        seconds, micros = call_one_master(client, "time")
         at_ms = seconds * 1000 + micros / 1000
-    except NoPermissionError:  # a reader's user: then our clock has to do
+    except NoPermissionError:  # a reader's user: use this host's clock
         at_ms = before
     skew_ms = (before + clock() * 1000) / 2 - at_ms
     workers = read_workers(client, keys, at_ms)
     feeds_total = max((int(worker.number("feeds_total")) for worker in workers), default=0)
-    return Facts(
+    return ClusterState(
         place,
         at_ms,
         skew_ms,
@@ -102,8 +102,8 @@ def gather(
     )
 
 
-def each_server(client: redis.Redis, method: str, *arguments: Any) -> dict[str, Any]:
-    """A command without a key, sent to every master: node → reply."""
+def call_each_master(client: redis.Redis, method: str, *arguments: Any) -> dict[str, Any]:
+    """Call a method of redis-py, for a command without a key, on every master; return node → reply."""
     cluster: Any = cluster_of(client)  # redis-py's cluster has no types
     if cluster is None:
         return {"": getattr(client, method)(*arguments)}
@@ -112,8 +112,8 @@ def each_server(client: redis.Redis, method: str, *arguments: Any) -> dict[str, 
     return {node.name: getattr(cluster.get_redis_connection(node), method)(*arguments) for node in nodes}
 
 
-def first_server(client: redis.Redis, method: str) -> Any:
-    """The same, sent to one of them."""
+def call_one_master(client: redis.Redis, method: str) -> Any:
+    """Call a method of redis-py, for a command without a key, on one master."""
     cluster: Any = cluster_of(client)
     if cluster is None:
         return getattr(client, method)()
@@ -121,12 +121,12 @@ def first_server(client: redis.Redis, method: str) -> Any:
 
 
 def read_servers(client: redis.Redis) -> list[Server]:
-    """The masters of the store; none where our user may not ask."""
+    """Return the masters of the store; none if the user has no permission for INFO."""
     try:
-        found = each_server(client, "info")
+        replies = call_each_master(client, "info")
     except ResponseError:
         return []
-    return [_server(name, info) for name, info in found.items()]
+    return [_server(name, info) for name, info in replies.items()]
 
 
 def _server(name: str, info: dict[str, Any]) -> Server:
@@ -145,7 +145,7 @@ def _server(name: str, info: dict[str, Any]) -> Server:
 
 
 def read_workers(client: redis.Redis, keys: Keys, at_ms: float) -> list[Worker]:
-    """All members of `P:workers`, by role and id, with their heartbeats."""
+    """Return all members of `P:workers` by role and id, with their heartbeats."""
     members: Any = client.zrange(keys.workers(), 0, -1)
     names = sorted(tuple(bytes(member).decode(errors="replace").partition(" ")[::2]) for member in members)
     pipeline = client.pipeline(transaction=False)

@@ -1,14 +1,13 @@
-"""How far the aggregators are behind the tick streams, in entries and in milliseconds, shard by shard.
+"""Heartbeats of workers, and the lag of the aggregators behind the tick streams.
 
-Heartbeats: each worker says every two seconds that it lives and how it fares.
+    P:worker:<id>   hash, TTL 10 s: role host pid started_at shards ticks_total ticks_per_second lag_ms …
 
-P:worker:<id>   hash, TTL 10 s: role host pid started_at shards ticks_total ticks_per_second lag_ms …
-
-That a worker is a member (`P:workers`) it says itself, with its leases and more often.
+A heartbeat is written every two seconds. Membership (`P:workers`) is separate: it goes with the leases.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Mapping, Sequence
@@ -19,33 +18,36 @@ from typing import Any
 import msgspec
 import redis
 
+from pkbrokers_redis import logs
 from pkbrokers_redis.keys import AGGREGATOR_GROUP, Keys
 from pkbrokers_redis.store.streams import id_order
+
+log = logs.get("heartbeat")
 
 SHARDS_AT_ONCE = 256  # a pipeline's bound
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One tick stream and how far its aggregator is."""
+    """One tick stream, and the position of its aggregator."""
 
     number: int
     owner: str | None
     entries: int  # in the stream
     position: str  # the last id committed
     lag_entries: int  # not committed yet
-    lag_ms: float  # how long the oldest of them has waited
-    stream_bytes: int | None = None  # only where asked for
+    lag_ms: float  # age of the oldest of them
+    stream_bytes: int | None = None  # None unless requested
 
 
 def read_shards(
     client: redis.Redis, keys: Keys, shards: Sequence[int], at_ms: float, *, stream_bytes: bool = False
 ) -> list[Shard]:
-    """Stream, owner and lag of some shards."""
-    found: list[Shard] = []
+    """Return stream, owner and lag of shards; ages are relative to `at_ms`, epoch milliseconds."""
+    result: list[Shard] = []
     for first in range(0, len(shards), SHARDS_AT_ONCE):
-        found += _read_shards(client, keys, shards[first : first + SHARDS_AT_ONCE], at_ms, stream_bytes)
-    return found
+        result += _read_shards(client, keys, shards[first : first + SHARDS_AT_ONCE], at_ms, stream_bytes)
+    return result
 
 
 def _read_shards(
@@ -57,7 +59,7 @@ def _read_shards(
         pipeline.xinfo_groups(keys.ticks(shard))
     sizes = pipeline.execute(raise_on_error=False)
     groups = [_group(reply) for reply in sizes[1::2]]
-    # Then the oldest entry that waits: only now do we know behind which id.
+    # Then the oldest entry behind that position.
     for shard, (position, _) in zip(shards, groups, strict=True):
         pipeline.xrange(keys.ticks(shard), f"({position}", "+", count=1)
     waiting = pipeline.execute(raise_on_error=False)
@@ -87,7 +89,7 @@ def _read_shards(
 
 
 def _group(reply: Any) -> tuple[str, int | None]:
-    """Position and lag of our consumer group; Redis gives no lag after an entry was deleted by hand."""
+    """Return position and lag of the aggregators' group; no lag after an entry was deleted by hand."""
     for group in reply if isinstance(reply, list) else ():
         if group["name"] == AGGREGATOR_GROUP.encode():
             return group["last-delivered-id"].decode(), group["lag"]
@@ -95,7 +97,7 @@ def _group(reply: Any) -> tuple[str, int | None]:
 
 
 def owners_of(client: redis.Redis, leases: Sequence[str]) -> list[str | None]:
-    """Who holds some leases, of shards or of feeds; None where nobody does."""
+    """Return the owner of each lease, of shards or of feeds; None if it is free."""
     pipeline = client.pipeline(transaction=False)
     for key in leases:
         pipeline.get(key)
@@ -104,7 +106,7 @@ def owners_of(client: redis.Redis, leases: Sequence[str]) -> list[str | None]:
 
 
 def lag_figures(shards: Sequence[Shard]) -> dict[str, Any]:
-    """For an aggregator's heartbeat: `lag_entries` in all, `lag_ms` of the worst, `lags` shard → both."""
+    """Return the lag fields of a heartbeat: `lag_entries` in all, `lag_ms` of the worst, `lags` by shard."""
     return {
         "lag_entries": sum(shard.lag_entries for shard in shards),
         "lag_ms": round(max((shard.lag_ms for shard in shards), default=0.0)),
@@ -119,7 +121,14 @@ TTL_SECONDS = 10
 
 
 class Heartbeat:
-    """Writes one worker's hash when it is time; silent while Redis is away."""
+    """Writes one worker's hash every two seconds. A refusal of Redis is logged once, an outage not at all.
+
+    Args:
+        keys: The store's keys.
+        role: The worker's role.
+        worker_id: Its unique id.
+        now_ms: When it started, epoch milliseconds.
+    """
 
     def __init__(self, keys: Keys, role: str, worker_id: str, now_ms: float) -> None:
         self._keys = keys
@@ -133,9 +142,10 @@ class Heartbeat:
         self._last_ms = now_ms
         self._next_ms = now_ms
         self._last_ticks = 0
+        self._refused = False  # by Redis, and logged
 
     def due(self, now_ms: float) -> bool:
-        """Whether two seconds have passed, or the clock was set back."""
+        """Return whether a heartbeat is due: two seconds have passed, or the clock was set back."""
         return not self._last_ms <= now_ms < self._next_ms
 
     def beat(
@@ -146,9 +156,14 @@ class Heartbeat:
         figures: Mapping[str, Any],
         shards: Sequence[int] = (),
     ) -> None:
-        """Write the hash. `figures` are further fields; the rate is over the time since the last beat.
+        """Write the hash.
 
-        The lag of `shards`, those whose candles this worker makes, is read from Redis and told with it.
+        Args:
+            client: The store.
+            now_ms: The wall clock, epoch milliseconds.
+            ticks_total: Ticks so far; the rate is computed since the last heartbeat.
+            figures: Further fields.
+            shards: The shards whose lag is read from Redis and added.
         """
         passed_ms = now_ms - self._last_ms if now_ms >= self._last_ms else EVERY_MS
         seconds = max(passed_ms / 1000, 0.001)
@@ -168,12 +183,19 @@ class Heartbeat:
             pipeline.hset(self.key, mapping=fields)
             pipeline.expire(self.key, TTL_SECONDS)
             pipeline.execute()
-        except redis.RedisError:
-            pass  # whoever misses the heartbeat learns what we know: Redis is away
+        except (redis.ConnectionError, redis.TimeoutError):
+            pass  # the role itself reports an outage, and a missing heartbeat shows it
+        except redis.RedisError as error:
+            self._log_refusal(error)
+
+    def _log_refusal(self, error: redis.RedisError) -> None:
+        """Log once why Redis refuses the heartbeat: no permission, another type, out of memory."""
+        if not self._refused:
+            hint = f"look at it with `TYPE {self.key}`; the user needs HSET and EXPIRE on it (docs/acl.conf)"
+            log.warning("heartbeat_refused", key=self.key, reason=str(error)[:200], hint=hint)
+        self._refused = True
 
     def end(self, client: redis.Redis) -> None:
-        """Remove the hash: this worker left in good order."""
-        try:
+        """Delete the hash: the worker has stopped cleanly."""
+        with contextlib.suppress(redis.RedisError):  # it expires by itself
             client.delete(self.key)
-        except redis.RedisError:
-            pass  # it expires by itself

@@ -29,7 +29,7 @@ from pkbrokers_redis.errors import (
     UnknownSymbol,
 )
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.runtime.cluster_state import first_server
+from pkbrokers_redis.runtime.cluster_state import call_one_master
 from pkbrokers_redis.runtime.signals import stop_on_signals
 from pkbrokers_redis.runtime.supervisor import EXIT_TRY_AGAIN, EXIT_USER_ERROR, SUPERVISED
 from pkbrokers_redis.settings import Settings, load_settings
@@ -104,7 +104,7 @@ def run_role(role: Role, arguments: Sequence[str] = ()) -> int:
 
 def redis_time_ms(client: redis.Redis) -> float:
     """Return Redis's clock in epoch milliseconds: the clocks of hosts need not agree."""
-    seconds, micros = first_server(client, "time")
+    seconds, micros = call_one_master(client, "time")
     return float(seconds * 1000 + micros / 1000)
 
 

@@ -23,8 +23,8 @@ from redis.exceptions import RedisClusterException
 
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError
-from pkbrokers_redis.runtime.cluster_state import Facts
-from pkbrokers_redis.runtime.health import Finding, look
+from pkbrokers_redis.runtime.cluster_state import ClusterState
+from pkbrokers_redis.runtime.health import Finding, check_health
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import describe, explain
 
@@ -94,9 +94,9 @@ class Services:
         self.counts: Counter[str] = Counter(requests=0, refused=0, failed=0, streams_dropped=0)
         self._health_lock = asyncio.Lock()
         self._health_at = float("-inf")
-        self._health: tuple[Facts | None, list[Finding]] = (None, [])
+        self._health: tuple[ClusterState | None, list[Finding]] = (None, [])
 
-    async def health(self) -> tuple[Facts | None, list[Finding]]:
+    async def health(self) -> tuple[ClusterState | None, list[Finding]]:
         """Return the pipeline's state and findings, at most HEALTH_AGE_SECONDS_MAX old.
 
         An unavailable Redis is a finding, with None for the state.
@@ -104,7 +104,7 @@ class Services:
         async with self._health_lock:
             if time.monotonic() - self._health_at > HEALTH_AGE_SECONDS_MAX:
                 try:
-                    self._health = await self.quick(look, self.store.client, self.store.settings)
+                    self._health = await self.quick(check_health, self.store.client, self.store.settings)
                 except (PkbError, *REDIS_ERRORS) as error:
                     shown = self.explain(error)
                     self._health = None, [Finding("redis", "fail", shown.message, shown.hint)]

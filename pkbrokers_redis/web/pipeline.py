@@ -12,8 +12,8 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from pkbrokers_redis.runtime.cluster_state import Facts
-from pkbrokers_redis.runtime.health import Finding, as_dict, counters, health_of
+from pkbrokers_redis.runtime.cluster_state import ClusterState
+from pkbrokers_redis.runtime.health import Finding, counters, health_document, health_of
 from pkbrokers_redis.web.executor import Route, Services
 from pkbrokers_redis.web.responses import json_response
 
@@ -31,8 +31,8 @@ async def healthz(_: web.Request, services: Services) -> web.Response:
 
 async def status(_: web.Request, services: Services) -> web.Response:
     """Answer what `pkb status --json` prints; 503 while Redis is unavailable."""
-    facts, findings = await services.health()
-    return json_response(as_dict(facts, findings), 503 if facts is None else 200)
+    cluster, findings = await services.health()
+    return json_response(health_document(cluster, findings), 503 if cluster is None else 200)
 
 
 async def page(_: web.Request, services: Services) -> web.Response:
@@ -61,24 +61,24 @@ def _csp_hash(text: str) -> str:
 
 async def metrics(_: web.Request, services: Services) -> web.Response:
     """Answer Prometheus' text format 0.0.4; an unavailable Redis is `pkb_redis_up 0`."""
-    facts, findings = await services.health()
+    cluster, findings = await services.health()
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected([*_pipeline_metrics(facts, findings), *_server_metrics(services)]))
+    registry.register(_Collected([*_pipeline_metrics(cluster, findings), *_server_metrics(services)]))
     return web.Response(body=generate_latest(registry), headers={"Content-Type": METRICS_TYPE})
 
 
-def _pipeline_metrics(facts: Facts | None, findings: Sequence[Finding]) -> Iterator[Metric]:
+def _pipeline_metrics(cluster: ClusterState | None, findings: Sequence[Finding]) -> Iterator[Metric]:
     health = health_of(findings)
-    yield _gauge("redis_up", "1 when the store answers", (), [((), float(facts is not None))])
+    yield _gauge("redis_up", "1 when the store answers", (), [((), float(cluster is not None))])
     words = [((word,), float(word == health)) for word in HEALTH_WORDS]
     yield _gauge("health", "1 for the word that holds", ("health",), words)
-    if facts is not None:
-        yield from _worker_metrics(facts)
-        yield from _store_metrics(facts)
+    if cluster is not None:
+        yield from _worker_metrics(cluster)
+        yield from _store_metrics(cluster)
 
 
-def _worker_metrics(facts: Facts) -> Iterator[Metric]:
-    alive = [((worker.role, worker.id), worker) for worker in facts.workers if worker.age_ms is not None]
+def _worker_metrics(cluster: ClusterState) -> Iterator[Metric]:
+    alive = [((worker.role, worker.id), worker) for worker in cluster.workers if worker.age_ms is not None]
     labels = ("role", "worker")
     ages = [(names, (worker.age_ms or 0) / 1000) for names, worker in alive]
     yield _gauge("worker_beat_age_seconds", "since a worker's heartbeat", labels, ages)
@@ -86,12 +86,12 @@ def _worker_metrics(facts: Facts) -> Iterator[Metric]:
     yield _counter("ticks", "ticks a worker took in since it started", labels, totals)
     rates = [(names, worker.number("ticks_per_second")) for names, worker in alive]
     yield _gauge("ticks_per_second", "between a worker's last two heartbeats", labels, rates)
-    lost = [((what,), float(count)) for what, count in counters(facts).items()]
+    lost = [((what,), float(count)) for what, count in counters(cluster).items()]
     yield _counter("lost", "what the living workers lost or were refused", ("what",), lost)
 
 
-def _store_metrics(facts: Facts) -> Iterator[Metric]:
-    shards = facts.shards
+def _store_metrics(cluster: ClusterState) -> Iterator[Metric]:
+    shards = cluster.shards
     for name, does, values in (
         ("shard_lag_seconds", "age of the oldest waiting entry", [s.lag_ms / 1000 for s in shards]),
         ("shard_lag_entries", "entries that wait for their aggregator", [s.lag_entries for s in shards]),
@@ -100,9 +100,9 @@ def _store_metrics(facts: Facts) -> Iterator[Metric]:
     ):
         samples = [((str(shard.number),), float(value)) for shard, value in zip(shards, values, strict=True)]
         yield _gauge(name, does, ("shard",), samples)
-    used = [((server.name,), float(server.used_bytes)) for server in facts.servers]
+    used = [((server.name,), float(server.used_bytes)) for server in cluster.servers]
     yield _gauge("redis_memory_used_bytes", "used_memory", ("server",), used)
-    limits = [((server.name,), float(server.limit_bytes)) for server in facts.servers]
+    limits = [((server.name,), float(server.limit_bytes)) for server in cluster.servers]
     yield _gauge("redis_memory_limit_bytes", "maxmemory, 0 for none", ("server",), limits)
 
 

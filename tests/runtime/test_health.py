@@ -1,4 +1,4 @@
-"""The rules of health over made-up pictures, and real pictures of a real store."""
+"""Health checks over constructed cluster states, and the state of a real store."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import redis
 from pkbrokers_redis.errors import MetaMismatch
 from pkbrokers_redis.keys import AGGREGATOR_GROUP
 from pkbrokers_redis.runtime import health
-from pkbrokers_redis.runtime.cluster_state import Facts, Server, Worker, gather
-from pkbrokers_redis.runtime.health import Finding, Rule, health_of, jobs_well, judge, master_well
+from pkbrokers_redis.runtime.cluster_state import ClusterState, Server, Worker, read_cluster_state
+from pkbrokers_redis.runtime.health import Check, Finding, check_jobs, check_master, health_of, run_checks
 from pkbrokers_redis.runtime.heartbeat import Heartbeat, Shard
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import leases
@@ -33,9 +33,9 @@ def shard(number: int, owner: str | None = "aggregate-1", **changes: Any) -> Sha
     return replace(Shard(number, owner, 100, "5-0", 0, 0.0), **changes)
 
 
-def facts(**changes: Any) -> Facts:
+def cluster(**changes: Any) -> ClusterState:
     """A healthy pipeline of two shards and one feed, but for the changes."""
-    whole = Facts(
+    whole = ClusterState(
         "redis://here",
         1_000_000.0,
         2.0,
@@ -50,31 +50,36 @@ def facts(**changes: Any) -> Facts:
     return replace(whole, **changes)
 
 
-EVERY_RULE = (*health.STATUS, *health.SETUP, health.moves(facts()), health.streams_small(1_000))
+EVERY_CHECK = (
+    *health.STATUS_CHECKS,
+    *health.SETUP_CHECKS,
+    health.progress_since(cluster()),
+    health.streams_below(1_000),
+)
 
 
-def test_a_healthy_pipeline_gives_ok_of_every_rule() -> None:
-    findings = judge(facts(), EVERY_RULE)
+def test_a_healthy_pipeline_passes_every_check() -> None:
+    findings = run_checks(cluster(), EVERY_CHECK)
     assert {finding.level for finding in findings} == {"ok"}
-    assert len({finding.check for finding in findings}) > len(EVERY_RULE)
+    assert len({finding.check for finding in findings}) > len(EVERY_CHECK)
     assert health_of(findings) == "healthy"
 
 
-AGGREGATE, INGEST = facts().workers
+AGGREGATE, INGEST = cluster().workers
 
-TROUBLES: list[tuple[str, Rule, dict[str, Any], str, str]] = [
-    ("no aggregator", health.workers_live, {"workers": [INGEST]}, "fail", "no worker makes candles"),
-    ("no ingest", health.workers_live, {"workers": [AGGREGATE]}, "fail", "no worker reads Kite"),
+PROBLEMS: list[tuple[str, Check, dict[str, Any], str, str]] = [
+    ("no aggregator", health.workers_beat, {"workers": [INGEST]}, "fail", "no worker makes candles"),
+    ("no ingest", health.workers_beat, {"workers": [AGGREGATE]}, "fail", "no worker reads Kite"),
     (
         "a dead aggregator is none",
-        health.workers_live,
+        health.workers_beat,
         {"workers": [replace(AGGREGATE, age_ms=None), INGEST]},
         "fail",
         "no worker makes candles",
     ),
     (
         "a late beat",
-        health.workers_live,
+        health.workers_beat,
         {"workers": [replace(AGGREGATE, age_ms=7_000.0), INGEST]},
         "warn",
         "aggregate-1 did not beat",
@@ -83,14 +88,14 @@ TROUBLES: list[tuple[str, Rule, dict[str, Any], str, str]] = [
     ("a free feed", health.feeds_owned, {"feeds": ["ingest-1", None]}, "warn", "feed 1"),
     (
         "a mute feed",
-        health.feeds_well,
+        health.feeds_healthy,
         {"workers": [AGGREGATE, worker("ingest", feed_state="0:ok,1:mute,2:mute")]},
         "warn",
         "feed 1, 2 gets heartbeats but no ticks",
     ),
     (
         "a dead session",
-        health.feeds_well,
+        health.feeds_healthy,
         {"workers": [AGGREGATE, worker("ingest", feed_state="0:expired")]},
         "warn",
         "403",
@@ -104,7 +109,7 @@ TROUBLES: list[tuple[str, Rule, dict[str, Any], str, str]] = [
     ),
     (
         "lag",
-        health.keeps_up,
+        health.lag_small,
         {"shards": [shard(0, lag_entries=700, lag_ms=8_000.0), shard(1)]},
         "warn",
         "shard 0 is behind: 700 entries wait, the oldest for 8 s",
@@ -148,12 +153,18 @@ TROUBLES: list[tuple[str, Rule, dict[str, Any], str, str]] = [
     ),
     (
         "forks",
-        health.forks_seldom,
+        health.forks_rare,
         {"servers": [SERVER, replace(SERVER, forks=10, up_seconds=60)]},
         "warn",
         "forks every 6 s",
     ),
-    ("our clock", health.clocks_agree, {"host_skew_ms": -4_000.0}, "warn", "this host is 4.0 s behind"),
+    (
+        "this host's clock",
+        health.clocks_agree,
+        {"host_skew_ms": -4_000.0},
+        "warn",
+        "this host is 4.0 s behind",
+    ),
     (
         "a worker's clock",
         health.clocks_agree,
@@ -163,21 +174,21 @@ TROUBLES: list[tuple[str, Rule, dict[str, Any], str, str]] = [
     ),
     (
         "two lists",
-        health.one_list,
+        health.one_instrument_list,
         {"workers": [INGEST, worker("ingest", "ingest-2", list="b"), worker("ingest", "ingest-3", list="a")]},
         "fail",
         "ingest-2 has another instrument list",
     ),
     (
         "long streams",
-        health.streams_small(150),
+        health.streams_below(150),
         {"shards": [shard(0), shard(1, entries=10, stream_bytes=4_000_000)]},
         "warn",
         "shard 0 nears its hard cap: 4.0 MB, the longest has 100 of 150 entries",
     ),
     (
         "stuck",
-        health.moves(facts(shards=[shard(0, lag_entries=1), shard(1)], at_ms=998_500.0)),
+        health.progress_since(cluster(shards=[shard(0, lag_entries=1), shard(1)], at_ms=998_500.0)),
         {"shards": [shard(0, lag_entries=9), shard(1, lag_entries=9)]},
         "fail",
         "shard 0 did not move for 1.5 s",
@@ -186,47 +197,47 @@ TROUBLES: list[tuple[str, Rule, dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(
-    ("rule", "changes", "level", "what"), [case[1:] for case in TROUBLES], ids=[case[0] for case in TROUBLES]
+    ("rule", "changes", "level", "what"), [case[1:] for case in PROBLEMS], ids=[case[0] for case in PROBLEMS]
 )
 def test_each_trouble_is_found_and_comes_with_its_mend(
-    rule: Rule, changes: dict[str, Any], level: str, what: str
+    rule: Check, changes: dict[str, Any], level: str, what: str
 ) -> None:
-    trouble = [finding for finding in judge(facts(**changes), [rule]) if finding.level != "ok"]
+    trouble = [finding for finding in run_checks(cluster(**changes), [rule]) if finding.level != "ok"]
     assert [finding.level for finding in trouble] == [level]
-    assert what in trouble[0].what
+    assert what in trouble[0].message
     assert trouble[0].hint
 
 
 def test_a_shard_that_moved_or_has_nothing_waiting_is_not_stuck() -> None:
-    before = facts(shards=[shard(0, lag_entries=1), shard(1)])
-    now = facts(shards=[shard(0, lag_entries=1, position="6-0"), shard(1)])
-    assert {finding.level for finding in judge(now, [health.moves(before)])} == {"ok"}
+    before = cluster(shards=[shard(0, lag_entries=1), shard(1)])
+    now = cluster(shards=[shard(0, lag_entries=1, position="6-0"), shard(1)])
+    assert {finding.level for finding in run_checks(now, [health.progress_since(before)])} == {"ok"}
 
 
 def test_without_any_aggregator_shards_are_not_reported_one_by_one() -> None:
-    down = facts(workers=[], shards=[shard(0, None), shard(1, None)], feeds=[None])
-    assert [finding.check for finding in judge(down, health.STATUS) if finding.level != "ok"] == [
+    down = cluster(workers=[], shards=[shard(0, None), shard(1, None)], feeds=[None])
+    assert [finding.check for finding in run_checks(down, health.STATUS_CHECKS) if finding.level != "ok"] == [
         "ingest",
         "aggregate",
     ]
 
 
 def test_many_names_are_cut_short() -> None:
-    many = facts(shards=[shard(n, None) for n in range(20)])
-    [finding] = judge(many, [health.shards_owned])
-    assert finding.what.endswith("shard 0, 1, 2, 3, 4 and 15 more")
+    many = cluster(shards=[shard(n, None) for n in range(20)])
+    [finding] = run_checks(many, [health.shards_owned])
+    assert finding.message.endswith("shard 0, 1, 2, 3, 4 and 15 more")
 
 
 def test_the_meta_finding_names_what_disagrees() -> None:
     mismatch = MetaMismatch("shards", "8", "4", "set PKB_SHARDS")
-    assert [each.level for each in health.meta_agrees(mismatch, True)] == ["fail"]
-    assert [each.level for each in health.meta_agrees(None, False)] == ["fail"]
-    assert [each.level for each in health.meta_agrees(None, True)] == ["ok"]
+    assert health.check_settings(mismatch, True).level == "fail"
+    assert health.check_settings(None, False).level == "fail"
+    assert health.check_settings(None, True).level == "ok"
 
 
 def test_missing_functions_are_named() -> None:
-    assert next(iter(health.functions_there(["pkb_commit"]))).what == "missing: pkb_commit"
-    assert [each.level for each in health.functions_there([])] == ["ok"]
+    assert health.check_functions(["pkb_commit"]).message == "missing: pkb_commit"
+    assert health.check_functions([]).level == "ok"
 
 
 @pytest.mark.parametrize(
@@ -239,7 +250,7 @@ def test_missing_functions_are_named() -> None:
     ],
 )
 def test_here_looks_only_at_this_hosts_workers(workers: list[Worker], level: str) -> None:
-    assert [finding.level for finding in health.here(workers, "box")] == [level]
+    assert health.check_host(workers, "box").level == level
 
 
 def test_the_worst_finding_is_the_health() -> None:
@@ -270,8 +281,8 @@ def beating(client: redis.Redis, settings: Settings) -> Callable[..., None]:
 
 
 def test_an_empty_redis_is_down_and_raises_nothing(client: redis.Redis, settings: Settings) -> None:
-    found = gather(client, settings.keys, "here")
-    assert health_of(judge(found, health.STATUS)) == "down"
+    found = read_cluster_state(client, settings.keys, "here")
+    assert health_of(run_checks(found, health.STATUS_CHECKS)) == "down"
     assert [each.entries for each in found.shards] == [0] * settings.shards
 
 
@@ -281,7 +292,7 @@ def test_workers_are_read_with_age_and_skew(
     beating("ingest", "ingest-a", feeds="0,2", feeds_total=3, connected=2)
     beating("aggregate", "aggregate-b", skew_ms=60_000)
     leases.announce(client, settings.keys, "aggregate", "aggregate-gone")
-    found = gather(client, settings.keys, "here")
+    found = read_cluster_state(client, settings.keys, "here")
     b, gone, a = found.workers
     assert (a.id, a.role, a.numbers("feeds"), a.number("ticks_total")) == ("ingest-a", "ingest", [0, 2], 7)
     assert a.age_ms is not None and 0 <= a.age_ms < 9_000
@@ -301,19 +312,19 @@ def test_lag_is_counted_and_timed_from_the_oldest_entry_that_waits(
         client.xadd(keys.ticks(3), {"seq": n}, id=f"{ms}-0")
     client.xgroup_create(keys.ticks(3), AGGREGATOR_GROUP, id=f"{now - 60_000}-0", entries_read=1)
     client.set(keys.lease(3), "aggregate-b")
-    found = gather(client, keys, "here", stream_bytes=True).shards[3]
+    found = read_cluster_state(client, keys, "here", stream_bytes=True).shards[3]
     assert (found.owner, found.entries, found.lag_entries) == ("aggregate-b", 3, 2)
     assert 30_000 <= found.lag_ms < 60_000
     assert found.stream_bytes
     client.xgroup_setid(keys.ticks(3), AGGREGATOR_GROUP, f"{now - 10_000}-0", entries_read=3)
-    found = gather(client, keys, "here").shards[3]
+    found = read_cluster_state(client, keys, "here").shards[3]
     assert (found.lag_entries, found.lag_ms) == (0, 0.0)
 
 
 def test_entries_of_a_stream_without_a_group_all_wait(client: redis.Redis, settings: Settings) -> None:
     client.xadd(settings.keys.ticks(0), {"seq": 1})
     client.xadd(settings.keys.ticks(0), {"seq": 2})
-    assert gather(client, settings.keys, "here").shards[0].lag_entries == 2
+    assert read_cluster_state(client, settings.keys, "here").shards[0].lag_entries == 2
 
 
 def test_keys_of_a_foreign_hand_spoil_nothing(client: redis.Redis, settings: Settings) -> None:
@@ -322,7 +333,7 @@ def test_keys_of_a_foreign_hand_spoil_nothing(client: redis.Redis, settings: Set
     client.lpush(keys.lease(1), "mine")
     client.zadd(keys.workers(), {"nonsense": 1, "ingest x": 2, b"\xff \xfe": 3})
     client.set(keys.worker("x"), "mine")
-    found = gather(client, keys, "here", stream_bytes=True)
+    found = read_cluster_state(client, keys, "here", stream_bytes=True)
     assert found.shards[0].entries == 0
     assert found.shards[1].owner is None
     assert all(each.age_ms is None for each in found.workers)
@@ -338,7 +349,7 @@ def test_the_heartbeat_tells_the_lag_of_each_shard(client: redis.Redis, settings
 
 
 def test_servers_tell_what_matters(client: redis.Redis, settings: Settings) -> None:
-    [server] = gather(client, settings.keys, "here").servers
+    [server] = read_cluster_state(client, settings.keys, "here").servers
     assert server.version.split()[0] in ("redis", "valkey") and server.used_bytes > 0
     assert (server.aof, server.eviction, server.saves) == (True, "noeviction", True)
 
@@ -348,7 +359,7 @@ def test_a_user_who_may_only_read_still_gets_a_picture(client: redis.Redis, sett
     try:
         with redis.Redis.from_url(settings.redis_url.get_secret_value()) as looker:  # type: ignore[union-attr]
             looker.execute_command("AUTH", "looker", "x")
-            found = gather(looker, settings.keys, "here")
+            found = read_cluster_state(looker, settings.keys, "here")
     finally:
         client.acl_deluser("looker")
     assert found.servers == [] and len(found.shards) == settings.shards
@@ -356,16 +367,16 @@ def test_a_user_who_may_only_read_still_gets_a_picture(client: redis.Redis, sett
 
 @pytest.mark.parametrize(("failed", "level"), [(0, "ok"), (3, "warn")])
 def test_failed_jobs_are_told(failed: int, level: str) -> None:
-    assert jobs_well(failed).level == level
+    assert check_jobs(failed).level == level
 
 
 @pytest.mark.parametrize(("days", "level"), [(1, "ok"), (3, "ok"), (5, "warn")])
 def test_a_master_of_last_week_is_told(days: int, level: str) -> None:
     manifest = Manifest("2026-11-16T08:30:00+05:30", "", 119_000, 0, "", "")
     synced_s = 1_794_798_000.0  # that moment
-    assert master_well(manifest, synced_s + days * 86_400).level == level
+    assert check_master(manifest, synced_s + days * 86_400).level == level
 
 
 def test_a_master_without_a_readable_time_is_told_and_none_at_all_is_not() -> None:
-    assert master_well(Manifest("soon", "", 1, 0, "", ""), 0.0).level == "warn"
-    assert master_well(None, 0.0).level == "ok"
+    assert check_master(Manifest("soon", "", 1, 0, "", ""), 0.0).level == "warn"
+    assert check_master(None, 0.0).level == "ok"

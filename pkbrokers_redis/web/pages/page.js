@@ -71,7 +71,7 @@ async function showStatus() {
     return box;
   }));
   $("findings").replaceChildren(...status.findings.filter((finding) => finding.level !== "ok").map((each) => {
-    const line = make("li", `${each.check}: ${each.what}`, each.level);
+    const line = make("li", `${each.check}: ${each.message}`, each.level);
     if (each.hint) line.append(make("small", each.hint));
     return line;
   }));
