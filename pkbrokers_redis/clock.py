@@ -1,7 +1,7 @@
 """Market time: the wall clock, or, in a rehearsal, another day at another speed.
 
-What the market decides (which minute is over, is the session open, is this candle due) asks this clock. What
-machines agree on (TTLs, leases, retries, stream ids) asks the machine's: a lease of 3 s is 3 s at any speed.
+Decisions about the market (which minute is over, is the session open, is a candle due) use this clock. TTLs,
+leases, retries and stream ids use the machine's: a lease of 3 s is 3 s at any speed.
 `Backoff` is the pause between attempts, for everything that retries.
 """
 
@@ -15,8 +15,13 @@ from pkbrokers_redis.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """`clock()` is market time in epoch milliseconds: `virtual_s` when the machine's clock stood at `real_s`,
-    and `speed` seconds on each second since."""
+    """Market time: `clock()` returns it in epoch milliseconds.
+
+    Args:
+        virtual_s: Market time, epoch seconds, at the moment `real_s`.
+        real_s: The machine's clock at that moment, epoch seconds.
+        speed: Market seconds that pass each machine second.
+    """
 
     virtual_s: float = 0.0
     real_s: float = 0.0
@@ -26,17 +31,17 @@ class Clock:
         return (self.virtual_s + (time.time() - self.real_s) * self.speed) * 1000
 
     def real_seconds(self, market_ms: float) -> float:
-        """How long the machine waits while the market's time moves on by `market_ms`."""
+        """Return how many machine seconds pass while market time advances by `market_ms`."""
         return market_ms / 1000 / self.speed
 
     @property
     def shift_text(self) -> str:
-        """For PKB_TIME_SHIFT, so that other processes keep the same time."""
+        """The value of PKB_TIME_SHIFT with which other processes keep the same time."""
         return f"{self.virtual_s!r},{self.real_s!r},{self.speed!r}"
 
 
 def market_clock(settings: Settings) -> Clock:
-    """The clock of these settings: the wall clock unless PKB_TIME_SHIFT is set."""
+    """Return the clock of these settings: the wall clock unless PKB_TIME_SHIFT is set."""
     if settings.time_shift is None:
         return Clock()
     return Clock(*map(float, settings.time_shift.split(",")))

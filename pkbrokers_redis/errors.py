@@ -1,4 +1,4 @@
-"""Every error a user can meet. One line says what is wrong, `hint` says what to do about it.
+"""The errors of the whole package. One line says what is wrong, `hint` says what to do about it.
 
 The command line prints `pkb: <message>: <hint>` and exits with 2; programs get the exception
 with its evidence and its cause chained.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 
 class PkbError(Exception):
-    """Base of all errors that are not bugs: a user's mistake, a server that is away, bad data.
+    """Base of all errors that are not bugs: a user's mistake, an unavailable server, invalid data.
 
-    `hint` is a short sentence in the imperative that names the way out. Neither part may ever
-    hold a secret.
+    Args:
+        message: What happened, in one line, without a secret.
+        hint: What to do about it: a short sentence in the imperative, without a secret.
     """
 
     def __init__(self, message: str, hint: str = "") -> None:
@@ -28,11 +29,11 @@ class SettingsError(PkbError):
 
 
 class RedisUnavailable(PkbError):
-    """Raised when no Redis answers at the configured URL, or it refuses us (password, ACL)."""
+    """Raised when no Redis answers at the configured URL, or it refuses access (password, ACL)."""
 
 
 class RedisUnsuitable(PkbError):
-    """Raised when the Redis that answered lacks what we need (Functions: Redis 7 or Valkey)."""
+    """Raised when Redis lacks a feature that is needed (Functions: Redis 7 or Valkey)."""
 
 
 class MetaMismatch(PkbError):
@@ -70,11 +71,11 @@ class FrameError(PkbError):
 
 
 class CommitRefused(PkbError):
-    """Raised when a commit was refused: the lease epoch or the cursor is not what we left there."""
+    """Raised when Redis refuses a commit: the lease epoch or the cursor changed since the last one."""
 
 
 class WrongKeyType(PkbError):
-    """Raised when a key of ours holds another Redis type; `.key` names it."""
+    """Raised when a key of the store holds another Redis type; `.key` names it."""
 
     def __init__(self, key: str, found: str, wanted: str) -> None:
         super().__init__(f"{key} holds a {found}, not a {wanted}", f"look at it, then `DEL {key}`")
@@ -82,11 +83,11 @@ class WrongKeyType(PkbError):
 
 
 class InputFileError(PkbError):
-    """Raised when a file given to us (replay, instruments) cannot be read as what it should be."""
+    """Raised when a file (replay, instruments, pickle) cannot be read as what it should be."""
 
 
 class RefusedPickle(InputFileError):
-    """Raised when a pickle asks for more than the tables of numbers we read; `.name` is what it asked for."""
+    """Raised when a pickle needs more than tables of numbers; `.name` is the object it refers to."""
 
     def __init__(self, message: str, name: str = "") -> None:
         super().__init__(message, "nothing of it was run; use a file from a source you trust")
@@ -116,12 +117,12 @@ class KiteThrottled(KiteError):
 
 
 class SessionExpired(KiteError):
-    """Raised on Kite's TokenException (403): the session is dead, whatever its age. Renew it."""
+    """Raised on Kite's TokenException (403): the session is invalid. Renew it."""
 
 
 class LoginRefused(KiteError):
-    """Raised when Kite refuses what we log in with. Never tried again by itself: Kite locks accounts."""
+    """Raised when Kite refuses the credentials. Never retried automatically: Kite locks accounts."""
 
 
 class LoginNeeded(SettingsError):
-    """Raised when there is no Kite session and none can be had without a person."""
+    """Raised when there is no Kite session, and only a person can create one."""

@@ -5,8 +5,8 @@
     → timestamp=2026-08-03T03:45:00.123456Z level=info logger=ingest event=subscribed tokens=3000 mode=full
 
 structlog's global configuration is left to the program that imports us; until `configure` is called only
-warnings and errors are shown. Libraries that log through `logging` come out in the same form. Whatever
-looks like a credential is masked on the way out, whoever logged it.
+warnings and errors are shown. Libraries that log through `logging` come out in the same form. Everything
+that looks like a credential is masked before it is written.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ _SECRETS = re.compile(
 
 
 def mask(text: str) -> str:
-    """The text with *** for credentials: URL users, bot tokens, Kite's tokens in queries and headers."""
+    """Return the text with *** for credentials: URL users, bot tokens, Kite's tokens."""
     return _SECRETS.sub(lambda found: (found["name"] or "") + MASK, text)
 
 
 class Once:
-    """Tells the first sight of a key from later ones: evidence is logged once, then only counted.
+    """Log evidence once for each key; count the repeats.
 
     Bounded: beyond `keys_max` distinct keys every new one counts as seen, so that a flood of different
     garbage cannot fill memory or the log.
@@ -59,7 +59,7 @@ class Once:
         self._lock = threading.Lock()
 
     def first(self, key: Hashable) -> bool:
-        """True exactly once a key."""
+        """Return True for the first call with this key only."""
         with self._lock:
             if key in self._seen or len(self._seen) >= self.keys_max:
                 self.repeats += 1
@@ -153,7 +153,7 @@ _PROCESSORS: list[Processor] = [
 
 
 class _Stderr:
-    """Writes whole lines to whatever sys.stderr is now; a closed one loses the line, not the worker."""
+    """Write whole lines to the current sys.stderr; a closed one loses the line, not the worker."""
 
     def msg(self, line: str) -> None:
         with _output.lock:
@@ -167,7 +167,7 @@ class _Stderr:
 
 
 class _ThroughUs(logging.Handler):
-    """Turns a `logging` record into an event of ours."""
+    """Write a record of `logging` as an event of this module."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:

@@ -8,9 +8,9 @@ outage, so that candles which start later get it, too.
 
 History, for one instrument and span:
 
-    base rows   the shortest interval: a row of history replaces ours if it differs, is missing or has a flag
+    base rows   the shortest interval: history replaces a row that differs, is missing or has a flag
     volume      what a row gains, the baseline loses (sum of rows = cumulative volume - baseline); a row
-                later than all our ticks raises the cumulative volume instead: the next tick counts from it
+                later than all known ticks raises the cumulative volume instead: the next tick counts from it
     longer      composed from their base rows; one that is still open keeps its own close
 
 This is rare work, so it is plain Python over the candles in memory and the rows in the lists.
@@ -69,7 +69,7 @@ from pkbrokers_redis.candles.state import LateTick, ShardState
 
 
 class Amended(NamedTuple):
-    """One row that changed: its start, its new text, and whether the list had none of that start."""
+    """A changed row: its start, its new text, and whether the list had no row of that start."""
 
     start: int
     text: bytes
@@ -79,11 +79,19 @@ class Amended(NamedTuple):
 def amend_rows(
     rows: list[bytes], tick: LateTick, is_day: bool, *, keep: int, flag: str = ""
 ) -> list[Amended]:
-    """The rows of a candle list (oldest first, as text) that one late tick changes, with their new text.
+    """Return the rows of a candle list (oldest first, as text) that a late tick changes.
 
-    Nothing when the tick is older than a list of `keep` rows, or changes no row. Rows of a foreign hand are
-    passed over. What a row gains in volume, the next ones lose. A row that is new gets `flag` ("" for a
-    whole candle).
+    The volume that a row gains, the next rows lose. Texts that are no candle rows are skipped.
+
+    Args:
+        rows: The whole list.
+        tick: The late tick.
+        is_day: The list holds day candles.
+        keep: How many rows the list may have; a tick older than a full list changes nothing.
+        flag: The flag of a row that is new, "" for a whole candle.
+
+    Returns:
+        The changed rows with their new text; empty if none changed.
     """
     parsed = [row for row in map(parse_row, rows) if row is not None]
     starts = [int(row[START]) for row in parsed]  # type: ignore[arg-type]
@@ -95,7 +103,7 @@ def amend_rows(
     gained = 0.0
     losers: list[Row] = []
     if not is_day and not math.isnan(tick.volume + volume_end):
-        gained = max(0.0, tick.volume - tick.volume_after)  # the state has taken it out of the slots
+        gained = max(0.0, tick.volume - tick.volume_after)  # the candles in memory have lost it already
         left = tick.volume - volume_end - gained
         for row in (parsed[n] for n in after):
             taken = round(min(left, number(row[VOLUME])), 8)
@@ -130,7 +138,7 @@ def _amend_row(row: Row, tick: LateTick, gained: float, volume_end: float) -> bo
     row[LOW] = min(number(row[LOW]), tick.price)
     row[VOLUME] = round(number(row[VOLUME]) + gained, 8)
     if tick.volume > volume_end:
-        row[CLOSE] = tick.price  # no statement of this candle stands at a higher volume
+        row[CLOSE] = tick.price  # no tick of this candle has a higher volume
         if not math.isnan(tick.oi):
             row[OI] = tick.oi
     if tick.volume - tick.quantity <= volume_start:
@@ -145,7 +153,7 @@ LONGEST_MS = 12 * 3_600_000  # PKB_INTERVALS knows none longer, but for the day
 
 
 class Outage(NamedTuple):
-    """No sign of life of these instruments' feed in [from_ms, to_ms)."""
+    """The feed of these instruments delivered nothing in [from_ms, to_ms), epoch milliseconds."""
 
     tokens: Sequence[int]
     from_ms: float
@@ -153,7 +161,7 @@ class Outage(NamedTuple):
 
 
 class ListIndex(NamedTuple):
-    """A candle list: instrument and interval, as indices of the state."""
+    """A candle list: the indices of its instrument and its interval."""
 
     i: int
     k: int
@@ -172,7 +180,7 @@ def lists_in_reach(state: ShardState, outage: Outage) -> Iterator[ListIndex]:
 
 
 def flag_outage(state: ShardState, outage: Outage) -> int:
-    """Remember the outage and mark the candles in the slots. Returns how many got the mark."""
+    """Remember the outage and flag the candles in memory. Return how many were flagged."""
     marked = 0
     for i in _known(state, outage):
         _remember(state, i, outage)
@@ -192,7 +200,7 @@ def flag_outage(state: ShardState, outage: Outage) -> int:
 
 
 def flag_lists(state: ShardState, outage: Outage, lists: Mapping[ListIndex, CandleList]) -> int:
-    """Mark rows that are in no candle, in their lists. Returns how many got the mark."""
+    """Flag the rows in `lists` whose candles are not in memory. Return how many were flagged."""
     marked = 0
     for place, rows in lists.items():
         i, k = place
@@ -210,7 +218,7 @@ def flag_lists(state: ShardState, outage: Outage, lists: Mapping[ListIndex, Cand
 
 
 def _known(state: ShardState, outage: Outage) -> Iterator[int]:
-    """Indices of the outage's instruments that we have seen; others have no candle to mark."""
+    """Yield the indices of the outage's known instruments; unknown ones have no candle."""
     for token in outage.tokens:
         i = int(find(state.arrays, token))
         if i >= 0:
@@ -229,7 +237,7 @@ def _remember(state: ShardState, i: int, outage: Outage) -> None:
 
 
 def _is_hit(state: ShardState, i: int, k: int, flag: int, start: int, end: int, outage: Outage) -> bool:
-    """Whether a candle gets the mark: it overlaps the outage, and nothing says more than `gap` would."""
+    """Return True if a candle overlaps the outage and has no flag that says more than `gap`."""
     first_ms, last_ms = max(start * 1000.0, outage.from_ms), min(end * 1000.0, outage.to_ms)
     if first_ms >= last_ms or flag not in (FLAG_WHOLE, FLAG_BACKFILLED):
         return False
@@ -244,7 +252,7 @@ TIME_MIN_S, TIME_MAX_S = TIME_MIN_MS // 1000, TIME_MAX_MS // 1000
 
 
 class HistoryRows(NamedTuple):
-    """What history answered for one instrument and interval in [from_s, to_s): Kite's rows, oldest first."""
+    """Kite's history of one instrument and interval in [from_s, to_s): rows, oldest first."""
 
     token: int
     interval: int  # index into the state's intervals
@@ -255,7 +263,7 @@ class HistoryRows(NamedTuple):
 
 @dataclass
 class RepairResult:
-    """What became of it."""
+    """What `apply_history` did with the rows."""
 
     rows: int = 0  # changed, of all intervals
     forming: int = 0  # history's rows of candles that are not over: passed over
@@ -263,10 +271,15 @@ class RepairResult:
 
 
 def apply_history(state: ShardState, history: HistoryRows, lists: CandleLists, now_ms: float) -> RepairResult:
-    """Take history's rows into an instrument's candles, in its slots and in `lists` (interval index → rows).
+    """Apply rows of history to an instrument's candles, in memory and in `lists` (interval index → list).
 
-    `lists` must hold the history's interval, and all others too where that is the state's base. What changed
-    in the slots is the state's next collect; the lists know themselves what changed in them.
+    Changes in memory are part of the state's next collect. Changed rows of a list are in its `changed`.
+
+    Args:
+        state: The shard's candles, without uncommitted changes.
+        history: Kite's rows.
+        lists: The list of the history's interval; if that is the base interval, those of all intervals.
+        now_ms: The wall clock.
     """
     return _Repair(state, history, lists, state.clock_ms(now_ms) - state.grace_ms).run()
 
@@ -319,7 +332,7 @@ class _Repair:
     # -- one row of history ----------------------------------------------------------------------
 
     def _checked(self, raw: Row) -> tuple[Row | None, Day | None]:
-        """The row on our bucket; None when it is no candle of this instrument's sessions and of the span."""
+        """Return the row at its bucket's start, and its day; (None, None) if it is invalid."""
         nothing = None, None
         start = raw[START] if len(raw) >= OI else None
         if not isinstance(start, int):
@@ -364,7 +377,7 @@ class _Repair:
             self._move_sums(start, volume, day.day_start_ms // 1000)
 
     def _put(self, k: int, s: int, row: Row) -> bool:
-        """Into its candle, or into its list; False when the list has forgotten so old a row."""
+        """Write a row to memory or to its list. Return False if it is older than the list reaches."""
         start = int(number(row[START]))
         if s >= 0:
             write_candle(self.state, self.i, k, s, row)
@@ -395,7 +408,7 @@ class _Repair:
     # -- what is known now -----------------------------------------------------------------------
 
     def _note_backfilled(self) -> None:
-        """Remember the span: late ticks of it are no news, and an outage inside it is result."""
+        """Remember the span: its late ticks are already in the candles, its outages are repaired."""
         inst, seconds = self.inst, self._seconds(self.state.base_interval)
         time_ms = int(max(self.over_ms, 0.0))
         if time_ms < TIME_MIN_MS:
@@ -421,8 +434,10 @@ class _Repair:
     # -- longer intervals ------------------------------------------------------------------------
 
     def _touched(self, k: int) -> dict[int, tuple[float, float]]:
-        """The candles that hold a changed base row, and the marked ones in the span: by start, the volume
-        their base rows gained, and how much of it was traded after all that we have seen."""
+        """Return the candles with a changed base row, and the flagged ones in the span.
+
+        By start: the volume their base rows gained, and how much of it was traded after all known ticks.
+        """
         seconds = self._seconds(k)
         touched: dict[int, tuple[float, float]] = {}
         for start, volume in self.gained.items():
@@ -444,7 +459,7 @@ class _Repair:
         return touched
 
     def _compose(self, k: int, start: int, gained: float, unseen: float) -> None:
-        """One longer candle from the base rows inside it."""
+        """Compose one longer candle from the base rows inside it."""
         state, base = self.state, self.state.base_interval
         day = state.sessions.day(self.schedule, start * 1000)
         end = bucket_end_s(day, self._seconds(k), start)
@@ -495,8 +510,11 @@ class _Repair:
             self._put(k, -1, new)
 
     def _keep_extremes(self, new: Row, old: Row, parts: list[Row], covered: bool) -> None:
-        """Our own picture may know extremes between two ticks, which are in no base row. One that a replaced
-        base row explains goes with it: after an outage a copy without a trade time is put where it came."""
+        """Keep the extremes of the old row that lie between two ticks and so are in no base row.
+
+        An extreme that a replaced base row explains is dropped with that row: after an outage, a copy
+        without a trade time counts at the time it was received.
+        """
         before = [self.replaced.get(int(number(part[START])), part) for part in parts]
         if not covered or number(old[HIGH]) > max(number(row[HIGH]) for row in before):
             new[HIGH] = max(number(new[HIGH]), number(old[HIGH]))
@@ -507,12 +525,12 @@ class _Repair:
         flags = {flag_name(part) for part in parts}
         if not covered and old in (PARTIAL, GAP):
             return old
-        ours = FLAG_NAMES[flag_for(self.state, self.i, start, end)]
-        return next((flag for flag in (PARTIAL, GAP) if flag in flags or flag == ours), BACKFILLED)
+        opened = FLAG_NAMES[flag_for(self.state, self.i, start, end)]
+        return next((flag for flag in (PARTIAL, GAP) if flag in flags or flag == opened), BACKFILLED)
 
 
 def _composed(parts: list[Row]) -> Row:
-    """Open, high, low, close, volume, open interest and ticks of rows in order."""
+    """Return open, high, low, close, volume, open interest and ticks of rows in time order."""
     return [
         parts[0][OPEN],
         max(number(part[HIGH]) for part in parts),

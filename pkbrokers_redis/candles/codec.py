@@ -66,7 +66,7 @@ def write_int(out: Bytes, pos: int, value: int) -> int:
 def write_number(out: Bytes, pos: int, value: float) -> int:
     """Write the shortest decimal of at most 12 places that reads back as `value`.
 
-    NaN, and what is too large for any field of ours, writes null.
+    NaN, and what is too large for any field, writes null.
     """
     if not (-WHOLE_MAX < value < WHOLE_MAX):
         out[pos], out[pos + 1], out[pos + 2], out[pos + 3] = 110, 117, 108, 108
@@ -109,7 +109,7 @@ def write_cell(out: Bytes, pos: int, value: float) -> int:
 @compiled
 def write_flag(out: Bytes, pos: int, flag: int) -> int:
     """Write the ninth element of a candle row, `,"partial"` and its like; nothing for a whole candle."""
-    if not 0 <= flag < _FLAG_SIZES.size:  # no code of ours, so not a whole candle of ours
+    if not 0 <= flag < _FLAG_SIZES.size:  # an unknown code, so not a whole candle
         flag = FLAG_PARTIAL
     size = int(_FLAG_SIZES[flag])
     for k in range(size):
@@ -171,7 +171,7 @@ def tick_texts(ticks: Floats, shards: int) -> list[tuple[int, int, bytes]]:
 
 @compiled
 def _read_number(text: Bytes, pos: int, end: int) -> tuple[float, int]:
-    """A JSON number or null at `pos` → (value, position behind it); position -1: not ours to read."""
+    """Read a JSON number or null at `pos`; return (value, position after it), position -1 if there is none."""
     if text[pos] == 110:  # n
         if pos + 4 <= end and text[pos + 1] == 117 and text[pos + 2] == 108 and text[pos + 3] == 108:
             return np.nan, pos + 4
@@ -202,7 +202,7 @@ def _read_number(text: Bytes, pos: int, end: int) -> tuple[float, int]:
     if digits > 18 or mantissa > EXACT_MAX or exponent < -22:
         return 0.0, -1  # more digits than a float64 holds for sure: msgspec rounds them right
     if pos < end and (text[pos] == 101 or text[pos] == 69):
-        return 0.0, -1  # 1e5: nobody of ours writes it
+        return 0.0, -1  # 1e5: no producer of this package writes it
     value = np.float64(mantissa) / _POW10[-exponent]
     return (-value if negative else value), pos
 

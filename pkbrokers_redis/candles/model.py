@@ -1,16 +1,11 @@
-"""The shapes everything speaks: a tick batch, a candle, the segments of Kite.
+"""The shapes that all packages share: tick batches, candles, segments, intervals and their buckets.
 
-A batch of ticks is one `float64[n, 10]` array, one row per tick, NaN where a packet has no such field.
-Every number Kite sends fits a float64 exactly (tokens and volumes are 32 bits, times 41).
+A batch of ticks is one `float64[n, 10]` array, one row a tick, NaN where a packet has no such field.
+A float64 holds every number of Kite's exactly (tokens and volumes are 32 bits, times 41).
 
-The intervals: one table. Adding `2h` is one row in `DEFAULT_INTERVALS`.
-
-Names are Kite's short ones; `seconds` is 0 for `day`, which is as long as its session.
-
-Where candles begin and end. Buckets are anchored to the session's open, as on Kite.
-
-NSE's `60m` begin at 09:15, 10:15 … 15:15; the last one ends with the session. Starts and ends are epoch
-seconds. An interval of 0 seconds is the day candle: one bucket from the first open to the last close.
+Intervals are one table: adding `2h` is one row in `DEFAULT_INTERVALS`. Buckets are anchored to the session's
+open, as on Kite: NSE's `60m` start at 09:15, 10:15 … 15:15, and the last one ends with the session. Times are
+epoch seconds. An interval of 0 seconds is the day candle: one bucket from first open to last close.
 """
 
 from __future__ import annotations
@@ -63,7 +58,7 @@ SEGMENT_INDICES = 9
 
 CANDLE_FIELDS = ("start", "open", "high", "low", "close", "volume", "oi", "ticks")
 
-# The ninth element of a row that is not a whole candle of ours. Arrays hold its place in FLAG_NAMES.
+# The ninth element of a row that is not a whole candle. Arrays hold its index in FLAG_NAMES.
 FLAG_NAMES = ("", "partial", "gap", "backfilled")
 FLAG_WHOLE, FLAG_PARTIAL, FLAG_GAP, FLAG_BACKFILLED = range(len(FLAG_NAMES))
 
