@@ -171,7 +171,7 @@ def tick_texts(ticks: Floats, shards: int) -> list[tuple[int, int, bytes]]:
 
 @compiled
 def _read_number(text: Bytes, pos: int, end: int) -> tuple[float, int]:
-    """Read a JSON number or null at `pos`; return (value, position after it), position -1 if there is none."""
+    """Read a JSON number or null at `pos`; return (value, next position), -1 for no number."""
     if text[pos] == 110:  # n
         if pos + 4 <= end and text[pos + 1] == 117 and text[pos + 2] == 108 and text[pos + 3] == 108:
             return np.nan, pos + 4
