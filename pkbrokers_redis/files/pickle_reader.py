@@ -166,7 +166,7 @@ def _shown(value: Any) -> str:
 
 
 class _Described:
-    """An object of the file: its arguments and state, unread."""
+    """Any object of the file that carries no cells itself: its arguments and its state, unread."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -176,24 +176,8 @@ class _Described:
         self.state = state
 
 
-class _Ignored(_Described):
-    """Types, frequencies and values that carry no candles."""
-
-
 class _Frame(_Described):
     """pandas.DataFrame."""
-
-
-class _Manager(_Described):
-    """BlockManager: (blocks, axes), or a state with them (pandas 1 and 2)."""
-
-
-class _Block(_Described):
-    """`_unpickle_block(values, placement, ndim)`."""
-
-
-class _Index(_Described):
-    """`_new_Index(class, fields)` and `_new_DatetimeIndex`."""
 
 
 class _Zoned(_Described):
@@ -201,7 +185,7 @@ class _Zoned(_Described):
 
 
 class _Backed(_Described):
-    """DatetimeArray, StringArray, …: state (dtype, ndarray, …) in any order."""
+    """DatetimeArray, StringArray: state (dtype, ndarray, …) in any order."""
 
 
 class _Masked(_Described):
@@ -209,11 +193,7 @@ class _Masked(_Described):
 
 
 class _ArrowText(_Described):
-    """ArrowStringArray: {"_pa_array"}."""
-
-
-class _ArrowArray(_Described):
-    """`pyarrow.lib._restore_array((type, length, nulls, offset, buffers, …))`."""
+    """ArrowStringArray: {"_pa_array": _restore_array((type, length, nulls, offset, buffers, …))}."""
 
 
 class _Dtype:
@@ -258,22 +238,14 @@ class _Array:
         self.values = dtype.array(content, shape, "F" if is_fortran else "C")
 
 
-def _reconstruct(kind: Any, shape: Any, code: Any) -> _Array:
-    return _Array()
-
-
 def _frombuffer(content: Any, dtype: _Dtype, shape: Any, order: Any, *_: Any) -> _Array:
     made = _Array()
     made.values = dtype.array(content, shape, order)
     return made
 
 
-def _scalar(dtype: _Dtype, content: Any) -> Any:
-    return dtype.array(content)[0]
-
-
 def _backed(kind: Any, checksum: Any, state: Any) -> _Described:
-    made = _Backed() if kind is _Backed else _Ignored()
+    made = _Backed() if kind is _Backed else _Described()
     made.state = state
     return made
 
@@ -294,19 +266,11 @@ def _buffer(content: Any = b"", encoding: Any = "latin1") -> bytes:
     return bytes(content)
 
 
-def _text(text: Any, *_: Any) -> Any:
-    return text
-
-
 def _zone(name: Any = "UTC", *_: Any) -> dt.tzinfo:
     """`ZoneInfo._unpickle(name, …)`, `pytz._p(name, …)`. ZoneInfo itself refuses paths."""
     if not isinstance(name, str) or len(name) > 64:
         raise _refused(f"a time zone {_shown(name)}")
     return ZoneInfo(name)
-
-
-def _fixed_zone(minutes: Any) -> dt.tzinfo:
-    return dt.timezone(dt.timedelta(minutes=minutes))
 
 
 def _getattr(owner: Any, name: Any) -> Any:
@@ -324,15 +288,12 @@ def _stamp(value: Any, frequency: Any, zone: Any, resolution: Any = 10) -> Any:
     return pd.Timestamp(value, unit=unit, tz=None if zone is None else "UTC")
 
 
-def _not_a_time(*_: Any) -> Any:
-    return pd.NaT
-
-
 def _names(modules: str, names: str, answer: Any) -> dict[tuple[str, str], Any]:
     return {(module, name): answer for module in modules.split() for name in names.split()}
 
 
 _ARRAYS = "pandas.core.arrays"
+_INTEGER_DTYPES = " ".join(f"{sign}Int{bits}Dtype" for sign in ("", "U") for bits in (8, 16, 32, 64))
 _MULTIARRAY = "numpy.core.multiarray numpy._core.multiarray"
 ALLOWED: dict[tuple[str, str], Any] = {
     # Python
@@ -345,58 +306,55 @@ ALLOWED: dict[tuple[str, str], Any] = {
     **_names("datetime", "timezone", dt.timezone),
     **_names("zoneinfo", "ZoneInfo", _zone),
     **_names("pytz", "_p _UTC", _zone),
-    **_names("pytz", "FixedOffset", _fixed_zone),
+    **_names("pytz", "FixedOffset", lambda minutes: dt.timezone(dt.timedelta(minutes=minutes))),
     # numpy 1 and 2
     **_names("numpy", "dtype", _Dtype),
     **_names("numpy", "ndarray", _Array),
-    **_names(_MULTIARRAY, "_reconstruct", _reconstruct),
-    **_names(_MULTIARRAY, "scalar", _scalar),
+    **_names(_MULTIARRAY, "_reconstruct", lambda *_: _Array()),
+    **_names(_MULTIARRAY, "scalar", lambda dtype, content: dtype.array(content)[0]),
     **_names("numpy.core.numeric numpy._core.numeric", "_frombuffer", _frombuffer),
     # pandas 1.3 to 3.1: frames, their blocks and axes
     **_names("pandas pandas.core.frame", "DataFrame", _Frame),
-    **_names("pandas pandas.core.series", "Series", _Ignored),
-    **_names("pandas.core.internals.managers", "BlockManager SingleBlockManager", _Manager),
-    **_names("pandas._libs.internals", "_unpickle_block", _Block),
-    **_names("pandas.core.indexes.base", "_new_Index", _Index),
-    **_names("pandas.core.indexes.datetimes", "_new_DatetimeIndex", _Index),
-    **_names("pandas pandas.core.indexes.base", "Index", _Ignored),
-    **_names("pandas pandas.core.indexes.datetimes", "DatetimeIndex", _Ignored),
-    **_names("pandas.core.indexes.numeric", "Int64Index Float64Index", _Ignored),
-    **_names("pandas pandas.core.indexes.range", "RangeIndex", _Ignored),
+    **_names("pandas pandas.core.series", "Series", _Described),
+    **_names("pandas.core.internals.managers", "BlockManager SingleBlockManager", _Described),
+    **_names("pandas._libs.internals", "_unpickle_block", _Described),
+    **_names("pandas pandas.core.indexes.base", "Index _new_Index", _Described),
+    **_names("pandas pandas.core.indexes.datetimes", "DatetimeIndex _new_DatetimeIndex", _Described),
+    **_names("pandas.core.indexes.numeric", "Int64Index Float64Index", _Described),
+    **_names("pandas pandas.core.indexes.range", "RangeIndex", _Described),
     # arrays and types of columns
     **_names("pandas._libs.arrays", "__pyx_unpickle_NDArrayBacked", _backed),
     **_names(f"pandas.arrays {_ARRAYS}.datetimes", "DatetimeArray", _Backed),
-    **_names(f"pandas.arrays {_ARRAYS}.timedeltas", "TimedeltaArray", _Ignored),
+    **_names(f"pandas.arrays {_ARRAYS}.timedeltas", "TimedeltaArray", _Described),
     **_names(f"pandas.arrays {_ARRAYS}.string_", "StringArray", _Backed),
     **_names(f"pandas.arrays {_ARRAYS}.string_arrow", "ArrowStringArray", _ArrowText),
     **_names(f"pandas.arrays {_ARRAYS}.integer", "IntegerArray", _Masked),
     **_names(f"pandas.arrays {_ARRAYS}.floating", "FloatingArray", _Masked),
-    **_names(f"pandas.arrays {_ARRAYS}.boolean", "BooleanArray", _Ignored),
-    **_names(f"pandas {_ARRAYS}.categorical", "Categorical", _Ignored),
+    **_names(f"pandas.arrays {_ARRAYS}.boolean", "BooleanArray", _Described),
+    **_names(f"pandas {_ARRAYS}.categorical", "Categorical", _Described),
     **_names("pandas pandas.core.dtypes.dtypes", "DatetimeTZDtype", _Zoned),
-    **_names("pandas pandas.core.dtypes.dtypes", "CategoricalDtype", _Ignored),
-    **_names(f"pandas {_ARRAYS}.string_", "StringDtype", _Ignored),
-    **_names(f"pandas {_ARRAYS}.integer", "Int8Dtype Int16Dtype Int32Dtype Int64Dtype", _Ignored),
-    **_names(f"pandas {_ARRAYS}.integer", "UInt8Dtype UInt16Dtype UInt32Dtype UInt64Dtype", _Ignored),
-    **_names(f"pandas {_ARRAYS}.floating", "Float32Dtype Float64Dtype", _Ignored),
-    **_names(f"pandas {_ARRAYS}.boolean", "BooleanDtype", _Ignored),
-    **_names("pyarrow.lib", "_restore_array", _ArrowArray),
+    **_names("pandas pandas.core.dtypes.dtypes", "CategoricalDtype", _Described),
+    **_names(f"pandas {_ARRAYS}.string_", "StringDtype", _Described),
+    **_names(f"pandas {_ARRAYS}.integer", _INTEGER_DTYPES, _Described),
+    **_names(f"pandas {_ARRAYS}.floating", "Float32Dtype Float64Dtype", _Described),
+    **_names(f"pandas {_ARRAYS}.boolean", "BooleanDtype", _Described),
+    **_names("pyarrow.lib", "_restore_array", _Described),
     **_names("pyarrow.lib", "py_buffer", _buffer),
-    **_names("pyarrow.lib", "type_for_alias", _text),
+    **_names("pyarrow.lib", "type_for_alias", lambda alias: alias),
     # moments
     **_names("pandas._libs.tslibs.timestamps", "_unpickle_timestamp", _stamp),
-    **_names("pandas._libs.tslibs.timedeltas", "_timedelta_unpickle", _Ignored),
-    **_names("pandas._libs.tslibs.nattype", "_nat_unpickle __nat_unpickle", _not_a_time),
+    **_names("pandas._libs.tslibs.timedeltas", "_timedelta_unpickle", _Described),
+    **_names("pandas._libs.tslibs.nattype", "_nat_unpickle __nat_unpickle", lambda *_: pd.NaT),
     **_names("pandas pandas._libs.missing", "NA", None),
-    **_names("pandas._libs.tslibs.offsets", "Minute Hour Second Day BusinessDay MonthEnd", _Ignored),
+    **_names("pandas._libs.tslibs.offsets", "Minute Hour Second Day BusinessDay MonthEnd", _Described),
 }
 
 
 class _AllowList(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in ALLOWED:
-            asked = f"{module}.{name}"[:120]
-            raise RefusedPickle(f"the pickle asks for {asked!r}", asked)
+            full_name = f"{module}.{name}"[:120]
+            raise RefusedPickle(f"the pickle asks for {full_name!r}", full_name)
         return ALLOWED[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
@@ -452,7 +410,7 @@ def _columns_of(frame: _Frame) -> tuple[dict[str, Any], Any]:
     return columns, _index_values(axes[1])
 
 
-def _index_values(index: _Index) -> Any:
+def _index_values(index: _Described) -> Any:
     """Return the labels of a described index; of moments with a zone, an index in UTC."""
     fields = index.arguments[1]
     values = fields.get("data")
@@ -481,7 +439,7 @@ def _values_of(values: Any) -> Any:
     raise ValueError("a column of another type")
 
 
-def _arrow_texts(array: _ArrowArray) -> npt.NDArray[Any]:
+def _arrow_texts(array: _Described) -> npt.NDArray[Any]:
     kind, length, _, first, buffers = array.arguments[0][:5]
     types = {"string": pa.string(), "large_string": pa.large_string()}
     given = [None if buffer is None else pa.py_buffer(buffer) for buffer in buffers]
@@ -510,7 +468,7 @@ def rows_of(tree: Any) -> Rows:
     if isinstance(tree, Mapping) and isinstance(tree.get("symbol_data"), Mapping):
         tree = tree["symbol_data"]  # upstream's "hybrid" files
     if not isinstance(tree, Mapping):
-        kind = type(tree).__name__.strip("_").lower()
+        kind = "frame" if isinstance(tree, _Frame) else type(tree).__name__.strip("_").lower()
         raise InputFileError(f"the pickle holds a {kind}", "it should hold a dict of symbols")
     symbols: list[str] = []
     moments, numbers = [np.empty(0, np.int64)], [np.empty((0, len(COLUMNS)))]

@@ -78,7 +78,7 @@ def test_every_kind_of_frame_has_its_candles_read(name: str, protocol: int) -> N
 
 
 @pytest.mark.parametrize("name", ["numbered", "empty", "series", "no close", "categorical prices"])
-def test_a_table_without_candles_costs_only_its_entry(name: str) -> None:
+def test_table_without_candles_costs_only_its_entry(name: str) -> None:
     table: Any = {
         "numbered": frame().reset_index(drop=True),
         "empty": pd.DataFrame(),
@@ -196,14 +196,14 @@ MALICIOUS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("name", list(MALICIOUS))
-def test_a_malicious_pickle_is_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_malicious_pickle_is_refused_by_name(name: str, tmp_path: Path) -> None:
     data, expected_name = MALICIOUS[name]
     with pytest.raises(RefusedPickle) as refused:
         load(data)
     assert expected_name in f"{refused.value.name} {refused.value}" and "\n" not in str(refused.value)
 
 
-def test_a_refusal_in_the_child_arrives_by_name(tmp_path: Path) -> None:
+def test_refusal_in_the_child_arrives_by_name(tmp_path: Path) -> None:
     path = tmp_path / "stock_data_20112026.pkl"
     path.write_bytes(MALICIOUS["os.system"][0])
     with pytest.raises(RefusedPickle, match=r"asks for 'os\.system'") as refused:
@@ -222,7 +222,7 @@ LYING = {
     "an array longer than its bytes": array((10**9,), np.dtype("f8"), b"\0" * 8),
     "an array with a negative side": array((-1,), np.dtype("f8"), b""),
     "objects from bytes": array((1,), np.dtype("O"), b"\0" * 8),
-    "objects fewer than said": array((5,), np.dtype("O"), [1]),
+    "fewer objects than stated": array((5,), np.dtype("O"), [1]),
     "an array of a shape like a bomb": array((10**9, 10**9), np.dtype("O"), []),
     "memory by number": pickle.dumps(Calls(bytearray, 10**12)),
     "a frame built by call": pickle.dumps(Calls(pd.DataFrame, 0.0)),
@@ -232,7 +232,7 @@ LYING = {
 
 
 @pytest.mark.parametrize("name", list(LYING))
-def test_a_description_that_cannot_be_true_is_refused_or_carries_no_candles(name: str) -> None:
+def test_description_that_cannot_be_true_is_refused_or_carries_no_candles(name: str) -> None:
     try:
         rows = rows_of(load(b"\x80\x04}(X\x04\x00\x00\x00INFY" + body_of(LYING[name]) + b"u."))
     except RefusedPickle:
@@ -245,7 +245,7 @@ def body_of(data: bytes) -> bytes:
     return data[11:-1] if data[2:3] == b"\x95" else data[2:-1]
 
 
-def test_a_frame_whose_blocks_do_not_fit_its_axes_costs_only_its_entry() -> None:
+def test_frame_whose_blocks_do_not_fit_its_axes_costs_only_its_entry() -> None:
     turned = pickle.dumps({"INFY": frame()}, 3).replace(b"K\x01K\x03\x86", b"K\x03K\x01\x86")
     rows = rows_of(load(turned))
     assert rows.symbols == [] and rows.refused == 1
@@ -264,12 +264,12 @@ def _short_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     [b"r\xff\xff\xff\x7f", b"p2147483647\n", b"\x8e" + struct.pack("<Q", 2**40), b"T\xff\xff\xff\x7f"],
     ids=["memo", "memo in text", "length of bytes", "length of text"],
 )
-def test_a_number_that_asks_for_memory_is_refused(opcode: bytes) -> None:
+def test_number_that_asks_for_memory_is_refused(opcode: bytes) -> None:
     with pytest.raises(RefusedPickle, match=r"memory|truncated|ran out"):
         read_frames(b"\x80\x04N" + opcode + b".")
 
 
-def test_a_text_that_is_longer_than_its_file_is_refused() -> None:
+def test_text_that_is_longer_than_its_file_is_refused() -> None:
     for opcode in (b"\x8a\xff", b"X\x05\0\0\0a", b"p99999999999999999999\n"):
         with pytest.raises(RefusedPickle):
             load(b"\x80\x04N" + opcode + b".")
@@ -337,7 +337,7 @@ HARMLESS: dict[str, bytes] = {
 
 @pytest.mark.usefixtures("_short_limits")
 @pytest.mark.parametrize("name", list(BOMBS))
-def test_a_file_that_computes_without_end_is_ended_by_its_limits(name: str) -> None:
+def test_file_that_computes_without_end_is_ended_by_its_limits(name: str) -> None:
     with pytest.raises(RefusedPickle) as refused:
         read_frames(b"\x80\x04" + BOMBS[name] + b".")
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 200
@@ -353,19 +353,19 @@ def test_references_to_references_are_not_unrolled(name: str) -> None:
         assert len(rows.numbers) == 0 and len(rows.why) < 200
 
 
-def test_a_child_that_runs_too_long_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_that_runs_too_long_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickle_reader, "WALL_FACTOR", 0.001)
     with pytest.raises(RefusedPickle, match="took longer"):
         read_frames(pickle.dumps({}))
 
 
-def test_a_result_beyond_its_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_beyond_its_limit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pickle_reader, "RESULT_BYTES_MAX", 100)
     with pytest.raises(RefusedPickle):
         read_frames(pickle.dumps({"INFY": frame()}))
 
 
-def test_the_child_gets_no_setting_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_child_gets_no_setting_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, str]] = []
     run = subprocess.run
 
@@ -385,7 +385,7 @@ def test_frames_that_share_one_object_are_all_read() -> None:
     assert len(rows_of(load(pickle.dumps({f"S{i}": one for i in range(3_000)}))).symbols) == 3_000
 
 
-def test_a_file_above_the_size_limit_is_refused_unread(tmp_path: Path) -> None:
+def test_file_above_the_size_limit_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "big.pkl"
     path.write_bytes(pickle.dumps(list(range(1000))))
     with pytest.raises(InputFileError, match="more than 100"):
@@ -398,7 +398,7 @@ def test_bytes_after_the_end_are_refused() -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b".", b"\x80", b"<html>404</html>", b"\x80\x04}", b"\x1f\x8b\x08gzip"])
-def test_a_file_that_is_no_pickle_is_one_line(data: bytes) -> None:
+def test_file_that_is_no_pickle_is_one_line(data: bytes) -> None:
     with pytest.raises(RefusedPickle) as refused:
         load(data)
     assert "\n" not in str(refused.value)
@@ -411,7 +411,7 @@ def test_no_allowed_name_is_a_class_or_function_of_a_library() -> None:
 
 
 @given(st.data())
-def test_a_damaged_file_never_raises_more_than_one_line(data: st.DataObject) -> None:
+def test_damaged_file_never_raises_more_than_one_line(data: st.DataObject) -> None:
     damaged = bytearray(PICKLES[5])
     for _ in range(data.draw(st.integers(1, 4))):
         damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))

@@ -51,8 +51,8 @@ class Repository:
         return ran.stdout.decode().strip()
 
     def commit(self, files: dict[str, bytes], message: str = "by hand") -> str:
-        """Somebody else's commit on the branch: these files, and those that were there."""
-        index = {**HOME, **WHO, "GIT_INDEX_FILE": str(self.path / "somebodys-index")}
+        """Commit these files to the branch as another author, and keep its other files."""
+        index = {**HOME, **WHO, "GIT_INDEX_FILE": str(self.path / "other-index")}
 
         def git(*arguments: str, given: bytes | None = None) -> str:
             ran = subprocess.run(
@@ -61,7 +61,7 @@ class Repository:
             return ran.stdout.decode().strip()
 
         tip = self.tip()
-        (self.path / "somebodys-index").unlink(missing_ok=True)
+        (self.path / "other-index").unlink(missing_ok=True)
         if tip:
             git("read-tree", tip)
         for name, content in files.items():
@@ -92,7 +92,7 @@ class Repository:
         return self.git("log", "--format=%s", BRANCH).splitlines()
 
     def objects_after_gc(self) -> tuple[int, int]:
-        """How many objects, and how many KiB they take, once what nobody refers to is gone."""
+        """How many objects, and how many KiB they take, after unreferenced objects are deleted."""
         self.git("gc", "--quiet", "--prune=now")
         counted = dict(line.split(": ") for line in self.git("count-objects", "-v").splitlines())
         return int(counted["in-pack"]) + int(counted["count"]), int(counted["size-pack"])
@@ -157,7 +157,7 @@ class GitHost:
                 body = self._body()
                 host.bytes_taken += len(body)
                 gate = host._gate(
-                    lambda each: each.method == self.command and self.path.endswith(each.path_end)
+                    lambda gate: gate.method == self.command and self.path.endswith(gate.path_end)
                 )
                 if gate is not None:
                     gate.stop()
@@ -223,13 +223,13 @@ class GitHost:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(content)))
                 self.end_headers()
-                gate = host._gate(lambda each: 0 <= each.bytes_min <= len(content))
+                gate = host._gate(lambda gate: 0 <= gate.bytes_min <= len(content))
                 if gate is not None:
                     self.wfile.write(content[: len(content) // 2])
                     content = content[len(content) // 2 :]
                     gate.stop()
                 if status != 304:
-                    with contextlib.suppress(OSError):  # who asked may be dead
+                    with contextlib.suppress(OSError):  # the client may be dead
                         self.wfile.write(content)
 
             def log_message(self, format: str, *args: object) -> None: ...
