@@ -2,8 +2,8 @@
 
     NUMBA_DISABLE_JIT=1 PKB_REDIS_URL=… python -m tests.tick_trace
 
-The compiler is off, so that the rules are traced too. Two ticks are sent without tracing: they create the shard
-state, open connections and load the functions. The files of the socket are not part of the trace.
+The compiler is off, so that the rules are traced too. Two ticks are sent without tracing: they create the
+shard state, open connections and load the functions. The files of the socket are not part of the trace.
 """
 
 from __future__ import annotations
