@@ -50,18 +50,18 @@ def _date(text: str) -> date:
     except ValueError:
         raise SettingsError(f"{text!r} is no date", "write it as 2026-11-08, or 2026 for a year") from None
     if not 1971 <= found.year < 2199:  # the calendar's own limits, a month of neighbours left on each side
-        raise SettingsError(f"{text} is too far away", "the calendar knows 1971 to 2198")
+        raise SettingsError(f"{text} is out of range", "the calendar knows 1971 to 2198")
     return found
 
 
 def _schedules(sessions: Sessions, segment: str) -> list[int]:
     """The schedules a segment or schedule name means; all for none."""
-    wanted = segment.strip().upper()
+    name = segment.strip().upper()
     everything = range(len(sessions.schedules))
-    if not wanted:
+    if not name:
         return list(everything)
     names = {each: {sessions.schedules[each].upper(), *_segments(sessions, each)} for each in everything}
-    found = [each for each in everything if wanted in names[each]]
+    found = [each for each in everything if name in names[each]]
     if not found:
         known = sorted(set().union(*names.values()))
         raise SettingsError(f"unknown segment {segment!r}", "use one of " + " ".join(known))
@@ -113,7 +113,7 @@ def _flat(about: dict[str, Any], form: Form) -> dict[str, Any]:
 def _year_rows(sessions: Sessions, chosen: list[int], year: int) -> list[dict[str, Any]]:
     """One row per day and reason; schedules that share both share the row."""
     if not 1971 <= year < 2199:
-        raise SettingsError(f"{year} is too far away", "the calendar knows 1971 to 2198")
+        raise SettingsError(f"{year} is out of range", "the calendar knows 1971 to 2198")
     groups: dict[tuple[date, str, str], list[str]] = {}
     for schedule in chosen:
         for local, why in sessions.reasons(schedule, year).items():

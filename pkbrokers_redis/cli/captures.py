@@ -125,5 +125,5 @@ def _speed(text: str) -> float | None:
     except ValueError:
         times = 0.0
     if not 0 < times < 1e9:
-        raise SettingsError(f"--speed {text!r} is no speed", "give a number above 0, or max")
+        raise SettingsError(f"--speed {text!r} is not a speed", "give a number above 0, or max")
     return times

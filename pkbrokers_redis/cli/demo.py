@@ -59,7 +59,7 @@ def demo(
 ) -> None:
     """Watch candles form: embedded Redis, a local Kite simulator, ingest, aggregator, and a live view.
 
-    Uses a store of its own in the data folder, made anew at each start; PKB_REDIS_URL is left alone.
+    It uses its own store in the data folder, created at each start; PKB_REDIS_URL is ignored.
     """
     if seconds is None and not sys.stdout.isatty():
         seconds = SECONDS_WITHOUT_TERMINAL
@@ -95,14 +95,14 @@ def demo(
         if as_json:
             print(dump(asdict(summary)))
         else:
-            _tell(summary)
+            _print_summary(summary)
 
 
 def _own_settings() -> Settings:
     base = load_settings()
     folder = base.data_dir / "demo"
-    patience_ends = time.monotonic() + 3 * LINGER_SECONDS  # the last demo's server goes a moment after it
-    while (other := running(folder)) is not None and time.monotonic() < patience_ends:
+    deadline = time.monotonic() + 3 * LINGER_SECONDS  # the server of an earlier demo ends a moment after it
+    while (other := running(folder)) is not None and time.monotonic() < deadline:
         time.sleep(0.1)
     if other is not None:
         raise PkbError(f"a demo is running already (server pid {other.pid})", "stop it, or set PKB_DATA_DIR")
@@ -114,7 +114,7 @@ def _own_settings() -> Settings:
 
 
 def _worker_env(settings: Settings, redis_url: str, kite_url: str, tokens: Path) -> dict[str, str]:
-    """The demo's own settings in full: neither the user's environment nor a `.env` reaches its workers."""
+    """Return the demo's settings in full: neither the user's environment nor a `.env` reaches its workers."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PKB_")}
     return env | {
         "PKB_REDIS_URL": redis_url,
@@ -165,7 +165,7 @@ def _check_workers(workers: Supervisor) -> None:
     """Raise PkbError when a worker cannot live: then no candle will ever form."""
     for status in workers.statuses():
         if status.restarts >= RESTARTS_MAX or status.state == "failed":
-            raise PkbError(f"{status.role} does not stay up: {status.last_line}", "look at the lines above")
+            raise PkbError(f"{status.role} keeps failing: {status.last_line}", "look at the lines above")
 
 
 def _current_keys(client: redis.Redis, settings: Settings, summary: DemoSummary) -> list[str]:
@@ -189,7 +189,7 @@ def _sum_up(client: redis.Redis, settings: Settings, summary: DemoSummary) -> No
     summary.seconds = round(summary.seconds, 1)
 
 
-def _tell(summary: DemoSummary) -> None:
+def _print_summary(summary: DemoSummary) -> None:
     print(
         f"{summary.ticks:,} ticks of {summary.instruments:,} instruments in {summary.seconds:.0f} s: "
         f"{summary.candles_completed:,} candles completed, {summary.candles_forming:,} forming"
@@ -231,7 +231,7 @@ class View:
         self._settings = settings
         self._terminal = sys.stdout.isatty() and not quiet
         self._live = Live(console=Console(), auto_refresh=False) if self._terminal else None
-        self._told_at = 0.0
+        self._printed_at = float("-inf")
         self._last: dict[str, float] = {}
         self._worker_keys: list[bytes] = []
 
@@ -258,8 +258,8 @@ class View:
         if self._live:
             rows = [(symbol, store.get_current_candle(symbol, "1m")) for symbol in self._summary.symbols]
             self._live.update(self._draw(rows, ingest, aggregate), refresh=True)
-        elif time.monotonic() - self._told_at >= PLAIN_EVERY_SECONDS and self._summary.seconds:
-            self._told_at = time.monotonic()
+        elif time.monotonic() - self._printed_at >= PLAIN_EVERY_SECONDS and self._summary.seconds:
+            self._printed_at = time.monotonic()
             symbol = self._summary.symbols[-1]
             candle = store.get_current_candle(symbol, "1m")
             forming = f"{symbol} 1m {_plain(candle)}" if candle else ""

@@ -1,17 +1,10 @@
-"""`pkb jobs`: the jobs worker in the foreground, and a look at the queue.
+"""Jobs: `pkb jobs` and `pkb cron` run or list them; `pkb snapshot`, `sync` and `backfill` run one now.
 
-`pkb cron`: the trading day's jobs at their times; `--list` shows the table.
-
-`pkb snapshot`: the store as files, and back.
-
-`pkb sync`: the snapshots to a data branch, and from there.
-
-`pkb backfill`: our candles of a day against Kite's history, and Kite's in place of those that differ.
+With `--enqueue` the latter three leave the job to a `pkb jobs` worker.
 """
 
 from __future__ import annotations
 
-from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -21,11 +14,13 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.cli.common import (
     AsJson,
+    InQueue,
     choose_form,
     dump,
     emit,
     iso,
     note,
+    parse_date,
     print_enqueued,
     progress_bar,
     require_store,
@@ -54,29 +49,31 @@ from pkbrokers_redis.store.symbols import resolve_all
 
 LISTED = ("id", "job", "state", "since", "progress", "retries_left")
 FAILED = ("id", "job", "at", "reason")
+CRON_COLUMNS = ("row", "next", "when", "job", "does")
+EXIT_DIFFERENT = 1
 
 
 def jobs(
     listed: Annotated[
-        bool, typer.Option("--list", help="what runs, waits or is due later, and how far it is")
+        bool, typer.Option("--list", help="jobs that run, wait or are scheduled, with progress")
     ] = False,
-    failed: Annotated[bool, typer.Option("--failed", help="what was given up, and why")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="failed jobs and the reason")] = False,
     retry: Annotated[
-        str, typer.Option(metavar="ID|all", help="try a failed job, or all of them, again")
+        str, typer.Option(metavar="ID|all", help="put a failed job, or all of them, into the queue again")
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Run jobs from the queue: repairs of outages, warm starts, backfills. With an option: look at it.
+    """Run jobs from the queue: repairs of outages, warm starts, backfills. With an option: list them.
 
-    One role in the foreground, as `python -m workers.jobs`. Several share the queue.
+    Several workers share the queue. It is the same as `python -m workers.jobs`.
     """
     if not (listed or failed or retry):
         raise typer.Exit(run_role(worker.jobs))
     settings = load_settings()
-    form = choose_form(as_json, False)
+    form = choose_form(as_json)
     require_store(settings)
     with connect(settings, for_reading=True) as store:
-        # The store's own client where the queue is there too: another would make an embedded store anew.
+        # Use the store's client if the queue is in the store: another would start an embedded server.
         is_shared = settings.rq_redis_url is None and has_queue(settings)
         queue = open_queue(settings, store if is_shared else None)
         if retry:
@@ -99,19 +96,16 @@ def jobs(
     emit(shown, LISTED, form)
 
 
-COLUMNS = ("row", "next", "when", "job", "does")
-
-
 def cron_(
     listed: Annotated[
-        bool, typer.Option("--list", help="the table, with each row's next time in India")
+        bool, typer.Option("--list", help="print the table with each row's next time in India")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Put the trading day's jobs into the queue when they are due: login, snapshots, settling, sync.
+    """Queue the trading day's jobs when they are due: login, snapshots, final candles, sync.
 
-    One role in the foreground, as `python -m workers.cron`; a `pkb jobs` worker carries them out. Holidays
-    have none, special sessions theirs. Two of them do no harm.
+    A `pkb jobs` worker runs them. Holidays have none; special sessions have their own times. A second cron
+    changes nothing. It is the same as `python -m workers.cron`.
     """
     if not listed:
         raise typer.Exit(run_role(cron))
@@ -123,12 +117,9 @@ def cron_(
             with connect(settings, for_reading=True) as store:
                 schedules = schedules_of(store, settings, sessions)
     except PkbError:
-        pass  # the table needs no store, and starts none: then it is NSE's day
+        pass  # the table needs no store: without one it is the day of NSE
     rows = next_runs(Plan(sessions, schedules), market_clock(settings)())
-    emit(rows, COLUMNS, choose_form(as_json, False))
-
-
-EXIT_DIFFERENT = 1
+    emit(rows, CRON_COLUMNS, choose_form(as_json))
 
 
 def snapshot(
@@ -137,17 +128,15 @@ def snapshot(
         str, typer.Option(help="of pickles: published (DataFrames) or split (lists)")
     ] = "published",
     interval: Annotated[list[str] | None, typer.Option(help="of Parquet, repeatable; 1m and day")] = None,
-    full: Annotated[
-        bool, typer.Option("--full", help="sqlite, parquet: write what is there already too")
-    ] = False,
+    full: Annotated[bool, typer.Option("--full", help="sqlite, parquet: write existing parts again")] = False,
     folder: Annotated[Path | None, typer.Option(help="default: PKB_FILES_DIR")] = None,
-    in_queue: Annotated[bool, typer.Option("--enqueue", help="leave it to a `pkb jobs` worker")] = False,
+    in_queue: InQueue = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the store as files, restore an empty store from them, or check them.
 
-    `restore` fills a store that no aggregator is at work on from the Parquet files; `check` compares the
-    files with their manifest, and the Parquet ones with the store.
+    `restore` fills a store without a running aggregator from the Parquet files; `check` compares the files
+    with their manifest, and the Parquet files with the store.
     """
     if shape not in ("published", "split"):
         raise SettingsError(f"unknown shape {shape!r}", "use published or split")
@@ -170,8 +159,7 @@ def snapshot(
         elif kind in ("parquet", "sqlite"):
             arguments |= {"intervals": interval, "full": full}
         if in_queue and kind in KINDS:
-            job = enqueue(open_queue(settings), "snapshot", arguments, again=True)
-            print_enqueued(job or job_id("snapshot", arguments), job is not None, as_json)
+            _enqueue(settings, "snapshot", arguments, as_json)
             return
         require_store(settings)
         with (
@@ -181,7 +169,7 @@ def snapshot(
             found = write_snapshot(**arguments, run=run)
         print(dump(found) if as_json else _summary(found, run.folder))
         if not found["files"]:
-            note("the store has nothing to write: files that are there stay as they are")
+            note("the store has nothing to write: existing files stay as they are")
 
 
 def _summary(found: dict[str, Any], folder: Path) -> str:
@@ -194,15 +182,15 @@ def _summary(found: dict[str, Any], folder: Path) -> str:
 
 def _restore(settings: Settings, folder: Path | None, as_json: bool) -> None:
     with open_run(settings, folder=folder) as run:
-        told = restore(run=run)
+        result = restore(run=run)
         different = verify(run=run)
     if as_json:
-        print(dump({"rows": told.rows, "lists_skipped": told.lists_skipped, "different": different}))
+        print(dump({"rows": result.rows, "lists_skipped": result.lists_skipped, "different": different}))
     else:
-        for name, rows in told.rows.items():
+        for name, rows in result.rows.items():
             print(f"{name}  {rows:,} rows")
-        if told.lists_skipped:
-            note(f"{told.lists_skipped:,} lists had rows already and were left alone")
+        if result.lists_skipped:
+            note(f"{result.lists_skipped:,} lists had rows already and were not changed")
     _end(different, as_json)
 
 
@@ -215,7 +203,7 @@ def _check(settings: Settings, folder: Path | None, as_json: bool) -> None:
     if as_json:
         print(dump({"files": len(listed), "different": different}))
     elif not different:
-        print(f"{len(listed):,} files are as their manifest says")
+        print(f"{len(listed):,} files agree with their manifest")
     _end(different, as_json)
 
 
@@ -234,7 +222,7 @@ sync_app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Bring the snapshots to a data branch on GitHub, or from there.",
+    help="Push the snapshots to a data branch on GitHub, or pull them.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -244,11 +232,10 @@ Files = Annotated[
         "--file", metavar="PATTERN", help="which files; default: ticks.json, *.pkl and a restore's Parquet"
     ),
 ]
-InQueue = Annotated[bool, typer.Option("--enqueue", help="leave it to a `pkb jobs` worker")]
 
 
 def sync() -> None:
-    """Bring the snapshots to a data branch on GitHub, or from there."""
+    """Push the snapshots to a data branch on GitHub, or pull them."""
 
 
 @sync_app.command()
@@ -258,7 +245,7 @@ def push(files: Files = None, in_queue: InQueue = False, as_json: AsJson = False
     logs.configure(settings)
     target = target_of(settings)
     if in_queue:
-        _enqueue("sync_push", {"files": files or None}, as_json)
+        _enqueue(settings, "sync_push", {"files": files or None}, as_json)
         return
     with progress_bar(hidden=as_json) as listener:
         found = syncing.push(
@@ -272,7 +259,7 @@ def push(files: Files = None, in_queue: InQueue = False, as_json: AsJson = False
     if as_json:
         print(dump(found))
         return
-    did = "pushed" if found["changed"] else "nothing is new; there are"
+    did = "pushed" if found["changed"] else "nothing has changed;"
     print(f"{did} {found['files']} files, {found['bytes'] / 1e6:,.1f} MB: {target.shown}")
 
 
@@ -280,17 +267,17 @@ def push(files: Files = None, in_queue: InQueue = False, as_json: AsJson = False
 def pull(
     files: Files = None,
     via: Annotated[str, typer.Option(help="https, git, or auto")] = "auto",
-    force: Annotated[bool, typer.Option("--force", help="older files too")] = False,
+    force: Annotated[bool, typer.Option("--force", help="fetch older files too")] = False,
     in_queue: InQueue = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch the published files that are newer than ours, checked before they take a place."""
+    """Fetch the published files that are newer than the local ones; check them before they replace any."""
     if via not in ("auto", "https", "git"):
-        raise SettingsError(f"--via {via!r} is not known", "use https, git or auto")
+        raise SettingsError(f"--via {via!r} is unknown", "use https, git or auto")
     settings = load_settings()
     logs.configure(settings)
     if in_queue:
-        _enqueue("sync_pull", {"files": files or None, "via": via, "force": force}, as_json)
+        _enqueue(settings, "sync_pull", {"files": files or None, "via": via, "force": force}, as_json)
         return
     with progress_bar(hidden=as_json) as listener:
         found = pulling.pull(
@@ -304,14 +291,17 @@ def pull(
     if as_json:
         print(dump(found))
         return
+    if found.get("unchanged"):
+        print("nothing has changed on the branch")
+        return
     print(
         f"{found['pulled']} files are new here ({found['bytes'] / 1e6:,.1f} MB), {found['same']} the same, "
-        f"{found['older']} older than ours" if not found.get("unchanged") else "nothing has changed there"
-    )  # fmt: skip
+        f"{found['older']} older than the local ones"
+    )
 
 
-def _enqueue(name: str, arguments: dict[str, Any], as_json: bool) -> None:
-    job = enqueue(open_queue(load_settings()), name, arguments, again=True)
+def _enqueue(settings: Settings, name: str, arguments: dict[str, Any], as_json: bool) -> None:
+    job = enqueue(open_queue(settings), name, arguments, again=True)
     print_enqueued(job or job_id(name, arguments), job is not None, as_json)
 
 
@@ -330,15 +320,15 @@ def backfill(
     ] = None,
     day: Annotated[str, typer.Option(metavar="DATE", help="2026-11-20; default: the last session")] = "",
     interval: Annotated[
-        str, typer.Option(help="1m mends the longer ones too; or one that Kite has, or day")
+        str, typer.Option(help="1m also corrects the longer ones; or another one of Kite's, or day")
     ] = "1m",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="compare only")] = False,
-    in_queue: Annotated[bool, typer.Option("--enqueue", help="leave it to a `pkb jobs` worker")] = False,
+    in_queue: InQueue = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare a day's candles with Kite's history and replace what differs.
 
-    Kite allows three requests a second, one per instrument. Interrupted, the same command goes on.
+    Kite allows three requests a second, one per instrument. After an interruption the same command resumes.
     """
     settings = load_settings()
     logs.configure(settings)
@@ -346,24 +336,23 @@ def backfill(
         interval = kept_interval(context, interval).name
         tokens = _tokens(context, symbols or [])
         arguments: dict[str, Any] = {
-            "day": str(_date(context, tokens[0], day)),
+            "day": str(parse_date(day, "--day") if day else context.last_session(tokens[0])),
             "tokens": tokens,
             "interval": interval,
             "dry_run": dry_run,
         }
         if in_queue:
-            job = enqueue(open_queue(settings), "repair_day", arguments, again=True)
-            print_enqueued(job or job_id("repair_day", arguments), job is not None, as_json)
+            _enqueue(settings, "repair_day", arguments, as_json)
             return
         before = read_progress(context.client, context.keys, job_id("repair_day", arguments))
         if before is not None:
-            note(f"going on where an earlier run ended: {before[0]:,} of {before[1]:,} instruments are done")
+            note(f"resuming an earlier run: {before[0]:,} of {before[1]:,} instruments are done")
         with progress_bar(hidden=as_json) as listener:
             found = repair_day(**arguments, context=context, listener=listener, seconds_max=None)
     if as_json:
         print(dump({"day": arguments["day"], "interval": interval, "dry_run": dry_run, **found}))
         return
-    print(_summary_backfill(found, arguments["day"], interval, dry_run))
+    print(_backfill_summary(found, arguments["day"], interval, dry_run))
     if not found["applied"]:
         note("the aggregators have not applied it yet: is one running (`pkb status`)? The rows wait for it")
 
@@ -378,21 +367,12 @@ def _tokens(context: JobContext, symbols: list[str]) -> list[int]:
     return list(dict.fromkeys(token for token, _ in chosen))
 
 
-def _date(context: JobContext, token: int, text: str) -> date:
-    if not text:
-        return context.last_session(token)
-    try:
-        return date.fromisoformat(text)
-    except ValueError:
-        raise SettingsError(f"--day {text!r} is no date", "write it as 2026-11-20") from None
-
-
-def _summary_backfill(found: dict[str, Any], day: str, interval: str, dry_run: bool) -> str:
+def _backfill_summary(found: dict[str, Any], day: str, interval: str, dry_run: bool) -> str:
     parts = [f"{found[name]:,} {words}" for name, words in WORDS.items() if found.get(name)]
     line = f"{day}: {found.get('rows', 0):,} {interval} rows of {found['instruments']:,} instruments at Kite"
     line += ": " + ", ".join(parts) if parts else ""
     if found.get("too_old"):
-        line += f"; {found['too_old']:,} instruments keep none of that day any more"
+        line += f"; {found['too_old']:,} instruments no longer keep candles of that day"
     if found.get("refused"):
         line += f"; Kite refused {found['refused']:,} instruments, see the log"
     differing = found.get("changed", 0) + found.get("missing", 0) + found.get("marked", 0)

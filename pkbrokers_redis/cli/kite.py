@@ -1,7 +1,4 @@
-"""`pkb login`: a Kite session for all processes, with a person or without.
-
-`pkb instruments …`: Kite's instrument master, and what of it is streamed.
-"""
+"""`pkb login`: a Kite session for all processes. `pkb instruments`: the master, and what is streamed."""
 
 from __future__ import annotations
 
@@ -33,15 +30,18 @@ WHAT_TO_SET = (
 def login(
     request_token: Annotated[
         str,
-        typer.Option(metavar="TOKEN", help="what Kite appended to the app's URL; unset: asked for, unseen"),
+        typer.Option(metavar="TOKEN", help="what Kite appended to the app's URL; default: a hidden prompt"),
     ] = "",
     by_hand: Annotated[
         bool, typer.Option("--by-hand", help="log in with the browser even where all credentials are set")
     ] = False,
-    status: Annotated[bool, typer.Option("--status", help="only tell of the session there is")] = False,
+    status: Annotated[bool, typer.Option("--status", help="only print the current session")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Log in at Kite and share the session with all processes. Tells who and how long, never the token."""
+    """Log in at Kite and share the session with all processes.
+
+    It prints the user and the end of the session, never the token.
+    """
     settings = load_settings()
     if status:
         _print_status(settings, as_json)
@@ -97,9 +97,9 @@ def _print_status(settings: Settings, as_json: bool) -> None:
         print(f"{kind}{_as_whom(session)}, {age} old, until {_when(session.expires_at)} at the latest")
     else:
         name = "PKB_KITE_ACCESS_TOKEN" if session.kind == "access_token" else "PKB_KITE_ENCTOKEN"
-        print(f"the token in {name}; nobody knows its age")
+        print(f"the token in {name}; its age is unknown")
     if state.refused and not as_json:
-        note(f"the last login by itself: {state.refused}: {state.hint}")
+        note(f"the last automatic login: {state.refused}: {state.hint}")
     if session is None:
         raise typer.Exit(EXIT_NO_SESSION)
 
@@ -158,7 +158,7 @@ def sync(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Fetch Kite's list of instruments and swap it in; expired contracts go."""
+    """Fetch Kite's list of instruments and replace the stored one; expired contracts are removed."""
     from pkbrokers_redis.kite.instruments import KiteInstruments
 
     settings = load_settings()
@@ -171,9 +171,9 @@ def sync(
     if as_json:
         print(dump({**synced._asdict(), "seconds": round(seconds, 2)}))
         return
-    news = f"{synced.added:,} new, {synced.removed:,} gone" if synced.changed else "unchanged"
-    odd = f"; {synced.refused:,} rows were no instruments" if synced.refused else ""
-    print(f"{synced.rows:,} instruments in {seconds:.1f} s: {news}{odd}")
+    news = f"{synced.added:,} new, {synced.removed:,} removed" if synced.changed else "unchanged"
+    refused = f"; {synced.refused:,} malformed rows" if synced.refused else ""
+    print(f"{synced.rows:,} instruments in {seconds:.1f} s: {news}{refused}")
 
 
 @instruments_app.command()
@@ -184,23 +184,23 @@ def search(
     as_json: AsJson = False,
     as_csv: AsCsv = False,
 ) -> None:
-    """Find instruments by symbol or company name; names what is spelt alike when nothing matches."""
+    """Find instruments by symbol or company name; with similar names if nothing matches."""
     from pkbrokers_redis.errors import UnknownSymbol
     from pkbrokers_redis.store.instruments import search_instruments
     from pkbrokers_redis.store.symbols import SYNC
 
     form = choose_form(as_json, as_csv)
     settings = load_settings()
-    wanted = " ".join(text)
+    query = " ".join(text)
     require_store(settings)
     with connect(settings, for_reading=True) as client:
-        found = search_instruments(client, settings.keys, wanted, exchange=exchange, limit=n)
+        found = search_instruments(client, settings.keys, query, exchange=exchange, limit=n)
         if not found.rows:
             empty = not client.hlen(settings.keys.symbols())
             hint = SYNC if empty else "try a shorter part of its name, or another --exchange"
-            raise UnknownSymbol(wanted[:40], [], f"the instrument master is empty: {hint}" if empty else hint)
+            raise UnknownSymbol(query[:40], [], f"the instrument master is empty: {hint}" if empty else hint)
     if not found.exact:
-        note(f"nothing holds {wanted[:40]!r}; spelt alike:")
+        note(f"nothing contains {query[:40]!r}; similar names:")
     emit(found.rows, SEARCH_COLUMNS, form)
     if found.total > len(found.rows):
         note(f"{found.total - len(found.rows):,} more: -n {min(found.total, 1000)} shows them")

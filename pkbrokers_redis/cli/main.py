@@ -1,6 +1,6 @@
-"""The command `pkb`. A command is one file here and one row in `COMMANDS`.
+"""The command `pkb`. A command is a function in one of these files and a row in `COMMANDS`.
 
-Modules are imported when their command is asked for: `pkb quote` must not wait for a compiler that only
+A file is imported only when one of its commands runs: `pkb quote` must not wait for a compiler that only
 `pkb aggregate` needs.
 """
 
@@ -79,7 +79,7 @@ class LazyGroup(TyperGroup):
 
 
 def summary(name: str) -> str:
-    """The first sentence of a command's docstring, without importing it: help must not wait for numba."""
+    """Return the first sentence of a command's docstring without importing it: --help must be fast."""
     module, _, function = COMMANDS[name].partition(":")
     tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
     for node in tree.body:
@@ -90,7 +90,7 @@ def summary(name: str) -> str:
 
 
 def load_command(name: str) -> Any:
-    """The click command of a row of the table."""
+    """Return the click command of a row of the table."""
     module, _, function = COMMANDS[name].partition(":")
     source = importlib.import_module(f"pkbrokers_redis.cli.{module}")
     subcommands = getattr(source, f"{function}_app", None)
@@ -103,8 +103,8 @@ def load_command(name: str) -> Any:
     return make_command(single)
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"pkb {__version__}")
         raise typer.Exit
 
@@ -129,7 +129,7 @@ def pkb(
 
 
 def run() -> None:
-    """The console entry. A user's mistake or a server that is away is one line on stderr and exit 2."""
+    """Run the command line. A user's mistake or an unavailable server is one line and exit code 2."""
     code = 0
     try:
         app()
@@ -148,13 +148,13 @@ def run() -> None:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read us has seen enough. Python would complain once more when it ends: give it a sink.
+        # The reader of the pipe has ended. Python would report it once more at exit: give it a sink.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
 
 
 def one_line(error: BaseException) -> str | None:
-    """What to tell a person about an error; None for a bug of ours, whose traceback is wanted."""
+    """Return an error as one line for a person; None for a bug, whose traceback is needed."""
     if not isinstance(error, PkbError) and type(error).__module__.partition(".")[0] == "redis":
         from pkbrokers_redis.settings import load_settings
         from pkbrokers_redis.store.connect import describe, explain

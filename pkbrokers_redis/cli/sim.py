@@ -1,4 +1,4 @@
-"""`pkb sim`: a whole Kite on loopback, with a market that trades. With --control: orders to a running one."""
+"""`pkb sim`: a whole Kite on loopback; with --control it sends commands to a running one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CONTROL_TIMEOUT_SECONDS = 5
 
 
 class ControlFailed(PkbError):
-    """Raised when no simulator answers at the --control address, or it refuses the order."""
+    """Raised when no simulator answers at the --control address, or it refuses the command."""
 
 
 def sim(
@@ -53,12 +53,12 @@ def sim(
     expire: Annotated[bool, typer.Option("--expire", help="with --control: end every session")] = False,
 ) -> None:
     """Run a Kite simulator on loopback: websocket, REST API, login pages, history, faults."""
-    wanted = [parse_fault(text) for text in fault or ()]
+    requested = [parse_fault(text) for text in fault or ()]
     if control is not None:
-        _control(control, wanted, clear=clear, expire=expire)
+        _control(control, requested, clear=clear, expire=expire)
         return
     faults = Faults(seed=seed)
-    for each in wanted:
+    for each in requested:
         faults.add(**each)
     kite = SimulatedKite(
         universe(instruments),
@@ -99,7 +99,7 @@ def _epoch_ms(text: str) -> float:
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
-        raise SettingsError(f"--start {text!r} is no time", "give it as 2026-11-20T08:55") from None
+        raise SettingsError(f"--start {text!r} is not a time", "give it as 2026-11-20T08:55") from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=IST)).timestamp() * 1000
 
 
@@ -119,10 +119,10 @@ def _control(address: str, faults: list[dict[str, Any]], *, clear: bool, expire:
 def _order(method: str, url: str, content: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     try:
         answer = requests.request(method, url, json=content, timeout=CONTROL_TIMEOUT_SECONDS)
-        told = answer.json()
+        document = answer.json()
     except (requests.RequestException, ValueError):
         raise ControlFailed(f"no simulator answers at {url}", "give the REST address it printed") from None
     if not answer.ok:
-        raise ControlFailed(f"the simulator refuses: {told.get('message', answer.status_code)}")
-    found: list[dict[str, Any]] = told["data"] if isinstance(told["data"], list) else []
-    return found
+        raise ControlFailed(f"the simulator refuses: {document.get('message', answer.status_code)}")
+    data = document["data"]
+    return data if isinstance(data, list) else []

@@ -74,9 +74,9 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="a tenth of the work, for a first look")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure throughput, latency, memory and bulk reads on this machine, each beside a reference.
+    """Measure throughput, latency, memory and bulk reads on this machine, each with a reference.
 
-    Takes about two minutes. The benchmarks lie beside the package in a checkout (`benchmarks/`).
+    Takes about two minutes. The benchmarks are in a checkout of the repository (`benchmarks/`).
     """
     root = Path(__file__).parents[2]
     if not (root / "benchmarks" / "table.py").exists():

@@ -1,7 +1,7 @@
-"""Before the ticks come: load the compiled kernels, and take what is loaded out of the collector's rounds.
+"""Warm up a process: compile or load the kernels, and exclude what is loaded from garbage collection.
 
-Kernels take seconds the first time on a machine, tenths afterwards: an aggregator that took shards first and
-compiled then would leave them without an owner that works.
+Compiling takes seconds the first time on a machine. An aggregator that took shards before would leave them
+without a working owner meanwhile.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ _TICKS = [b"[[408065,100.5,1,%d,null,100,101,99,%d]]" % (n, _NOON_MS + n * 60_00
 
 
 def warm_up_writer() -> None:
-    """Write a tick row of no consequence: an ingest that compiles with frames waiting would spool them."""
+    """Compile the writer: an ingest worker that compiled with frames waiting would spool them."""
     tick_texts(np.ones((1, BATCH_WIDTH)), 1)
 
 
 def warm_up(intervals: Sequence[Interval]) -> None:
-    """Run a few minutes of ticks, an outage and its repair through a book of no consequence."""
-    book = ShardState(intervals, load_sessions("always"), event_clock=True)
+    """Compile the rules: apply a few minutes of ticks, an outage and its repair to a scratch state."""
+    state = ShardState(intervals, load_sessions("always"), event_clock=True)
     ticks, _, _ = read_tick_entries(_TICKS)
     ticks[:, AT_MS] = ticks[:, TIME_MS]
-    book.apply(ticks, 0, np.arange(1, len(ticks) + 1), len(ticks))
-    book.close_due(0.0, len(ticks))  # the first minutes are over by the last one's tick
-    flag_outage(book, Outage([int(ticks[0, TOKEN])], _NOON_MS, _NOON_MS + 1))  # repairs use the kernels, too
-    if book.base_interval >= 0:
+    state.apply(ticks, 0, np.arange(1, len(ticks) + 1), len(ticks))
+    state.close_due(0.0, len(ticks))  # the first minutes are over by the last one's tick
+    flag_outage(state, Outage([int(ticks[0, TOKEN])], _NOON_MS, _NOON_MS + 1))  # repairs use the kernels, too
+    if state.base_interval >= 0:
         minute: list[float | int | str | None] = [_NOON_MS // 1000, 100.0, 101.0, 99.0, 100.0, 1.0, None]
-        lists = {k: CandleList((), interval.keep) for k, interval in enumerate(book.intervals)}
+        lists = {k: CandleList((), interval.keep) for k, interval in enumerate(state.intervals)}
         span = HistoryRows(
-            int(ticks[0, TOKEN]), book.base_interval, _NOON_MS // 1000, _NOON_MS // 1000 + 60, [minute]
+            int(ticks[0, TOKEN]), state.base_interval, _NOON_MS // 1000, _NOON_MS // 1000 + 60, [minute]
         )
-        apply_history(book, span, lists, 0.0)
-    book.collect()
+        apply_history(state, span, lists, 0.0)
+    state.collect()
 
 
 @cache
 def freeze_heap() -> None:
-    """Once per process: what is in memory now stays, so the garbage collector need not walk it again.
+    """Exclude what is in memory now from garbage collection, once per process.
 
-    Numba alone leaves 150,000 objects: collecting among them stops the ticks for 60 ms every few seconds. A
-    program that runs a role in a thread of its own (`KiteTokenWatcher`) keeps its heap as it is.
+    Numba alone leaves 150,000 objects: to collect among them stops the ticks for 60 ms every few seconds. In
+    a thread of another program (`KiteTokenWatcher`) it does nothing.
     """
     if threading.current_thread() is threading.main_thread():
         gc.collect()

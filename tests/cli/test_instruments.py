@@ -42,7 +42,7 @@ def env(
 
 def test_a_sync_says_what_came_and_a_second_one_that_nothing_did(pkb: Pkb, env: Settings) -> None:
     first = pkb("instruments", "sync")
-    assert first.code == 0 and "60 instruments in" in first.out and "60 new, 0 gone" in first.out
+    assert first.code == 0 and "60 instruments in" in first.out and "60 new, 0 removed" in first.out
     assert "unchanged" in pkb("instruments", "sync").out
     found = json.loads(pkb("instruments", "sync", "--exchange", "NSE", "--exchange", "BSE", "--json").out)
     assert found["changed"] and found["rows"] < 60 and found["removed"] == 0
@@ -54,7 +54,7 @@ def test_a_search_prints_a_table_and_names_what_is_alike(pkb: Pkb, env: Settings
     assert [row["symbol"] for row in json.loads(found.out)] == ["NSE:INFY", "BSE:INFY"]
     typo = pkb("instruments", "search", "INFYS", "--csv")
     assert typo.out.startswith("token,symbol,name,") and "408065,NSE:INFY,INFOSYS" in typo.out
-    assert "spelt alike" in typo.err and typo.code == 0
+    assert "similar names" in typo.err and typo.code == 0
     more = pkb("instruments", "search", "a", "-n", "2")
     assert len(more.out.splitlines()) == 3 and "more: -n" in more.err
 
