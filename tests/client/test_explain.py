@@ -140,7 +140,7 @@ def test_the_command_prints_it(fed: InMemoryCandleStore, settings: Settings) -> 
     as_json = json.loads(run_pkb("explain", "INFY", "1m", str(OPEN_S), "--json", env=env).stdout)
     assert as_json["row"]["close"] == 98.5 and as_json["announcements"][1]["rev"] == 1
     wrong = run_pkb("explain", "INFY", "1m", "soon", env=env)
-    assert wrong.returncode == 2 and wrong.stderr.startswith("pkb: 'soon' is no time: write 10:05")
+    assert wrong.returncode == 2 and wrong.stderr.startswith("pkb: 'soon' is not a time: write 10:05")
 
 
 @pytest.mark.parametrize(
