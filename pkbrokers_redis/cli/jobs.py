@@ -295,8 +295,8 @@ def pull(
         print("nothing has changed on the branch")
         return
     print(
-        f"{found['pulled']} files are new here ({found['bytes'] / 1e6:,.1f} MB), {found['same']} the same, "
-        f"{found['older']} older than the local ones"
+        f"pulled {found['pulled']} files, {found['bytes'] / 1e6:,.1f} MB; "
+        f"{found['same']} unchanged, {found['older']} older than the local ones"
     )
 
 

@@ -370,6 +370,6 @@ def test_commands_push_and_pull(
     assert ended.code == 0 and ended.out.startswith("pushed 2 files"), ended
     assert json.loads(pkb("sync", "push", "--json").out)["changed"] is False
     monkeypatch.setenv("PKB_DATA_DIR", str(tmp_path / "there"))
-    assert pkb("sync", "pull").out.startswith("2 files are new here")
+    assert pkb("sync", "pull").out.startswith("pulled 2 files")
     assert pkb("sync", "pull", "--via", "carrier-pigeon").code == 2
     assert problems(tmp_path / "there" / "files") == []
