@@ -1,4 +1,4 @@
-"""The aggregator and a real store: foreign hands, repeats, restarts, clocks, a Redis that comes and goes."""
+"""The aggregator on a real store: malformed input, repeats, restarts, clocks, outages of Redis."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Store:
         self.client.xadd(self.keys.ticks(self.keys.shard_of(token)), fields)
 
     def aggregator(self) -> Aggregator:
-        """A new one that owns everything: whoever did before is as good as dead."""
+        """A new aggregator that owns all shards: the leases of earlier ones are deleted."""
         self.evict()
         new = Aggregator(
             lambda: connect(self.settings), self.settings, now_ms=self.clock, machine_ms=self.clock
@@ -133,7 +133,7 @@ class Store:
 
 @pytest.fixture
 def make_store(client: redis.Redis, make_settings: Callable[..., Settings]) -> Iterator[Callable[..., Store]]:
-    """`make_store(shards=1)`: event time, all day long, unless told otherwise."""
+    """`make_store(shards=1)`: event time, all day long, unless options say otherwise."""
     stores: list[Store] = []
 
     def make(**overrides: Any) -> Store:
@@ -187,7 +187,7 @@ def test_ticks_become_rows_of_every_interval_and_are_announced_when_they_are_ove
     assert store.lag() == 0
 
 
-def test_what_is_traded_adds_up_whatever_the_interval(store: Store) -> None:
+def test_candle_volumes_add_up_to_the_traded_volume_in_every_interval(store: Store) -> None:
     for frame in some_frames():
         store.send(*frame)
     store.drain()
@@ -198,7 +198,7 @@ def test_what_is_traded_adds_up_whatever_the_interval(store: Store) -> None:
         assert len(set(sums.values())) == 1 and sums["1m"] > 1_000
 
 
-# -- what a foreign hand writes ----------------------------------------------------------------------
+# -- what another writer writes ----------------------------------------------------------------------
 
 GOOD = json.dumps([tick(30, 105, 1_020)])
 
@@ -235,7 +235,7 @@ GOOD = json.dumps([tick(30, 105, 1_020)])
     ],
 )
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
-def test_an_entry_of_a_foreign_hand_is_counted_told_once_and_changes_no_row(
+def test_a_malformed_entry_is_counted_logged_once_and_changes_no_row(
     store: Store, fields: dict[Any, Any], count: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store.send(tick(-10, 100, 1_000))
@@ -248,13 +248,13 @@ def test_an_entry_of_a_foreign_hand_is_counted_told_once_and_changes_no_row(
     assert aggregator.figures()[count] >= (3 if count == "malformed_entries" else 1)
     assert store.rows() == [minute(0, 101, 101, 99, 99, volume=20, ticks=2)]
     assert store.lag() == 0
-    told = ("malformed_entry", "malformed_rows", "invalid_tick")
-    lines = [line for line in capsys.readouterr().err.splitlines() if any(word in line for word in told)]
+    events = ("malformed_entry", "malformed_rows", "invalid_tick")
+    lines = [line for line in capsys.readouterr().err.splitlines() if any(word in line for word in events)]
     assert len(lines) == 1
     assert len(lines[0]) < 600 and ("evidence=" in lines[0] or "tick=" in lines[0])
 
 
-def test_a_wrong_count_and_foreign_fields_beside_good_ticks_harm_nobody(store: Store) -> None:
+def test_a_wrong_count_and_unknown_fields_do_not_affect_valid_ticks(store: Store) -> None:
     store.send(tick(-10, 100, 1_000))
     ticks = json.dumps([tick(5, 101, 1_010)], indent=2)
     store.foreign({"src": "x", "seq": 1, "at": "noon", "n": "many", "ticks": ticks, "colour": "red"})
@@ -263,7 +263,7 @@ def test_a_wrong_count_and_foreign_fields_beside_good_ticks_harm_nobody(store: S
     assert aggregator.counts["malformed_entries"] == aggregator.counts["malformed_rows"] == 0
 
 
-def test_the_good_rows_of_a_half_bad_entry_are_taken(store: Store) -> None:
+def test_the_valid_rows_of_a_malformed_entry_are_applied(store: Store) -> None:
     store.send(tick(-10, 100, 1_000))
     store.foreign({"src": "x", "seq": 1, "ticks": json.dumps([["no"], tick(5, 101, 1_010), {}, 7])})
     aggregator = store.drain()
@@ -304,7 +304,7 @@ def test_a_commit_that_ends_inside_a_retry_remembers_the_highest_number(
     assert store.drain().counts["repeated_entries"] == 2
 
 
-def test_sources_count_for_themselves(store: Store) -> None:
+def test_each_source_has_its_own_sequence_numbers(store: Store) -> None:
     store.send(tick(-10, 100, 1_000), source="a", seq=100)
     store.send(tick(5, 101, 1_010), source="b", seq=1)
     store.send(tick(6, 102, 1_020), source="a", seq=101)
@@ -332,7 +332,7 @@ def test_two_sources_of_the_same_ticks_in_any_order_give_the_same_rows(
 # -- keys that hold another type ---------------------------------------------------------------------
 
 
-def test_a_tick_stream_of_another_type_stops_its_shard_alone_and_is_taken_up_when_mended(
+def test_a_tick_stream_of_another_type_stops_only_its_shard_until_it_is_repaired(
     store: Store,
 ) -> None:
     key = store.keys.ticks(store.keys.shard_of(INFY))
@@ -356,7 +356,7 @@ def test_a_tick_stream_of_another_type_stops_its_shard_alone_and_is_taken_up_whe
 
 
 @pytest.mark.parametrize("what", ["current", "candles"])
-def test_an_instruments_key_of_another_type_refuses_alone_and_is_named(
+def test_an_instruments_key_of_another_type_is_refused_alone_and_named(
     store: Store, what: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key = store.keys.current(INFY) if what == "current" else store.keys.candles(INFY, "1m")
@@ -379,7 +379,7 @@ def test_an_instruments_key_of_another_type_refuses_alone_and_is_named(
 
 
 @pytest.mark.parametrize("what", ["cursor", "state"])
-def test_a_shard_whose_own_keys_are_foreign_waits_alone_until_they_are_mended(
+def test_a_shard_with_keys_of_another_type_waits_alone_until_they_are_repaired(
     store: Store, what: str
 ) -> None:
     shard = store.keys.shard_of(INFY)
@@ -433,7 +433,7 @@ def test_a_cursor_that_is_overwritten_under_way_costs_its_shard_only(store: Stor
     ],
 )
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
-def test_a_state_of_a_foreign_hand_costs_at_most_its_instrument(store: Store, fields: dict[str, Any]) -> None:
+def test_a_malformed_state_costs_at_most_its_instrument(store: Store, fields: dict[str, Any]) -> None:
     neighbour = INFY + (store.keys.shards << 8)
     assert store.keys.shard_of(neighbour) == store.keys.shard_of(INFY)
     store.send(tick(-10, 100, 1_000), tick(-10, 100, 1_000, neighbour))
@@ -508,7 +508,7 @@ def test_of_two_owners_the_older_can_commit_nothing(store: Store) -> None:
     assert store.rows() == [minute(0, 101, 101, 101, 101, volume=10, ticks=1)]
 
 
-def test_a_flushed_store_starts_anew(store: Store) -> None:
+def test_a_flushed_store_starts_again(store: Store) -> None:
     store.send(tick(-10, 100, 1_000))
     store.send(tick(5, 101, 1_010))
     aggregator = store.drain()
@@ -584,7 +584,7 @@ def test_a_redis_that_is_killed_and_comes_back_costs_nothing(
 
 
 @pytest.mark.parametrize("trouble", ["full", "functions"])
-def test_a_redis_that_cannot_now_is_waited_for(store: Store, trouble: str) -> None:
+def test_an_aggregator_waits_for_a_redis_that_refuses_writes(store: Store, trouble: str) -> None:
     """Out of memory; its Functions gone: neither ends the worker, neither costs a tick."""
     store.send(tick(-10, 100, 1_000))
     store.drain().close()
@@ -677,8 +677,8 @@ def test_a_tick_from_the_future_is_put_at_its_receipt_and_closes_nothing(
     wall.send(tick(86_400 * 365, 102, 1_020), at_ms=at_ms)
     aggregator = wall.drain()
     assert aggregator.figures()["future_clamped"] == 1
-    told = [line for line in capsys.readouterr().err.splitlines() if "future_clamped_tick" in line]
-    assert len(told) == 1 and "408065" in told[0]
+    logged = [line for line in capsys.readouterr().err.splitlines() if "future_clamped_tick" in line]
+    assert len(logged) == 1 and "408065" in logged[0]
     assert wall.closed() == []
     assert wall.rows() == [minute(0, 102, 102, 102, 102, volume=20, ticks=1)]
 
@@ -699,7 +699,9 @@ def test_a_straggler_within_the_grace_amends_in_silence_and_a_late_one_is_announ
     assert store.rows()[0] == minute(0, 101, 103, 90, 103, volume=20, ticks=3)
 
 
-def test_very_late_ticks_amend_their_rows_with_a_raised_rev_that_survives_a_restart(store: Store) -> None:
+def test_ticks_late_beyond_the_window_amend_their_rows_with_a_raised_rev_that_survives_a_restart(
+    store: Store,
+) -> None:
     for n in range(8):
         store.send(tick(60 * n + 5, 100, 1_000 + 10 * n))
     store.drain()
@@ -714,7 +716,7 @@ def test_very_late_ticks_amend_their_rows_with_a_raised_rev_that_survives_a_rest
     assert sum(row[5] for row in store.rows()) == sum(row[5] for row in first)
 
 
-def test_what_a_very_late_tick_brings_in_volume_its_successor_in_the_slots_loses(store: Store) -> None:
+def test_the_volume_that_a_late_tick_adds_is_taken_from_the_next_open_candle(store: Store) -> None:
     for n in range(8):
         store.send(tick(60 * n + 5, 100, 1_000 + 10 * n))
     aggregator = store.drain()
@@ -736,8 +738,8 @@ def test_a_minute_that_was_empty_gets_its_row_in_its_place(store: Store) -> None
     assert sum(row[5] for row in store.rows()) == 70
     store.send(tick(60 * 2 + 15, 94, 1_021))
     store.drain(aggregator)
-    told = [rev for _, _, start, rev in store.closed(interval="1m") if start == START_S + 120]
-    assert told == [0, 1]  # nobody was told of it before its first tick
+    announced = [rev for _, _, start, rev in store.closed(interval="1m") if start == START_S + 120]
+    assert announced == [0, 1]  # its first tick is its first announcement
 
 
 def test_a_tick_older_than_the_first_row_opens_its_candle_while_the_list_has_room(store: Store) -> None:

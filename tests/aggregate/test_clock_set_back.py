@@ -50,7 +50,7 @@ def test_a_worker_beats(settings: Settings, client: redis.Redis) -> None:
     assert not heart.due(now_ms + 1_000) and heart.due(now_ms + 2_000)
 
 
-def test_a_new_worker_takes_its_feeds(settings: Settings, client: redis.Redis) -> None:
+def test_a_new_worker_leases_its_feeds(settings: Settings, client: redis.Redis) -> None:
     now_ms, taken = float(NOW_MS), []
     reader: Any = SimpleNamespace(
         update_feeds=lambda client, other_workers: 2,
@@ -69,7 +69,7 @@ def test_a_new_worker_takes_its_feeds(settings: Settings, client: redis.Redis) -
     assert taken == [0, 1]
 
 
-def test_jobs_of_the_dead_are_carried(settings: Settings, client: redis.Redis) -> None:
+def test_jobs_of_a_dead_worker_are_queued(settings: Settings, client: redis.Redis) -> None:
     now_ms = float(NOW_MS)
     dead, alive = (
         JobOutbox(lambda: client, lambda: open_queue(settings), settings.keys, now_ms=lambda: now_ms)

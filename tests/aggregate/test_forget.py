@@ -1,4 +1,4 @@
-"""A token that is another contract's now: nothing of the old one is left, whoever dies in between."""
+"""A token that another contract has now: nothing of the old one is left, at any crash in between."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_nothing_of_the_old_contract_is_left_and_the_new_one_begins(shop: Shop) 
     assert shop.adds_up()
 
 
-def test_it_waits_for_an_aggregator_and_falls_behind_the_ticks_before_it(shop: Shop) -> None:
+def test_a_forget_waits_for_an_aggregator_and_for_the_ticks_before_it(shop: Shop) -> None:
     shop.send(tick(200, 851, 400, OPTION))
     shop.evict()
     name(shop, PUT)
@@ -95,7 +95,7 @@ def test_it_waits_for_an_aggregator_and_falls_behind_the_ticks_before_it(shop: S
     assert left(shop) == []
 
 
-def test_twice_is_as_once_and_a_successor_does_not_do_it_again(shop: Shop) -> None:
+def test_forgetting_twice_equals_once_and_a_successor_does_not_repeat_it(shop: Shop) -> None:
     name(shop, PUT)
     send_forget(shop.client, shop.keys, [OPTION], "reassigned")
     shop.settle(shop.started[-1])
@@ -106,7 +106,7 @@ def test_twice_is_as_once_and_a_successor_does_not_do_it_again(shop: Shop) -> No
     assert shop.all_rows() == before and successor.figures()["forgotten"] == 0
 
 
-def test_history_before_it_goes_and_history_behind_it_stays(shop: Shop) -> None:
+def test_history_before_a_forget_is_deleted_and_history_after_it_stays(shop: Shop) -> None:
     old, new = history(1, 500, 500, 500, 500, volume=9), history(1, 3, 3, 3, 3, volume=7)
     shop.rows_from_history(60, 120, old, token=OPTION)
     name(shop, PUT)
@@ -115,7 +115,7 @@ def test_history_before_it_goes_and_history_behind_it_stays(shop: Shop) -> None:
     assert [row[:6] for row in shop.rows(OPTION)] == [new[:6]]
 
 
-def test_who_lost_the_shard_forgets_nothing_and_the_owner_does(shop: Shop) -> None:
+def test_only_the_owner_of_the_shard_forgets(shop: Shop) -> None:
     before = left(shop)
     name(shop, PUT)
     first, second = shop.started[-1], shop.aggregator()
@@ -126,7 +126,9 @@ def test_who_lost_the_shard_forgets_nothing_and_the_owner_does(shop: Shop) -> No
     assert left(shop) == []
 
 
-def test_killed_before_the_commit_the_next_one_does_it(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_aggregator_killed_before_the_commit_leaves_the_forget_to_its_successor(
+    shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def die(*_: Any) -> None:
         raise KeyboardInterrupt
 

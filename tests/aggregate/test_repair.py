@@ -1,4 +1,4 @@
-"""Repairs through a real store and the aggregator: exactly once, in order, whoever dies in between."""
+"""Repairs through a real store and the aggregator: exactly once, in order, at any crash in between."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def with_an_outage(shop: Shop) -> None:
     shop.send(tick(130, 105, 1_100), tick(185, 104, 1_110))
 
 
-def test_an_outage_is_marked_and_mended_and_told(shop: Shop) -> None:
+def test_an_outage_is_flagged_repaired_and_announced(shop: Shop) -> None:
     with_an_outage(shop)
     aggregator = shop.drain()
     shop.gap(70, 125)
@@ -164,7 +164,7 @@ def test_a_successor_remembers_the_outage_and_applies_nothing_twice(shop: Shop) 
 
 
 @VALKEY
-def test_who_lost_the_shard_repairs_nothing_and_the_owner_does_it_once(shop: Shop) -> None:
+def test_only_the_owner_of_the_shard_repairs_and_does_so_once(shop: Shop) -> None:
     with_an_outage(shop)
     first = shop.drain()
     shop.gap(70, 125)
@@ -180,7 +180,7 @@ def test_who_lost_the_shard_repairs_nothing_and_the_owner_does_it_once(shop: Sho
 
 
 @VALKEY
-def test_a_redis_that_went_back_gets_the_repair_again(shop: Shop) -> None:
+def test_a_rolled_back_redis_gets_the_repair_again(shop: Shop) -> None:
     with_an_outage(shop)
     aggregator = shop.drain()
     before = {key: shop.client.dump(key) for key in shop.client.scan_iter()}
@@ -322,7 +322,7 @@ def test_revisions_only_rise_however_many_rows_are_repaired(shop: Shop) -> None:
 
 
 @pytest.mark.parametrize("minutes", [3, 40])  # rows put one by one, and lists written as a whole
-def test_what_a_foreign_hand_put_into_a_list_stays_there(shop: Shop, minutes: int) -> None:
+def test_rows_of_another_writer_in_a_list_stay(shop: Shop, minutes: int) -> None:
     for n in range(-1, 60):
         shop.send(tick(60 * n + 5, 100, 1_000 + n))
     aggregator = shop.drain()
@@ -339,7 +339,7 @@ def test_what_a_foreign_hand_put_into_a_list_stays_there(shop: Shop, minutes: in
     ] * minutes
 
 
-# -- what a foreign hand writes ----------------------------------------------------------------------
+# -- what another writer writes ----------------------------------------------------------------------
 
 HOSTILE: list[dict[str, Any]] = [
     *ODD,
@@ -352,7 +352,7 @@ HOSTILE: list[dict[str, Any]] = [
 
 
 @VALKEY
-def test_odd_entries_are_counted_told_once_and_passed_over(
+def test_malformed_repairs_are_counted_logged_once_and_skipped(
     shop: Shop, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with_an_outage(shop)
@@ -370,7 +370,7 @@ def test_odd_entries_are_counted_told_once_and_passed_over(
 
 
 @VALKEY
-def test_a_repair_in_another_shard_than_its_instruments_is_odd(make_store: Callable[..., Store]) -> None:
+def test_a_repair_in_the_wrong_shard_is_malformed(make_store: Callable[..., Store]) -> None:
     store = make_store(shards=8)
     shop = Shop(store.client, store.settings)
     with_an_outage(shop)
@@ -386,7 +386,7 @@ def test_a_repair_in_another_shard_than_its_instruments_is_odd(make_store: Calla
 
 
 @VALKEY
-def test_a_key_that_is_no_stream_is_told_and_the_rest_goes_on(
+def test_a_repair_key_of_another_type_is_logged_and_the_other_shards_continue(
     shop: Shop, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(repair_module, "WRONG_TYPE_RETRY_SECONDS", 0.0)
@@ -402,7 +402,7 @@ def test_a_key_that_is_no_stream_is_told_and_the_rest_goes_on(
 
 
 @VALKEY
-def test_what_is_applied_is_trimmed_but_for_the_last(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_applied_repairs_are_trimmed_except_the_last(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aggregate_module, "TRIM_EVERY_MS", 0)
     with_an_outage(shop)
     aggregator = shop.drain()

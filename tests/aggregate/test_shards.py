@@ -18,7 +18,7 @@ IDS = st.lists(st.text("abcdefgh", min_size=1, max_size=4), min_size=1, max_size
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """Seconds that a test advances."""
 
     def __init__(self) -> None:
         self.seconds = 100.0
@@ -34,7 +34,7 @@ def test_shares_are_even_and_their_windows_cover_each_shard_once(ids: list[str],
     assert sorted(shard for n, first in shares for shard in range(first, first + n)) == list(range(shards))
 
 
-def test_who_is_not_on_the_list_yet_counts_itself() -> None:
+def test_an_aggregator_that_is_not_a_member_yet_counts_itself() -> None:
     assert fair_share(["b"], "a", 8) == (4, 0)
 
 
@@ -64,7 +64,7 @@ def rounds(client: redis.Redis, group: list[ShardLeases], seed: int, most: int =
 
 @pytest.mark.usefixtures("_functions")
 @pytest.mark.parametrize("seed", range(4))
-def test_one_two_four_and_one_again_share_evenly_and_settle(client: redis.Redis, seed: int) -> None:
+def test_one_two_four_and_one_aggregator_share_evenly_and_stably(client: redis.Redis, seed: int) -> None:
     group = [leases("m")]
     assert rounds(client, group, seed) == 1
     assert sorted(group[0].epochs) == list(range(8))
@@ -81,7 +81,7 @@ def test_one_two_four_and_one_again_share_evenly_and_settle(client: redis.Redis,
 
 
 @pytest.mark.usefixtures("_functions")
-def test_a_joining_one_moves_no_shard_between_those_who_stay(client: redis.Redis) -> None:
+def test_a_joining_aggregator_moves_no_shard_between_the_others(client: redis.Redis) -> None:
     group = [leases("b"), leases("d")]
     rounds(client, group, 1)
     before = [set(each.epochs) for each in group]
@@ -98,7 +98,7 @@ def test_more_aggregators_than_shards_leave_some_waiting(client: redis.Redis) ->
 
 
 @pytest.mark.usefixtures("_functions")
-def test_the_shards_of_a_dead_one_are_taken_once_its_leases_ran_out(client: redis.Redis) -> None:
+def test_the_shards_of_a_dead_aggregator_move_once_its_leases_ran_out(client: redis.Redis) -> None:
     group = [leases("a"), leases("b")]
     rounds(client, group, 1)
     dead = group.pop()
@@ -111,7 +111,7 @@ def test_the_shards_of_a_dead_one_are_taken_once_its_leases_ran_out(client: redi
 
 
 @pytest.mark.usefixtures("_functions")
-def test_a_closing_one_renews_and_takes_no_more(client: redis.Redis) -> None:
+def test_a_closing_aggregator_renews_and_takes_no_further_shard(client: redis.Redis) -> None:
     first, second = leases("a"), leases("b")
     rounds(client, [first, second], 1)
     first.closing = True
@@ -125,7 +125,7 @@ def test_a_closing_one_renews_and_takes_no_more(client: redis.Redis) -> None:
 
 
 @pytest.mark.usefixtures("_functions")
-def test_a_foreign_lease_key_does_not_keep_others_from_being_taken(client: redis.Redis) -> None:
+def test_a_lease_key_of_another_type_does_not_block_the_other_shards(client: redis.Redis) -> None:
     client.rpush(KEYS.lease(0), "mine")
     group = [leases("a"), leases("b")]
     rounds(client, group, 2)
@@ -134,7 +134,7 @@ def test_a_foreign_lease_key_does_not_keep_others_from_being_taken(client: redis
 
 
 @pytest.mark.usefixtures("_functions")
-def test_it_looks_at_a_fifth_and_doubts_at_three_fifths_of_the_lease_time(client: redis.Redis) -> None:
+def test_leases_are_renewed_at_a_fifth_and_doubted_at_three_fifths_of_their_time(client: redis.Redis) -> None:
     clock = Clock()
     mine = ShardLeases(KEYS, "a", 300, clock)
     assert mine.due_seconds < 0 and mine.may_have_expired()

@@ -22,7 +22,7 @@ STOCK = next(row for row in ROWS if int(row["instrument_token"]) & 0xFF == 1)
 SYMBOL, TOKEN = f"{STOCK['exchange']}:{STOCK['tradingsymbol']}", int(STOCK["instrument_token"])
 
 
-def test_a_day_is_brought_and_then_agrees(
+def test_a_backfilled_day_agrees_afterwards(
     context: JobContext, aggregator: Callable[[], None], pkb: Pkb
 ) -> None:
     aggregator()
@@ -36,13 +36,13 @@ def test_a_day_is_brought_and_then_agrees(
     assert (again["day"], again["rows"], again["matched"]) == ("2026-08-05", 105, 105)
 
 
-def test_a_dry_run_only_says_what_would_be(context: JobContext, pkb: Pkb) -> None:
+def test_a_dry_run_only_prints_what_would_change(context: JobContext, pkb: Pkb) -> None:
     ended = pkb("backfill", SYMBOL, "--day", "2026-08-05", "--dry-run")
     assert ended.out.endswith("105 would be replaced\n")
     assert context.client.exists(context.keys.repairs(context.keys.shard_of(TOKEN))) == 0
 
 
-def test_without_symbols_it_is_all_that_is_streamed(
+def test_without_symbols_all_streamed_instruments_are_backfilled(
     context: JobContext, pkb: Pkb, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PKB_INSTRUMENTS", ",".join(str(row["instrument_token"]) for row in ROWS[:3]))
@@ -50,13 +50,13 @@ def test_without_symbols_it_is_all_that_is_streamed(
     assert (found["instruments"], found["missing"]) == (3, 3)  # one of 60 minutes is over
 
 
-def test_without_an_aggregator_the_rows_wait_and_it_says_so(context: JobContext, pkb: Pkb) -> None:
+def test_without_an_aggregator_the_rows_wait_and_a_note_says_so(context: JobContext, pkb: Pkb) -> None:
     ended = pkb("backfill", SYMBOL)
     assert ended.code == 0
     assert "the aggregators have not applied it yet" in ended.err
 
 
-def test_an_interrupted_run_goes_on_and_says_so(context: JobContext, pkb: Pkb) -> None:
+def test_an_interrupted_run_resumes_and_says_so(context: JobContext, pkb: Pkb) -> None:
     second = next(row for row in ROWS if row is not STOCK and int(row["instrument_token"]) & 0xFF == 1)
     tokens = [TOKEN, int(second["instrument_token"])]
     arguments = {"day": "2026-08-05", "tokens": tokens, "interval": "1m", "dry_run": True}
@@ -68,7 +68,7 @@ def test_an_interrupted_run_goes_on_and_says_so(context: JobContext, pkb: Pkb) -
     assert json.loads(ended.out)["rows"] == 7 + 105
 
 
-def test_it_can_be_left_to_the_queue(context: JobContext, pkb: Pkb) -> None:
+def test_a_backfill_can_be_enqueued(context: JobContext, pkb: Pkb) -> None:
     ended = pkb("backfill", SYMBOL, "--enqueue", "--json")
     job = json.loads(ended.out)["job"]
     queue = open_queue(context.settings)
@@ -97,7 +97,7 @@ def test_a_kite_without_a_session_is_one_line(
     assert "pkb login" in ended.err and ended.err.count("\n") == 1
 
 
-def test_every_command_that_enqueues_says_it_alike(
+def test_every_command_that_enqueues_prints_the_same(
     pkb: Pkb, store_env: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PKB_GITHUB_URL", "file:///nowhere")

@@ -77,7 +77,7 @@ def test_a_year_lists_holidays_and_special_sessions(pkb: Pkb) -> None:
     assert len(lines) == 1 + 16 + 2  # a header, the circular's holidays, two Sundays
 
 
-def test_the_users_own_calendar_counts(pkb: Pkb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_own_calendar_is_applied(pkb: Pkb, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = tmp_path / "mine.json"
     mine.write_text('{"calendars": {"equity": {"holidays": {"2026-08-03": "A day of my own"}}}}')
     monkeypatch.setenv("PKB_CALENDAR", str(mine))

@@ -40,7 +40,7 @@ def env(
     return settings
 
 
-def test_a_sync_says_what_came_and_a_second_one_that_nothing_did(pkb: Pkb, env: Settings) -> None:
+def test_a_sync_prints_what_changed_and_a_second_one_that_nothing_did(pkb: Pkb, env: Settings) -> None:
     first = pkb("instruments", "sync")
     assert first.code == 0 and "60 instruments in" in first.out and "60 new, 0 removed" in first.out
     assert "unchanged" in pkb("instruments", "sync").out
@@ -48,7 +48,7 @@ def test_a_sync_says_what_came_and_a_second_one_that_nothing_did(pkb: Pkb, env: 
     assert found["changed"] and found["rows"] < 60 and found["removed"] == 0
 
 
-def test_a_search_prints_a_table_and_names_what_is_alike(pkb: Pkb, env: Settings) -> None:
+def test_a_search_prints_a_table_and_similar_names(pkb: Pkb, env: Settings) -> None:
     pkb("instruments", "sync")
     found = pkb("instruments", "search", "infosys", "--json")
     assert [row["symbol"] for row in json.loads(found.out)] == ["NSE:INFY", "BSE:INFY"]

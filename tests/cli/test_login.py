@@ -55,7 +55,7 @@ def request_token(kite: SimulatedKite) -> str:
     return accounts.finish_connect(accounts.begin_connect(accounts.first.api_key), accounts.first.api_key)
 
 
-def test_with_all_credentials_nobody_is_needed(
+def test_with_all_credentials_the_login_needs_no_person(
     pkb: Pkb, login_with: Callable[..., Settings], client: redis.Redis
 ) -> None:
     settings = login_with(*WEB, *APP)
@@ -80,7 +80,7 @@ def test_a_request_token_is_taken_from_the_option_or_from_stdin(
     assert json.loads(ended.out.splitlines()[-1])["kind"] == "access_token"
 
 
-def test_without_an_answer_or_credentials_the_way_out_is_named(
+def test_without_a_token_or_credentials_the_error_has_a_hint(
     pkb: Pkb, login_with: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert "PKB_KITE_USER_ID" in pkb("login").err
@@ -92,7 +92,7 @@ def test_without_an_answer_or_credentials_the_way_out_is_named(
     assert ended.code == 2 and "--request-token" in ended.err
 
 
-def test_the_status_tells_age_and_end_and_never_the_token(
+def test_the_status_prints_age_and_end_and_never_the_token(
     pkb: Pkb, login_with: Callable[..., Settings], client: redis.Redis, kite: SimulatedKite
 ) -> None:
     settings = login_with(*WEB)
@@ -114,9 +114,9 @@ def test_the_status_of_a_fixed_token_and_of_a_refusal(
 ) -> None:
     settings = login_with(kite_api_key="key", kite_access_token="geheim")
     assert "PKB_KITE_ACCESS_TOKEN" in pkb("login", "--status").out
-    client.hset(settings.keys.login(), mapping={"refused": "wrong password", "hint": "mend it"})
+    client.hset(settings.keys.login(), mapping={"refused": "wrong password", "hint": "correct it"})
     ended = pkb("login", "--status")
-    assert "wrong password: mend it" in ended.err and "geheim" not in ended.out + ended.err
+    assert "wrong password: correct it" in ended.err and "geheim" not in ended.out + ended.err
 
 
 def test_a_recording_uses_the_shared_session(pkb: Pkb, login_with: Callable[..., Settings]) -> None:

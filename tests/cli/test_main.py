@@ -76,7 +76,7 @@ def test_a_users_mistake_or_a_dead_server_is_one_line(
 
 
 @pytest.mark.parametrize("arguments", [["redis-cli", "PING"], ["jobs", "--list"], ["jobs", "--failed"]])
-def test_looking_makes_no_store_that_would_hide_the_demos(pkb: Pkb, arguments: list[str]) -> None:
+def test_reading_creates_no_store_that_would_hide_the_demos(pkb: Pkb, arguments: list[str]) -> None:
     ended = pkb(*arguments)
     assert ended.code == 2 and "there is no store" in ended.err and ended.err.count("\n") == 1
     assert not store_folder(load_settings().data_dir).exists()
@@ -89,7 +89,7 @@ def test_a_demo_waits_for_the_server_of_the_one_before_it(monkeypatch: pytest.Mo
     assert next(lingering, "asked to the end") == "asked to the end"
 
 
-def test_a_bug_of_ours_keeps_its_traceback() -> None:
+def test_a_bug_keeps_its_traceback() -> None:
     assert main.one_line(KeyError("x")) is None
     assert main.one_line(FileNotFoundError(2, "No such file", "a.csv")) == "No such file: a.csv"
 

@@ -166,7 +166,7 @@ def test_followed_candles_come_a_line_each_and_go_on_from_a_position(
         assert process.stderr.read() == ""
 
 
-def test_what_was_missed_is_said(client: redis.Redis, store_env: Settings) -> None:
+def test_missed_candles_are_reported(client: redis.Redis, store_env: Settings) -> None:
     for i in range(5):
         announce(client, store_env.keys, INFY, "1m", row(OPEN_S + 60 * i))
     client.xtrim(store_env.keys.closed(store_env.keys.shard_of(INFY)), maxlen=2, approximate=False)
@@ -202,7 +202,7 @@ def test_a_key_of_another_type_is_one_line(pkb: Pkb, client: redis.Redis, store_
     assert ended.err.startswith("pkb: pkb:{2}:candles:408065:1m holds a string, not a list")
 
 
-def test_reading_where_no_store_was_ever_made_says_so_and_makes_none(
+def test_reading_without_a_store_is_one_line_and_creates_none(
     pkb: Pkb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("PKB_REDIS_URL")
@@ -212,7 +212,7 @@ def test_reading_where_no_store_was_ever_made_says_so_and_makes_none(
     assert not (tmp_path / "none").exists()
 
 
-def test_the_demos_store_is_read_where_there_is_no_other_and_that_is_said(
+def test_the_demos_store_is_read_and_named_where_there_is_no_other(
     pkb: Pkb, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("PKB_REDIS_URL")

@@ -22,10 +22,10 @@ from tests.client.contract import INFY, OPEN_S, push, row
 needs_redis_cli = pytest.mark.skipif(not shutil.which("redis-cli"), reason="no redis-cli on PATH")
 
 
-@pytest.fixture(params=[pytest.param("real", marks=needs_redis_cli), "ours"])
+@pytest.fixture(params=[pytest.param("real", marks=needs_redis_cli), "built-in"])
 def either_shell(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Once with redis-cli, once as on a machine that has none."""
-    if request.param == "ours":
+    if request.param == "built-in":
         monkeypatch.setattr(redis_cli, "PROGRAMS", ())
     return str(request.param)
 

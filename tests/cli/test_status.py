@@ -100,7 +100,7 @@ def test_no_workers_is_down_and_exits_with_2(pkb: Pkb, store_env: Settings) -> N
 
 
 @pytest.mark.parametrize("command", ["status", "doctor"])
-def test_a_redis_that_is_away_is_down_also_as_json(
+def test_an_unavailable_redis_is_down_also_as_json(
     pkb: Pkb, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PKB_REDIS_URL", "redis://:geheim@127.0.0.1:1/0")
@@ -111,7 +111,7 @@ def test_a_redis_that_is_away_is_down_also_as_json(
     assert trouble(ended.out) == {"redis": "fail"}
 
 
-def test_here_asks_only_for_this_hosts_workers(
+def test_status_here_checks_only_this_hosts_workers(
     pkb: Pkb, pipeline: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pkb("status", "--here").code == 0
@@ -120,7 +120,7 @@ def test_here_asks_only_for_this_hosts_workers(
     assert ended.code == 2 and "no worker of elsewhere beats" in ended.out
 
 
-def test_there_is_no_store_yet(pkb: Pkb) -> None:
+def test_status_without_a_store_is_one_line(pkb: Pkb) -> None:
     ended = pkb("status")
     assert ended.code == 2 and "there is no store in" in ended.err
 
@@ -128,7 +128,7 @@ def test_there_is_no_store_yet(pkb: Pkb) -> None:
 # --- doctor
 
 
-def test_doctor_goes_through_every_check(pkb: Pkb, pipeline: Settings) -> None:
+def test_doctor_runs_every_check(pkb: Pkb, pipeline: Settings) -> None:
     ended = pkb("doctor")
     assert ended.code == 0, ended.out
     assert [line.split()[0] for line in ended.out.splitlines()] == ["ok"] * len(ended.out.splitlines())
@@ -188,7 +188,7 @@ def ask_for_an_unseen_instrument(client: redis.Redis, settings: Settings) -> Non
         (lambda *_: None, {"PKB_INSTRUMENTS": "NOSUCHNAME"}, "warn", "quotes", "unknown symbol"),
     ],
 )
-def test_doctor_finds_it_and_says_the_mend(
+def test_doctor_finds_the_problem_and_prints_its_hint(
     pkb: Pkb,
     pipeline: Settings,
     client: redis.Redis,
@@ -214,7 +214,7 @@ def test_doctor_finds_it_and_says_the_mend(
     assert ended.code == (2 if level == "fail" or check == "lag" else 1)
 
 
-def test_a_list_that_does_not_reach_back_is_not_called_wrong(
+def test_a_list_that_does_not_reach_back_is_not_reported_as_wrong(
     pkb: Pkb, pipeline: Settings, client: redis.Redis
 ) -> None:
     wrong_volume(client, pipeline)
@@ -236,7 +236,7 @@ def test_top_prints_a_line_a_second_without_a_terminal(pkb: Pkb, pipeline: Setti
     assert ended.out.count("\n") == 1
 
 
-def test_top_shows_trouble(pkb: Pkb, store_env: Settings) -> None:
+def test_top_shows_problems(pkb: Pkb, store_env: Settings) -> None:
     assert "no worker makes candles" in pkb("top", "--seconds", "0").out
 
 

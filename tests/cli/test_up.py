@@ -17,7 +17,7 @@ def test_roles_without_processes_are_left_out_and_the_order_is_kept() -> None:
     assert specs[2].argv == (sys.executable, "-m", "workers.aggregate")
 
 
-def test_a_store_that_is_away_is_one_line_before_anything_starts() -> None:
+def test_an_unavailable_store_is_one_line_before_anything_starts() -> None:
     found = run_pkb("up", env={"PKB_REDIS_URL": "redis://:secret@127.0.0.1:1/0", "PKB_LOG_LEVEL": "info"})
     assert found.returncode == 2
     assert found.stderr.startswith("pkb: redis://127.0.0.1:1/0 cannot be reached")
@@ -25,7 +25,7 @@ def test_a_store_that_is_away_is_one_line_before_anything_starts() -> None:
     assert "secret" not in found.stderr
 
 
-def test_a_number_of_aggregators_that_is_none_is_refused() -> None:
+def test_zero_aggregators_are_refused() -> None:
     found = run_pkb("up", "--aggregators", "0")
     assert found.returncode == 2
     assert "Traceback" not in found.stderr

@@ -199,7 +199,7 @@ PROBLEMS: list[tuple[str, Check, dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(
     ("rule", "changes", "level", "what"), [case[1:] for case in PROBLEMS], ids=[case[0] for case in PROBLEMS]
 )
-def test_each_trouble_is_found_and_comes_with_its_mend(
+def test_each_problem_is_found_and_has_a_hint(
     rule: Check, changes: dict[str, Any], level: str, what: str
 ) -> None:
     trouble = [finding for finding in run_checks(cluster(**changes), [rule]) if finding.level != "ok"]
@@ -249,7 +249,7 @@ def test_missing_functions_are_named() -> None:
         ([worker("ingest", host="box", age_ms=9_000.0)], "warn"),
     ],
 )
-def test_here_looks_only_at_this_hosts_workers(workers: list[Worker], level: str) -> None:
+def test_check_host_looks_only_at_this_hosts_workers(workers: list[Worker], level: str) -> None:
     assert health.check_host(workers, "box").level == level
 
 
@@ -327,7 +327,7 @@ def test_entries_of_a_stream_without_a_group_all_wait(client: redis.Redis, setti
     assert read_cluster_state(client, settings.keys, "here").shards[0].lag_entries == 2
 
 
-def test_keys_of_a_foreign_hand_spoil_nothing(client: redis.Redis, settings: Settings) -> None:
+def test_keys_of_another_type_do_not_break_the_state(client: redis.Redis, settings: Settings) -> None:
     keys = settings.keys
     client.set(keys.ticks(0), "mine")
     client.lpush(keys.lease(1), "mine")
@@ -339,7 +339,7 @@ def test_keys_of_a_foreign_hand_spoil_nothing(client: redis.Redis, settings: Set
     assert all(each.age_ms is None for each in found.workers)
 
 
-def test_the_heartbeat_tells_the_lag_of_each_shard(client: redis.Redis, settings: Settings) -> None:
+def test_the_heartbeat_reports_the_lag_of_each_shard(client: redis.Redis, settings: Settings) -> None:
     now = client.time()[0] * 1000
     client.xadd(settings.keys.ticks(1), {"seq": 1}, id=f"{now - 5_000}-0")
     Heartbeat(settings.keys, "aggregate", "a", now).beat(client, now, 0, {}, shards=[0, 1])
@@ -348,13 +348,13 @@ def test_the_heartbeat_tells_the_lag_of_each_shard(client: redis.Redis, settings
     assert (fields[b"lag_entries"], fields[b"lag_ms"]) == (b"1", b"5000")
 
 
-def test_servers_tell_what_matters(client: redis.Redis, settings: Settings) -> None:
+def test_servers_are_read_from_info(client: redis.Redis, settings: Settings) -> None:
     [server] = read_cluster_state(client, settings.keys, "here").servers
     assert server.version.split()[0] in ("redis", "valkey") and server.used_bytes > 0
     assert (server.aof, server.eviction, server.saves) == (True, "noeviction", True)
 
 
-def test_a_user_who_may_only_read_still_gets_a_picture(client: redis.Redis, settings: Settings) -> None:
+def test_a_read_only_user_gets_the_state_too(client: redis.Redis, settings: Settings) -> None:
     client.acl_setuser("looker", enabled=True, nopass=True, keys=["*"], categories=["+@read", "+@connection"])
     try:
         with redis.Redis.from_url(settings.redis_url.get_secret_value()) as looker:  # type: ignore[union-attr]
@@ -366,17 +366,17 @@ def test_a_user_who_may_only_read_still_gets_a_picture(client: redis.Redis, sett
 
 
 @pytest.mark.parametrize(("failed", "level"), [(0, "ok"), (3, "warn")])
-def test_failed_jobs_are_told(failed: int, level: str) -> None:
+def test_failed_jobs_are_a_warning(failed: int, level: str) -> None:
     assert check_jobs(failed).level == level
 
 
 @pytest.mark.parametrize(("days", "level"), [(1, "ok"), (3, "ok"), (5, "warn")])
-def test_a_master_of_last_week_is_told(days: int, level: str) -> None:
+def test_a_master_of_last_week_is_a_warning(days: int, level: str) -> None:
     manifest = Manifest("2026-11-16T08:30:00+05:30", "", 119_000, 0, "", "")
     synced_s = 1_794_798_000.0  # that moment
     assert check_master(manifest, synced_s + days * 86_400).level == level
 
 
-def test_a_master_without_a_readable_time_is_told_and_none_at_all_is_not() -> None:
+def test_a_master_without_a_readable_time_is_a_warning_and_a_missing_one_is_not() -> None:
     assert check_master(Manifest("soon", "", 1, 0, "", ""), 0.0).level == "warn"
     assert check_master(None, 0.0).level == "ok"

@@ -136,7 +136,7 @@ def test_a_worker_without_a_supervisor_says_that_it_exits_and_exits_with_1(
 
 
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
-def test_the_supervisor_starts_a_worker_again_that_was_asked_to_restart(
+def test_the_supervisor_restarts_a_worker_on_request(
     client: redis.Redis, settings: Settings, ingest_env: dict[str, str]
 ) -> None:
     supervisor = Supervisor(

@@ -81,7 +81,7 @@ def test_each_role_gets_its_number_of_processes(tmp_path: Path) -> None:
         assert len({each.pid for each in statuses}) == 4
 
 
-def test_a_killed_process_comes_back(tmp_path: Path) -> None:
+def test_a_killed_process_is_restarted(tmp_path: Path) -> None:
     with supervising([RoleSpec("a", python(WORKER, "a", tmp_path / "journal"))]) as supervisor:
         for restarts in range(3):
             status = wait_until(lambda: (found := only(supervisor)).state == "running" and found)
@@ -93,14 +93,14 @@ def test_a_killed_process_comes_back(tmp_path: Path) -> None:
         assert supervisor.failure is None
 
 
-def test_a_process_that_ends_without_being_asked_comes_back_whatever_its_exit_code() -> None:
+def test_a_process_that_ends_by_itself_is_restarted_for_any_exit_code_but_2() -> None:
     for code in (0, 1, 3):
         with supervising([RoleSpec("a", python(f"raise SystemExit({code})"))]) as supervisor:
             wait_until(lambda: only(supervisor).restarts >= 2)
             assert only(supervisor).exit_code == code
 
 
-def test_the_wait_doubles_up_to_its_most_and_begins_anew_after_a_healthy_run() -> None:
+def test_the_wait_doubles_up_to_its_maximum_and_restarts_after_a_healthy_run() -> None:
     backoff, waits = Backoff(), [0.0]
     for _ in range(10):
         waits.append(backoff.delay(waits[-1] or None, ran_seconds=1))
@@ -152,7 +152,7 @@ def test_a_process_that_will_not_stop_is_killed() -> None:
         assert only(supervisor).exit_code == -signal.SIGKILL
 
 
-def test_what_a_dead_worker_leaves_behind_dies_with_it(tmp_path: Path) -> None:
+def test_the_children_of_a_dead_worker_are_killed(tmp_path: Path) -> None:
     program = (
         "import subprocess, sys, time\n"
         "print(subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']).pid, flush=True)\n"
@@ -216,7 +216,7 @@ def test_exit_code_2_is_final_and_its_line_is_kept(tmp_path: Path) -> None:
         assert only(supervisor)[2:6] == ("failed", None, 0, 2)
 
 
-def test_a_program_that_is_not_there_is_final_too() -> None:
+def test_a_missing_program_is_final_too() -> None:
     with supervising([RoleSpec("a", ("/nonexistent/worker",))]) as supervisor:
         failure = wait_until(lambda: supervisor.failure)
         assert failure == "cannot start /nonexistent/worker (No such file or directory)"
@@ -258,7 +258,7 @@ def test_a_signal_stops_everything_in_order_and_exits_with_0(tmp_path: Path, num
         assert lines(journal)[2:] == ["ingest stopped", "aggregate stopped"]
 
 
-def test_a_second_signal_waits_for_nobody() -> None:
+def test_a_second_signal_kills_all_processes() -> None:
     with up([("deaf", python(DEAF))], stop_seconds_max=600) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "deaf\n"
@@ -273,7 +273,7 @@ def test_a_users_mistake_in_one_role_stops_all_and_exits_with_2(tmp_path: Path) 
     mistaken = (
         "import pathlib, sys, time\n"
         "while not pathlib.Path(sys.argv[1]).exists(): time.sleep(0.01)\n"
-        "print('pkb: bad setting: mend it', file=sys.stderr); sys.exit(2)"
+        "print('pkb: invalid setting: correct it', file=sys.stderr); sys.exit(2)"
     )
     with up(
         [("ingest", python(mistaken, journal)), ("aggregate", python(WORKER, "aggregate", journal))]
@@ -281,7 +281,7 @@ def test_a_users_mistake_in_one_role_stops_all_and_exits_with_2(tmp_path: Path) 
         out, _ = process.communicate(timeout=30)
         assert process.returncode == 2
         assert lines(journal) == ["aggregate ready", "aggregate stopped"]
-        assert out.count("pkb: bad setting: mend it\n") == 2  # as it came, and as `failure`
+        assert out.count("pkb: invalid setting: correct it\n") == 2  # as it came, and as `failure`
         assert "Traceback" not in out
 
 
