@@ -108,20 +108,10 @@ def partitions(folder: Path, interval: str) -> dict[date, Path]:
 def writing_partitions(
     folder: Path, interval: str, slices: Iterable[Bulk], since: date | None
 ) -> Iterator[list[Written]]:
-    """Update the partitions of an interval: written under temporary names, renamed at the end of the block.
+    """Update an interval's partitions from the first day `since` (None: all): written under temporary names,
+    renamed at the end of the block. `slices` of instruments have ascending tokens.
 
-    Args:
-        folder: The snapshots' folder.
-        interval: Name of the interval.
-        slices: The store's candles in slices of instruments with ascending tokens.
-        since: First day to write; None for all days.
-
-    Yields:
-        The partitions that were written.
-
-    Raises:
-        InputFileError: An existing partition is damaged.
-        OSError: The disk refuses the write.
+    Raises InputFileError if an existing partition is damaged, and OSError.
     """
     with ExitStack() as stack:
         writers: dict[date, _Partition] = {}

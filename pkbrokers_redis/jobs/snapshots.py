@@ -62,15 +62,7 @@ log = logs.get("snapshots")
 class Run:
     """The tools and the progress of one snapshot.
 
-    Attributes:
-        settings: The store's settings.
-        store: The store to read.
-        clock: Market time, epoch ms.
-        folder: Where the files are written.
-        listener: Called with (instruments done, instruments × passes, part).
-        made: Entries of the files that were written.
-        done: Instruments done so far, over all passes.
-        passes: How often the kind reads all instruments.
+    `listener` gets (instruments done, instruments × passes, part); `made` are the entries of the written files.
     """
 
     settings: Settings
