@@ -62,7 +62,7 @@ log = logs.get("snapshots")
 class Run:
     """The tools and the progress of one snapshot.
 
-    `listener` gets (instruments done, instruments × passes, part); `made` are the entries of the written files.
+    `listener` gets (instruments done, instruments × passes, part); `made` are the files' entries.
     """
 
     settings: Settings
