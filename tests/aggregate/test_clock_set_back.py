@@ -17,7 +17,7 @@ from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.queue import open_queue
-from tests.aggregate.test_aggregate import INFY, Store, make_store, tick
+from tests.aggregate.stores import INFY, Store, make_store, tick
 from tests.ingest.test_ingest import frames
 
 __all__ = ["make_store"]  # a fixture

@@ -13,7 +13,7 @@ from pkbrokers_redis.aggregate import repairs as repair_module
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.store.instruments import swap_master
 from pkbrokers_redis.store.repairs import send_forget
-from tests.aggregate.test_aggregate import START_S, Store, make_store, minute, tick
+from tests.aggregate.stores import START_S, Store, make_store, minute, tick
 from tests.aggregate.test_repair import Shop, history
 
 __all__ = ["make_store"]  # a fixture

@@ -18,7 +18,7 @@ from pkbrokers_redis.runtime.health import check_volumes
 from pkbrokers_redis.store.commit import touched_keys
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.repairs import is_applied, send_gap, send_rows
-from tests.aggregate.test_aggregate import (
+from tests.aggregate.stores import (
     INFY,
     RELIANCE,
     START_S,

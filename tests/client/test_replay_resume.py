@@ -12,7 +12,7 @@ from pkbrokers_redis.client.replay import Replay, Summary
 from pkbrokers_redis.errors import InputFileError
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.symbols import load_symbols, save_instruments
-from tests.aggregate.test_aggregate import INFY, Row, Store, make_store
+from tests.aggregate.stores import INFY, Row, Store, make_store
 from tests.support import run_pkb, settings_env, wait_until
 
 __all__ = ["make_store"]  # a fixture
