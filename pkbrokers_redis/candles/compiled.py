@@ -1,4 +1,4 @@
-"""`compiled`, `internal`, `merged`, `inlined`: numba's njit, with a cache that depends on all kernels.
+"""`compiled`, `internal`, `inlined`: numba's njit, with a cache that depends on all kernels.
 
 numba keeps the compiled form of a function until that function's own file changes. The kernels call each
 other across files and share the columns of `columns.py`: after an update, one of them could run with
@@ -75,11 +75,6 @@ def internal(function: _F) -> _F:
 
 
 def inlined(function: _F) -> _F:
-    """Insert a kernel into its callers before they are compiled: for those that run for every tick."""
-    return cast("_F", numba.njit(error_model="numpy", inline="always")(function))
-
-
-def merged(function: _F) -> _F:
-    """Compile a kernel by itself and insert its machine code into its callers: shorter to compile."""
+    """Compile a kernel and insert its machine code into its callers: for those that run for every tick."""
     options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": True}
     return cast("_F", numba.njit(error_model="numpy", **options)(function))

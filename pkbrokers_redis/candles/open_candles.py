@@ -9,11 +9,11 @@ import numpy as np
 
 from pkbrokers_redis.candles import columns as col
 from pkbrokers_redis.candles.arrays import Floats, ShardArrays, touch
-from pkbrokers_redis.candles.compiled import compiled, internal, merged
+from pkbrokers_redis.candles.compiled import compiled, internal
 from pkbrokers_redis.candles.model import DAY_HIGH, FLAG_GAP, FLAG_PARTIAL, FLAG_WHOLE, VOLUME
 
 
-@merged
+@internal
 def find_candle(candles: Floats, i: int, k: int, start: int) -> int:
     """Return the row of the candle that starts at `start`, or where it has to be opened.
 
@@ -27,8 +27,8 @@ def find_candle(candles: Floats, i: int, k: int, start: int) -> int:
 
 @internal
 def open_candle(
-    shard: ShardArrays, i: int, k: int, s: int, d: int, start: int, end: int, tick: Floats, base: float,
-    grace_ms: float,
+    candles: Floats, scalars: Floats, evicted: Floats, inst: Floats, i: int, k: int, s: int, day_s: int,
+    start: int, end: int, length: int, tick: Floats, base: float,
 ) -> None:  # fmt: skip
     """Open the candle that starts at `start` at row s.
 
@@ -36,11 +36,11 @@ def open_candle(
     neighbours as complete, and takes its volume out of the newer one's. `base` is the day's volume before
     the tick, NaN for a tick of an earlier day.
     """
-    candles, day_s, is_day = shard.candles, shard.day_ms[d, 0] // 1000, shard.seconds[k] == 0
+    is_day = length == 0
     if s == 0 and candles[i, k, 0, col.START] != 0 and candles[i, k, 0, col.COMPLETE] == 0:
         candles[i, k, 0, col.COMPLETE], candles[i, k, 0, col.DIRTY] = 1.0, 1.0
     older_day, older_end = candles[i, k, s, col.DAY], candles[i, k, s, col.VOL_END]
-    _shift(candles, i, k, s, shard.scalars, shard.evicted)
+    _shift(candles, i, k, s, scalars, evicted)
     if is_day:
         base = 0.0  # rule 7: all of the day's volume, also what traded before the first tick
     elif s > 0 and candles[i, k, s - 1, col.DAY] == day_s:
@@ -57,8 +57,7 @@ def open_candle(
     candles[i, k, s, col.REV] = col.UNANNOUNCED
     candles[i, k, s, col.COMPLETE] = 1.0 if s > 0 else 0.0
     if not is_day or tick[DAY_HIGH] != tick[DAY_HIGH]:  # rule 7: day fields make the day candle whole
-        candles[i, k, s, col.FLAG] = flag_of(start, end, shard.inst[i])
-    shard.scalars[col.NEXT_DUE] = min(shard.scalars[col.NEXT_DUE], end * 1000 + grace_ms)
+        candles[i, k, s, col.FLAG] = flag_of(start, end, inst)
 
 
 @internal

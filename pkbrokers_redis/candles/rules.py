@@ -23,7 +23,7 @@ import numpy as np
 
 from pkbrokers_redis.candles import columns as col
 from pkbrokers_redis.candles.arrays import Floats, Ints, ShardArrays, add, find_day, touch
-from pkbrokers_redis.candles.compiled import compiled, inlined, internal, merged
+from pkbrokers_redis.candles.compiled import compiled, inlined, internal
 from pkbrokers_redis.candles.model import (
     AT_MS,
     DAY_HIGH,
@@ -106,7 +106,7 @@ def _start_day(inst: Floats, day_s: int) -> None:
     inst[col.CUM_VOLUME] = inst[col.BASELINE] = 0.0 if is_known else np.nan
 
 
-@merged
+@inlined
 def _correct_baseline(
     shard: ShardArrays, inst: Floats, i: int, volume: float, day_s: int, is_day_new: bool
 ) -> None:
@@ -288,71 +288,52 @@ def _include_extreme(
 
 @internal
 def _merge(
-    candles: Floats,
-    i: int,
-    k: int,
-    s: int,
-    tick: Floats,
-    time: float,
-    is_new: bool,
-    is_day: bool,
+    candles: Floats, i: int, k: int, s: int, tick: Floats, time: float, is_new: bool, is_day: bool,
     has_oi: bool,
-) -> int:
-    """Merge a tick into a candle. Return 0 if nothing changed, 2 if the stored state changed, else 1."""
-    change = max(1 if is_new else 0, _merge_price(candles, i, k, s, tick, time, has_oi))
-    if tick[VOLUME] == tick[VOLUME]:
-        change = max(change, _merge_volume(candles, i, k, s, tick[VOLUME], is_day))
+) -> int:  # fmt: skip
+    """Rule 1: merge a tick into a candle. Return 0 for no change, 2 if the stored state changed, else 1.
+
+    Open is the earliest trade, close the latest, high and low are the extremes. Volume is the highest
+    cumulative volume inside the candle minus the highest before it.
+    """
+    price, volume = tick[LAST_PRICE], tick[VOLUME]
+    key = -1.0 if volume != volume else volume
+    change = 1 if is_new else 0
+    open_time, close_time = candles[i, k, s, col.OPEN_TIME], candles[i, k, s, col.CLOSE_TIME]
+    if price > candles[i, k, s, col.HIGH]:
+        candles[i, k, s, col.HIGH] = price
+        change = max(change, 1)
+    if price < candles[i, k, s, col.LOW]:
+        candles[i, k, s, col.LOW] = price
+        change = max(change, 1)
+    if time > close_time or (time == close_time and key >= candles[i, k, s, col.CLOSE_VOLUME]):
+        is_same = time == close_time and key == candles[i, k, s, col.CLOSE_VOLUME]
+        if not is_same or price != candles[i, k, s, col.CLOSE]:
+            change = max(change, 1)
+        candles[i, k, s, col.CLOSE], candles[i, k, s, col.CLOSE_TIME] = price, time
+        candles[i, k, s, col.CLOSE_VOLUME] = key
+        if tick[OI] == tick[OI]:
+            candles[i, k, s, col.OPEN_INTEREST] = tick[OI]
+    elif s == 0 and has_oi:  # the newer ticks had no open interest
+        candles[i, k, s, col.OPEN_INTEREST] = tick[OI]
+    if time < open_time or (time == open_time and key < candles[i, k, s, col.OPEN_VOLUME]):
+        candles[i, k, s, col.OPEN], candles[i, k, s, col.OPEN_TIME] = price, time
+        candles[i, k, s, col.OPEN_VOLUME] = key
+        change = 2
+    vol_end = candles[i, k, s, col.VOL_END]
+    if volume > vol_end:
+        candles[i, k, s, col.VOL_END] = volume
+        change = max(change, 1)
+        if s > 0 and not is_day and raise_vol_start(candles, i, k, s - 1, candles[i, k, s, col.DAY], volume):
+            change = 2
+    elif vol_end != vol_end and volume == volume:  # the first volume
+        candles[i, k, s, col.VOL_START] = candles[i, k, s, col.VOL_END] = volume
     if is_day and tick[DAY_HIGH] == tick[DAY_HIGH] and tick[DAY_LOW] == tick[DAY_LOW]:
         change = max(change, _merge_day_fields(candles, i, k, s, tick))
     if change:
         candles[i, k, s, col.TICKS] += 1
         candles[i, k, s, col.DIRTY] = 1.0
     return change
-
-
-@merged
-def _merge_price(candles: Floats, i: int, k: int, s: int, tick: Floats, time: float, has_oi: bool) -> int:
-    """Rule 1: open is the earliest trade, close the latest, high and low are the extremes."""
-    price, oi = tick[LAST_PRICE], tick[OI]
-    key = tick[VOLUME] if tick[VOLUME] == tick[VOLUME] else -1.0
-    open_time, close_time = candles[i, k, s, col.OPEN_TIME], candles[i, k, s, col.CLOSE_TIME]
-    open_key, close_key = candles[i, k, s, col.OPEN_VOLUME], candles[i, k, s, col.CLOSE_VOLUME]
-    change = 0
-    if price > candles[i, k, s, col.HIGH]:
-        candles[i, k, s, col.HIGH] = price
-        change = 1
-    if price < candles[i, k, s, col.LOW]:
-        candles[i, k, s, col.LOW] = price
-        change = 1
-    if time > close_time or (time == close_time and key >= close_key):
-        if price != candles[i, k, s, col.CLOSE] or time != close_time or key != close_key:
-            change = 1
-        candles[i, k, s, col.CLOSE], candles[i, k, s, col.CLOSE_TIME] = price, time
-        candles[i, k, s, col.CLOSE_VOLUME] = key
-        if oi == oi:
-            candles[i, k, s, col.OPEN_INTEREST] = oi
-    elif s == 0 and has_oi:  # the newer ticks had no open interest
-        candles[i, k, s, col.OPEN_INTEREST] = oi
-    if time < open_time or (time == open_time and key < open_key):
-        candles[i, k, s, col.OPEN], candles[i, k, s, col.OPEN_TIME] = price, time
-        candles[i, k, s, col.OPEN_VOLUME] = key
-        change = 2
-    return change
-
-
-@merged
-def _merge_volume(candles: Floats, i: int, k: int, s: int, volume: float, is_day: bool) -> int:
-    """Rule 1: volume is the highest cumulative volume inside the candle minus the highest before it."""
-    vol_end = candles[i, k, s, col.VOL_END]
-    if vol_end != vol_end:
-        candles[i, k, s, col.VOL_START] = candles[i, k, s, col.VOL_END] = volume
-        return 0
-    if volume <= vol_end:
-        return 0
-    candles[i, k, s, col.VOL_END] = volume
-    if s > 0 and not is_day and raise_vol_start(candles, i, k, s - 1, candles[i, k, s, col.DAY], volume):
-        return 2
-    return 1
 
 
 @internal
@@ -372,15 +353,15 @@ def _merge_day_fields(candles: Floats, i: int, k: int, s: int, tick: Floats) -> 
 
 @inlined
 def _apply_to_candles(
-    shard: ShardArrays, tick: Floats, i: int, d: int, time: float, grace_ms: float, base: float,
-    extremes: Extremes, is_new: bool, has_oi: bool, is_backfilled: bool,
+    candles: Floats, seconds: Ints, scalars: Floats, evicted: Floats, late: Floats, counts: Ints,
+    inst: Floats, tick: Floats, i: int, time: float, day_s: int, anchor: int, close: int, grace_ms: float,
+    base: float, extremes: Extremes, is_new: bool, has_oi: bool, is_backfilled: bool,
 ) -> int:  # fmt: skip
     """Apply a tick to the candle of each interval. Return how much of the state changed, for `touch`.
 
     `base` is the day's volume before the tick, NaN for a tick of an earlier day.
     """
-    candles, seconds, c = shard.candles, shard.seconds, shard.schedule[i]
-    anchor, close = shard.anchor_s[d, c], shard.close_s[d, c]
+    before_time, high_before, low_before, after_time, high_after, low_after = extremes
     second = np.int64(time) // 1000
     level = 1
     for k in range(seconds.size):
@@ -391,15 +372,16 @@ def _apply_to_candles(
         if length != 0:
             start = anchor + (second - anchor) // length * length
             end = min(start + length, close)
-        s = find_candle(candles, i, k, start)
+        s = 0 if candles[i, k, 0, col.START] == start else find_candle(candles, i, k, start)
         if s < 0:
-            level = max(level, _log_late_tick(shard, i, k, d, tick))
+            counts[col.C_BEYOND_WINDOW] += 1
+            level = max(level, _log_late_tick(candles, scalars, late, i, k, day_s, length, tick))
             continue
         if candles[i, k, s, col.START] != start:
-            open_candle(shard, i, k, s, d, start, end, tick, base, grace_ms)
+            open_candle(candles, scalars, evicted, inst, i, k, s, day_s, start, end, length, tick, base)
+            scalars[col.NEXT_DUE] = min(scalars[col.NEXT_DUE], end * 1000 + grace_ms)
             level = 2
         change = _merge(candles, i, k, s, tick, time, is_new, length == 0, has_oi)
-        before_time, high_before, low_before, after_time, high_after, low_after = extremes
         if high_before == high_before or low_before == low_before:
             change = max(change, _include_extreme(candles, i, k, s, before_time, high_before, low_before))
         if high_after == high_after or low_after == low_after:
@@ -407,26 +389,66 @@ def _apply_to_candles(
         if change == 2 or (change and candles[i, k, s, col.COMPLETE] != 0):
             level = 2
         if change and candles[i, k, s, col.REV] >= 0:
-            shard.counts[col.C_LATE] += 1
+            counts[col.C_LATE] += 1
     return level
 
 
 @internal
-def _log_late_tick(shard: ShardArrays, i: int, k: int, d: int, tick: Floats) -> int:
+def _log_late_tick(
+    candles: Floats, scalars: Floats, late: Floats, i: int, k: int, day_s: int, length: int, tick: Floats
+) -> int:
     """Rule 6: log a tick older than every candle in memory; the commit amends its row in the list."""
-    candles, late, volume = shard.candles, shard.late, tick[VOLUME]
-    shard.counts[col.C_BEYOND_WINDOW] += 1
-    n = int(shard.scalars[col.LATE_SIZE])
-    shard.scalars[col.LATE_SIZE] = n + 1
-    oldest, day_s = candles.shape[2] - 1, shard.day_ms[d, 0] // 1000
+    n, oldest = int(scalars[col.LATE_SIZE]), candles.shape[2] - 1
+    scalars[col.LATE_SIZE] = n + 1
     same_day = candles[i, k, oldest, col.DAY] == day_s
     late[n, 0], late[n, 1] = i, k
     late[n, 2:-2] = tick
     late[n, -2] = candles[i, k, oldest, col.START]
     late[n, -1] = candles[i, k, oldest, col.VOL_START] if same_day else np.nan
-    if shard.seconds[k] != 0 and raise_vol_start(candles, i, k, oldest, day_s, volume):
+    if length != 0 and raise_vol_start(candles, i, k, oldest, day_s, tick[VOLUME]):
         return 2
     return 1
+
+
+@inlined
+def _note_news(inst: Floats, window: Floats, tick: Floats, time: float, place: int) -> tuple[Extremes, bool]:
+    """Insert a tick into the window. Return the hidden extremes, and whether its open interest is newest."""
+    size, volume = int(inst[col.WINDOW_SIZE]), tick[VOLUME]
+    extremes = _hidden_extremes(window, size, place, tick)
+    if place < col.WINDOW_MAX:
+        inst[col.WINDOW_SIZE] = _insert_tick(window, size, place, tick, time)
+    is_newer = time == inst[col.OI_TIME] and volume >= inst[col.OI_VOLUME]
+    has_oi = tick[OI] == tick[OI] and (place == 0 or time > inst[col.OI_TIME] or is_newer)
+    if has_oi:
+        inst[col.OI_TIME], inst[col.OI_VOLUME] = time, volume
+    return extremes, has_oi
+
+
+@inlined
+def _apply_news(
+    shard: ShardArrays, inst: Floats, window: Floats, tick: Floats, i: int, d: int, time: float,
+    grace_ms: float, place: int, is_today: bool,
+) -> None:  # fmt: skip
+    """Apply a tick that is neither a repeat nor older than the baseline."""
+    volume, c, day_s = tick[VOLUME], shard.schedule[i], shard.day_ms[d, 0] // 1000
+    extremes, has_oi = _note_news(inst, window, tick, time, place)
+    is_backfilled = inst[col.BACKFILLED_FROM] <= time < inst[col.BACKFILLED_TO]
+    if is_backfilled:
+        shard.counts[col.C_BACKFILLED] += 1
+    base = inst[col.CUM_VOLUME] if is_today else np.nan
+    level = _apply_to_candles(
+        shard.candles, shard.seconds, shard.scalars, shard.evicted, shard.late, shard.counts, inst,
+        tick, i, time, day_s, shard.anchor_s[d, c], shard.close_s[d, c], grace_ms, base,
+        extremes, place < col.WINDOW_MAX, has_oi, is_backfilled,
+    )  # fmt: skip
+    touch(shard, i, level)
+    if is_today and volume > inst[col.CUM_VOLUME]:
+        if is_backfilled:
+            inst[col.BASELINE] += volume - inst[col.CUM_VOLUME]
+            count_on_from(shard, i, day_s, volume)
+        inst[col.CUM_VOLUME] = volume
+    if time > shard.scalars[col.WATERMARK]:
+        shard.scalars[col.WATERMARK] = time
 
 
 @compiled
@@ -462,39 +484,6 @@ def _apply_tick(shard: ShardArrays, tick: Floats, i: int, d: int, time: float, g
     shard.counts[kind] += 1
     if kind == col.C_NEWS:
         _apply_news(shard, inst, window, tick, i, d, time, grace_ms, place, is_today)
-
-
-@inlined
-def _apply_news(
-    shard: ShardArrays, inst: Floats, window: Floats, tick: Floats, i: int, d: int, time: float,
-    grace_ms: float, place: int, is_today: bool,
-) -> None:  # fmt: skip
-    """Apply a tick that is neither a repeat nor older than the baseline."""
-    volume = tick[VOLUME]
-    size = int(inst[col.WINDOW_SIZE])
-    extremes = _hidden_extremes(window, size, place, tick)
-    if place < col.WINDOW_MAX:
-        inst[col.WINDOW_SIZE] = _insert_tick(window, size, place, tick, time)
-    is_newer = time == inst[col.OI_TIME] and volume >= inst[col.OI_VOLUME]
-    has_oi = tick[OI] == tick[OI] and (place == 0 or time > inst[col.OI_TIME] or is_newer)
-    if has_oi:
-        inst[col.OI_TIME], inst[col.OI_VOLUME] = time, volume
-    is_backfilled = inst[col.BACKFILLED_FROM] <= time < inst[col.BACKFILLED_TO]
-    if is_backfilled:
-        shard.counts[col.C_BACKFILLED] += 1
-    base = inst[col.CUM_VOLUME] if is_today else np.nan
-    is_new = place < col.WINDOW_MAX
-    level = _apply_to_candles(
-        shard, tick, i, d, time, grace_ms, base, extremes, is_new, has_oi, is_backfilled
-    )
-    touch(shard, i, level)
-    if is_today and volume > inst[col.CUM_VOLUME]:
-        if is_backfilled:
-            inst[col.BASELINE] += volume - inst[col.CUM_VOLUME]
-            count_on_from(shard, i, shard.day_ms[d, 0] // 1000, volume)
-        inst[col.CUM_VOLUME] = volume
-    if time > shard.scalars[col.WATERMARK]:
-        shard.scalars[col.WATERMARK] = time
 
 
 @compiled
