@@ -48,10 +48,10 @@ def our_days(schedule: str) -> set[str]:
 )
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_the_days_differ_only_where_the_reason_is_known(name: str, schedule: str) -> None:
-    theirs = {str(day.date()) for day in calendars.get_calendar(name).schedule(FIRST, LAST).index}
-    ours = our_days(schedule)
-    assert theirs - ours == set()
-    assert ours - theirs == set(DIFFERENCES[name])
+    reference = {str(day.date()) for day in calendars.get_calendar(name).schedule(FIRST, LAST).index}
+    shipped = our_days(schedule)
+    assert reference - shipped == set()
+    assert shipped - reference == set(DIFFERENCES[name])
 
 
 @pytest.mark.parametrize("name", DIFFERENCES)
@@ -60,14 +60,14 @@ def test_the_hours_of_a_cash_day_are_the_same(name: str) -> None:
     compared = 0
     for day, hours in calendars.get_calendar(name).schedule(FIRST, LAST).iterrows():
         if (windows := SESSIONS.on_date(index, day.date()).windows) and len(windows) == 1:
-            theirs = hours["market_open"].timestamp() * 1000, hours["market_close"].timestamp() * 1000
-            assert windows[0] == theirs, day
+            reference = hours["market_open"].timestamp() * 1000, hours["market_close"].timestamp() * 1000
+            assert windows[0] == reference, day
             compared += 1
     assert compared > 700
 
 
 def test_currency_trades_on_the_equity_markets_weekdays() -> None:
-    theirs = {str(day.date()) for day in calendars.get_calendar("NSE").schedule(FIRST, LAST).index}
-    # RBI's own holidays are not told apart (the file says so), and of special sessions there is only Muhurat.
-    assert our_days("CDS") - theirs == {"2026-11-08"}
-    assert theirs - our_days("CDS") == set()
+    reference = {str(day.date()) for day in calendars.get_calendar("NSE").schedule(FIRST, LAST).index}
+    # RBI's own holidays are not distinguished (the file says so); the only special session is Muhurat.
+    assert our_days("CDS") - reference == {"2026-11-08"}
+    assert reference - our_days("CDS") == set()

@@ -186,6 +186,6 @@ def test_whatever_json_a_writer_chooses_the_numbers_are_those_of_json(
         (b"[" * 100_000, 0, 1),
     ],
 )
-def test_what_can_be_saved_of_an_odd_entry_is_saved(text: bytes, rows: int, refused: int) -> None:
+def test_valid_rows_of_a_malformed_entry_are_recovered(text: bytes, rows: int, refused: int) -> None:
     ticks, lost = recover_ticks(text)
     assert (len(ticks), lost) == (rows, refused)

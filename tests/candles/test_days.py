@@ -34,14 +34,14 @@ def test_the_same_trades_again_change_nothing() -> None:
 
 @pytest.mark.parametrize("second", [DAY_S - 1_200.5, DAY_S + 5.5])
 def test_a_packet_of_a_day_without_a_trade_yet_is_no_trade(second: float) -> None:
-    # Before the first trade Kite says volume 0 beside yesterday's last price, and in full mode its time.
+    # Before the first trade Kite sends volume 0 with yesterday's last price, and in full mode its time.
     trades = tick(22_440, 100, 1_000), tick(22_498, 100, 2_000), tick(22_499, 101, 2_500)
     market = Market().take(tick(-60, 99, 0), *trades).close(22_600)
-    before, told = market.all_rows(), len(market.closed)
+    before, announced = market.all_rows(), len(market.closed)
     market.take(tick(22_499, 101, 0, at=second), tick(second, 101, 0, at=second))
     market.take(tick(22_499, 101, 0, at=second), tick(22_560, 101, 0, at=second))
     assert market.all_rows() == before
-    assert len(market.closed) == told
+    assert len(market.closed) == announced
     assert market.book.counts()["repeats"] >= 2
     market.take(tick(DAY_S + 10, 102, 40))
     assert market.rows("1m")[-1] == row(DAY_S, 102, 102, 102, 102, 40, None, 1)

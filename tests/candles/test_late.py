@@ -1,4 +1,4 @@
-"""Ticks older than every candle in the slots amend the rows of the list, and leave a foreign hand's alone."""
+"""Ticks older than every candle in memory amend their rows in the list; other texts there stay."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_the_sum_of_volumes_never_changes() -> None:
         assert all(row[5] >= 0 for row in after.values())
 
 
-def test_with_its_successor_in_the_slots_it_gains_what_the_book_took_from_that() -> None:
+def test_a_late_tick_gains_the_volume_that_the_next_candle_in_memory_lost() -> None:
     assert amended(THREE, late(2, 103, 1_031)) == [minute(2, 100, 103, 99, 103, volume=11, ticks=4)]
 
 
@@ -154,7 +154,7 @@ def test_decimals_of_crypto_stay_decimals() -> None:
         b"[" * 5000,
     ],
 )
-def test_rows_of_a_foreign_hand_are_passed_over(foreign: bytes) -> None:
+def test_texts_that_are_no_rows_are_skipped(foreign: bytes) -> None:
     first, _, last = texts(*THREE)
     changed = amend_rows([first, foreign, last], late(2, 105, 1_025), False, keep=10)
     assert [msgspec.json.decode(each.text) for each in changed] == [minute(2, 100, 105, 99, 100, ticks=4)]

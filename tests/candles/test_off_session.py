@@ -29,7 +29,7 @@ def adds_up(market: Market) -> bool:
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_stale_copy_of_a_pre_open_tick_puts_no_pre_open_volume_into_a_minute(known: bool) -> None:
+def test_a_stale_copy_of_a_pre_open_tick_adds_no_pre_open_volume_to_a_minute(known: bool) -> None:
     before = (YESTERDAY,) if known else (tick(-900, 99, 300),)
     for order in itertools.permutations((*PRE_OPEN, PRE_OPEN[0])):
         market = Market().take(*before, *order, FIRST)
@@ -44,7 +44,7 @@ def test_a_volume_below_the_pre_opens_is_another_days_only_before_the_open() -> 
     assert volumes(Market().take(YESTERDAY, *PRE_OPEN, FIRST, late)) == [10]
 
 
-def test_a_straggler_of_the_session_that_comes_after_a_post_close_tick_keeps_its_volume() -> None:
+def test_a_late_tick_of_the_session_after_a_post_close_tick_keeps_its_volume() -> None:
     in_order = tick(CLOSE - 2, 100, 2_000), tick(CLOSE - 1, 101, 9_000), tick(CLOSE + 60, 101, 9_500)
     for known, first in ((0, -60), (2_000 - 1, CLOSE - 3)):
         ticks = (tick(first, 100, known), *in_order)
@@ -56,7 +56,7 @@ def test_a_straggler_of_the_session_that_comes_after_a_post_close_tick_keeps_its
         assert all(adds_up(each) for each in markets)
 
 
-def test_between_two_windows_a_straggler_of_the_first_keeps_its_volume_too() -> None:
+def test_a_late_tick_of_the_first_window_received_between_windows_keeps_its_volume() -> None:
     a, b, between, c = (
         tick(DRILL + second, 100, volume)
         for second, volume in ((10, 1_000), (2_699, 1_500), (2_701, 1_600), (8_105, 1_700))
@@ -67,7 +67,7 @@ def test_between_two_windows_a_straggler_of_the_first_keeps_its_volume_too() -> 
         assert adds_up(market)
 
 
-def test_a_straggler_of_the_first_window_counts_on_from_the_pre_open() -> None:
+def test_a_late_tick_of_the_first_window_counts_from_the_pre_open_volume() -> None:
     market = Market().take(YESTERDAY, *PRE_OPEN, tick(CLOSE + 5, 101, 500_020), tick(CLOSE - 1, 101, 500_015))
     assert volumes(market) == [15]
 
@@ -92,7 +92,7 @@ def test_history_of_the_open_counts_on_from_the_pre_open() -> None:
     assert [each[5] for each in market.rows("60m")] == [800]
 
 
-def test_what_was_said_outside_survives_a_restart() -> None:
+def test_the_off_session_tick_survives_a_restart() -> None:
     market = Repaired().take(YESTERDAY, *PRE_OPEN)
     hot = msgspec.json.decode(market.state[str(TOKEN)])
     assert hot[col.OFF_SESSION_TIME : col.WINDOW_SIZE] == [(OPEN - 449) * 1000, 500_000]

@@ -140,7 +140,7 @@ def test_a_candle_that_only_begins_later_gets_the_mark_too_and_so_does_a_success
     assert market.flags("60m") == ["gap"]
 
 
-def test_rows_that_left_the_slots_get_the_mark_in_their_lists() -> None:
+def test_rows_that_left_memory_get_the_gap_flag_in_their_lists() -> None:
     market = Repaired().take(*(tick(60 * n, 100, 1_000 + n) for n in range(-1, 10)))
     market.outage(130, 250)
     assert market.flags("1m") == ["", "", "gap", "gap", "gap", *[""] * 5]
@@ -172,7 +172,7 @@ def test_the_day_candle_has_its_packets_own_fields_and_no_gap() -> None:
 # -- rows of the base interval -----------------------------------------------------------------------
 
 
-def test_history_replaces_the_rows_of_an_outage_and_makes_up_the_longer_ones() -> None:
+def test_history_replaces_the_rows_of_an_outage_and_recomposes_longer_candles() -> None:
     market = three_minutes()
     market.outage(70, 125)
     result = market.backfill(60, 180, *LOST)
@@ -196,7 +196,7 @@ def test_the_candle_that_forms_goes_on_as_if_nothing_had_been_missing() -> None:
     assert market.adds_up()
 
 
-def test_a_copy_put_where_it_came_leaves_no_extreme_in_a_longer_candle() -> None:
+def test_a_copy_counted_at_its_receive_time_leaves_no_extreme_in_a_longer_candle() -> None:
     # What Kite resends after a reconnect has no trade time: traded in 09:19, taken for a trade of 09:20.
     market = Repaired().take(
         tick(-10, 110, 1_000), tick(5, 110, 1_010), tick(302.5, 98, 1_050, at=302.5),
@@ -267,7 +267,7 @@ def test_a_candle_that_is_not_over_is_passed_over() -> None:
     market = three_minutes()
     forming = minute(3, 1, 999, 1, 5, volume=900)
     assert market.backfill(180, 240, forming, now=190).forming == 1
-    assert market.backfill(180, 240, forming, now=241).forming == 1  # stragglers may still come
+    assert market.backfill(180, 240, forming, now=241).forming == 1  # late ticks may still come
     assert market.rows("1m")[-1] == row(180, 104, 104, 104, 104, 10, None, 1)
     assert market.backfill(180, 240, forming, now=242).forming == 0
     assert market.rows("1m")[-1][1:6] == [1, 999, 1, 5, 900]
@@ -295,7 +295,7 @@ def test_a_candle_that_is_not_over_is_passed_over() -> None:
         [OPEN + 0.5, 1, 1, 1, 1, 1, None],
     ],
 )
-def test_a_row_that_is_no_candle_is_counted_and_the_others_are_taken(odd: Row) -> None:
+def test_an_invalid_row_of_history_is_counted_and_the_valid_ones_are_applied(odd: Row) -> None:
     market = three_minutes()
     result = market.backfill(0, 180, odd, LOST[0])
     assert result.malformed == 1
@@ -361,7 +361,7 @@ def test_who_begins_at_noon_has_the_morning_from_history_and_its_own_volume_in_i
     assert market.adds_up()
 
 
-def test_todays_morning_of_an_instrument_we_know_from_yesterday_is_not_told_again_by_its_first_tick() -> None:
+def test_the_first_tick_of_today_does_not_count_the_backfilled_morning_again() -> None:
     market = Repaired().take(tick(-86_400, 90, 8_000), tick(-86_399, 91, 8_001))
     market.backfill(0, NOON, *MORNING, now=NOON + 10)
     assert market.inst[col.CUM_VOLUME] == 1_650
@@ -445,7 +445,7 @@ def a_day(draw: st.DrawFn) -> Any:
 @given(a_day())
 def test_after_gap_and_history_every_row_is_as_if_the_feed_had_never_been_down(day: Any) -> None:
     trades, outages, delay, day_fields, hands = day
-    whole, ours = Repaired(), Repaired()
+    whole, repaired = Repaired(), Repaired()
     ticks = []
     volume, high, low = 500, 100.0, 100.0
     for second, price, quantity in [(-10, 100.0, 0), *trades]:
@@ -468,18 +468,18 @@ def test_after_gap_and_history_every_row_is_as_if_the_feed_had_never_been_down(d
         events.append((minutes[1] + 2 + delay, 3, minutes))
     for at, kind, what in sorted(events, key=lambda event: (event[0], event[1])):
         if kind <= 1:
-            ours.take(what)
+            repaired.take(what)
         elif kind == 2:
-            ours.outage(*what)
+            repaired.outage(*what)
         else:
-            ours.backfill(*what, *history_of(trades, *what), now=at)
+            repaired.backfill(*what, *history_of(trades, *what), now=at)
         if hands:
-            ours.change_hands()
-        assert ours.adds_up()
+            repaired.change_hands()
+        assert repaired.adds_up()
 
     hit = [(OPEN + first, OPEN + last) for first, last in outages]
-    for interval in ours.book.intervals[:-1]:
-        rows = ours.rows(interval.name)
+    for interval in repaired.book.intervals[:-1]:
+        rows = repaired.rows(interval.name)
         assert [each[:6] for each in rows] == [each[:6] for each in whole.rows(interval.name)]
         for each in rows:
             touched = any(first < each[0] + interval.seconds and each[0] < last for first, last in hit)
@@ -488,4 +488,4 @@ def test_after_gap_and_history_every_row_is_as_if_the_feed_had_never_been_down(d
                 assert flag == ("backfilled" if touched else "")
             else:  # history may have answered before we heard of the outage, or of the candle
                 assert flag in ("backfilled", "")
-    assert [each[:6] for each in ours.rows("day")] == [each[:6] for each in whole.rows("day")]
+    assert [each[:6] for each in repaired.rows("day")] == [each[:6] for each in whole.rows("day")]

@@ -124,7 +124,7 @@ def test_the_first_sight_is_the_baseline_and_makes_no_candle() -> None:
     assert market.rows("day") == []
 
 
-def test_a_day_extreme_new_in_the_second_of_a_first_sight_without_a_trade_time_is_taken_in() -> None:
+def test_a_new_day_extreme_in_the_second_of_a_first_tick_without_trade_time_is_included() -> None:
     market = Market().take(tick(10.9, 100, 5_000, at=10.9, day=(100, 105, 95)))
     market.take(tick(10, 101, 5_010, at=10.95, day=(100, 106, 95)))
     assert market.rows("1m") == [row(0, 101, 106, 101, 101, 10, None, 1, "partial")]
@@ -176,7 +176,7 @@ def test_without_volume_a_new_price_or_time_is_news() -> None:
     assert market.rows("1m", index) == [row(0, 100, 101, 100, 101, 0, None, 3)]
 
 
-def test_volume_traded_before_we_watched_is_put_into_no_candle() -> None:
+def test_volume_traded_before_the_first_tick_is_in_no_candle() -> None:
     market = Market().take(tick(10_000, 100, 900_000), tick(10_030, 101, 900_025))
     (candle,) = market.rows("1m")
     assert candle[5] == 25
@@ -194,7 +194,7 @@ def test_the_pre_open_raises_the_baseline_only() -> None:
     assert market.rows("1m") == [row(0, 102, 102, 102, 102, 100, None, 1)]
 
 
-def test_a_day_extreme_between_two_ticks_of_one_candle_is_taken_in() -> None:
+def test_a_day_extreme_between_two_ticks_of_one_candle_is_included() -> None:
     market = Market().take(
         tick(-60, 99, 1_000, day=(99, 100, 98)),
         tick(1, 100, 1_010, day=(99, 100, 98)),
@@ -248,7 +248,7 @@ def test_the_wall_clock_closes_an_illiquid_stocks_candle_without_another_tick() 
     assert market.lists[TOKEN, "1m"][int(OPEN + 240)][5] == 10
 
 
-def test_a_straggler_within_the_grace_amends_unannounced() -> None:
+def test_a_late_tick_within_the_grace_amends_without_an_announcement() -> None:
     market = Market().take(
         tick(-60, 99, 1_000), tick(1, 100, 1_010), tick(61, 101, 1_030), tick(59, 99, 1_020)
     )
@@ -270,7 +270,7 @@ def test_a_late_tick_amends_its_candle_and_announces_it_again_with_a_raised_rev(
     ]
 
 
-def test_a_late_tick_of_a_candle_that_never_was_is_put_between_its_neighbours() -> None:
+def test_a_late_tick_of_a_missing_candle_inserts_it_between_its_neighbours() -> None:
     market = Market().take(
         tick(-60, 99, 1_000), tick(1, 100, 1_010), tick(130, 101, 1_050), tick(70, 98, 1_030)
     )
@@ -320,7 +320,7 @@ def test_open_interest_survives_a_newer_tick_of_a_mode_without_it() -> None:
     assert market.rows("1m", future)[0][4:7] == [101, 30, 12]
 
 
-def test_bad_ticks_are_counted_and_cost_nothing_else() -> None:
+def test_invalid_ticks_are_counted_and_change_nothing() -> None:
     good = tick(-60, 99, 1_000), tick(1, 100, 1_010)
     bad = [
         tick(2, 0, 1_020),
@@ -357,7 +357,7 @@ def test_buckets_are_anchored_at_the_open_for_every_interval() -> None:
         assert starts == list(range(0, 22_500, length))
 
 
-def test_a_book_filled_to_the_brim_and_beyond_keeps_every_instrument() -> None:
+def test_a_state_that_grows_beyond_its_arrays_keeps_every_instrument() -> None:
     market = Market()
     market.book = ShardState(INTERVALS, load_sessions("market"), event_clock=True, instruments=4)
     tokens = [256 * n + 1 for n in range(1, 10)]
@@ -416,7 +416,7 @@ def test_repeats_change_nothing(ticks: list[list[float]], data: st.DataObject) -
 def test_order_within_the_grace_changes_nothing(ticks: list[list[float]], seed: int, batch: int) -> None:
     rng = random.Random(seed)
     delayed = sorted(ticks[1:], key=lambda each: each[8] + rng.uniform(0, 2_000))
-    # The book tells a straggler from a repeat among the last WINDOW_MAX statements of an instrument.
+    # The book tells a straggler from a repeat among the last WINDOW_MAX ticks of an instrument.
     kept = [
         each
         for n, each in enumerate(delayed)
@@ -447,9 +447,7 @@ def test_every_row_has_its_open_and_close_between_low_and_high(ticks: list[list[
 
 
 @given(_trades(), st.integers(0, 40))
-def test_a_book_restored_from_its_state_goes_on_as_if_nothing_had_been(
-    ticks: list[list[float]], cut: int
-) -> None:
+def test_a_restored_state_continues_like_one_that_never_stopped(ticks: list[list[float]], cut: int) -> None:
     whole = Market().take(*ticks, batch=3)
     first = Market().take(*ticks[: cut + 1], batch=3)
     second = Market()
@@ -527,7 +525,7 @@ def test_the_pre_opens_volume_is_the_baseline_even_when_yesterdays_was_seen_firs
     assert [row[5] for row in market.rows("1m")] == [10]
 
 
-def test_a_straggler_with_less_volume_is_no_new_day() -> None:
+def test_a_late_tick_with_less_volume_starts_no_new_day() -> None:
     market = Market().take(
         tick(-1400.5, 99.0, 10), tick(10, 100.0, 40), tick(20, 101.0, 55), tick(15, 100.5, 45)
     )

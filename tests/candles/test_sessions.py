@@ -87,7 +87,7 @@ def test_mcx_closes_by_us_summer_time(day: str, close: str) -> None:
 def test_2026_has_exactly_the_sixteen_weekday_holidays_of_the_exchanges_circular() -> None:
     source = SHARED_DATA / "calendar_nse_2026.json"
     if not source.exists():
-        pytest.skip("no shared calendar data beside this checkout")
+        pytest.skip("no shared calendar data next to this checkout")
     facts = json.loads(source.read_text())
     days = [date(2026, 1, 1) + timedelta(days=number) for number in range(365)]
     closed = {day.isoformat() for day in days if day.isoweekday() < 6 and not hours("NSE_CASH", str(day))}
@@ -349,7 +349,7 @@ def test_a_calendar_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
 def test_rows_outside_the_session_are_recognised_in_real_minute_bars() -> None:
     folder = SHARED_DATA / "market" / "lean-india-minute"
     if not folder.exists():
-        pytest.skip("no shared market data beside this checkout")
+        pytest.skip("no shared market data next to this checkout")
     inside = outside = 0
     for archive in sorted(folder.glob("*_trade.zip")):
         midnight = at(datetime.strptime(archive.stem.split("_")[1], "%Y%m%d").strftime("%Y-%m-%d 00:00"))

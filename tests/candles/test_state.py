@@ -1,4 +1,4 @@
-"""What a book takes from its calendar and from its state, whatever their size and version."""
+"""The shard state: days with many windows, and closing in several calls."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from pkbrokers_redis.candles.calendar import load_sessions
+from pkbrokers_redis.candles.changeset import CLOSED
 from pkbrokers_redis.candles.model import parse_intervals
 from pkbrokers_redis.candles.state import ShardState
-from tests.candles.test_rules import DAY, Market
+from tests.candles.test_rules import DAY, OPEN, Market
 
 HOURS = {
     "first_night": ["00:00", "02:30"], "morning": ["09:00", "10:15"], "noon": ["10:30", "11:30"],
@@ -42,3 +43,23 @@ def test_a_day_has_as_many_windows_as_its_calendar_says(tmp_path: Path) -> None:
     starts = [round((each[0] - DAY) / 3600) for each in market.rows("60m", token)]
     assert starts == [9, 11, 14, 22, 23, *(24 * day + 22 for day in range(1, 20))]
     assert market.book.counts()["off_session"] == 2
+
+
+def test_closing_resumes_where_the_last_call_stopped_and_visits_every_instrument_once() -> None:
+    """A pass over many instruments takes several calls, none of which starts again at the first one."""
+    state = ShardState(parse_intervals("1m"), load_sessions("market"), instruments=100)
+    tokens = [408065 + 256 * n for n in range(100)]
+    for second, volume in ((-10, 0), (5, 10)):
+        at = (OPEN + second) * 1000
+        rows = [[token, 100, 1, volume, *[np.nan] * 4, at, at] for token in tokens]
+        ticks = np.array(rows, float)
+        assert state.apply(ticks, 0, np.array([100]), 1000) == 100
+    state.collect()
+    now_ms, closed = (OPEN + 63) * 1000.0, []
+    while not state.close_due(now_ms, 32):
+        assert state.next_due_ms == 0.0
+        closed.append([op[1] for op in state.collect().ops if op[0] == CLOSED])
+    closed.append([op[1] for op in state.collect().ops if op[0] == CLOSED])
+    assert [len(part) for part in closed] == [32, 32, 32, 4]
+    assert [i for part in closed for i in part] == list(range(100))
+    assert state.next_due_ms == np.inf
