@@ -114,14 +114,13 @@ class Mirror:
     def rows(
         self, symbol: str | int, interval: str, count: int = 100, include_current: bool = False
     ) -> Floats:
-        """Return a view of the last rows: nothing is copied.
+        """Return a view of the last rows: nothing is copied, and the view never changes.
 
         Args:
             symbol: `NSE:INFY`, `INFY` or a token.
             interval: A mirrored interval.
             count: At most so many rows.
-            include_current: Include the candle being formed. That row and amended rows change under the view:
-                copy what must not change.
+            include_current: Include the candle being formed.
 
         Returns:
             float64[≤ count, 8], newest last, columns as in CANDLE_FIELDS (`start` in epoch seconds).

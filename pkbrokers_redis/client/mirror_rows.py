@@ -19,6 +19,7 @@ from pkbrokers_redis.store.rows import parse_candle
 from pkbrokers_redis.store.symbols import read_tokens
 
 ROW_BYTES = WIDTH * 8
+SPARE_SHARE = 1.25  # of the rows' memory: replaced arrays that readers still hold
 BUFFERS_PER_PIPELINE = 500
 TAIL_ROWS = 3  # rows that can complete unread before they are announced: the grace's worth
 
@@ -93,13 +94,13 @@ class MirrorRows:
 
     def check_size(self, interval: str, tokens: set[int], keep: int) -> None:
         """Raise PkbError if buffers of `keep` rows of these instruments would exceed the bound."""
-        kept_rows = sum(
-            len(buffer.rows)
+        kept_bytes = sum(
+            buffer.size_bytes
             for name, buffers in self.buffers.items()
             for token, buffer in buffers.items()
             if name != interval or token not in tokens
         )
-        if (kept_rows + len(tokens) * keep * 5 // 4) * ROW_BYTES > self._bytes_max:
+        if kept_bytes + len(tokens) * keep * ROW_BYTES * SPARE_SHARE > self._bytes_max:
             raise PkbError(
                 f"a mirror of {len(tokens):,} instruments × {keep} rows of {interval} would "
                 f"exceed {self._bytes_max / 2**20:,.0f} MB",
@@ -109,7 +110,7 @@ class MirrorRows:
     def size_bytes(self) -> int:
         """Return the memory of the rows."""
         with self.lock:
-            return sum(buffer.rows.nbytes for buffers in self.buffers.values() for buffer in buffers.values())
+            return sum(buffer.size_bytes for buffers in self.buffers.values() for buffer in buffers.values())
 
     def candles(self, buffer: RowBuffer, count: int, include_current: bool) -> list[Candle]:
         """Return a buffer's last rows as candles."""

@@ -1,4 +1,4 @@
-"""Data as the contract's key table has it, written by hand: what any writer of ours must leave in Redis."""
+"""Data as the contract's key table has it, written by hand: what every writer leaves in Redis."""
 
 from __future__ import annotations
 

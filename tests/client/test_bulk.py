@@ -89,7 +89,7 @@ def test_none_means_every_instrument_that_has_candles(client: redis.Redis, store
     assert store.bulk().symbols == ["999", "NSE:INFY"]
 
 
-def test_a_large_master_is_not_asked_instrument_by_instrument(
+def test_a_large_master_is_not_read_instrument_by_instrument(
     client: redis.Redis, store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pkbrokers_redis.client.store.SYMBOLS_READ_MAX", 3)
@@ -119,7 +119,7 @@ def test_the_current_candle_is_the_last_row_and_never_twice(
 
 
 @pytest.mark.parametrize(
-    "bad",
+    "text",
     [
         "",
         "nonsense",
@@ -132,8 +132,8 @@ def test_the_current_candle_is_the_last_row_and_never_twice(
         "[],[]",
     ],
 )
-def test_a_row_that_is_none_costs_only_itself(client: redis.Redis, store: CandleStore, bad: str) -> None:
-    push(client, store.keys, INFY, "5m", [row(OPEN_S), bad, row(OPEN_S + 300, flag="gap")])
+def test_a_malformed_row_costs_only_itself(client: redis.Redis, store: CandleStore, text: str) -> None:
+    push(client, store.keys, INFY, "5m", [row(OPEN_S), text, row(OPEN_S + 300, flag="gap")])
     push(client, store.keys, RELIANCE, "5m", [row(OPEN_S)])
     found = store.bulk(["INFY", "RELIANCE"])
     assert found.start.tolist() == [OPEN_S, OPEN_S + 300, OPEN_S]
@@ -152,7 +152,9 @@ def test_rows_of_seven_and_nine_cells_are_not_two_rows_of_eight(
     assert found.start.tolist() == [OPEN_S] and found.rows_refused == 4
 
 
-def test_a_key_of_another_type_costs_the_others_nothing(client: redis.Redis, store: CandleStore) -> None:
+def test_a_key_of_another_type_costs_other_instruments_nothing(
+    client: redis.Redis, store: CandleStore
+) -> None:
     client.set(store.keys.candles(INFY, "5m"), "mine")
     client.set(store.keys.current(RELIANCE), "mine")
     push(client, store.keys, RELIANCE, "5m", [row(OPEN_S)])
@@ -176,7 +178,7 @@ cells = st.tuples(
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
 @given(lists=st.lists(st.lists(cells, max_size=6), min_size=1, max_size=5), data=st.data())
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
-def test_bulk_gives_what_one_read_each_gives(
+def test_bulk_returns_what_single_reads_return(
     client: redis.Redis, settings: Settings, lists: list[list[tuple[object, ...]]], data: st.DataObject
 ) -> None:
     client.flushall()
@@ -202,7 +204,9 @@ def test_bulk_gives_what_one_read_each_gives(
         np.testing.assert_array_equal(found.of(token), rows_expected)
 
 
-def test_slices_join_up(client: redis.Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pipelines_are_joined(
+    client: redis.Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(bulk_module, "INSTRUMENTS_PER_PIPELINE", 2)
     tokens = [256 * i + 1 for i in range(1, 8)]
     for i, token in enumerate(tokens):

@@ -34,18 +34,18 @@ def store(client: redis.Redis, settings: Settings) -> CandleStore:
 @pytest.fixture
 def fed(client: redis.Redis, store: CandleStore) -> InMemoryCandleStore:
     """INFY from 1,000 on: ticks in three minutes; the first minute was amended after it had closed."""
-    ours = InMemoryCandleStore(settings=store.settings, client=client)
+    candles = InMemoryCandleStore(settings=store.settings, client=client)
     with aggregating(client, store.settings) as drain:
-        ours.process_ticks_batch([tick(0, 100, 1000), tick(5, 101, 1010), tick(40, 99, 1030)])
-        ours.process_ticks_batch([tick(61, 102, 1040), tick(130, 103, 1050)])
+        candles.process_ticks_batch([tick(0, 100, 1000), tick(5, 101, 1010), tick(40, 99, 1030)])
+        candles.process_ticks_batch([tick(61, 102, 1040), tick(130, 103, 1050)])
         drain()
-        ours.process_tick(tick(50, 98.5, 1035))
+        candles.process_tick(tick(50, 98.5, 1035))
         drain()
-    return ours
+    return candles
 
 
 @VALKEY
-def test_an_amended_candle_tells_its_ticks_and_revisions(
+def test_an_amended_candle_shows_its_ticks_and_revisions(
     fed: InMemoryCandleStore, store: CandleStore
 ) -> None:
     found = store.explain("INFY", "1m", OPEN_S + 30)
@@ -86,7 +86,7 @@ def test_a_flag_is_explained_in_words(client: redis.Redis, store: CandleStore) -
 
 
 @VALKEY
-def test_a_row_that_is_not_there_has_a_reason(client: redis.Redis, store: CandleStore) -> None:
+def test_a_missing_row_has_a_reason(client: redis.Redis, store: CandleStore) -> None:
     def why(seconds: int) -> str:
         return store.explain("INFY", "5m", OPEN_S + seconds).lines()[0]
 
@@ -108,7 +108,7 @@ def test_rows_of_a_store_without_sessions_are_found_on_their_own_grid(
 
 
 @VALKEY
-def test_foreign_ticks_do_not_disturb(client: redis.Redis, store: CandleStore) -> None:
+def test_malformed_ticks_and_state_are_ignored(client: redis.Redis, store: CandleStore) -> None:
     shard = store.keys.shard_of(INFY)
     client.xadd(store.keys.ticks(shard), {"what": "ever"})
     client.hset(store.keys.state(shard), str(INFY), "?")
@@ -126,7 +126,7 @@ def test_unknown_names_are_the_usual_errors(store: CandleStore) -> None:
 
 @VALKEY
 @pytest.mark.parametrize("moment", [OPEN_S * 1000, -1, 10**15, 2**63])
-def test_what_is_no_epoch_second_is_one_line(store: CandleStore, moment: int) -> None:
+def test_an_invalid_moment_is_a_one_line_error(store: CandleStore, moment: int) -> None:
     with pytest.raises(PkbError, match="no time of a candle: give epoch seconds, not milliseconds"):
         store.explain("INFY", "1m", moment)
 
@@ -161,11 +161,11 @@ def test_a_moment_is_read_as_people_write_it(text: str, expected: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "now", "25:00", "12", "0001-01-01", "9" * 12, "١٢٣٤٥٦٧٨٩"])
-def test_what_is_no_moment_is_one_line(text: str) -> None:
+def test_an_unreadable_moment_is_a_one_line_error(text: str) -> None:
     with pytest.raises(PkbError, match="is not a time"):
         parse_moment(text, OPEN_S)
 
 
 @VALKEY
-def test_other_instruments_ticks_are_not_its(fed: InMemoryCandleStore, store: CandleStore) -> None:
+def test_ticks_of_another_instrument_are_not_shown(fed: InMemoryCandleStore, store: CandleStore) -> None:
     assert store.explain(RELIANCE, "1m", OPEN_S).ticks == ()

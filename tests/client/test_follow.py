@@ -32,7 +32,7 @@ def numbers(found: list[follow_module.ClosedCandle]) -> list[int]:
     return [int(closed.candle.close - 100) for closed in found]
 
 
-def test_it_begins_now(store: CandleStore) -> None:
+def test_a_follower_without_a_position_starts_now(store: CandleStore) -> None:
     say(store, 0)
     follower = store.follow(block_seconds=0)
     say(store, 1)
@@ -42,14 +42,14 @@ def test_it_begins_now(store: CandleStore) -> None:
     assert first.candle.start == OPEN_S + 60 and second.rev == 3 and second.token == RELIANCE
 
 
-def test_it_begins_before_there_is_any_stream(store: CandleStore) -> None:
+def test_a_follower_may_start_before_any_stream_exists(store: CandleStore) -> None:
     follower = store.follow(block_seconds=0)
     assert list(follower) == []
     say(store, 5)
     assert numbers(list(follower)) == [5]
 
 
-def test_a_waiting_follower_gets_what_comes(store: CandleStore) -> None:
+def test_a_waiting_follower_returns_a_new_announcement(store: CandleStore) -> None:
     follower = store.follow(block_seconds=20)
     thread = threading.Thread(target=say, args=(store, 7))  # redis-py's pool gives it its own connection
     thread.start()
@@ -66,7 +66,7 @@ def test_shards_merge_in_the_order_of_time(store: CandleStore) -> None:
     assert numbers(list(follower)) == list(range(30))
 
 
-def test_a_position_goes_on_in_another_store_without_loss_or_repeat(
+def test_a_position_continues_in_another_process_without_loss_or_repeat(
     store: CandleStore, settings: Settings, client: redis.Redis
 ) -> None:
     for i in range(20):
@@ -82,7 +82,7 @@ def test_a_position_goes_on_in_another_store_without_loss_or_repeat(
     assert len(got[-1].position) < 200
 
 
-def test_filters_leave_out_and_move_on(store: CandleStore) -> None:
+def test_filtered_candles_still_move_the_position(store: CandleStore) -> None:
     follower = store.follow(["INFY", "NIFTY 50"], ["1m", "1h"], position="0", block_seconds=0)
     say(store, 1, INFY)
     say(store, 2, INFY, "5m")
@@ -114,7 +114,7 @@ def test_what_was_trimmed_unread_is_counted_exactly(store: CandleStore) -> None:
     assert store.follow(position=again.position, block_seconds=0).missed == 0
 
 
-def test_a_reader_that_is_too_slow_learns_of_it(store: CandleStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_reader_counts_what_it_missed(store: CandleStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FollowCore, "entries_per_read", 5)
     follower = store.follow(block_seconds=0)
     for i in range(20):
@@ -127,7 +127,7 @@ def test_a_reader_that_is_too_slow_learns_of_it(store: CandleStore, monkeypatch:
     assert follower.missed == 7
 
 
-def test_a_reader_that_was_away_while_its_small_batch_waited_learns_of_it_in_the_end(
+def test_a_reader_with_a_small_pending_batch_counts_what_it_missed_once_caught_up(
     store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FollowCore, "entries_per_read", 5)
@@ -142,7 +142,7 @@ def test_a_reader_that_was_away_while_its_small_batch_waited_learns_of_it_in_the
     assert follower.missed == 17
 
 
-def test_a_store_made_anew_is_read_from_its_beginning(store: CandleStore) -> None:
+def test_a_recreated_stream_is_read_from_its_beginning(store: CandleStore) -> None:
     for i in range(5):
         say(store, i)
     position = [*store.follow(position="0", block_seconds=0)][-1].position
@@ -153,7 +153,7 @@ def test_a_store_made_anew_is_read_from_its_beginning(store: CandleStore) -> Non
     assert numbers(list(store.follow(position=position, block_seconds=0))) == [42]
 
 
-def test_a_store_made_anew_at_a_later_moment_is_read_from_its_beginning_too(store: CandleStore) -> None:
+def test_a_stream_recreated_with_later_ids_is_read_from_its_beginning(store: CandleStore) -> None:
     for i in range(20):
         say(store, i)
     position = [*store.follow(position="0", block_seconds=0)][-1].position
@@ -169,7 +169,7 @@ def test_a_store_made_anew_at_a_later_moment_is_read_from_its_beginning_too(stor
     assert (list(again), again.missed, again.restarts) == ([], 0, 0)
 
 
-def test_a_failover_that_lost_entries_brings_no_old_ones_again(store: CandleStore) -> None:
+def test_a_failover_that_lost_entries_repeats_no_old_ones(store: CandleStore) -> None:
     for i in range(20):
         say(store, i)
     client, stream = store.client, store.keys.closed(store.keys.shard_of(INFY))
@@ -184,7 +184,7 @@ def test_a_failover_that_lost_entries_brings_no_old_ones_again(store: CandleStor
     assert (numbers(list(follower)), follower.missed, follower.restarts) == ([20], 0, 0)
 
 
-def test_entries_that_hold_no_candle_are_counted_and_passed(store: CandleStore) -> None:
+def test_malformed_entries_are_counted_and_skipped(store: CandleStore) -> None:
     stream = store.keys.closed(store.keys.shard_of(INFY))
     follower = store.follow(block_seconds=0)
     store.client.xadd(stream, {"what": "ever"})
@@ -208,7 +208,7 @@ def test_a_stream_of_another_type_is_named(store: CandleStore) -> None:
     ["", "x", "a.b.c", ";;;;;;;", "1.1.1;2", "!.0.0;" * 8]
     + [";".join([part] + ["..0"] * 7) for part in ("-1.0.0", "..-1", ".-z.0", "z" * 30 + "..0")],
 )
-def test_a_position_that_is_none_is_refused(store: CandleStore, text: str) -> None:
+def test_a_malformed_position_is_refused(store: CandleStore, text: str) -> None:
     with pytest.raises(PkbError, match="position"):
         store.follow(position=text)
 
@@ -220,7 +220,7 @@ def test_a_position_of_other_shards_is_refused() -> None:
         parse_position(text, 8)
 
 
-def test_the_last_closed_of_all_shards_come_newest_last(
+def test_last_closed_of_all_shards_is_newest_last(
     store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FollowCore, "entries_per_read", 4)
@@ -259,7 +259,7 @@ def test_followed_ticks_are_the_instruments_own(store: CandleStore) -> None:
     assert found == list(range(found[0], found[0] + 5))
 
 
-def test_the_async_follower_gives_the_same_and_takes_the_same_positions(
+def test_the_async_follower_returns_the_same_candles_and_positions(
     store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FollowCore, "entries_per_read", 5)
@@ -286,7 +286,9 @@ async def _numbered(follower, most):  # type: ignore[no-untyped-def]
             return
 
 
-def test_a_waiting_async_follower_gets_what_comes_and_filters_the_rest(store: CandleStore) -> None:
+def test_a_waiting_async_follower_returns_a_new_announcement_that_passes_its_filters(
+    store: CandleStore,
+) -> None:
     async def follow() -> follow_module.ClosedCandle:
         async with store.follow_async(["INFY"], ["1m"], block_seconds=20) as follower:
             waiting = asyncio.create_task(anext(follower))
@@ -323,7 +325,7 @@ def test_an_async_follower_names_a_stream_of_another_type(store: CandleStore) ->
         asyncio.run(follow())
 
 
-def test_a_reader_that_keeps_up_looks_for_losses_now_and_then(
+def test_a_reader_that_keeps_up_still_checks_for_losses(
     store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FollowCore, "check_seconds", -1)
@@ -334,7 +336,7 @@ def test_a_reader_that_keeps_up_looks_for_losses_now_and_then(
     assert numbers(list(follower)) == [7, 8] and follower.missed == 7
 
 
-def test_an_async_reader_that_keeps_up_looks_for_losses_now_and_then(
+def test_an_async_reader_that_keeps_up_still_checks_for_losses(
     store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FollowCore, "check_seconds", -1)
@@ -349,7 +351,7 @@ def test_an_async_reader_that_keeps_up_looks_for_losses_now_and_then(
     assert asyncio.run(follow()) == ([7, 8], 7)
 
 
-def test_an_async_reader_with_a_read_a_stream_begins_anew_with_a_store_made_anew(
+def test_an_async_reader_with_a_read_per_stream_restarts_on_a_recreated_stream(
     store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def follow() -> tuple[list[int], int]:

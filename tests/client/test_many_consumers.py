@@ -93,7 +93,7 @@ def test_every_follower_sees_every_closed_candle_once_and_in_order(
         return seen
 
     def follow_and_restart() -> list[Key]:
-        """A consumer that keeps its position and begins anew all the time."""
+        """A consumer that keeps its position and reconnects all the time."""
         seen: list[Key] = []
         position = "0"
         while True:
@@ -152,8 +152,8 @@ def test_every_follower_sees_every_closed_candle_once_and_in_order(
             seen = future.result(timeout=60)
             assert sorted(seen) == sorted(expected)
             check_order(seen)
-        wanted = [each for each in expected if each[0] in TOKENS[:7] and each[1] in ("1m", "5m")]
-        assert sorted(some.result(timeout=60)) == sorted(wanted)
+        selected = [event for event in expected if event[0] in TOKENS[:7] and event[1] in ("1m", "5m")]
+        assert sorted(some.result(timeout=60)) == sorted(selected)
         printed = [(each["token"], each["interval"], each["start"], each["rev"]) for each in lines]
         assert sorted(printed) == sorted(expected)
         check_order(printed)

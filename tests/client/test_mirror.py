@@ -47,7 +47,7 @@ def prices(mirror: Mirror, symbol: str = "INFY", **options: bool) -> list[float]
     return [float(price) for price in mirror.rows(symbol, "5m", 99, **options)[:, 4]]
 
 
-def test_it_says_what_the_store_says(store: CandleStore) -> None:
+def test_a_mirror_returns_what_the_store_returns(store: CandleStore) -> None:
     push(store.client, store.keys, INFY, "5m", [row(at(n), 10 + n, flag="gap" * (n == 2)) for n in range(5)])
     push(store.client, store.keys, RELIANCE, "5m", [row(at(0), 7, oi=5, volume=0.5)])
     store.client.hset(store.keys.current(INFY), "5m", row(at(5), 99))
@@ -55,10 +55,13 @@ def test_it_says_what_the_store_says(store: CandleStore) -> None:
     for name in ("INFY", "NSE:RELIANCE", str(NIFTY)):
         for current in (False, True):
             assert mirror.candles(name, "5m", 4, current) == store.get_candles(name, "5m", 4, current)
-    ours = mirror.bulk(["INFY", "RELIANCE", "NIFTY 50"], "5m", 4, include_current=True)
-    theirs = store.bulk(["INFY", "RELIANCE", "NIFTY 50"], "5m", 4, include_current=True)
-    np.testing.assert_array_equal(ours.rows, theirs.rows)
-    assert ours.flags.tolist() == theirs.flags.tolist() and ours.offsets.tolist() == theirs.offsets.tolist()
+    mirrored = mirror.bulk(["INFY", "RELIANCE", "NIFTY 50"], "5m", 4, include_current=True)
+    stored = store.bulk(["INFY", "RELIANCE", "NIFTY 50"], "5m", 4, include_current=True)
+    np.testing.assert_array_equal(mirrored.rows, stored.rows)
+    assert (
+        mirrored.flags.tolist() == stored.flags.tolist()
+        and mirrored.offsets.tolist() == stored.offsets.tolist()
+    )
     assert mirror.symbols == ["NSE:INFY", "NSE:NIFTY 50", "NSE:RELIANCE"]
     assert mirror.bulk(interval="5m").symbols == ["NSE:INFY", "NSE:RELIANCE"]
 
@@ -77,7 +80,7 @@ def test_rows_are_views_and_a_bulk_of_an_unchanged_mirror_is_the_same_one(store:
 
 
 @VALKEY
-def test_a_poll_brings_closed_and_amended_candles(store: CandleStore) -> None:
+def test_a_poll_applies_closed_and_amended_candles(store: CandleStore) -> None:
     close(store, 0, 10)
     mirror = Mirror(store, ["INFY"], ["5m"])
     close(store, 1, 11)
@@ -89,7 +92,7 @@ def test_a_poll_brings_closed_and_amended_candles(store: CandleStore) -> None:
 
 
 @VALKEY
-def test_a_current_candle_is_looked_at_when_it_is_asked_for(store: CandleStore) -> None:
+def test_a_current_candle_is_read_on_demand(store: CandleStore) -> None:
     close(store, 0, 10)
     mirror = Mirror(store, ["INFY"], ["5m"], current_seconds=0)
     store.client.hset(store.keys.current(INFY), "5m", row(at(1), 11))
@@ -123,7 +126,7 @@ def test_a_young_current_candle_is_not_read_again_however_long_the_machine_is_up
 
 
 @VALKEY
-def test_in_a_thread_it_keeps_itself_current(store: CandleStore) -> None:
+def test_a_thread_keeps_the_mirror_current(store: CandleStore) -> None:
     close(store, 0, 10)
     with Mirror(store, ["INFY"], ["5m"], current_seconds=0.02) as mirror:
         store.client.hset(store.keys.current(INFY), "5m", row(at(2), 12))
@@ -132,13 +135,13 @@ def test_in_a_thread_it_keeps_itself_current(store: CandleStore) -> None:
         assert prices(mirror, include_current=True) == [10, 11, 12]
         store.client.hset(store.keys.current(INFY), "5m", row(at(2), 13))
         memory = mirror.memory.buffers["5m"][INFY]
-        wait_until(lambda: memory.view(1, True)[0, 4] == 13, what="the thread to refresh what was asked for")
-        wait_until(lambda: mirror.lag_ms < 2_000, what="a mirror that has all")
+        wait_until(lambda: memory.view(1, True)[0, 4] == 13, what="the thread to refresh the current candle")
+        wait_until(lambda: mirror.lag_ms < 2_000, what="a current mirror")
     assert all(thread.name != "pkb-mirror" for thread in threading.enumerate())
 
 
 @VALKEY
-def test_every_instrument_means_those_that_come_later_too(store: CandleStore) -> None:
+def test_mirroring_every_instrument_includes_later_ones(store: CandleStore) -> None:
     close(store, 0, 10)
     mirror = Mirror(store, None, ["5m"])
     announce(store.client, store.keys, 999, "5m", row(at(0), 5), symbol="NSE:NEW")
@@ -148,7 +151,7 @@ def test_every_instrument_means_those_that_come_later_too(store: CandleStore) ->
 
 
 @VALKEY
-def test_more_is_added_with_one_read_and_more_rows_of_what_is_there(store: CandleStore) -> None:
+def test_add_mirrors_more_instruments_and_more_rows(store: CandleStore) -> None:
     push(store.client, store.keys, INFY, "5m", [row(at(n), n + 1) for n in range(9)])
     push(store.client, store.keys, RELIANCE, "5m", [row(at(n), n + 1) for n in range(9)])
     mirror = Mirror(store, ["INFY"], ["5m"], count=2)
@@ -161,7 +164,7 @@ def test_more_is_added_with_one_read_and_more_rows_of_what_is_there(store: Candl
 
 
 @VALKEY
-def test_after_announcements_were_trimmed_unread_it_fills_itself_again(store: CandleStore) -> None:
+def test_a_mirror_that_missed_announcements_fills_itself_again(store: CandleStore) -> None:
     mirror = Mirror(store, ["INFY", "RELIANCE"], ["5m"])
     for number in range(20):
         close(store, number, 100 + number)
@@ -179,7 +182,7 @@ def test_after_announcements_were_trimmed_unread_it_fills_itself_again(store: Ca
 
 
 @VALKEY
-def test_a_store_made_anew_is_noticed(store: CandleStore) -> None:
+def test_a_recreated_store_is_detected(store: CandleStore) -> None:
     for number in range(5):
         close(store, number, 100 + number)
     mirror = Mirror(store, ["INFY"], ["5m"])
@@ -192,24 +195,24 @@ def test_a_store_made_anew_is_noticed(store: CandleStore) -> None:
 
 
 @VALKEY
-def test_a_store_that_was_cleared_is_noticed(store: CandleStore) -> None:
+def test_a_cleared_store_is_detected(store: CandleStore) -> None:
     for number in range(9):
         close(store, number, 100 + number)
     mirror = Mirror(store, ["INFY"], ["5m"])
-    gone = store.keys.closed(store.keys.shard_of(INFY)), store.keys.candles(INFY, "5m")
-    store.client.delete(*gone)
+    deleted = store.keys.closed(store.keys.shard_of(INFY)), store.keys.candles(INFY, "5m")
+    store.client.delete(*deleted)
     close(store, 20, 42)  # announced with a later id
     mirror.poll()
     mirror._process.follower._core.checks_due = 1  # type: ignore[union-attr]
     wait_until(lambda: mirror.poll() >= 0 and prices(mirror) == [42], what="only the new store's row")
-    store.client.delete(*gone)
+    store.client.delete(*deleted)
     mirror._process.follower._core.checks_due = 1  # type: ignore[union-attr]
     wait_until(lambda: mirror.poll() >= 0 and prices(mirror) == [], what="no rows")
     assert mirror.resyncs == 2
 
 
 @VALKEY
-def test_what_is_no_candle_is_counted_and_costs_nothing_else(store: CandleStore) -> None:
+def test_malformed_announcements_are_counted_and_skipped(store: CandleStore) -> None:
     mirror = Mirror(store, ["INFY"], ["5m"], current_seconds=0)
     stream = store.keys.closed(store.keys.shard_of(INFY))
     store.client.xadd(stream, {"what": "ever"})
@@ -221,7 +224,7 @@ def test_what_is_no_candle_is_counted_and_costs_nothing_else(store: CandleStore)
 
 
 @VALKEY
-def test_what_is_not_mirrored_is_an_error_that_helps(store: CandleStore) -> None:
+def test_reading_what_is_not_mirrored_raises_an_error_with_a_hint(store: CandleStore) -> None:
     mirror = Mirror(store, ["INFY"], ["5m"])
     with pytest.raises(PkbError, match=r"RELIANCE 5m is not mirrored: call `mirror\.add"):
         mirror.rows("RELIANCE", "5m")
@@ -235,7 +238,7 @@ def test_what_is_not_mirrored_is_an_error_that_helps(store: CandleStore) -> None
 
 
 @VALKEY
-def test_its_memory_is_bounded(store: CandleStore) -> None:
+def test_the_memory_of_a_mirror_is_bounded(store: CandleStore) -> None:
     with pytest.raises(PkbError, match=r"3 instruments × 100 rows of 5m would exceed 0 MB: mirror fewer"):
         Mirror(store, ["INFY", "RELIANCE", "NIFTY 50"], ["5m"], bytes_max=20_000)
     push(store.client, store.keys, INFY, "5m", [row(at(n)) for n in range(50)])
@@ -247,7 +250,7 @@ def test_its_memory_is_bounded(store: CandleStore) -> None:
 
 
 @VALKEY
-def test_what_cannot_be_added_changes_nothing(store: CandleStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_add_changes_nothing(store: CandleStore, monkeypatch: pytest.MonkeyPatch) -> None:
     push(store.client, store.keys, INFY, "5m", [row(at(n), n + 1) for n in range(9)])
     mirror = Mirror(store, ["INFY"], ["5m"], count=2, bytes_max=100_000)
     with pytest.raises(PkbError, match="would exceed"):
@@ -288,7 +291,7 @@ def test_a_name_that_moves_to_another_token_is_followed(
 
 
 @VALKEY
-def test_a_forked_child_goes_on_by_itself(store: CandleStore) -> None:
+def test_a_mirror_continues_in_a_forked_child(store: CandleStore) -> None:
     close(store, 0, 10)
     with Mirror(store, ["INFY"], ["5m"], current_seconds=0) as mirror:
         read, write = os.pipe()
@@ -309,7 +312,7 @@ def test_a_forked_child_goes_on_by_itself(store: CandleStore) -> None:
 
 
 @pytest.mark.xdist_group("servers")
-def test_while_redis_is_away_it_answers_and_says_how_old_it_is(
+def test_reads_continue_while_redis_is_unavailable_and_lag_grows(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "server"
@@ -318,7 +321,7 @@ def test_while_redis_is_away_it_answers_and_says_how_old_it_is(
         write_master(store.client, store.keys)
         close(store, 0, 10)
         mirror = Mirror(store, ["INFY"], ["5m"], current_seconds=0).start()
-        wait_until(lambda: mirror.lag_ms < 2_000, what="a mirror that has all")
+        wait_until(lambda: mirror.lag_ms < 2_000, what="a current mirror")
     try:
         wait_until(lambda: mirror._process.needs_resync, what="the loss to be noticed")
         before = mirror.lag_ms
@@ -327,15 +330,15 @@ def test_while_redis_is_away_it_answers_and_says_how_old_it_is(
         with running_server(folder, "--appendonly", "yes", "--port", str(port)):
             with redis.Redis(port=port) as other:
                 push(other, store.keys, INFY, "5m", [row(at(1), 11)])
-                announce(other, store.keys, INFY, "5m", row(at(1), 11))  # before or after it is back
-            wait_until(lambda: prices(mirror) == [10, 11], what="the rows of the time away")
+                announce(other, store.keys, INFY, "5m", row(at(1), 11))  # before or after the reconnect
+            wait_until(lambda: prices(mirror) == [10, 11], what="the rows written meanwhile")
             assert mirror.resyncs >= 1
     finally:
         mirror.close()
 
 
 @pytest.mark.xdist_group("heavy")
-def test_it_mirrors_a_cluster_and_the_async_follower_follows_one(tmp_path: Path) -> None:
+def test_mirror_and_async_follower_work_on_a_cluster(tmp_path: Path) -> None:
     with running_cluster(tmp_path / "cluster") as cluster:
         store = CandleStore(load_settings(redis_url=cluster.url, data_dir=tmp_path / "data"))
         write_master(store.client, store.keys)

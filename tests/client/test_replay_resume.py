@@ -1,4 +1,4 @@
-"""Trade files one after the other, through the replay and an aggregator: what one said, the next leaves."""
+"""Trade files replayed one after the other: the next file continues the one before."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def player(make_store: Callable[..., Store], tmp_path: Path) -> Player:
     return Player(make_store(shards=1), tmp_path)
 
 
-def test_the_next_day_leaves_the_day_before_as_it_was(player: Player) -> None:
+def test_a_file_of_the_next_day_changes_nothing_of_the_day_before(player: Player) -> None:
     player.play(*MONDAY)
     before = player.rows(), player.rows("day")
     assert before == ([[100, 100, 100, 100, 5], [105, 105, 105, 105, 4], [103, 103, 103, 103, 3]],
@@ -63,7 +63,7 @@ def test_the_next_day_leaves_the_day_before_as_it_was(player: Player) -> None:
 
 
 @pytest.mark.parametrize("interval", ["1m", "day"])
-def test_two_files_of_a_date_are_as_one(player: Player, interval: str) -> None:
+def test_two_files_of_a_date_equal_one_file(player: Player, interval: str) -> None:
     player.play(*MORNING)
     player.play(*AFTERNOON)
     parts = player.rows(interval)
@@ -73,7 +73,7 @@ def test_two_files_of_a_date_are_as_one(player: Player, interval: str) -> None:
     assert sum(row[4] for row in parts) == 119
 
 
-def test_two_files_of_a_days_volume_are_as_one(player: Player) -> None:
+def test_two_files_of_cumulative_volume_equal_one_file(player: Player) -> None:
     player.play("2026-01-05T10:00:00,ABC,100,500", "2026-01-05T10:01:00,ABC,105,900", column="volume")
     player.play("2026-01-05T14:00:00,ABC,110,950", "2026-01-05T14:01:00,ABC,111,1010", column="volume")
     assert [row[4] for row in player.rows()] == [500, 400, 50, 60]
@@ -91,7 +91,7 @@ def test_the_same_trades_again_change_nothing(player: Player) -> None:
     assert player.store.all_rows() == before
 
 
-def test_an_older_file_is_left_out_and_counted(player: Player) -> None:
+def test_rows_of_an_earlier_date_are_left_out_and_counted(player: Player) -> None:
     player.play(*TUESDAY)
     before = player.store.all_rows()
     older = player.play(*MONDAY)
@@ -100,7 +100,7 @@ def test_an_older_file_is_left_out_and_counted(player: Player) -> None:
 
 
 @pytest.mark.parametrize("other", [MORNING, ("2026-01-05T14:00:30,ABC,110,7",)])
-def test_other_trades_of_a_time_that_is_there_are_one_line(player: Player, other: tuple[str, ...]) -> None:
+def test_other_trades_of_a_stored_time_are_a_one_line_error(player: Player, other: tuple[str, ...]) -> None:
     player.play(*AFTERNOON)
     before = player.store.client.xlen(player.store.keys.ticks(0))
     with pytest.raises(InputFileError, match=r"NSE:ABC on 2026-01-05.*in order of time") as error:
@@ -122,25 +122,25 @@ def test_a_file_waits_until_the_one_before_is_applied(player: Player) -> None:
     assert [row[4] for row in player.rows()] == [5, 4, 50, 60]
 
 
-def test_an_instrument_of_the_master_that_never_ticked_begins_at_0(player: Player) -> None:
+def test_an_instrument_of_the_master_that_never_ticked_starts_at_0(player: Player) -> None:
     row = {"instrument_token": INFY, "tradingsymbol": "ABC", "exchange": "NSE"}
     save_instruments(player.store.client, player.store.keys, [row])
     player.play(*MORNING)
     assert player.rows() == [[100, 100, 100, 100, 5], [105, 105, 105, 105, 4]]
 
 
-def test_the_command_says_what_it_left_out(player: Player) -> None:
+def test_the_command_reports_what_it_left_out(player: Player) -> None:
     player.play(*TUESDAY)
     (player.folder / "trades.csv").write_text("\n".join(("time,symbol,price,quantity", *MONDAY)))
     env = settings_env(player.store.settings)
-    told = run_pkb("replay", str(player.folder / "trades.csv"), env=env)
-    assert "3 rows left out: older than what the store has of their instruments" in told.stdout
+    replayed = run_pkb("replay", str(player.folder / "trades.csv"), env=env)
+    assert "3 rows left out: older than what the store has of their instruments" in replayed.stdout
     (player.folder / "trades.csv").write_text("time,symbol,price,quantity\n2026-01-06T09:59:00,ABC,1,1\n")
     refused = run_pkb("replay", str(player.folder / "trades.csv"), env=env)
     assert refused.returncode == 2 and len(refused.stderr.splitlines()) == 1
 
 
-def test_a_file_that_ends_before_the_open_is_counted_on_from(
+def test_a_file_that_ends_before_the_open_is_continued(
     make_store: Callable[..., Store], tmp_path: Path
 ) -> None:
     player = Player(make_store(shards=1, sessions="market"), tmp_path)

@@ -17,7 +17,7 @@ def starts(buffer: RowBuffer, count: int = 99, include_current: bool = False) ->
     return buffer.view(count, include_current)[:, 0].tolist()
 
 
-def test_rows_are_appended_and_the_oldest_go() -> None:
+def test_rows_are_appended_and_the_oldest_are_dropped() -> None:
     buffer = RowBuffer(3)
     for start in range(1, 50):
         buffer.add(row(start), 0)
@@ -25,12 +25,12 @@ def test_rows_are_appended_and_the_oldest_go() -> None:
     assert starts(buffer, 2) == [48, 49] and starts(buffer, 0) == []
 
 
-def test_a_view_is_no_copy_and_stands_while_rows_move_on() -> None:
+def test_a_view_is_no_copy_and_does_not_change_when_rows_are_added() -> None:
     buffer = RowBuffer(4)
     for start in range(1, 5):
         buffer.add(row(start), 0)
     view = buffer.view(4)
-    assert view.base is not None and view.flags.c_contiguous
+    assert view.flags.c_contiguous and np.shares_memory(view, buffer.view(2))
     for start in range(5, 60):
         buffer.add(row(start), 0)
     assert view[:, 0].tolist() == [1, 2, 3, 4]
@@ -44,7 +44,7 @@ def test_an_amended_row_is_replaced_in_place() -> None:
     assert buffer.view_flags(3).tolist() == [1, 2, 0] and buffer.version > version
 
 
-def test_a_row_between_two_is_put_there_and_one_before_all_is_not_wanted_in_a_full_ring() -> None:
+def test_a_row_between_two_is_inserted_and_one_older_than_all_is_dropped() -> None:
     buffer = RowBuffer(4, np.array([row(1), row(5), row(6)]))
     held = buffer.view(3)
     buffer.add(row(3), 3)
@@ -55,7 +55,7 @@ def test_a_row_between_two_is_put_there_and_one_before_all_is_not_wanted_in_a_fu
     assert starts(buffer) == [3, 4, 5, 6]
 
 
-def test_the_current_row_is_behind_the_others_and_becomes_one_of_them() -> None:
+def test_the_current_row_is_last_and_becomes_a_completed_row() -> None:
     buffer = RowBuffer(3, np.array([row(1), row(2)]))
     assert buffer.set_current(row(3, 10))
     assert (
@@ -69,7 +69,7 @@ def test_the_current_row_is_behind_the_others_and_becomes_one_of_them() -> None:
     assert starts(buffer, 99, True) == starts(buffer) == [1, 2, 3] and buffer.view(1)[0, 4] == 12
 
 
-def test_a_current_row_that_has_a_successor_stays_until_its_announcement_says_better() -> None:
+def test_a_current_row_with_a_successor_stays_until_its_announcement_replaces_it() -> None:
     buffer = RowBuffer(3, np.array([row(1)]))
     buffer.set_current(row(2, 10))
     buffer.set_current(row(3, 20))
@@ -80,7 +80,7 @@ def test_a_current_row_that_has_a_successor_stays_until_its_announcement_says_be
     assert starts(buffer, 99, True) == [1, 2, 3]
 
 
-def test_an_announcement_older_than_the_current_row_goes_before_it() -> None:
+def test_an_announcement_older_than_the_current_row_is_inserted_before_it() -> None:
     buffer = RowBuffer(9, np.array([row(1)]))
     buffer.set_current(row(4, 40))
     buffer.add(row(3, 30), 0)
@@ -94,25 +94,25 @@ def test_a_stale_current_row_is_left_out() -> None:
 
 
 steps = st.lists(
-    st.tuples(st.sampled_from(["put", "current"]), st.integers(1, 30), st.integers(0, 9)), max_size=80
+    st.tuples(st.sampled_from(["add", "current"]), st.integers(1, 30), st.integers(0, 9)), max_size=80
 )
 
 
 @given(keep=st.integers(1, 6), steps=steps)
-def test_whatever_comes_rows_rise_and_the_last_of_each_start_counts(
+def test_starts_rise_and_the_last_row_of_a_start_counts_in_any_order_of_calls(
     keep: int, steps: list[tuple[str, int, int]]
 ) -> None:
     buffer = RowBuffer(keep)
     newest: dict[float, float] = {}
     for kind, start, close in steps:
-        if kind == "put":
+        if kind == "add":
             buffer.add(row(start, close), 0)
             newest[start] = close
         else:
             buffer.set_current(row(start, close))
-            if start in buffer.view(99, True)[buffer.end - buffer.begin :, 0].tolist():
+            if start in buffer.view(99, True)[len(buffer.view(99)) :, 0].tolist():
                 newest[start] = close
         shown = buffer.view(99, True)
         assert (np.diff(shown[:, 0]) > 0).all()
         assert len(buffer.view(99)) <= keep
-        assert {each[0]: each[4] for each in shown.tolist()}.items() <= newest.items()
+        assert {values[0]: values[4] for values in shown.tolist()}.items() <= newest.items()

@@ -45,7 +45,7 @@ def test_candles_come_newest_last_and_the_current_one_only_if_asked(
     assert current is not None and current.close == 105
 
 
-def test_what_is_not_there_yet_is_empty_not_an_error(store: CandleStore) -> None:
+def test_missing_data_is_empty_not_an_error(store: CandleStore) -> None:
     assert store.get_candles("INFY", "1m") == []
     assert store.get_candles("INFY", "1m", include_current=True, fill=True) == []
     assert store.get_current_candle("INFY", "1m") is None
@@ -54,7 +54,7 @@ def test_what_is_not_there_yet_is_empty_not_an_error(store: CandleStore) -> None
     assert store.get_dataframe("INFY", "1m").empty
 
 
-def test_unknown_names_are_errors_that_help(store: CandleStore) -> None:
+def test_unknown_names_are_errors_with_suggestions(store: CandleStore) -> None:
     with pytest.raises(UnknownSymbol, match="did you mean NSE:RELIANCE"):
         store.get_candles("RELAINCE", "5m")
     with pytest.raises(UnknownInterval, match="1m 2m"):
@@ -71,7 +71,9 @@ def test_a_reader_adopts_the_layout_of_the_store(client: redis.Redis, settings: 
     assert starts(store.get_candles("INFY", "2h")) == [0]
 
 
-def test_a_reader_that_was_there_first_adopts_it_later(client: redis.Redis, settings: Settings) -> None:
+def test_a_reader_started_before_the_store_adopts_its_layout_later(
+    client: redis.Redis, settings: Settings
+) -> None:
     store = CandleStore(settings, client)
     assert store.keys.shards == 8
     writer = load_settings(shards=3)
@@ -99,7 +101,7 @@ def test_filled_candles_are_flat_at_the_last_close(
     assert starts(store.get_candles("INFY", "5m", 3, fill=True)) == [10, 15, 20]
 
 
-def test_filling_goes_on_to_the_last_interval_that_has_ended(
+def test_filling_continues_to_the_last_interval_that_has_ended(
     client: redis.Redis, store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(client, store.keys, INFY, "5m", [row(OPEN_S, 100)])
@@ -146,7 +148,7 @@ def test_filling_crosses_nights_and_holidays_without_inventing_any(
     ]
 
 
-def test_a_share_that_rarely_trades_fills_only_what_is_wanted(
+def test_a_share_that_rarely_trades_fills_only_the_requested_count(
     client: redis.Redis, store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(client, store.keys, INFY, "1m", [row(OPEN_S - 400 * 86_400), row(OPEN_S + 600)])
@@ -179,7 +181,7 @@ def test_quotes_and_ticks_go_by_symbol(client: redis.Redis, store: CandleStore) 
     assert [tick.last_price for tick in store.ticks("RELIANCE")] == [1400.5]
 
 
-def test_rows_that_are_none_are_counted(client: redis.Redis, store: CandleStore) -> None:
+def test_malformed_rows_are_counted(client: redis.Redis, store: CandleStore) -> None:
     push(client, store.keys, INFY, "5m", ["?", row(OPEN_S)])
     client.hset(store.keys.current(INFY), "5m", "?")
     assert len(store.get_candles("INFY", "5m")) == 1
@@ -187,11 +189,11 @@ def test_rows_that_are_none_are_counted(client: redis.Redis, store: CandleStore)
     assert store.rows_refused == 2
 
 
-def test_a_store_of_its_own_connects_and_closes(settings: Settings) -> None:
+def test_a_store_without_a_client_connects_and_closes(settings: Settings) -> None:
     with CandleStore(settings) as store:
         assert store.client.ping()
 
 
-def test_a_server_that_is_away_is_one_error() -> None:
+def test_an_unreachable_server_is_one_error() -> None:
     with pytest.raises(RedisUnavailable):
         CandleStore(load_settings(redis_url="redis://127.0.0.1:1"))

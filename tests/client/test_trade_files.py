@@ -1,4 +1,4 @@
-"""Trade files become tick batches: however a time is written, and whatever stands in the bad rows."""
+"""Trade files become tick batches: however a time is written, and whatever invalid rows hold."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_time_may_be_written_in_many_ways(tmp_path: Path, written: str) -> Non
     assert trades(read(csv(tmp_path, f"{written},INFY,1,1")))[0][4] == MOMENT_MS
 
 
-def test_times_with_zones_and_without_may_stand_in_one_file(tmp_path: Path) -> None:
+def test_times_with_and_without_zones_may_be_mixed(tmp_path: Path) -> None:
     file = read(
         csv(
             tmp_path,
@@ -87,7 +87,7 @@ def test_times_with_zones_and_without_may_stand_in_one_file(tmp_path: Path) -> N
     assert file.rows_refused == 1
 
 
-def test_the_columns_count_by_name_whatever_their_case_and_order(tmp_path: Path) -> None:
+def test_columns_are_found_by_name_in_any_case_and_order(tmp_path: Path) -> None:
     path = csv(tmp_path, "5, infy ,1500,x,1767584700", header="Quantity,SYMBOL,Price,venue, Time ")
     assert trades(read(path)) == [[INFY, 1500, 5, 5, MOMENT_MS]]
 
@@ -129,7 +129,7 @@ def test_each_instrument_has_its_baseline_and_its_own_volume(tmp_path: Path) -> 
     ]
 
 
-def test_an_unknown_symbol_gets_the_same_token_every_time_and_nobody_elses(tmp_path: Path) -> None:
+def test_an_unknown_symbol_gets_the_same_unused_token_every_time(tmp_path: Path) -> None:
     path = csv(tmp_path, *(f"1767584700,S{n},1,1" for n in range(500)))
     first, again = read(path), read(path)
     assert first.tokens == again.tokens
@@ -162,7 +162,7 @@ def test_an_unknown_symbol_gets_the_same_token_every_time_and_nobody_elses(tmp_p
         "1767584700,INFY",
     ],
 )
-def test_a_bad_row_among_good_ones_loses_only_itself(tmp_path: Path, row: str) -> None:
+def test_an_invalid_row_loses_only_itself(tmp_path: Path, row: str) -> None:
     good = ["1767584699,INFY,1,1", "1767584700,INFY,2,1", "1767584701,INFY,3,1", "1767584702,INFY,4,1"]
     file = read(csv(tmp_path, *good[:2], row, *good[2:]))
     assert [price for _, price, *_ in trades(file)] == [1, 2, 3, 4]
@@ -216,7 +216,7 @@ def test_gzip_zip_and_parquet_read_the_same(tmp_path: Path) -> None:
         (b"time,symbol,price,quantity\n1767584700,INFY,0,1\n", "holds no trade"),
     ],
 )
-def test_a_file_that_is_no_table_of_trades_is_one_line(tmp_path: Path, content: bytes, says: str) -> None:
+def test_a_file_without_trades_is_a_one_line_error(tmp_path: Path, content: bytes, says: str) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(content)
     with pytest.raises(InputFileError, match=says) as error:
@@ -225,27 +225,27 @@ def test_a_file_that_is_no_table_of_trades_is_one_line(tmp_path: Path, content: 
 
 
 @pytest.mark.parametrize("name", ["t.csv.gz", "t.zip", "t.parquet"])
-def test_a_damaged_archive_is_one_line(tmp_path: Path, name: str) -> None:
+def test_a_damaged_archive_is_a_one_line_error(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(gzip.compress(b"time,symbol,price,quantity\n" * 1000)[:40])
     with pytest.raises(InputFileError):
         read(path)
 
 
-def test_no_file_and_a_folder_are_one_line(tmp_path: Path) -> None:
+def test_a_missing_file_or_a_folder_is_a_one_line_error(tmp_path: Path) -> None:
     for path in (tmp_path / "none.csv", tmp_path):
         with pytest.raises(InputFileError):
             read(path)
 
 
-def test_a_column_that_stands_twice_counts_once(tmp_path: Path) -> None:
+def test_a_duplicate_column_counts_once(tmp_path: Path) -> None:
     path = csv(tmp_path, "1767584700,INFY,1,1,2", header="time,symbol,price,quantity,Price")
     assert [price for _, price, *_ in trades(read(path))] == [1]
 
 
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.binary(max_size=300), st.booleans())
-def test_no_bytes_break_it(tmp_path: Path, content: bytes, with_header: bool) -> None:
+def test_any_bytes_are_read_or_refused(tmp_path: Path, content: bytes, with_header: bool) -> None:
     path = tmp_path / "t.csv"
     path.write_bytes(b"time,symbol,price,quantity\n" * with_header + content)
     try:
@@ -272,5 +272,5 @@ def test_frames_are_all_ticks_in_order_and_none_spans_more_than_its_window(
             assert frame[-1, TIME_MS] - frame[0, TIME_MS] < window_ms or len(frame) == 1
 
 
-def test_a_long_file_is_cut_into_frames(tmp_path: Path) -> None:
+def test_a_long_file_is_split_into_frames(tmp_path: Path) -> None:
     assert [len(frame) for frame in frames_of(np.zeros((4_500, 10)), None)] == [2_000, 2_000, 500]

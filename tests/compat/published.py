@@ -1,4 +1,4 @@
-"""Files served under GitHub's own addresses, to a program that knows no others.
+"""Files served under GitHub's own addresses, to a program with fixed addresses.
 
 The program gets the environment of `Published.env`: a proxy that answers for `raw.githubusercontent.com` with
 a certificate of the test's own authority, and refuses every other host. Nothing of the program is replaced.
@@ -27,7 +27,7 @@ class Published:
         tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         authority.issue_cert(HOST).configure_cert(tls)
         self.files = files
-        self.asked: list[str] = []  # "200 /owner/…", in order
+        self.requests: list[str] = []  # "200 /owner/…", in order
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(tls))
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         proxy = f"http://127.0.0.1:{self._server.server_port}"
@@ -70,7 +70,7 @@ class Published:
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
                 found = site.files.get(path)
-                site.asked.append(f"{200 if found else 404} {path}")
+                site.requests.append(f"{200 if found else 404} {path}")
                 data = found.read_bytes() if found else b""
                 self.send_response(200 if found else 404)
                 self.send_header("Content-Length", str(len(data)))
@@ -78,6 +78,6 @@ class Published:
                 self.wfile.write(data)
 
             def log_message(self, *_: object) -> None:
-                """Nothing on stderr: `asked` tells."""
+                """Nothing on stderr: `requests` records them."""
 
         return Handler

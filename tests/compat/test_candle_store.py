@@ -73,7 +73,7 @@ def traded(store: InMemoryCandleStore, drain: Callable[[], None]) -> InMemoryCan
     return store
 
 
-def test_ticks_handed_in_become_candles_that_upstream_s_calls_return(traded: InMemoryCandleStore) -> None:
+def test_ticks_sent_become_candles_that_upstream_s_calls_return(traded: InMemoryCandleStore) -> None:
     found = traded.get_candles(trading_symbol="INFY", interval="1m", count=3)
     assert [set(each) for each in found] == [UPSTREAM_CANDLE_KEYS] * 3
     assert [each["timestamp"] - OPEN_S for each in found] == [180, 240, 300]
@@ -122,7 +122,7 @@ def test_a_frame_has_upstream_s_index_columns_and_dtypes(traded: InMemoryCandleS
     assert list(empty.columns) == ["timestamp", "open", "high", "low", "close", "volume"] and empty.empty
 
 
-def test_what_is_not_known_is_empty_or_none_and_no_error(store: InMemoryCandleStore) -> None:
+def test_unknown_instruments_are_empty_or_none_not_an_error(store: InMemoryCandleStore) -> None:
     assert store.get_candles(trading_symbol="NOBODY") == store.get_candles() == []
     assert store.get_candles(INFY, interval="7m") == store.get_candles(INFY, count=0) == []
     assert store.get_current_candle(trading_symbol="INFY") is None
@@ -200,7 +200,7 @@ def test_exports_have_upstream_s_shapes(
     assert frame["volume"].dtype == "int64"
 
 
-def test_one_may_reach_into_the_instruments_as_upstream_s_users_do(traded: InMemoryCandleStore) -> None:
+def test_instruments_have_upstream_s_attributes(traded: InMemoryCandleStore) -> None:
     with traded.lock:
         instrument = traded.instruments[INFY]
         assert instrument.trading_symbol == "INFY"
@@ -232,10 +232,10 @@ def test_clear_deletes_market_data_of_this_prefix_and_nothing_else(
     assert client.exists("mine", neighbour.candles(INFY, "5m")) == 2
 
 
-def test_what_is_no_tick_is_refused_and_the_others_are_taken(
+def test_malformed_ticks_are_refused_and_the_rest_is_accepted(
     store: InMemoryCandleStore, client: redis.Redis
 ) -> None:
-    bad: list[Any] = [
+    malformed: list[Any] = [
         {},
         {"instrument_token": INFY},
         {"instrument_token": INFY, "last_price": 0},
@@ -248,7 +248,7 @@ def test_what_is_no_tick_is_refused_and_the_others_are_taken(
         "tick",
         7,
     ]
-    assert store.process_ticks_batch([*bad, tick(1, 5, 1)]) == 1
+    assert store.process_ticks_batch([*malformed, tick(1, 5, 1)]) == 1
     assert not store.process_tick({"instrument_token": INFY})
     assert [each.last_price for each in read_ticks(client, store.store.keys, INFY, 9)] == [5]
 
@@ -268,7 +268,7 @@ def test_what_is_no_tick_is_refused_and_the_others_are_taken(
         (float("inf"), 77),
     ],
 )
-def test_a_time_is_read_in_all_its_forms(server_kind: str, moment: object, expected_ms: float) -> None:
+def test_a_tick_s_time_may_have_any_form(server_kind: str, moment: object, expected_ms: float) -> None:
     found = tick_row({"instrument_token": INFY, "last_price": 1, "exchange_timestamp": moment}, 77)
     assert found is not None and found[8] == expected_ms
 
@@ -295,7 +295,7 @@ def test_kite_ticker_s_own_dicts_are_understood(server_kind: str) -> None:
     assert index is not None and math.isnan(index[3])
 
 
-def test_ticks_wait_in_order_while_redis_is_away_and_none_is_there_twice(
+def test_ticks_wait_in_order_while_redis_is_unavailable_and_none_is_sent_twice(
     server_kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pkbrokers_redis.client.producer.RETRY_SECONDS", 0.01)

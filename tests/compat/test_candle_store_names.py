@@ -23,7 +23,7 @@ def store(client: redis.Redis, make_settings: Callable[..., Settings]) -> InMemo
     return InMemoryCandleStore(settings=make_settings(clock="event"), client=client)
 
 
-def test_names_are_registered_once_and_a_master_s_row_is_left_alone(
+def test_names_are_registered_once_and_a_master_s_row_stays_unchanged(
     store: InMemoryCandleStore, client: redis.Redis
 ) -> None:
     client.hset(store.store.keys.instrument(INFY), "lot_size", "1")
@@ -39,7 +39,7 @@ def test_names_are_registered_once_and_a_master_s_row_is_left_alone(
     assert 2953217 in store.get_all_instrument_tokens() and 2953217 in store.instruments
 
 
-def test_a_name_or_a_token_of_the_master_keeps_what_it_has(
+def test_a_name_or_a_token_of_the_master_stays_unchanged(
     store: InMemoryCandleStore, client: redis.Redis
 ) -> None:
     before = client.hgetall(store.store.keys.symbols()), client.hgetall(store.store.keys.instrument(SENSEX))
@@ -77,17 +77,17 @@ def test_a_symbol_that_moves_to_another_token_is_followed(
     assert store.get_candles(trading_symbol="INFY")[-1]["close"] == 555
 
 
-def test_what_nobody_knows_is_looked_for_now_and_then_only(
+def test_an_unknown_name_is_looked_up_only_now_and_then(
     store: InMemoryCandleStore, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = ["INFY", "TCS", "nse: reliance", "NOBODY", str(NIFTY), "SENSEX", "99999999999"]
+    names = ["INFY", "TCS", "nse: reliance", "NOBODY", str(NIFTY), "SENSEX", "99999999999"]
     known = ["INFY", "nse: reliance", str(NIFTY), "SENSEX"]
-    assert store.known_of(asked) == known and store.get_candles(trading_symbol="TCS") == []
+    assert store.known_of(names) == known and store.get_candles(trading_symbol="TCS") == []
     client.hset(store.store.keys.symbols(), "NSE:TCS", 2953217)
     push(client, store.store.keys, 2953217, "5m", [row(OPEN_S, 555)])
-    assert store.known_of(asked) == known and store.get_candles(trading_symbol="TCS") == []
+    assert store.known_of(names) == known and store.get_candles(trading_symbol="TCS") == []
     monkeypatch.setattr(memory_store_module, "NAMES_SECONDS", -1)
-    assert store.known_of(asked) == ["INFY", "TCS", *known[1:]]
+    assert store.known_of(names) == ["INFY", "TCS", *known[1:]]
     assert store.get_candles(trading_symbol="TCS")[-1]["close"] == 555
 
 

@@ -1,4 +1,4 @@
-"""The data manager: who is asked when, whose answer counts, and that nobody's failure is fatal or silent."""
+"""The data manager: the order of the sources, which source counts; no failure is fatal or silent."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def ticks_json(price: float, stamp: str = "2026-01-05T10:14:00+05:30", symbol: s
     return json.dumps({"1": {"trading_symbol": symbol, "ohlcv": ohlcv}})
 
 
-def told(manager: InstrumentDataManager) -> dict[str, str]:
+def statuses_of(manager: InstrumentDataManager) -> dict[str, str]:
     return {answer.source: answer.status for answer in manager.answers}
 
 
@@ -86,7 +86,7 @@ def test_after_hours_the_local_pickle_is_enough(at: Callable[..., Settings], tmp
     with InstrumentDataManager(at(AFTER_HOURS)) as manager:
         assert manager.execute()
         assert closes(manager) == [1, 2, 3] and manager.symbols() == ["INFY", "TCS"]
-        assert told(manager) == {
+        assert statuses_of(manager) == {
             "pickle": "used", "remote pickle": "not needed", "sqlite": "not needed", "store": "not needed",
             "kite": "left out", "ticks.json": "not needed", "remote ticks.json": "not needed",
         }  # fmt: skip
@@ -95,7 +95,7 @@ def test_after_hours_the_local_pickle_is_enough(at: Callable[..., Settings], tmp
 def test_frames_and_dicts_have_upstreams_shape(at: Callable[..., Settings], tmp_path: Path) -> None:
     write_pickle(tmp_path, {"INFY": days(1, 2)})
     with InstrumentDataManager(at(AFTER_HOURS)) as manager:
-        data = manager.get_data_for_symbol("INFY")  # asks by itself
+        data = manager.get_data_for_symbol("INFY")  # reads the sources
         assert data == {
             "data": [[1.0, 1.0, 1.0, 1.0, 10], [2.0, 2.0, 2.0, 2.0, 10]],
             "columns": ["open", "high", "low", "close", "volume"],
@@ -111,7 +111,7 @@ def test_frames_and_dicts_have_upstreams_shape(at: Callable[..., Settings], tmp_
         assert again == manager.pickle_data and manager.local_pickle_path.name == "stock_data_05012026.pkl"
 
 
-def test_in_market_hours_the_stores_row_of_today_comes_over_older_ones(
+def test_in_market_hours_the_store_s_row_of_today_replaces_older_ones(
     at: Callable[..., Settings], client: redis.Redis, tmp_path: Path
 ) -> None:
     settings = at(IN_HOURS)
@@ -126,7 +126,7 @@ def test_in_market_hours_the_stores_row_of_today_comes_over_older_ones(
         assert closes(manager) == [7, 9.5]
         source = manager.get_source_for_symbol("INFY")
         assert source is not None and source.source == "store"
-        statuses = told(manager)
+        statuses = statuses_of(manager)
         assert (
             statuses["sqlite"] == statuses["store"] == "used"
             and statuses["remote ticks.json"] == "not needed"
@@ -135,7 +135,7 @@ def test_in_market_hours_the_stores_row_of_today_comes_over_older_ones(
         assert store.age_seconds is not None and store.age_seconds < 5 and store.symbols == 1
 
 
-def test_ticks_json_fills_in_today_where_the_store_is_away(
+def test_ticks_json_gives_today_if_the_store_is_unavailable(
     at: Callable[..., Settings], tmp_path: Path
 ) -> None:
     write_pickle(tmp_path, {"INFY": days(1, 2, until=dt.date(2026, 1, 2))}, dt.date(2026, 1, 2))
@@ -150,14 +150,14 @@ def test_ticks_json_fills_in_today_where_the_store_is_away(
         )
 
 
-def test_skip_db_leaves_the_file_out_and_kite_is_asked_only_when_told(
+def test_skip_db_leaves_the_file_out_and_kite_is_read_only_on_request(
     at: Callable[..., Settings], tmp_path: Path
 ) -> None:
     settings = at(IN_HOURS)
     with LocalCandleDatabase(settings=settings) as database:
         database.update_daily_candle("INFY", "2026-01-05", 1, 1, 1, 1, 1)
     with InstrumentDataManager(settings, sources=["sqlite", "kite"]) as manager:
-        assert not manager.execute(skip_db=True) and told(manager) == {
+        assert not manager.execute(skip_db=True) and statuses_of(manager) == {
             "sqlite": "left out",
             "kite": "left out",
         }
@@ -175,21 +175,21 @@ def test_a_malicious_pickle_is_skipped_with_its_reason(at: Callable[..., Setting
     assert not (tmp_path / "ran").exists()
 
 
-def test_nobody_has_anything(at: Callable[..., Settings]) -> None:
+def test_no_source_has_anything(at: Callable[..., Settings]) -> None:
     with InstrumentDataManager(at(AFTER_HOURS)) as manager:
         assert not manager.execute() and manager.pickle_data is None and manager.symbols() == []
         assert all(answer.reason for answer in manager.answers if answer.status != "used")
 
 
-@pytest.mark.parametrize(("asked_s", "symbols"), [(AFTER_HOURS, None), (OPEN_S + 23 * 3600, ["INFY"])])
-def test_a_pickle_made_at_noon_is_not_the_day_s_last_word(
+@pytest.mark.parametrize(("now_s", "symbols"), [(AFTER_HOURS, None), (OPEN_S + 23 * 3600, ["INFY"])])
+def test_a_pickle_written_at_noon_is_not_the_day_s_final_row(
     at: Callable[..., Settings],
     client: redis.Redis,
     tmp_path: Path,
-    asked_s: int,
+    now_s: int,
     symbols: list[str] | None,
 ) -> None:
-    settings = at(asked_s)  # that evening, or next morning before the open
+    settings = at(now_s)  # that evening, or next morning before the open
     write_master(client, settings.keys)
     ensure_meta(client, settings, "2026-01-05T09:00:00+05:30")
     path = write_pickle(tmp_path, {"INFY": days(1, 2, until=MONDAY)})
@@ -197,11 +197,11 @@ def test_a_pickle_made_at_noon_is_not_the_day_s_last_word(
     push(client, settings.keys, INFY, "day", [row(OPEN_S - 86_400 * 3, 7.0), row(OPEN_S, 9.5)])
     with InstrumentDataManager(settings, CandleStore(settings, client)) as manager:
         assert manager.execute(symbols=symbols)
-        assert closes(manager)[-1] == 9.5 and told(manager)["ticks.json"] == "not needed"
+        assert closes(manager)[-1] == 9.5 and statuses_of(manager)["ticks.json"] == "not needed"
     os.utime(path, (OPEN_S + 7 * 3600,) * 2)
     with InstrumentDataManager(settings, CandleStore(settings, client)) as manager:
         assert manager.execute(symbols=symbols)
-        assert closes(manager) == [1, 2] and told(manager)["store"] == "not needed"
+        assert closes(manager) == [1, 2] and statuses_of(manager)["store"] == "not needed"
 
 
 def test_last_fridays_pickle_is_current_until_mondays_open(
@@ -210,9 +210,9 @@ def test_last_fridays_pickle_is_current_until_mondays_open(
     friday = dt.date(2026, 1, 2)
     write_pickle(tmp_path, {"INFY": days(1, 2, until=friday)}, friday)
     with InstrumentDataManager(at(OPEN_S - 3600)) as manager:
-        assert manager.execute() and told(manager)["sqlite"] == "not needed"
+        assert manager.execute() and statuses_of(manager)["sqlite"] == "not needed"
     with InstrumentDataManager(at(AFTER_HOURS)) as manager:
-        assert manager.execute() and told(manager)["sqlite"] == "unavailable"
+        assert manager.execute() and statuses_of(manager)["sqlite"] == "unavailable"
 
 
 class Mine(Source):
@@ -220,14 +220,14 @@ class Mine(Source):
 
     name: ClassVar[str] = "mine"
     frames: ClassVar[Frames] = {}
-    asked: ClassVar[list[Sequence[str] | None]] = []
+    requested: ClassVar[list[Sequence[str] | None]] = []
     error: ClassVar[BaseException | None] = None
 
     def is_available(self) -> bool:
         return True
 
     def fetch_data(self, symbols: Sequence[str] | None, start_date: dt.date, end_date: dt.date) -> Frames:
-        Mine.asked.append(symbols)
+        Mine.requested.append(symbols)
         if Mine.error is not None:
             raise Mine.error
         return Mine.frames
@@ -236,7 +236,7 @@ class Mine(Source):
 @pytest.fixture
 def mine(monkeypatch: pytest.MonkeyPatch) -> type[Mine]:
     monkeypatch.setitem(sources.SOURCES, "mine", Mine)
-    Mine.frames, Mine.asked, Mine.error = {}, [], None
+    Mine.frames, Mine.requested, Mine.error = {}, [], None
     return Mine
 
 
@@ -244,19 +244,25 @@ def lower(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.rename(columns=str.lower)
 
 
-def test_a_users_source_is_one_file_and_one_row(at: Callable[..., Settings], mine: type[Mine]) -> None:
+def test_a_user_s_source_is_one_class_and_one_entry(at: Callable[..., Settings], mine: type[Mine]) -> None:
     mine.frames = {"INFY": lower(days(1, 2, 3))}
     with InstrumentDataManager(at(AFTER_HOURS), sources=["mine"]) as manager:
         assert manager.execute(symbols=["INFY", "TCS"]) and closes(manager) == [1, 2, 3]
-        assert mine.asked == [["INFY", "TCS"]]
+        assert mine.requested == [["INFY", "TCS"]]
         assert manager.answers[0].as_of.startswith("2026-01-04T18:30:00")
 
 
 @pytest.mark.parametrize(
     "error",
-    [ValueError("x\ny"), KeyError("k"), OSError("o"), RedisUnavailable("away", "start it"), AssertionError()],
+    [
+        ValueError("x\ny"),
+        KeyError("k"),
+        OSError("o"),
+        RedisUnavailable("unreachable", "start it"),
+        AssertionError(),
+    ],
 )
-def test_whatever_a_source_raises_the_next_is_asked(
+def test_an_error_of_one_source_does_not_stop_the_next(
     at: Callable[..., Settings], mine: type[Mine], tmp_path: Path, error: Exception
 ) -> None:
     mine.error = error
@@ -266,17 +272,15 @@ def test_whatever_a_source_raises_the_next_is_asked(
         assert manager.answers[0].status == "failed" and "\n" not in manager.answers[0].reason
 
 
-def test_only_what_is_missing_is_asked_for(
-    at: Callable[..., Settings], mine: type[Mine], tmp_path: Path
-) -> None:
+def test_only_missing_symbols_are_read(at: Callable[..., Settings], mine: type[Mine], tmp_path: Path) -> None:
     write_pickle(tmp_path, {"INFY": days(1, 2, 3)})
     mine.frames = {"TCS": lower(days(7, 8))}
     with InstrumentDataManager(at(AFTER_HOURS), sources=["pickle", "mine"]) as manager:
         manager.execute(symbols=["INFY", "TCS"])
-        assert mine.asked == [["TCS"]] and closes(manager, "TCS") == [7, 8]
+        assert mine.requested == [["TCS"]] and closes(manager, "TCS") == [7, 8]
 
 
-def test_of_the_days_before_the_first_answer_counts(
+def test_for_earlier_days_the_first_source_counts(
     at: Callable[..., Settings], mine: type[Mine], tmp_path: Path
 ) -> None:
     write_pickle(tmp_path, {"INFY": days(1, 2, until=dt.date(2026, 1, 2))}, dt.date(2026, 1, 2))
@@ -324,7 +328,7 @@ def test_published_pickles_are_read_from_anywhere(
     where = {"url": url, "path": str(folder), "file url": f"file://{folder}"}[by]
     with InstrumentDataManager(at(AFTER_HOURS, files_url=where)) as manager:
         assert manager.execute() and closes(manager) == [1, 2, 3]
-        assert told(manager)["remote pickle"] == "used"
+        assert statuses_of(manager)["remote pickle"] == "used"
 
 
 def test_a_published_ticks_json_gives_today(at: Callable[..., Settings], published: tuple[str, Path]) -> None:
@@ -335,7 +339,7 @@ def test_a_published_ticks_json_gives_today(at: Callable[..., Settings], publish
         assert manager.execute() and closes(manager) == [1, 2, 3.5]
 
 
-def test_a_file_that_is_not_the_manifests_is_refused(
+def test_a_file_that_differs_from_its_manifest_is_refused(
     at: Callable[..., Settings], published: tuple[str, Path]
 ) -> None:
     url, folder = published
@@ -354,7 +358,7 @@ def test_a_file_that_is_not_the_manifests_is_refused(
 @pytest.mark.parametrize(
     "url", ["http://127.0.0.1:1", "http://127.0.0.1:1/%zz", "nonsense://x", "/no/such/folder"]
 )
-def test_a_server_that_is_away_or_no_url_is_a_reason(at: Callable[..., Settings], url: str) -> None:
+def test_an_unreachable_server_or_a_missing_url_is_a_reason(at: Callable[..., Settings], url: str) -> None:
     with InstrumentDataManager(at(AFTER_HOURS, files_url=url)) as manager:
         assert not manager.execute()
         reasons = {answer.source: answer.reason for answer in manager.answers}
@@ -368,13 +372,13 @@ def test_the_sync_target_on_github_is_the_default_folder(at: Callable[..., Setti
     assert folder_of(at(IN_HOURS)) is None
 
 
-def test_every_source_of_both_orders_is_in_the_table() -> None:
+def test_every_source_of_both_orders_exists() -> None:
     for order in (sources.MARKET_HOURS, sources.AFTER_HOURS):
         assert set(sources.SOURCES) - set(order) == set(), "has no place in the order"
         assert set(order) - set(sources.SOURCES) == set(), "is not in SOURCES"
 
 
-def test_each_source_says_why_it_is_not_available(at: Callable[..., Settings], client: redis.Redis) -> None:
+def test_every_source_states_why_it_is_unavailable(at: Callable[..., Settings], client: redis.Redis) -> None:
     settings = at(IN_HOURS)
     context = Context(
         settings, settings.data_dir, lambda: IN_HOURS * 1000.0, lambda: CandleStore(settings, client)
@@ -388,7 +392,7 @@ def test_each_source_says_why_it_is_not_available(at: Callable[..., Settings], c
         source.close()
 
 
-def test_rows_in_redis_that_are_none_are_counted(at: Callable[..., Settings], client: redis.Redis) -> None:
+def test_malformed_rows_in_redis_are_counted(at: Callable[..., Settings], client: redis.Redis) -> None:
     settings = at(IN_HOURS)
     write_master(client, settings.keys)
     ensure_meta(client, settings, "2026-01-05T09:00:00+05:30")

@@ -38,7 +38,7 @@ def provider(store: CandleStore) -> Iterator[HighPerformanceDataProvider]:
     provider.close()
 
 
-def test_its_frames_are_the_candle_store_s(provider: HighPerformanceDataProvider) -> None:
+def test_frames_equal_the_candle_store_s(provider: HighPerformanceDataProvider) -> None:
     for symbol, interval in (("INFY", "5m"), ("NSE:RELIANCE", "5M"), ("INFY", "day"), ("INFY", "1d")):
         for _ in range(2):  # from Redis, then from the mirror
             frame = provider.get_stock_data(symbol, interval, 4)
@@ -48,11 +48,11 @@ def test_its_frames_are_the_candle_store_s(provider: HighPerformanceDataProvider
     assert provider.get_intraday_data("INFY")["close"].tolist()[-2:] == [INFY + 4, 77.5]
 
 
-def test_after_the_first_read_nothing_is_asked_of_redis(provider: HighPerformanceDataProvider) -> None:
+def test_after_the_first_read_redis_is_not_used(provider: HighPerformanceDataProvider) -> None:
     provider.mirror.close()
     provider.mirror.current_seconds = 3600
     first = provider.get_stock_data("INFY", "5m", 4)
-    provider.candle_store.store.client = None  # type: ignore[assignment]  # whoever asks now fails
+    provider.candle_store.store.client = None  # type: ignore[assignment]  # any use of Redis fails now
     provider.mirror.store.client = None  # type: ignore[assignment]
     pd.testing.assert_frame_equal(provider.get_stock_data("INFY", "5m", 4), first)
     assert provider.get_stock_data("INFY", "5m", 2)["close"].tolist() == first["close"].tolist()[-2:]
@@ -67,7 +67,7 @@ def test_a_frame_is_the_caller_s_own(provider: HighPerformanceDataProvider) -> N
     assert "rsi" not in provider.get_stock_data("INFY", "5m", 4)
 
 
-def test_it_follows_the_market(provider: HighPerformanceDataProvider, store: CandleStore) -> None:
+def test_new_candles_appear_in_the_frames(provider: HighPerformanceDataProvider, store: CandleStore) -> None:
     assert len(provider.get_stock_data("RELIANCE", "5m")) == 5
     text = row(OPEN_S + 1500, 42)
     push(store.client, store.keys, RELIANCE, "5m", [text])
@@ -78,7 +78,7 @@ def test_it_follows_the_market(provider: HighPerformanceDataProvider, store: Can
     assert provider.mirror.lag_ms < 60_000
 
 
-def test_many_are_one_bulk_read(provider: HighPerformanceDataProvider) -> None:
+def test_many_symbols_are_one_bulk_read(provider: HighPerformanceDataProvider) -> None:
     found = provider.get_stocks_data(["INFY", "NOBODY", "RELIANCE", "NIFTY 50"], "5m", 3)
     assert list(found) == ["INFY", "RELIANCE"]  # neither what is unknown nor what has no candles
     for symbol, frame in found.items():
@@ -86,24 +86,24 @@ def test_many_are_one_bulk_read(provider: HighPerformanceDataProvider) -> None:
     assert provider.get_stocks_data(["INFY"], "7m") == provider.get_stocks_data([], "5m") == {}
 
 
-def test_unknown_symbols_cost_few_looks_at_the_whole_master(
+def test_unknown_symbols_cost_few_reads_of_the_whole_master(
     provider: HighPerformanceDataProvider, store: CandleStore
 ) -> None:
     def looks() -> int:
         stats: Any = store.client.info("commandstats")
         return int(stats.get("cmdstat_hscan", {"calls": 0})["calls"])
 
-    asked = ["INFY", *(f"NOBODY{n}" for n in range(20)), "RELIANCE"]
+    symbols = ["INFY", *(f"NOBODY{n}" for n in range(20)), "RELIANCE"]
     before = looks()
-    assert list(provider.get_stocks_data(asked, "5m")) == ["INFY", "RELIANCE"]
+    assert list(provider.get_stocks_data(symbols, "5m")) == ["INFY", "RELIANCE"]
     after = looks()
     assert after - before <= 2
-    assert list(provider.get_stocks_data(asked, "5m")) == ["INFY", "RELIANCE"]
+    assert list(provider.get_stocks_data(symbols, "5m")) == ["INFY", "RELIANCE"]
     assert provider.get_stock_data("NOBODY7", "1m").empty and provider.get_current_price("NOBODY7") is None
     assert looks() == after
 
 
-def test_what_is_not_known_is_an_empty_frame(provider: HighPerformanceDataProvider) -> None:
+def test_an_unknown_symbol_is_an_empty_frame(provider: HighPerformanceDataProvider) -> None:
     for frame in (provider.get_stock_data("NOBODY"), provider.get_stock_data("INFY", "7m")):
         assert frame.empty and list(frame.columns) == list(shapes.EMPTY_COLUMNS)
     assert provider.get_stock_data("NIFTY 50", "5m").empty

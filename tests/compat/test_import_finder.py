@@ -1,4 +1,4 @@
-"""Upstream's import paths: they find ours, and leave an installed PKBrokers what we do not have."""
+"""Upstream's import paths: they find this package, and an installed PKBrokers keeps its other modules."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def shim() -> str:
 
 @pytest.fixture
 def installed(tmp_path: Path) -> Path:
-    """A folder with a package `pkbrokers` as upstream has it, each module saying that it is theirs."""
+    """A folder with a package `pkbrokers` as upstream has it, each module marked as upstream."""
     kite = tmp_path / "site" / "pkbrokers" / "kite"
     kite.mkdir(parents=True)
     for file in (kite.parent / "__init__.py", kite / "__init__.py"):
-        file.write_text("OURS = False\n")
-    (kite / "inMemoryCandleStore.py").write_text("get_candle_store = 'theirs'\n")
+        file.write_text("MARK = True\n")
+    (kite / "inMemoryCandleStore.py").write_text("get_candle_store = 'upstream'\n")
     (kite / "trader.py").write_text(
-        "from pkbrokers.kite.inMemoryCandleStore import get_candle_store\nname = 'theirs'\n"
+        "from pkbrokers.kite.inMemoryCandleStore import get_candle_store\nname = 'upstream'\n"
     )
     return tmp_path / "site"
 
 
-def test_each_module_has_upstream_s_names_and_nothing_is_imported_before_it_is_asked_for() -> None:
+def test_modules_have_upstream_s_names_and_import_nothing_before_first_use() -> None:
     run(
         "import importlib, sys, pkbrokers_redis.compat\n"
         "from pkbrokers_redis.compat.import_finder import MODULES\n"
@@ -70,7 +70,7 @@ def test_from_import_star_and_unknown_names_work_as_in_any_module() -> None:
         "from pkbrokers.kite.inMemoryCandleStore import *\n"
         "import pkbrokers.kite.inMemoryCandleStore as module\n"
         "print(InMemoryCandleStore.__module__, MAX_CANDLES['1h'], hasattr(module, 'nothing'))\n"
-        "from pkbrokers_redis import InMemoryCandleStore as ours; print(ours is InMemoryCandleStore)\n"
+        "from pkbrokers_redis import InMemoryCandleStore as own; print(own is InMemoryCandleStore)\n"
     )
     out = run(print_it).split()
     assert out == ["pkbrokers_redis.compat.candle_store", "7", "False", "True"]
@@ -81,13 +81,13 @@ def test_one_environment_variable_is_enough() -> None:
     assert run(code, shim()).strip() == "pkbrokers_redis.compat.data_provider"
 
 
-def test_what_python_path_had_stays_in_it() -> None:
+def test_existing_python_path_entries_stay() -> None:
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(["/one", "/two"])}
     out = subprocess.run(COMPAT, env=env, capture_output=True, text=True, timeout=60, check=True).stdout
     assert out.strip().split(os.pathsep)[1:] == ["/one", "/two"]
 
 
-def test_children_have_it_too() -> None:
+def test_child_processes_inherit_the_import_paths() -> None:
     code = (
         "import subprocess, sys\n"
         "code = 'import pkbrokers.kite.inMemoryCandleStore as m; print(m.get_candle_store.__module__)'\n"
@@ -97,22 +97,20 @@ def test_children_have_it_too() -> None:
 
 
 @pytest.mark.parametrize("by_variable", [True, False])
-def test_ours_wins_over_an_installed_pkbrokers_which_keeps_its_other_modules(
-    installed: Path, by_variable: bool
-) -> None:
+def test_an_installed_pkbrokers_keeps_only_its_other_modules(installed: Path, by_variable: bool) -> None:
     code = (
         "import pkbrokers.kite.trader as trader, pkbrokers.kite.inMemoryCandleStore as store\n"
-        "ours = store.get_candle_store\n"
-        "print(trader.name, trader.get_candle_store is ours, ours.__module__)"
+        "own = store.get_candle_store\n"
+        "print(trader.name, trader.get_candle_store is own, own.__module__)"
     )
     if by_variable:
         out = run(code, shim(), installed)
     else:
         out = run("import pkbrokers_redis.compat\n" + code, installed)
-    assert out.split() == ["theirs", "True", "pkbrokers_redis.compat.candle_store"]
+    assert out.split() == ["upstream", "True", "pkbrokers_redis.compat.candle_store"]
 
 
-def test_a_module_that_is_nowhere_is_the_usual_error() -> None:
+def test_an_unknown_module_is_the_usual_error() -> None:
     code = (
         "import pkbrokers_redis.compat\n"
         "try:\n import pkbrokers.kite.trader\n"
@@ -121,7 +119,7 @@ def test_a_module_that_is_nowhere_is_the_usual_error() -> None:
     assert run(code).strip() == "pkbrokers.kite.trader"
 
 
-def test_modules_imported_before_are_warned_of_and_replaced_for_the_others(installed: Path) -> None:
+def test_modules_imported_earlier_give_a_warning_and_are_replaced_for_later_imports(installed: Path) -> None:
     code = (
         "from pkbrokers.kite.inMemoryCandleStore import get_candle_store as early\n"
         "import pkbrokers_redis.compat\n"
@@ -129,5 +127,5 @@ def test_modules_imported_before_are_warned_of_and_replaced_for_the_others(insta
         "print(early, late.__module__)"
     )
     out = run(code, installed)
-    assert "theirs pkbrokers_redis.compat.candle_store" in out
+    assert "upstream pkbrokers_redis.compat.candle_store" in out
     assert "pkbrokers.kite.inMemoryCandleStore had been imported before pkbrokers_redis.compat" in out

@@ -75,7 +75,7 @@ def test_kitetickers_dicts_are_understood(writer: JSONWriter) -> None:
     assert entry["last_updated"] == "2026-11-20T10:00:00+05:30"
 
 
-def test_a_new_day_begins_anew(writer: JSONWriter) -> None:
+def test_a_new_day_resets_open_high_and_low(writer: JSONWriter) -> None:
     writer.add_tick({**TICK, "timestamp": "2026-11-19T15:29:00+05:30", "last_price": 500.0})
     writer.add_tick(TICK)
     ohlcv = saved(writer)["408065"]["ohlcv"]
@@ -88,13 +88,13 @@ def test_a_new_day_begins_anew(writer: JSONWriter) -> None:
      {**TICK, "instrument_token": "x"}, {**TICK, "instrument_token": -1}, {**TICK, "timestamp": "soon"},
      None, 7],
 )  # fmt: skip
-def test_what_is_no_tick_is_refused_and_counted(writer: JSONWriter, tick: Any) -> None:
+def test_a_malformed_tick_is_refused_and_counted(writer: JSONWriter, tick: Any) -> None:
     assert not writer.add_tick(tick)
     assert not writer.add_batch([tick, TICK])
     assert writer.ticks_refused == 2 and saved(writer)["408065"]["tick_count"] == 1
 
 
-def test_it_goes_on_with_the_file_that_is_there(writer: JSONWriter) -> None:
+def test_an_existing_file_is_continued(writer: JSONWriter) -> None:
     writer.add_tick(TICK)
     writer.save()
     again = JSONFileWriter(writer.json_file_path)
@@ -103,7 +103,7 @@ def test_it_goes_on_with_the_file_that_is_there(writer: JSONWriter) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"x": {}}', '{"408065": {"ohlcv": 1}}', '{"408065": null}'])
-def test_a_damaged_file_is_begun_anew(tmp_path: Path, text: str) -> None:
+def test_a_damaged_file_is_replaced(tmp_path: Path, text: str) -> None:
     (tmp_path / "ticks.json").write_text(text)
     writer = JSONWriter(tmp_path / "ticks.json")
     assert writer.add_tick(TICK) and list(saved(writer)) == ["408065"]
@@ -120,8 +120,8 @@ def test_a_thread_saves_until_stopped(tmp_path: Path) -> None:
     assert read_ticks_json(tmp_path / "ticks.json").frames["INFY"]["close"].to_list() == [100.5]
 
 
-def test_a_disk_that_refuses_does_not_end_the_thread(tmp_path: Path) -> None:
-    folder = tmp_path / "gone"
+def test_an_unwritable_disk_does_not_end_the_thread(tmp_path: Path) -> None:
+    folder = tmp_path / "missing"
     folder.write_text("a file where the folder should be")
     writer = JSONWriter(tmp_path / "x.json", save_seconds=0.01)
     writer._path = folder / "ticks.json"

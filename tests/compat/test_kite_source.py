@@ -32,11 +32,11 @@ def test_day_candles_come_from_kite_and_an_unknown_symbol_is_counted(
         for name, value in kite.environment().items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("PKB_KITE_ACCESS_TOKEN", kite.accounts.open_session())
-        ours = load_settings(redis_url=settings.redis_url, data_dir=settings.data_dir)
-        ensure_meta(client, ours, "2026-08-05T09:00:00+05:30")
-        save_instruments(client, ours.keys, ROWS)
-        with CandleStore(ours, client) as store:
-            source = KiteSource(Context(ours, ours.files_folder, clock, lambda: store))
+        own = load_settings(redis_url=settings.redis_url, data_dir=settings.data_dir)
+        ensure_meta(client, own, "2026-08-05T09:00:00+05:30")
+        save_instruments(client, own.keys, ROWS)
+        with CandleStore(own, client) as store:
+            source = KiteSource(Context(own, own.files_folder, clock, lambda: store))
             found = source.fetch_data(["INFY", "NOSUCH", "RELIANCE"], date(2026, 7, 27), date(2026, 7, 31))
             infy, _ = store.resolve("INFY")
             first, last = (int(datetime(2026, 7, day, tzinfo=IST).timestamp()) for day in (27, 31))

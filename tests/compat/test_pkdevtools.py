@@ -19,7 +19,7 @@ from tests.support import settings_env
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALL_SECONDS_MAX = 240
-# What reading needs beside what PKDevTools brings; its pins and ours exclude each other (docs/migrating.md).
+# What reading needs in addition to PKDevTools' dependencies; their pins exclude each other (docs/migrating.md).
 READER = ["redis[hiredis]", "msgspec", "pydantic-settings", "platformdirs", "structlog", "psutil", "tzdata"]
 
 SCREENER = """
@@ -46,7 +46,7 @@ print("RESULT" + json.dumps({
 
 @pytest.fixture(scope="module")
 def screener_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python that has PKDevTools with its own dependencies, and ours to read with."""
+    """A Python that has PKDevTools with its own dependencies, and this package to read with."""
     uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
     if uv is None:
         pytest.skip("needs uv to make a virtual environment")

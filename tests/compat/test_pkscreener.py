@@ -63,7 +63,7 @@ from PKDevTools.classes.SimplePickler import SimplePickler
 
 config = ConfigManager.tools()
 config.getConfig(ConfigManager.parser)
-told = {}
+result = {}
 
 def look(table):
     # What PKScreener's screening makes of a loaded stock, and what it then sees.
@@ -80,38 +80,38 @@ def look(table):
 """
 
 IN_MARKET_HOURS = """
-told["status"] = Utility.marketStatus()
+result["status"] = Utility.marketStatus()
 loaded = assets.loadStockData({}, config, stockCodes=["INFY", "RELIANCE", "NOBODY"], defaultAnswer="Y")
-told["loaded"] = {symbol: look(table) for symbol, table in loaded.items()}
-told["fresh"] = assets.validate_data_freshness(loaded)[:2]
+result["loaded"] = {symbol: look(table) for symbol, table in loaded.items()}
+result["fresh"] = assets.validate_data_freshness(loaded)[:2]
 summary = PKScalableDataFetcher().get_ticks_summary()
-told["summary"] = {entry["trading_symbol"]: entry["ohlcv"]["close"] for entry in summary.values()}
-print("RESULT" + json.dumps(told))
+result["summary"] = {entry["trading_symbol"]: entry["ohlcv"]["close"] for entry in summary.values()}
+print("RESULT" + json.dumps(result))
 """
 
 AFTER_HOURS = """
 provider = PKDataProvider()
-told["published"] = look(provider.get_stock_data("INFY", count=500)) if "published" in sys.argv else None
+result["published"] = look(provider.get_stock_data("INFY", count=500)) if "published" in sys.argv else None
 for name in ("stock_data_06012026.pkl", "intraday_stock_data_06012026.pkl"):
     os.rename("later/" + name, "results/Data/" + name)
 loaded = assets.loadStockData({}, config, stockCodes=["INFY", "RELIANCE"], defaultAnswer="Y")
-told["loaded"] = {symbol: look(table) for symbol, table in loaded.items()}
-told["provider"] = look(provider.get_stock_data("RELIANCE", count=500))
-told["pickler"] = sorted(PKPickler().unpickle("stock_data_06012026.pkl"))
-told["safe"] = sorted(SimplePickler().safe_load("results/Data/stock_data_06012026.pkl")[0])
+result["loaded"] = {symbol: look(table) for symbol, table in loaded.items()}
+result["provider"] = look(provider.get_stock_data("RELIANCE", count=500))
+result["pickler"] = sorted(PKPickler().unpickle("stock_data_06012026.pkl"))
+result["safe"] = sorted(SimplePickler().safe_load("results/Data/stock_data_06012026.pkl")[0])
 minutes, done = assets.loadDataFromLocalPickle(
     {}, config, False, "Y", ".NS", "intraday_stock_data_06012026.pkl", False
 )
-told["minutes"] = {symbol: look(table) for symbol, table in minutes.items()}
+result["minutes"] = {symbol: look(table) for symbol, table in minutes.items()}
 os.rename("later/ticks.json", "results/Data/ticks.json")
-told["ticks"] = provider.get_stock_data("NIFTY 50", count=500)["close"].tolist()
-print("RESULT" + json.dumps(told))
+result["ticks"] = provider.get_stock_data("NIFTY 50", count=500)["close"].tolist()
+print("RESULT" + json.dumps(result))
 """
 
 
 @pytest.fixture(scope="module")
 def screener_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Python that has PKScreener and what its loading modules import; nothing of ours."""
+    """A Python that has PKScreener and what its loading modules import; nothing of this package."""
     uv = shutil.which("uv") or shutil.which("uv", path=str(Path(sys.executable).parent))
     if uv is None:
         pytest.skip("needs uv to make a virtual environment")
@@ -176,7 +176,7 @@ def market(client: redis.Redis, make_settings: Callable[..., Settings]) -> Marke
 
 
 def screen(python: Path, script: str, at: Path, site: Published, now: str, *arguments: str) -> dict[str, Any]:
-    """What the script tells, run in `at` at PKScreener's `now`, India's time."""
+    """Return what the script prints, run in `at` at PKScreener's `now`, India's time."""
     trading = {"currentDateTime": now, "isTrading": now < "2026-01-06 15:30"}
     env = {**os.environ, **site.env, "HOME": str(at), "TZ": "Asia/Kolkata", "simulation": json.dumps(trading)}
     (at / "results" / "Data").mkdir(parents=True, exist_ok=True)
@@ -190,9 +190,9 @@ def screen(python: Path, script: str, at: Path, site: Published, now: str, *argu
         cwd=at,
     )
     line = next((each for each in done.stdout.splitlines() if "RESULT" in each), None)
-    assert line is not None, done.stdout[-2000:] + done.stderr[-2000:] + "\n".join(site.asked)
-    told: dict[str, Any] = json.loads(line.partition("RESULT")[2])
-    return told
+    assert line is not None, done.stdout[-2000:] + done.stderr[-2000:] + "\n".join(site.requests)
+    result: dict[str, Any] = json.loads(line.partition("RESULT")[2])
+    return result
 
 
 @pytest.mark.xdist_group("pkscreener")
@@ -218,16 +218,16 @@ def test_in_market_hours_the_released_pkscreener_takes_yesterdays_pickle_and_tod
         },
     )
     with site:
-        told = screen(screener_python, IN_MARKET_HOURS, at, site, "2026-01-06 10:15:00")
-    assert f"200 {BRANCH}/actions-data-download/{YESTERDAY}" in site.asked
-    assert "NIFTY 50" in told["status"] and "25020.5" in told["status"] and "82020.75" in told["status"]
-    assert sorted(told["loaded"]) == ["INFY", "RELIANCE"] and told["fresh"] == [2, 0]
+        result = screen(screener_python, IN_MARKET_HOURS, at, site, "2026-01-06 10:15:00")
+    assert f"200 {BRANCH}/actions-data-download/{YESTERDAY}" in site.requests
+    assert "NIFTY 50" in result["status"] and "25020.5" in result["status"] and "82020.75" in result["status"]
+    assert sorted(result["loaded"]) == ["INFY", "RELIANCE"] and result["fresh"] == [2, 0]
     for symbol, token in (("INFY", INFY), ("RELIANCE", RELIANCE)):
-        found = told["loaded"][symbol]
+        found = result["loaded"][symbol]
         assert found["closes"] == [PRICES[token], PRICES[token] + 20] and found["rows"] == DAYS + 1
         assert found["columns"] == ["open", "high", "low", "close", "volume"]
         assert found["last"] == "2026-01-06T10:14:59+05:30"
-    assert told["summary"] == {
+    assert result["summary"] == {
         name: PRICES[token] + 20 for name, token in zip(SYMBOLS, (INFY, NIFTY, RELIANCE, SENSEX), strict=True)
     }
 
@@ -246,17 +246,20 @@ def test_after_hours_the_released_pkscreener_reads_todays_pickles(
     market.snapshot("ticks", shape, TODAY_S + 7 * 3600, later)
     copy = Path(shutil.copy(later / TODAY, tmp_path))
     with Published(tmp_path, {f"{BRANCH}/actions-data-download/{TODAY}": copy}) as site:
-        told = screen(screener_python, AFTER_HOURS, at, site, "2026-01-06 16:15:00", shape)
+        result = screen(screener_python, AFTER_HOURS, at, site, "2026-01-06 16:15:00", shape)
     names = ["open", "high", "low", "close", "volume"]
     own = [name.capitalize() for name in names] if shape == "published" else names
     for symbol, token in (("INFY", INFY), ("RELIANCE", RELIANCE)):
-        found = told["loaded"][symbol]
+        found = result["loaded"][symbol]
         assert found["closes"] == [PRICES[token], PRICES[token] + 20] and found["rows"] == DAYS + 1
         assert found["columns"] == names and found["last"].startswith("2026-01-06T00:00:00")
-    assert told["provider"]["columns"] == own and told["provider"]["closes"] == [1400.5, 1420.5]
+    assert result["provider"]["columns"] == own and result["provider"]["closes"] == [1400.5, 1420.5]
     if shape == "published":  # PKDataProvider takes no other shape from the branch
-        assert told["published"]["closes"] == [1500.25, 1520.25] and told["published"]["tz"] == "Asia/Kolkata"
-    assert told["pickler"] == told["safe"] == SYMBOLS
-    assert sorted(told["minutes"]) == SYMBOLS and told["minutes"]["INFY"]["rows"] == 60
-    assert told["minutes"]["INFY"]["last"] == "2026-01-06T10:14:00+05:30"
-    assert told["ticks"] == [25_020.5]
+        assert (
+            result["published"]["closes"] == [1500.25, 1520.25]
+            and result["published"]["tz"] == "Asia/Kolkata"
+        )
+    assert result["pickler"] == result["safe"] == SYMBOLS
+    assert sorted(result["minutes"]) == SYMBOLS and result["minutes"]["INFY"]["rows"] == 60
+    assert result["minutes"]["INFY"]["last"] == "2026-01-06T10:14:00+05:30"
+    assert result["ticks"] == [25_020.5]

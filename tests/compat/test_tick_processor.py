@@ -30,7 +30,7 @@ def processor(client: redis.Redis, make_settings: Callable[..., Settings]) -> Ti
     return TickProcessor(candle_store=InMemoryCandleStore(settings=settings, client=client))
 
 
-def test_what_is_put_into_the_queue_becomes_candles(processor: TickProcessor, client: redis.Redis) -> None:
+def test_queued_ticks_become_candles(processor: TickProcessor, client: redis.Redis) -> None:
     ticks: queue.Queue[Any] = queue.Queue()
     for n in range(10):
         ticks.put(tick(n, 100 + n, 1000 + n))
@@ -57,7 +57,7 @@ def test_what_is_put_into_the_queue_becomes_candles(processor: TickProcessor, cl
     assert stats["processor"]["instruments_mapped"] == 8 and stats["store"]["instruments_with_ticks"] == 2
 
 
-def test_stopping_sends_what_is_in_the_queue(processor: TickProcessor) -> None:
+def test_stop_sends_what_the_queue_holds(processor: TickProcessor) -> None:
     ticks: queue.Queue[Any] = queue.Queue()
     processor.set_data_queue(ticks)
     processor.start()
@@ -67,17 +67,17 @@ def test_stopping_sends_what_is_in_the_queue(processor: TickProcessor) -> None:
     assert ticks.empty() and processor.stats["ticks_processed"] == 5_000
 
 
-def test_other_messages_are_no_ticks(processor: TickProcessor) -> None:
+def test_other_messages_are_ignored(processor: TickProcessor) -> None:
     assert not processor.process_tick({"type": "order", "instrument_token": INFY, "last_price": 1})
     assert not processor.process_tick(None) and not processor.process_tick("tick")
     assert processor.process_tick({"instrument_token": INFY, "last_price": 1})
     assert processor.process_ticks_batch([tick(1, 1, 1), tick(2, 2, 2), 5]) == 2
 
 
-def test_what_a_queue_holds_ends_no_thread(processor: TickProcessor) -> None:
-    class Odd:
+def test_unreadable_queue_items_do_not_end_the_thread(processor: TickProcessor) -> None:
+    class Unreadable:
         def _asdict(self) -> dict[str, Any]:
-            raise RuntimeError("odd")
+            raise RuntimeError("unreadable")
 
     class Queue(queue.Queue[Any]):
         def get(self, block: bool = True, timeout: float | None = None) -> Any:
@@ -89,16 +89,16 @@ def test_what_a_queue_holds_ends_no_thread(processor: TickProcessor) -> None:
     ticks = Queue()
     processor.set_data_queue(ticks)
     processor.start()
-    for odd in (Odd(), "unreadable"):
-        ticks.put(odd)
-        wait_until(ticks.empty, what="the odd one to be taken")
+    for item in (Unreadable(), "unreadable"):
+        ticks.put(item)
+        wait_until(ticks.empty, what="the item to be read")
     ticks.put(tick(1, 100, 1000))
     wait_until(lambda: processor.stats["ticks_processed"] == 1, what="the tick behind them")
     processor.stop()
     assert processor.stats["errors"] == 2
 
 
-def test_ticks_and_a_new_name_wait_for_a_redis_that_is_away(
+def test_ticks_and_a_new_name_wait_while_redis_is_unavailable(
     server_kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pkbrokers_redis.client.producer.RETRY_SECONDS", 0.01)
@@ -124,7 +124,7 @@ def test_ticks_and_a_new_name_wait_for_a_redis_that_is_away(
         assert prices[:4] == [1, 2, 3, 4] and processor.stats["errors"] == 0
 
 
-def test_exports_write_files_and_say_whether_they_could(
+def test_exports_write_files_and_return_whether_they_succeeded(
     processor: TickProcessor, client: redis.Redis, tmp_path: Path
 ) -> None:
     with aggregating(client, processor.candle_store.store.settings) as drain:

@@ -71,7 +71,7 @@ def watching(watcher: KiteTokenWatcher) -> Iterator[list[BaseException]]:
         assert not thread.is_alive()
 
 
-def test_the_whole_life_in_one_process(
+def test_login_to_candles_in_one_process(
     make_watcher: MakeWatcher, kite: SimulatedKite, client: redis.Redis, tmp_path: Path
 ) -> None:
     watcher = make_watcher(json_output_path=str(tmp_path / "ticks.json"))
@@ -103,7 +103,7 @@ def test_tokens_alone_need_no_instrument_master(
     assert kite.server.subscriptions == 0
 
 
-def test_batches_are_upstreams() -> None:
+def test_batches_have_upstream_s_size() -> None:
     watcher = KiteTokenWatcher(range(1, 1_101))
     assert [len(batch) for batch in watcher.token_batches] == [500, 500, 100]
 
@@ -113,7 +113,7 @@ def test_a_missing_session_is_raised_to_the_caller(make_settings: Callable[..., 
         KiteTokenWatcher([INFY], settings=make_settings(), aggregate=False).watch()
 
 
-def test_a_redis_that_is_away_is_raised_to_the_caller(make_settings: Callable[..., Settings]) -> None:
+def test_an_unreachable_redis_is_raised_to_the_caller(make_settings: Callable[..., Settings]) -> None:
     with pytest.raises(PkbError, match="cannot be reached"):
         KiteTokenWatcher([INFY], settings=make_settings(redis_url="redis://127.0.0.1:1/0")).watch()
 
@@ -134,7 +134,7 @@ class OwnClient:
 
 
 @pytest.mark.parametrize("by", ["stop", "event", "queue"])
-def test_a_client_of_the_callers_feeds_the_streams_and_ends_with_it(
+def test_a_caller_s_client_feeds_the_streams_and_stops_with_the_watcher(
     settings: Settings, client: redis.Redis, by: str
 ) -> None:
     own = OwnClient(queue.Queue())

@@ -51,7 +51,7 @@ def started(client: ZerodhaWebSocketClient) -> threading.Thread:
     return thread
 
 
-def test_ticks_come_into_the_queue_and_the_database_with_their_batch(kite: Any) -> None:
+def test_ticks_reach_the_queue_and_the_database_with_their_batch(kite: Any) -> None:
     tokens = kite.market.tokens.tolist()
     ticks: queue.Queue[Tick] = queue.Queue()
     database, stop = Database(), threading.Event()
@@ -87,37 +87,37 @@ def test_ticks_come_into_the_queue_and_the_database_with_their_batch(kite: Any) 
 
 
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
-def test_without_batches_it_takes_the_configured_instruments(
+def test_without_batches_the_configured_instruments_are_used(
     kite: Any, client: redis.Redis, make_settings: Callable[..., Settings]
 ) -> None:
     rows = universe(20)
     settings = make_settings(kite_ws_url=kite.url, instruments="all")
     save_instruments(client, settings.keys, rows)
     ticks: queue.Queue[Tick] = queue.Queue()
-    ours = ZerodhaWebSocketClient("e", "u", watcher_queue=ticks, settings=settings)
-    thread = started(ours)
+    own = ZerodhaWebSocketClient("e", "u", watcher_queue=ticks, settings=settings)
+    thread = started(own)
     assert ticks.get(timeout=20).instrument_token in kite.market.tokens.tolist()
-    ours.stop()
+    own.stop()
     thread.join(timeout=20)
-    assert sum(map(len, ours.token_batches)) == len({row["instrument_token"] for row in rows})
+    assert sum(map(len, own.token_batches)) == len({row["instrument_token"] for row in rows})
 
 
 def test_a_full_queue_drops_ticks_and_counts_them(kite: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pkbrokers_redis.compat.websocket.PUT_SECONDS", 0.001)
-    ours = ZerodhaWebSocketClient(
+    own = ZerodhaWebSocketClient(
         "e",
         "u",
         token_batches=[kite.market.tokens.tolist()],
         watcher_queue=queue.Queue(maxsize=1),
         settings=load_settings(kite_ws_url=kite.url),
     )
-    thread = started(ours)
-    wait_until(lambda: ours.dropped > 3, what="ticks to be dropped")
-    ours.stop()
+    thread = started(own)
+    wait_until(lambda: own.dropped > 3, what="ticks to be dropped")
+    own.stop()
     thread.join(timeout=20)
 
 
-def test_a_database_that_raises_ends_no_connection(kite: Any) -> None:
+def test_an_error_of_the_database_does_not_end_the_connection(kite: Any) -> None:
     class Locked(Database):
         calls = 0
 
@@ -128,29 +128,29 @@ def test_a_database_that_raises_ends_no_connection(kite: Any) -> None:
             super().insert_ticks(rows)
 
     database = Locked()
-    ours = ZerodhaWebSocketClient(
+    own = ZerodhaWebSocketClient(
         "e",
         "u",
         token_batches=[kite.market.tokens.tolist()],
         db_conn=database,
         settings=load_settings(kite_ws_url=kite.url),
     )
-    thread = started(ours)
+    thread = started(own)
     wait_until(lambda: database.rows, what="rows after the refused ones")
-    ours.stop()
+    own.stop()
     thread.join(timeout=20)
-    assert ours.inserts_failed == 2
+    assert own.inserts_failed == 2
 
 
-def test_more_than_a_key_may_stream_is_one_line() -> None:
+def test_too_many_instruments_are_a_one_line_error() -> None:
     batches = [[n << 8 | 1 for n in range(first, first + 500)] for first in range(1, 9_002, 500)]
     settings = load_settings(kite_ws_url="ws://127.0.0.1:1")
-    with pytest.raises(PkbError, match=r"9,500 instruments are more than .* \(9,000\): give fewer") as told:
+    with pytest.raises(PkbError, match=r"9,500 instruments are more than .* \(9,000\): give fewer") as error:
         ZerodhaWebSocketClient("e", "u", token_batches=batches, settings=settings).start()
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_no_session_is_one_line() -> None:
+def test_a_missing_session_is_a_one_line_error() -> None:
     with pytest.raises(LoginNeeded, match="there is no Kite session"):
         ZerodhaWebSocketClient(token_batches=[[408065]]).start()
 
