@@ -1,15 +1,15 @@
 // Closed candles in Node, with nothing installed: `node follow.mjs redis://127.0.0.1:6379 1m,5m`
-// A unix socket, as the embedded server has it: `node follow.mjs unix:///path/to/pkb.sock 1m,5m`
+// The embedded server listens on a unix socket: `node follow.mjs unix:///path/to/pkb.sock 1m,5m`
 //
-// Redis speaks RESP over a socket: a command is an array of strings, a reply says its type with its first byte.
+// Redis speaks RESP over a socket: a command is an array of strings, the first byte of a reply is its type.
 // With the `redis` package from npm the same is `client.xRead(streams, { BLOCK: 1000, COUNT: 500 })`.
 
 import net from "node:net";
 
-const place = process.argv[2] ?? process.env.PKB_REDIS_URL ?? "redis://127.0.0.1:6379";
-// `unix://:password@/path` is no URL to Node, which wants a host behind a password.
-const url = new URL(place.replace(/^unix:\/\/([^/@]*@)?\//, "unix://$1localhost/"));
-const wanted = process.argv[3]?.split(",");
+const address = process.argv[2] ?? process.env.PKB_REDIS_URL ?? "redis://127.0.0.1:6379";
+// Node accepts `unix://:password@/path` as a URL only with a host behind the password.
+const url = new URL(address.replace(/^unix:\/\/([^/@]*@)?\//, "unix://$1localhost/"));
+const intervals = process.argv[3]?.split(",");
 const prefix = process.env.PKB_PREFIX ?? "pkb";
 const socket = url.protocol === "unix:"
   ? net.connect(decodeURIComponent(url.pathname))
@@ -18,7 +18,7 @@ const socket = url.protocol === "unix:"
 let unread = Buffer.alloc(0);
 let waiting;
 
-// One reply from `at` on: [value, where the next one begins], or null while bytes are missing.
+// Parse one reply at offset `at`: [value, offset of the next reply], or null while bytes are missing.
 function parse(at) {
   const end = unread.indexOf("\r\n", at);
   if (end < 0) return null;
@@ -36,14 +36,14 @@ function parse(at) {
     }
     default: { // an array
       const values = [];
-      let place = next;
+      let offset = next;
       for (let n = Number(line); n > 0; n -= 1) {
-        const found = parse(place);
+        const found = parse(offset);
         if (found === null) return null;
         values.push(found[0]);
-        place = found[1];
+        offset = found[1];
       }
-      return [Number(line) < 0 ? null : values, place];
+      return [Number(line) < 0 ? null : values, offset];
     }
   }
 }
@@ -72,7 +72,7 @@ if (url.password) {
   await command("AUTH", ...names, decodeURIComponent(url.password));
 }
 
-// How the store is laid out, it says itself. Streams by shard; "0" is all that is there, "$" from now on.
+// The store holds its own layout. One stream a shard; "0" reads all entries held, "$" only new ones.
 const shards = Number(await command("HGET", `${prefix}:meta`, "shards"));
 const positions = new Map();
 for (let shard = 0; shard < shards; shard += 1) positions.set(`${prefix}:{${shard}}:closed`, "0");
@@ -83,7 +83,7 @@ for (;;) {
     for (const [id, cells] of entries) {
       positions.set(stream, id);
       const fields = Object.fromEntries(cells.flatMap((cell, n) => (n % 2 ? [] : [[cell, cells[n + 1]]])));
-      if (wanted && !wanted.includes(fields.interval)) continue;
+      if (intervals && !intervals.includes(fields.interval)) continue;
       const [start, open, high, low, close, volume, oi, ticks, flag = ""] = JSON.parse(fields.row);
       console.log(JSON.stringify({
         symbol: fields.symbol, interval: fields.interval, rev: Number(fields.rev),

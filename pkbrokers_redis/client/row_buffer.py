@@ -24,8 +24,8 @@ class RowBuffer:
     """At most `keep` completed rows, and behind them the candle being formed, if there is one.
 
     Readers need no lock: rows, flags and whether the last row is being formed are replaced together.
-    Readers need no lock: rows, flags and whether the last row is being formed are replaced together.
-    (-inf for never). `tail_start` is the start of the current candle whose predecessors were last read.
+    `version` rises with each change. `current_at` is when the current candle was last read, on the monotonic
+    clock (-inf for never). `tail_start` is the start of the current candle whose predecessors were last read.
     """
 
     __slots__ = ("_state", "current_at", "keep", "tail_start", "version")

@@ -19,7 +19,7 @@ from tests.support import settings_env
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALL_SECONDS_MAX = 240
-# What reading needs in addition to PKDevTools' dependencies; their pins exclude each other (docs/migrating.md).
+# What reading needs in addition to PKDevTools' dependencies; see docs/migrating.md for the pins.
 READER = ["redis[hiredis]", "msgspec", "pydantic-settings", "platformdirs", "structlog", "psutil", "tzdata"]
 
 SCREENER = """
