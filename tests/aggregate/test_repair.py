@@ -76,7 +76,7 @@ class Shop(Store):
 
     def adds_up(self) -> bool:
         found = check_volumes(self.client, self.keys)
-        return found.checked > 0 and not found.wrong and not found.odd
+        return found.checked > 0 and not found.wrong and not found.malformed
 
     def starts(self, token: int = INFY, interval: str = "1m") -> list[int]:
         return [row[0] for row in self.rows(token, interval)]
