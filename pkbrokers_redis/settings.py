@@ -1,7 +1,6 @@
-"""All settings: environment variables `PKB_…`, a `.env` file, or a file each in /run/secrets (containers).
-`pkb config` prints them.
+"""All settings: environment variables `PKB_…`, a `.env` file, or one file per setting in /run/secrets.
 
-Secrets are `SecretStr`, so that no repr, log or traceback shows them.
+`pkb config` prints them. Secrets are `SecretStr`, so that no repr, log or traceback shows them.
 """
 
 from __future__ import annotations
@@ -37,7 +36,12 @@ URL_SCHEMES = {
 
 
 class Settings(BaseSettings):
-    """One frozen object; workers get it handed in, nothing reads the environment elsewhere."""
+    """All settings, frozen. Workers receive this object, and nothing else reads the environment.
+
+    Example:
+        settings = load_settings(shards=4)
+        settings.keys.ticks(0)  # "pkb:{0}:ticks"
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="PKB_", env_file=".env", extra="ignore", frozen=True, env_ignore_empty=True
@@ -64,7 +68,7 @@ class Settings(BaseSettings):
         None,
         ge=0,
         le=65535,
-        description="embedded server: TCP port on 127.0.0.1, with a password; 0 takes any; unset: no TCP",
+        description="embedded server: TCP port on 127.0.0.1, with a password; 0: any free; unset: no TCP",
     )
     compact: bool = Field(False, description="embedded server: smaller lists, 1.7-2 times slower bulk reads")
     stream_retention_seconds: float = Field(
@@ -73,10 +77,12 @@ class Settings(BaseSettings):
     stream_max_entries: int = Field(200_000, ge=100, description="hard cap of a tick stream, in entries")
     closed_max_entries: int = Field(100_000, ge=100, description="cap of a closed-candle stream, in entries")
     buffer_max_bytes: int = Field(
-        256 * 2**20, ge=10_000, description="ingest: frames kept in memory that Redis does not have yet"
+        256 * 2**20, ge=10_000, description="ingest: frames kept in memory until Redis has them"
     )
-    spool_max_bytes: int = Field(2**30, ge=0, description="an ingest's frames on disk while Redis is away")
-    spool_dir: Path | None = Field(None, description="where they are; unset: `spool` in PKB_DATA_DIR")
+    spool_max_bytes: int = Field(
+        2**30, ge=0, description="ingest: frames kept on disk while Redis is unavailable"
+    )
+    spool_dir: Path | None = Field(None, description="folder of these frames; unset: `spool` in PKB_DATA_DIR")
 
     # Kite
     kite_api_key: str | None = Field(None, description="Kite Connect api key; several as a comma list")
@@ -98,8 +104,12 @@ class Settings(BaseSettings):
     sessions: Literal["market", "always"] = Field("market", description="`always`: no session filter")
     timezone: str = Field("Asia/Kolkata", description="midnight of PKB_SESSIONS=always")
     clock: Literal["wall", "event"] = Field("wall", description="`event`: candles close by event time only")
-    close_grace_seconds: float = Field(2, ge=0, le=3600, description="a candle's wait for stragglers")
-    lease_seconds: float = Field(3, ge=0.5, le=300, description="a dead aggregator's shards move within it")
+    close_grace_seconds: float = Field(
+        2, ge=0, le=3600, description="a completed candle waits so long for late ticks"
+    )
+    lease_seconds: float = Field(
+        3, ge=0.5, le=300, description="maximum time until a dead aggregator's shards have a new owner"
+    )
     time_shift: str | None = Field(
         None, description="rehearsals: `market,machine,speed`, two epoch seconds that coincide and a factor"
     )
@@ -110,7 +120,7 @@ class Settings(BaseSettings):
         None, description="ticks.json, pickles, candles.db, Parquet; unset: `files` in PKB_DATA_DIR"
     )
     files_url: str | None = Field(
-        None, description="where published files are read: a URL or a folder; unset: PKB_GITHUB_REPO's"
+        None, description="URL or folder of the published files; unset: PKB_GITHUB_REPO's"
     )
     turso_url: str | None = Field(None, description="a libSQL (Turso) database that shares the candle file")
     turso_token: SecretStr | None = Field(None, description="its token")
@@ -122,45 +132,45 @@ class Settings(BaseSettings):
     github_token: SecretStr | None = Field(None, description="token with contents:write")
     github_url: str | None = Field(None, description="clone URL, may be a local bare repository")
     telegram_token: SecretStr | None = Field(None, description="bot token")
-    telegram_chats: str = Field("", description="chat ids that may ask")
-    telegram_admins: str = Field("", description="user ids that may operate")
+    telegram_chats: str = Field("", description="chat ids that may use the bot")
+    telegram_admins: str = Field("", description="user ids that may use admin commands")
     telegram_api_url: str = Field("https://api.telegram.org/bot", description="Bot API endpoint")
     telegram_file_max_bytes: int = Field(
-        50_000_000, ge=1_000, description="largest file the bot sends; a larger one goes in parts"
+        50_000_000, ge=1_000, description="largest file that the bot sends; a larger one is sent in parts"
     )
 
     # web
     web_host: str = Field("127.0.0.1", description="address that `pkb web` listens on")
-    web_port: int = Field(8377, ge=0, le=65535, description="its port; 0 takes any that is free")
-    web_token: SecretStr | None = Field(None, description="every request but /healthz must bring it, if set")
+    web_port: int = Field(8377, ge=0, le=65535, description="its port; 0 uses any free one")
+    web_token: SecretStr | None = Field(None, description="if set, every request but /healthz must carry it")
 
     # logs
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level shown")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="lowest level shown")
     log_format: Literal["text", "json"] = Field(
         "text", description="`text` is key=value, `json` one object per line"
     )
 
     @field_validator(*URL_SCHEMES)
     @classmethod
-    def _a_url(cls, text: str | None, info: ValidationInfo) -> str | None:
+    def _check_url(cls, text: str | None, info: ValidationInfo) -> str | None:
         schemes = URL_SCHEMES[info.field_name or ""]
         if text is not None and not (_is_url(text) and urlsplit(text).scheme in schemes):
             begin = " or ".join(f"{scheme}://" for scheme in schemes)
-            raise ValueError(f"is no URL that begins with {begin} and names a host")
+            raise ValueError(f"is not a URL that begins with {begin} and names a host")
         return text
 
     @field_validator("files_url", "github_url")
     @classmethod
-    def _a_url_or_a_place(cls, text: str | None) -> str | None:
+    def _check_url_or_path(cls, text: str | None) -> str | None:
         if text is not None and text.startswith(("https://", "http://")) and not _is_url(text):
-            raise ValueError("is no URL that names a host")
+            raise ValueError("is not a URL that names a host")
         return text
 
     @field_validator(
         "kite_api_key", "kite_access_token", "kite_enctoken", "github_token", "telegram_token", "turso_token"
     )
     @classmethod
-    def _fit_for_a_header(cls, value: str | SecretStr | None) -> str | SecretStr | None:
+    def _check_header_value(cls, value: str | SecretStr | None) -> str | SecretStr | None:
         text = value.get_secret_value() if isinstance(value, SecretStr) else value or ""
         if not (text.isascii() and text.strip().isprintable()):
             raise ValueError("holds a character that no HTTP header can carry, such as a typographic quote")
@@ -168,16 +178,16 @@ class Settings(BaseSettings):
 
     @field_validator("timezone")
     @classmethod
-    def _known_zone(cls, name: str) -> str:
+    def _check_timezone(cls, name: str) -> str:
         try:
             ZoneInfo(name)
         except (ZoneInfoNotFoundError, ValueError, OSError):
-            raise ValueError("is no time zone; use a name such as Asia/Kolkata") from None
+            raise ValueError("is not a time zone; use a name such as Asia/Kolkata") from None
         return name
 
     @field_validator("time_shift")
     @classmethod
-    def _three_numbers(cls, text: str | None) -> str | None:
+    def _check_time_shift(cls, text: str | None) -> str | None:
         try:
             if text is not None:
                 market, machine, speed = map(float, text.split(","))
@@ -189,17 +199,17 @@ class Settings(BaseSettings):
 
     @cached_property
     def intervals(self) -> tuple[Interval, ...]:
-        """The interval table in ascending length."""
+        """Return the interval table in ascending length."""
         return parse_intervals(self.intervals_text)
 
     @property
     def files_folder(self) -> Path:
-        """Where snapshots are written, and looked for."""
+        """Return the folder of the snapshots."""
         return self.files_dir or self.data_dir / "files"
 
     @cached_property
     def keys(self) -> Keys:
-        """Key names for this prefix and shard count."""
+        """Return the key names for this prefix and shard count."""
         return Keys(self.prefix, self.shards)
 
 
@@ -207,24 +217,24 @@ def _is_url(text: str) -> bool:
     try:
         parts = urlsplit(text)
         return bool(parts.hostname) and parts.port != 0 and text.split() == [text]
-    except ValueError:  # brackets that do not close, a port that is none
+    except ValueError:  # an unclosed bracket, an invalid port
         return False
 
 
 def env_name(field: str) -> str:
-    """`close_grace_seconds` → `PKB_CLOSE_GRACE_SECONDS`."""
+    """Return the variable of a field: `PKB_CLOSE_GRACE_SECONDS` for `close_grace_seconds`."""
     return "PKB_INTERVALS" if field == "intervals_text" else f"PKB_{field.upper()}"
 
 
 def set_names() -> dict[str, str]:
-    """`PKB_…` variables that are set and not empty, in upper case → where: `environment` or `.env`."""
+    """Return the `PKB_…` variables that are set and not empty → `environment` or `.env`."""
     found = dict.fromkeys((name.upper() for name, value in dotenv_values(".env").items() if value), ".env")
     found |= dict.fromkeys((name.upper() for name, value in os.environ.items() if value), "environment")
     return {name: place for name, place in found.items() if name.startswith("PKB_")}
 
 
 def unknown_names() -> dict[str, str]:
-    """Those that are set and no settings → the setting that was probably meant, or ""."""
+    """Return the variables that are set and are not settings → the setting probably meant, or ""."""
     known = [env_name(field) for field in Settings.model_fields]
     return {
         name: next(iter(difflib.get_close_matches(name, known, 1)), "")
@@ -233,10 +243,14 @@ def unknown_names() -> dict[str, str]:
 
 
 def load_settings(**overrides: Any) -> Settings:
-    """Keyword overrides (names are field names), then the environment, `.env`, and files of /run/secrets.
+    """Load the settings: overrides first, then the environment, `.env`, and files in /run/secrets.
 
-    A secret's file is named as its variable, in either case: `/run/secrets/pkb_kite_access_token`.
-    Raises SettingsError: one line that names the variable, what is wrong, and never a secret's value.
+    Args:
+        **overrides: By field name. A secret's file is named as its variable, in either case:
+            `/run/secrets/pkb_kite_access_token`.
+
+    Raises:
+        SettingsError: It names the variable and what is wrong, and never a secret's value.
     """
     if "intervals_text" in overrides:
         overrides["PKB_INTERVALS"] = overrides.pop("intervals_text")
@@ -251,7 +265,8 @@ def load_settings(**overrides: Any) -> Settings:
         raise SettingsError(f"{name} {text[:1].lower()}{text[1:]}", f"correct or unset {name}") from None
     except OSError as error:
         raise SettingsError(
-            f"{error.filename} cannot be read ({error.strerror})", "let the user we run as read it"
+            f"{error.filename} cannot be read ({error.strerror})",
+            "make it readable for the user of this process",
         ) from None
-    settings.intervals  # noqa: B018  an unusable table must fail here, not in a worker's loop
+    settings.intervals  # noqa: B018  an invalid table must fail here and not in a worker's loop
     return settings

@@ -13,14 +13,14 @@ NO_URLS = ["nonsense", "ftp://h", "http://[::1", "://h", "ws://", "wss://", "htt
 
 @pytest.mark.parametrize("url", NO_URLS)
 @pytest.mark.parametrize("field", URL_SCHEMES)
-def test_a_url_that_is_none_is_named_with_its_schemes(
+def test_malformed_url_is_named_with_its_schemes(
     monkeypatch: pytest.MonkeyPatch, field: str, url: str
 ) -> None:
     monkeypatch.setenv(env_name(field), url)
     with pytest.raises(SettingsError) as error:
         load_settings()
     assert str(error.value).startswith(
-        f"{env_name(field)} is no URL that begins with {URL_SCHEMES[field][0]}://"
+        f"{env_name(field)} is not a URL that begins with {URL_SCHEMES[field][0]}://"
     )
     assert "\n" not in str(error.value)
 
@@ -35,8 +35,8 @@ def test_a_url_that_is_none_is_named_with_its_schemes(
         ("github_url", "https://h:99999/a"),
     ],
 )
-def test_a_url_of_another_kind_is_refused(field: str, url: str) -> None:
-    with pytest.raises(SettingsError, match=f"{env_name(field)} is no URL"):
+def test_url_of_another_scheme_is_refused(field: str, url: str) -> None:
+    with pytest.raises(SettingsError, match=f"{env_name(field)} is not a URL"):
         load_settings(**{field: url})
 
 
@@ -53,7 +53,7 @@ def test_a_url_of_another_kind_is_refused(field: str, url: str) -> None:
         ("github_url", "/srv/mine.git"),
     ],
 )
-def test_urls_and_places_are_taken(field: str, url: str) -> None:
+def test_urls_and_paths_are_accepted(field: str, url: str) -> None:
     assert getattr(load_settings(**{field: url}), field) == url
 
 

@@ -37,7 +37,7 @@ def test_the_environment_comes_before_the_file(secrets: Path, monkeypatch: pytes
     assert token() == "environment"
 
 
-def test_no_folder_and_foreign_files_are_nothing_special(
+def test_missing_folder_and_unknown_files_are_ignored(
     secrets: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     (secrets / "kubernetes.io").mkdir()
@@ -48,7 +48,7 @@ def test_no_folder_and_foreign_files_are_nothing_special(
     assert not recwarn.list
 
 
-def test_a_value_in_a_file_that_cannot_be_understood_is_named_and_not_shown(secrets: Path) -> None:
+def test_invalid_value_in_a_file_is_named_and_not_shown(secrets: Path) -> None:
     (secrets / "pkb_shards").write_text("geheim")
     with pytest.raises(SettingsError, match="PKB_SHARDS") as raised:
         load_settings()
@@ -56,7 +56,7 @@ def test_a_value_in_a_file_that_cannot_be_understood_is_named_and_not_shown(secr
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_we_may_not_read_is_one_line(secrets: Path) -> None:
+def test_unreadable_file_is_one_line(secrets: Path) -> None:
     path = secrets / "pkb_kite_access_token"
     path.write_text("geheim")
     path.chmod(0)
@@ -65,9 +65,7 @@ def test_a_file_we_may_not_read_is_one_line(secrets: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["inf", "nan", "-1", "0"])
-def test_a_retention_that_is_no_length_of_time_is_refused(
-    monkeypatch: pytest.MonkeyPatch, value: str
-) -> None:
+def test_invalid_retention_is_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PKB_STREAM_RETENTION_SECONDS", value)
     with pytest.raises(SettingsError, match="PKB_STREAM_RETENTION_SECONDS"):
         load_settings()

@@ -41,7 +41,7 @@ from pkbrokers_redis.candles.rows import CandleList
 from pkbrokers_redis.errors import UnknownInterval
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import Pipe
-from pkbrokers_redis.store.commit import Move
+from pkbrokers_redis.store.commit import CursorMove
 from pkbrokers_redis.store.errors import is_wrong_type
 from pkbrokers_redis.store.repairs import Forget, Gap, Rows, is_forget, read_repair
 from pkbrokers_redis.store.streams import id_order
@@ -103,7 +103,7 @@ class Repairs:
         waiting = [each for each in workers if each.repairs and each.is_ready(each.repairs[0])]
         return sorted(waiting, key=lambda each: id_order(each.repairs[0].id))
 
-    def apply(self, client: redis.Redis, worker: ShardWorker, now_ms: float) -> tuple[Move, Changes] | None:
+    def apply(self, client: redis.Redis, worker: ShardWorker, now_ms: float) -> tuple[CursorMove, Changes] | None:
         """Apply the repairs that are ready.
 
         Args:
@@ -139,7 +139,7 @@ class Repairs:
         if batch.forgotten:
             self._forget(worker, batch.forgotten)
         cursor = worker.cursor
-        return Move(cursor.id, cursor.read, {}, repair=last, forgotten=batch.forgotten), batch.changes()
+        return CursorMove(cursor.id, cursor.read, {}, repair=last, forgotten=batch.forgotten), batch.changes()
 
     def _forget(self, worker: ShardWorker, tokens: Iterable[int]) -> None:
         known = set(worker.state.tokens.tolist()).intersection(tokens)

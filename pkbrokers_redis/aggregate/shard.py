@@ -27,7 +27,7 @@ from pkbrokers_redis.candles.rows import flag_for, start_of
 from pkbrokers_redis.candles.state import LateTick, ShardState
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import Pipe
-from pkbrokers_redis.store.commit import Move, Position
+from pkbrokers_redis.store.commit import CursorMove, ShardCursor
 from pkbrokers_redis.store.streams import id_order, is_count
 
 EVIDENCE_BYTES = 120  # of malformed input, in a log line
@@ -299,7 +299,7 @@ class Applied(NamedTuple):
     ticks: int
     entries: int
     repeated: int
-    move: Move
+    move: CursorMove
     batch: TickArray | None = None
 
 
@@ -315,7 +315,7 @@ class ShardWorker:
     """A shard from its loading until it is lost, released, or its state no longer agrees with Redis."""
 
     def __init__(
-        self, shard: int, state: ShardState, cursor: Position, revisions: dict[bytes, bytes]
+        self, shard: int, state: ShardState, cursor: ShardCursor, revisions: dict[bytes, bytes]
     ) -> None:
         self.shard = shard
         self.state = state
@@ -361,7 +361,7 @@ class ShardWorker:
         cursor = self.cursor
         if not self.pending:
             self.applied_until_ms = self.read_until_ms
-            return Applied(0, 0, 0, Move(cursor.id, cursor.read, {}))
+            return Applied(0, 0, 0, CursorMove(cursor.id, cursor.read, {}))
         batch: list[TickArray] = []
         repeats: list[bool] = []
         newest: dict[bytes, int] = {}  # source → its last seq in this batch
@@ -391,7 +391,7 @@ class ShardWorker:
         if not self.pending:
             self.applied_until_ms = self.read_until_ms
         self._entries += done
-        move = Move(last_id, cursor.read + done, sources, self._evictable_sources(sources))
+        move = CursorMove(last_id, cursor.read + done, sources, self._evictable_sources(sources))
         return Applied(applied, done, sum(repeats[:done]), move, rows[:applied])
 
     def _evictable_sources(self, active: dict[bytes, int]) -> list[bytes]:

@@ -39,7 +39,7 @@ from pkbrokers_redis.aggregate.shard import (
 from pkbrokers_redis.candles.calendar import Sessions, load_sessions
 from pkbrokers_redis.candles.changeset import Changes, Scratch
 from pkbrokers_redis.candles.state import ShardState
-from pkbrokers_redis.clock import market_clock
+from pkbrokers_redis.clock import Backoff, market_clock
 from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.runtime.heartbeat import Heartbeat
@@ -49,13 +49,13 @@ from pkbrokers_redis.runtime.warmup import freeze_heap, warm_up
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import (
-    Move,
+    CursorMove,
     commit_args,
     ensure_groups,
-    load_book,
+    finish_commit,
     queue_commit,
-    read_position,
-    settle_commit,
+    read_cursor,
+    restore_shard,
 )
 from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.errors import is_function_missing, is_transient, is_wrong_type
@@ -77,7 +77,7 @@ TRIM_EVERY_MS = 2_000
 RETRY_MS = 2_000  # before keys of a wrong type are looked at again
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 1.0  # between attempts while Redis is unavailable
 
-Commit = tuple[ShardWorker, Move, Changes]
+Commit = tuple[ShardWorker, CursorMove, Changes]
 
 
 class Derivatives:
@@ -185,22 +185,22 @@ class Aggregator:
             stop: Ends the loop; what the streams still hold is applied first, for up to 5 s.
             on_round: Called after each round with the ticks that it applied.
         """
-        pause_seconds = PAUSE_SECONDS_MIN
+        backoff = Backoff(PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX)
         try:
             while not stop.is_set():
                 try:
                     if not self._started:
                         self.start()
                     on_round(self.step())
-                    pause_seconds = PAUSE_SECONDS_MIN
+                    backoff.reset()
                 except (redis.RedisError, RedisUnavailable) as error:
                     if isinstance(error, ResponseError) and not _may_pass(error):
                         raise
                     reason = str(error).partition("\n")[0][:200]
+                    pause_seconds = backoff.next()
                     log.warning("redis_unavailable", reason=reason, retry_seconds=pause_seconds)
                     self._discard_states()
                     stop.wait(pause_seconds)
-                    pause_seconds = min(pause_seconds * 2, PAUSE_SECONDS_MAX)
             self._drain()
         finally:
             self.close()
@@ -345,7 +345,7 @@ class Aggregator:
 
     def _load(self, shard: int, epoch: int) -> None:
         """Load a shard's state as the last commit left it."""
-        cursor = read_position(self._client, self._keys, shard, self.leases.owner, epoch)
+        cursor = read_cursor(self._client, self._keys, shard, self.leases.owner, epoch)
         state = ShardState(
             self._settings.intervals,
             self._sessions,
@@ -354,7 +354,7 @@ class Aggregator:
             derivatives=self._derivatives.tokens,
             scratch=self._scratch,
         )
-        revisions = load_book(self._client, self._keys, shard, state, self._log_malformed_state)
+        revisions = restore_shard(self._client, self._keys, shard, state, self._log_malformed_state)
         self._symbols.load(self._client, state.tokens.tolist())
         self.workers[shard] = ShardWorker(shard, state, cursor, revisions)
         self._quarantined.pop(shard, None)
@@ -430,7 +430,7 @@ class Aggregator:
             pipe.flush()  # Redis runs it while the next shard's is written
         for (worker, move, _), reply in zip(commits, pipe.execute(), strict=True):
             try:
-                refusals = settle_commit(reply, worker.cursor, move)
+                refusals = finish_commit(reply, worker.cursor, move)
             except CommitRefused as refusal:
                 self._drop(worker, refusal)
                 continue

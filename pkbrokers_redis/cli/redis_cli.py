@@ -22,7 +22,7 @@ from redis.sentinel import SentinelConnectionPool
 
 from pkbrokers_redis.cli.common import require_store
 from pkbrokers_redis.settings import load_settings
-from pkbrokers_redis.store.cluster import cluster_of, master_pool
+from pkbrokers_redis.store.cluster import cluster_of, connection_options, master_pool
 from pkbrokers_redis.store.connect import connect
 
 PROGRAMS = ("redis-cli", "valkey-cli")
@@ -69,7 +69,7 @@ def cli_arguments(client: redis.Redis) -> tuple[list[str], dict[str, str]]:
     The password is only in the environment: arguments can be read in `ps` by everybody.
     """
     pool, options = server_pool(client)
-    kwargs: dict[str, Any] = dict(pool.connection_kwargs)
+    kwargs = connection_options(pool)
     if issubclass(type(pool), SentinelConnectionPool):
         kwargs["host"], kwargs["port"] = pool.get_master_address()
     if kwargs.get("path"):

@@ -21,6 +21,7 @@ import redis
 from pkbrokers_redis.candles.model import CANDLE_FIELDS, FLAG_NAMES, Candle
 from pkbrokers_redis.errors import UnknownSymbol
 from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.errors import is_wrong_type
 from pkbrokers_redis.store.rows import Tally, parse_candles
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def _fetch(
     replies = pipe.execute(raise_on_error=False)
     for i, reply in enumerate(replies):
         if isinstance(reply, Exception):
-            if "WRONGTYPE" not in str(reply):
+            if not is_wrong_type(reply):
                 raise reply
             tally.rows_refused += 1
             replies[i] = None

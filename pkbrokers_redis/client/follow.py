@@ -23,7 +23,8 @@ from pkbrokers_redis.client.follow_core import (
 from pkbrokers_redis.errors import WrongKeyType
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import AsyncClient
-from pkbrokers_redis.store.rows import Tally, Tick, expecting, ticks_of
+from pkbrokers_redis.store.errors import expect_type, is_wrong_type
+from pkbrokers_redis.store.rows import Tally, Tick, ticks_of
 from pkbrokers_redis.store.streams import StreamReader
 
 __all__ = ["AsyncFollower", "ClosedCandle", "Follower", "follow_ticks", "last_closed", "newest_first"]
@@ -143,7 +144,7 @@ class Follower(_Reader):
         for shard in self._core.shards:
             key = self._keys.closed(shard)
             try:
-                with expecting(self._client, key, "stream"):
+                with expect_type(self._client, key, "stream"):
                     infos[shard] = _stream_info(self._client.xinfo_stream(key))
             except ResponseError as error:
                 if not _is_missing(error):
@@ -269,7 +270,7 @@ class AsyncFollower(_Reader):
             try:
                 infos[shard] = _stream_info(await self._client.xinfo_stream(key))
             except ResponseError as error:
-                if "WRONGTYPE" in str(error):
+                if is_wrong_type(error):
                     kind: Any = await self._client.type(key)
                     raise WrongKeyType(key, text_of(kind), "stream") from error
                 if not _is_missing(error):
@@ -309,7 +310,7 @@ def newest_first(
     """Yield a stream's entries from the newest back, read `page` at a time. Raises WrongKeyType."""
     before = "+"
     for _ in range(0, entries_max, page):
-        with expecting(client, key, "stream"):
+        with expect_type(client, key, "stream"):
             entries: Any = client.xrevrange(key, before, "-", count=page)
         for raw_id, fields in entries:
             yield parse_id(raw_id), fields
@@ -327,7 +328,7 @@ def follow_ticks(
 ) -> Iterator[Tick]:
     """Yield an instrument's ticks from now on; end when none arrived for `block_seconds` (None: never)."""
     key = keys.ticks(keys.shard_of(token))
-    with expecting(client, key, "stream"):
+    with expect_type(client, key, "stream"):
         newest: Any = client.xrevrange(key, count=1)
     last = newest[0][0] if newest else "0-0"
     last_tick_at = time.monotonic()

@@ -34,6 +34,7 @@ from pkbrokers_redis.client.mirror_rows import (
 )
 from pkbrokers_redis.client.row_buffer import NO_ROWS, Floats, RowBuffer
 from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.clock import Backoff
 from pkbrokers_redis.errors import PkbError
 
 log = logs.get("mirror")
@@ -290,18 +291,18 @@ class Mirror:
     # -- inside ----------------------------------------------------------------------------------
 
     def _run(self, process: _ProcessState) -> None:
-        retry_seconds = RETRY_SECONDS_MIN
+        backoff = Backoff(RETRY_SECONDS_MIN, RETRY_SECONDS_MAX)
         while not process.stop.is_set():
             try:
                 self.poll(BLOCK_SECONDS)
                 if not self.memory.buffers:
                     process.stop.wait(BLOCK_SECONDS)
-                retry_seconds = RETRY_SECONDS_MIN
+                backoff.reset()
             except (redis.RedisError, OSError, PkbError) as error:
                 reason = str(error).partition("\n")[0][:200]
+                retry_seconds = backoff.next()
                 log.warning("mirror_not_current", reason=reason, retry_seconds=retry_seconds)
                 process.stop.wait(retry_seconds)
-                retry_seconds = min(retry_seconds * 2, RETRY_SECONDS_MAX)
 
     def _poll(self, process: _ProcessState, block_seconds: float) -> int:
         follower = process.follower

@@ -15,6 +15,7 @@ from pkbrokers_redis.client.follow_core import Fields
 from pkbrokers_redis.client.row_buffer import NO_FLAGS, NO_ROWS, WIDTH, RowBuffer
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.store.errors import is_wrong_type
 from pkbrokers_redis.store.rows import parse_candle
 from pkbrokers_redis.store.symbols import read_tokens
 
@@ -176,7 +177,7 @@ def refresh_currents(store: CandleStore, memory: MirrorRows, keys: Sequence[Buff
                 buffer = memory.buffer_of(token, interval)
                 if buffer is None:
                     continue
-                if isinstance(reply, Exception) and "WRONGTYPE" not in str(reply):
+                if isinstance(reply, Exception) and not is_wrong_type(reply):
                     raise reply
                 candle = parse_candle(reply) if isinstance(reply, bytes) else None
                 store.tally.rows_refused += reply is not None and candle is None

@@ -38,6 +38,7 @@ from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.kite.websocket import CONNECTIONS_PER_KEY_MAX, TOKENS_PER_CONNECTION_MAX
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import leases
+from pkbrokers_redis.store.errors import is_wrong_type
 
 log = logs.get("ingest")
 
@@ -204,7 +205,7 @@ class FeedAssignments:
             if not is_published or has_changed or differs:
                 self._publish(client, is_published, may_merge=is_first and not other_workers)
         except ResponseError as error:
-            if "WRONGTYPE" not in str(error):
+            if not is_wrong_type(error):
                 raise
             if self._once.first("wrong type"):
                 key = self._keys.feeds()

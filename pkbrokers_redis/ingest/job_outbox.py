@@ -22,6 +22,7 @@ from rq import Queue
 from pkbrokers_redis import logs
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.errors import is_wrong_type
 from pkbrokers_redis.store.queue import JOBS, enqueue, job_id
 
 log = logs.get("ingest")
@@ -71,7 +72,7 @@ class JobOutbox:
                 return
             client.hset(self._key, id_, job)
         except ResponseError as error:
-            if "WRONGTYPE" not in str(error):
+            if not is_wrong_type(error):
                 raise
             self._refuse(name, f"{self._key} is no hash", f"look at it, then `DEL {self._key}`")
             return

@@ -29,6 +29,7 @@ from pkbrokers_redis.ingest.connections import Connections, FeedConnection, Feed
 from pkbrokers_redis.ingest.feeds import Feed
 from pkbrokers_redis.ingest.job_outbox import JobOutbox
 from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.errors import is_wrong_type
 from pkbrokers_redis.store.repairs import send_gap
 
 log = logs.get("ingest")
@@ -130,7 +131,7 @@ class Outages:
         try:
             progress = client.hget(self._keys.feed_progress(), str(feed.number))
         except ResponseError as error:
-            if "WRONGTYPE" not in str(error):
+            if not is_wrong_type(error):
                 raise
         return FeedLiveness(_parse_progress(progress) or max(seen.values(), default=None))
 
@@ -167,7 +168,7 @@ class Outages:
             for token in chunk:
                 pipeline.hget(self._keys.quote(token), "received_at")
             for token, reply in zip(chunk, pipeline.execute(raise_on_error=False), strict=True):
-                if isinstance(reply, Exception) and "WRONGTYPE" not in str(reply):
+                if isinstance(reply, Exception) and not is_wrong_type(reply):
                     raise reply
                 if reply is not None:  # a quote without a readable time counts as seen just now
                     moment_ms = _parse_moment(reply) if isinstance(reply, bytes) else 0.0
@@ -205,7 +206,7 @@ class Outages:
                 self._save_progress(client, connections)
             except (redis.RedisError, PkbError) as error:
                 self._client = None
-                if "WRONGTYPE" in str(error) and self._once.first(str(error)):
+                if is_wrong_type(error) and self._once.first(str(error)):
                     hint = f"look at {self._keys.feed_progress()} and {self._keys.repairs(0)}, …"
                     log.error("outages_not_reported", reason=str(error)[:200], hint=hint)
 

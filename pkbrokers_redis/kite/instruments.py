@@ -342,7 +342,7 @@ class KiteInstruments:
         digest = parsed.sha256 if not parsed.expired else f"{parsed.sha256}-{parsed.expired}"
         before = instruments.read_manifest(client, keys)
         changed = force or not instruments.is_current(client, keys, digest, scope)
-        swapped = instruments.Swapped(len(parsed.rows), 0, 0)
+        swapped = instruments.SwapResult(len(parsed.rows), 0, 0)
         if changed:
             rows = [row for row in parsed.rows if not named or row["exchange"] in named]
             in_scope = named or sorted({row["exchange"] for row in rows})

@@ -1,13 +1,13 @@
-"""`P:auth`: the Kite session that all processes share, and `P:login`: what logging in has taught us.
+"""`P:auth`: the Kite session that all processes share. `P:login`: the state of logging in.
 
     P:auth         hash     id api_key user_id access_token enctoken login_at expires_at refused
                             TTL until 06:00 in India
-    P:login        hash     attempts attempted_at refused mend refused_at totp_window
-    P:login:lock   string   the worker that logs in (`lease.try_lease`), TTL
+    P:login        hash     attempts attempted_at refused hint refused_at totp_window
+    P:login:lock   string   the worker that logs in (a `leases.LeaderLease`), TTL
 
-A session is never deleted by who finds it dead, it is marked: `refused` is the id of the session that Kite
-answered with 403. So the mark of a slow worker cannot hit the session that another made meanwhile, and no
-script is needed to compare and delete. Times in Redis are ISO 8601 with +05:30.
+A dead session is marked, never deleted: `refused` is the id of the session that Kite answered with 403. So
+the mark of a slow worker cannot hit a session that another worker has made meanwhile, and needs no script
+that compares and deletes. Times in Redis are ISO 8601 with +05:30.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any, Literal
 
 import redis
 from pydantic import SecretStr
-from redis.exceptions import ResponseError
 
 from pkbrokers_redis.candles.calendar import IST
-from pkbrokers_redis.errors import LoginRefused, WrongKeyType
+from pkbrokers_redis.errors import LoginRefused
 from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.errors import expect_type
 
-EXPIRES_AT_HOUR = 6  # Kite's docs: tokens are flushed at 06:00. Some die earlier: the 403 decides, not this
+EXPIRES_AT_HOUR = 6  # Kite's docs: tokens are flushed at 06:00. Some end earlier: the 403 decides
 OUTAGE_SECONDS = 3600.0  # attempts older than this belong to another outage
 TOTP_PERIOD_SECONDS = 30
 
@@ -34,7 +34,7 @@ TOTP_PERIOD_SECONDS = 30
 class Session:
     """One login at Kite: an access token (official flow) or an enctoken (web login). No repr shows either.
 
-    `login_at`, `expires_at` are epoch seconds, 0 where nobody knows: a token out of the settings.
+    `login_at` and `expires_at` are epoch seconds, 0 for a token from the settings, whose times are unknown.
     """
 
     api_key: str = ""
@@ -43,21 +43,21 @@ class Session:
     enctoken: SecretStr | None = None
     login_at: float = 0.0
     expires_at: float = 0.0
-    id: str = ""  # of a session in P:auth; "" out of the settings
+    id: str = ""  # of a session in P:auth; "" for one from the settings
 
     @property
     def kind(self) -> Literal["access_token", "enctoken"]:
-        """Which of the two it is. An access token goes first."""
+        """Return which of the two it carries. An access token takes precedence."""
         return "access_token" if self.access_token is not None else "enctoken"
 
     @property
     def token(self) -> str:
-        """The secret itself: for headers and the websocket's URL, for nothing else."""
+        """Return the secret, for headers and the websocket's URL only."""
         secret = self.access_token if self.access_token is not None else self.enctoken
         return "" if secret is None else secret.get_secret_value()
 
     def is_same(self, other: Session | None) -> bool:
-        """Whether both carry the same token of the same api key."""
+        """Return whether both carry the same token of the same api key."""
         return other is not None and (self.kind, self.token, self.api_key) == (
             other.kind,
             other.token,
@@ -66,14 +66,14 @@ class Session:
 
 
 def expires_at(login_at: float) -> float:
-    """The first 06:00 in India after a login; epoch seconds."""
+    """Return the first 06:00 in India after a login, epoch seconds."""
     moment = datetime.fromtimestamp(login_at, IST)
     end = moment.replace(hour=EXPIRES_AT_HOUR, minute=0, second=0, microsecond=0)
     return (end if end > moment else end + timedelta(days=1)).timestamp()
 
 
 def save_session(client: redis.Redis, keys: Keys, session: Session) -> Session:
-    """Make it everybody's session. Returns it with its id. An earlier refusal is forgotten."""
+    """Share a session with all processes, and clear an earlier refusal. Return the session with its id."""
     saved = replace(
         session,
         id=secrets.token_hex(4),
@@ -88,7 +88,7 @@ def save_session(client: redis.Redis, keys: Keys, session: Session) -> Session:
         saved.kind: saved.token,
     }
     pipe: Any = client.pipeline(transaction=True)
-    pipe.execute_command("DEL", keys.auth())  # redis-py's `delete` goes its own way on a cluster
+    pipe.execute_command("DEL", keys.auth())  # redis-py's cluster pipelines do not pass `delete` on
     pipe.hset(keys.auth(), mapping=fields)
     pipe.expireat(keys.auth(), int(saved.expires_at))
     pipe.execute()
@@ -97,12 +97,13 @@ def save_session(client: redis.Redis, keys: Keys, session: Session) -> Session:
 
 
 def load_session(client: redis.Redis, keys: Keys) -> Session | None:
-    """The shared session; None where there is none, Kite refused it, or a foreign hand wrote the hash.
+    """Return the shared session; None when there is none, Kite refused it, or the hash is malformed.
 
-    Raises WrongKeyType.
+    Raises:
+        WrongKeyType: `P:auth` is not a hash.
     """
     found = _hash(client, keys.auth())
-    if found.get("refused", "") == found.get("id", ""):  # both absent: nothing is there
+    if found.get("refused", "") == found.get("id", ""):  # both absent: there is no session
         return None
     access_token, enctoken = found.get("access_token"), found.get("enctoken")
     if not (access_token or enctoken):
@@ -119,30 +120,30 @@ def load_session(client: redis.Redis, keys: Keys) -> Session | None:
 
 
 def forget_session(client: redis.Redis, keys: Keys, failed: Session) -> None:
-    """Kite answered 403 to this session: nobody may load it again. A newer one is not touched."""
+    """Mark a session that Kite answered with 403, so that no process loads it. A newer one is unaffected."""
     if not failed.id:
-        return  # out of the settings: not in Redis
+        return  # from the settings: not in Redis
     pipe = client.pipeline(transaction=True)
     pipe.hset(keys.auth(), "refused", failed.id)
-    # The hash may have run out since: then the mark stands alone, and must run out too.
+    # The hash may have expired: then the mark is its only field, and must expire, too.
     pipe.expireat(keys.auth(), int(failed.expires_at), nx=True)
     pipe.execute()
 
 
 @dataclass(frozen=True, slots=True)
 class LoginState:
-    """What all processes know of the logins of this outage. Epoch seconds."""
+    """What all processes know of the logins of this outage. Times are epoch seconds."""
 
     attempts: int = 0
     attempted_at: float = 0.0
-    refused: str = ""  # why Kite refused our credentials: a person must act
-    hint: str = ""  # and how
+    refused: str = ""  # why Kite refused the credentials: a person must act
+    hint: str = ""  # what to do about it
     refused_at: float = 0.0
     totp_window: int = 0  # the last half minute (since the epoch) whose TOTP was used
 
 
 def load_login_state(client: redis.Redis, keys: Keys, now: float) -> LoginState:
-    """As `P:login` has it; attempts of an outage an hour ago no longer count. Raises WrongKeyType."""
+    """Read `P:login`. Attempts older than an hour belong to another outage. Raise WrongKeyType."""
     found = _hash(client, keys.login())
     attempted_at = _epoch(found.get("attempted_at", ""))
     recent = abs(now - attempted_at) < OUTAGE_SECONDS
@@ -157,34 +158,29 @@ def load_login_state(client: redis.Redis, keys: Keys, now: float) -> LoginState:
 
 
 def note_attempt(client: redis.Redis, keys: Keys, state: LoginState, now: float) -> None:
-    """One more attempt in this outage. Only the holder of `P:login:lock` writes."""
+    """Count one more attempt in this outage. Only the holder of `P:login:lock` writes."""
     client.hset(keys.login(), mapping={"attempts": state.attempts + 1, "attempted_at": _iso(now)})
 
 
 def note_refusal(client: redis.Redis, keys: Keys, error: LoginRefused, now: float) -> None:
-    """Kite refused our credentials: nobody tries them again before `pkb login`."""
+    """Record that Kite refused the credentials. No process tries them again before `pkb login`."""
     fields = {"refused": error.message, "hint": error.hint, "refused_at": _iso(now)}
     client.hset(keys.login(), mapping=fields)  # type: ignore[arg-type]  # dict is invariant
 
 
 def clear_outage(client: redis.Redis, keys: Keys) -> None:
-    """Attempts and refusals are forgotten: a person takes over."""
+    """Clear attempts and refusals, because a person logs in."""
     client.hdel(keys.login(), "attempts", "attempted_at", "refused", "hint", "refused_at")
 
 
 def note_totp_window(client: redis.Redis, keys: Keys, window: int) -> None:
-    """The TOTP of this half minute is used up: Kite takes each once."""
+    """Record that the TOTP of this half minute was used: Kite accepts each once."""
     client.hset(keys.login(), "totp_window", window)
 
 
 def _hash(client: redis.Redis, key: str) -> dict[str, str]:
-    try:
+    with expect_type(client, key, "hash"):
         found: Any = client.hgetall(key)
-    except ResponseError as error:
-        if "WRONGTYPE" in str(error):
-            kind: Any = client.type(key)
-            raise WrongKeyType(key, kind.decode(), "hash") from None
-        raise
     return {name.decode(errors="replace"): value.decode(errors="replace") for name, value in found.items()}
 
 

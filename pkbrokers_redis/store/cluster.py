@@ -1,29 +1,16 @@
-"""Redis Cluster behind the manners of one server.
+"""The only module that touches redis-py's private parts: clusters, packed pipelines, pinned connections.
 
-redis-py's cluster client says in many ways that a part of the cluster is away or on the move: MOVED, ASK,
-TRYAGAIN, CLUSTERDOWN, and exceptions that are not even RedisErrors. Workers know one word for all of that,
-`redis.ConnectionError`: load again and go on. `ClusterClient` speaks it.
+redis-py's cluster client reports a part that is unavailable or migrating in many ways: MOVED, ASK, TRYAGAIN,
+CLUSTERDOWN, and exceptions that are not even RedisErrors. `ClusterClient` turns all of them into
+`redis.ConnectionError`, after which a worker loads its state again and resumes.
 
     one server                          a cluster
     a command                           the same; redis-py follows MOVED and ASK
-    pipeline(transaction=False)         commands of many slots; a node's go out together
+    pipeline(transaction=False)         commands of many slots; those of one node are sent together
     pipeline(transaction=True)          keys of one slot only (a shard's, or one key)
-    XREAD of several shards' streams    `store.streams.StreamReader`
-    hot pipelines                       `store.pipe.Pipe`
+    XREAD of several shards' streams    `streams.StreamReader`
+    performance-critical pipelines      `Pipe`
     FUNCTION LOAD, SCAN                 redis-py asks every master
-
-A pipeline for the hot paths: packed in one piece, sent with one write, replies read in order.
-
-redis-py's own looks at every argument in Python and writes in pieces of 6 KB; for a commit of five thousand
-arguments that took longer than Redis took to carry it out (docs/decisions/0004). Retries are the caller's.
-
-On a cluster the commands go to the masters that have their keys, one write a master, and all masters work
-at once; the replies come back in the order of the commands.
-
-An asyncio client of the same store as a client that is there: one server, Sentinel or Cluster.
-
-`connect` has read the URL, probed the server and explained what was wrong with it; what it found is taken
-from its client, so that there is one way from settings to a server.
 """
 
 from __future__ import annotations
@@ -50,12 +37,12 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-# MovedError is an AskError. None of these commands was carried out, or nobody knows.
-AWAY = (RedisClusterException, ClusterError, AskError, TryAgainError)
+# MovedError is an AskError. After these the command was not executed, or its outcome is unknown.
+CLUSTER_ERRORS = (RedisClusterException, ClusterError, AskError, TryAgainError)
 
 
 class ClusterClient(redis.RedisCluster):
-    """`redis.RedisCluster` that raises redis.ConnectionError wherever trying again is the answer."""
+    """`redis.RedisCluster` that raises redis.ConnectionError wherever a later attempt may succeed."""
 
     def __init__(self, **arguments: Any) -> None:
         initialize: Any = super().__init__
@@ -63,35 +50,37 @@ class ClusterClient(redis.RedisCluster):
         self.commands_parser: Any = _KeyFinder(self.commands_parser)
 
     def execute_command(self, *args: Any, **kwargs: Any) -> Any:
-        """As redis-py's; a cluster in trouble raises redis.ConnectionError."""
+        """Execute as redis-py does. Raise redis.ConnectionError for a cluster in change."""
         execute: Any = super().execute_command  # Any: redis-py's cluster has no types
         with connection_errors():
             return execute(*args, **kwargs)
 
     def pipeline(self, transaction: Any = None, shard_hint: Any = None) -> Any:
-        """As redis-py's; and commands whose slot moved are sent again to where it is now. One that no node
-        answered raises redis.ConnectionError, whatever `raise_on_error` says: it must not be taken for an
-        empty key."""
+        """Return a pipeline as redis-py does, which also repeats commands whose slot has moved.
+
+        A command that no node answered raises redis.ConnectionError, whatever `raise_on_error` states: its
+        missing reply must not be mistaken for an empty key.
+        """
         make: Any = super().pipeline
         pipeline = make(transaction or None, shard_hint)
         execute, execute_command = pipeline.execute, pipeline.execute_command
         commands: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
-        def note_command(*args: Any, **options: Any) -> Any:
+        def record_command(*args: Any, **options: Any) -> Any:
             commands.append((args, dict(options)))
             return execute_command(*args, **options)
 
         def execute_all(raise_on_error: bool = True) -> list[Any]:
-            noted = commands[:]
+            recorded = commands[:]
             commands.clear()
             with connection_errors():
-                # redis-py follows no redirection in a pipeline, so its first error must not end it here.
+                # redis-py does not follow redirections in a pipeline, so its first error must not end it.
                 replies: list[Any] = execute(False)
-                for n, (reply, (args, options)) in enumerate(zip(replies, noted, strict=True)):
+                for n, (reply, (args, options)) in enumerate(zip(replies, recorded, strict=True)):
                     if isinstance(reply, (AskError, TryAgainError)) and not transaction:
                         replies[n] = self.execute_command(*args, **options)
-                    elif isinstance(reply, (*AWAY, redis.ConnectionError, redis.TimeoutError)):
-                        refresh(self)
+                    elif isinstance(reply, (*CLUSTER_ERRORS, redis.ConnectionError, redis.TimeoutError)):
+                        refresh_topology(self)
                         raise reply
                     elif isinstance(reply, Exception) and raise_on_error:
                         raise reply
@@ -99,24 +88,24 @@ class ClusterClient(redis.RedisCluster):
                         replies[n] = self._shape(args[0], options, reply)
                 return replies
 
-        pipeline.execute, pipeline.execute_command = execute_all, note_command
-        for name in ("delete", "unlink", "exists"):  # redis-py hands these past `execute_command`
+        pipeline.execute, pipeline.execute_command = execute_all, record_command
+        for name in ("delete", "unlink", "exists"):  # redis-py does not pass these to `execute_command`
             word = "DEL" if name == "delete" else name.upper()
-            setattr(pipeline, name, functools.partial(note_command, word))
+            setattr(pipeline, name, functools.partial(record_command, word))
         return pipeline
 
     def _shape(self, name: str, options: dict[str, Any], reply: Any) -> Any:
-        """A reply as redis-py gives it: its cluster leaves those of transactions raw (HGETALL a list)."""
+        """Convert a reply as redis-py does. Its cluster client leaves transactions raw."""
         node: Any = self.nodes_manager.default_node
         callback: Any = dict.get(self.get_redis_connection(node).response_callbacks, name)
         if callback is None or isinstance(reply, Exception):
             return reply
-        options.pop("keys", None)  # redis-py's note for its cache
+        options.pop("keys", None)  # an option of redis-py's client cache
         return callback(reply, **options)
 
 
 class _KeyFinder:
-    """redis-py's parser, which asks the server for the keys of each FCALL: a round trip more. We need not."""
+    """redis-py's command parser, without the round trip that asks the server for the keys of an FCALL."""
 
     def __init__(self, parser: Any) -> None:
         self._parser = parser
@@ -131,44 +120,75 @@ class _KeyFinder:
 
 
 def cluster_of(client: Any) -> redis.RedisCluster | None:
-    """The client as what it is on a cluster, else None. (`connect` says redis.Redis of all.)"""
+    """Return the client as a RedisCluster when it is one, else None. (`connect` types all as redis.Redis.)"""
     return client if isinstance(client, redis.RedisCluster) else None
 
 
 @contextlib.contextmanager
 def connection_errors() -> Iterator[None]:
-    """Turns a cluster's troubles into redis.ConnectionError, with the cause chained."""
+    """Turn a cluster's errors into redis.ConnectionError, with the cause chained."""
     try:
         yield
     except CrossSlotTransactionError:
-        raise  # our mistake: trying again would not help
-    except AWAY as error:
-        raise redis.ConnectionError(f"the cluster is changing or a part is away ({error})") from error
+        raise  # a bug: another attempt would not help
+    except CLUSTER_ERRORS as error:
+        raise redis.ConnectionError(f"the cluster is changing or a part is unavailable ({error})") from error
 
 
 def master_pool(client: redis.RedisCluster, key: bytes | str) -> Any:
-    """The connection pool of the master that has this key. Raises redis.ConnectionError."""
+    """Return the connection pool of the master that holds this key. Raise redis.ConnectionError."""
     with connection_errors():
         name = key.encode() if isinstance(key, str) else key
         node = client.nodes_manager.get_node_from_slot(key_slot(name))
         return client.get_redis_connection(node).connection_pool
 
 
-def refresh(client: redis.RedisCluster) -> None:
-    """Ask for the topology anew; in vain while no node answers, which the next command will say."""
+def refresh_topology(client: redis.RedisCluster) -> None:
+    """Ask for the topology again. Without an answer nothing changes, and the next command raises."""
     with contextlib.suppress(redis.RedisError, RedisClusterException, OSError):
         client.nodes_manager.initialize()
 
 
-# Where a command has its (first) key; 1 for those that are not here. XREAD is `XREAD COUNT n STREAMS key id`.
+def new_connection(pool: Any) -> Any:
+    """Return a connection with the options of a pool, which the pool does not own."""
+    return pool.connection_class(**pool.connection_kwargs)
+
+
+def socket_of(connection: Any) -> Any:
+    """Return the socket of a connected connection."""
+    return connection._sock
+
+
+def connection_options(pool: Any) -> dict[str, Any]:
+    """Return the options that a pool makes its connections with, as a copy."""
+    return dict(pool.connection_kwargs)
+
+
+def use_raw_replies(client: redis.Redis) -> None:
+    """Set bytes and RESP2 for all connections of a client. Raise TypeError for an unknown option."""
+    pool = client.connection_pool
+    pool.connection_kwargs.update(decode_responses=False, protocol=2)
+    new_connection(pool)
+
+
+# Index of a command's (first) key, 1 by default. XREAD is `XREAD COUNT n STREAMS key id`.
 _KEY_AT = {"FCALL": 3, "FCALL_RO": 3, "XGROUP": 2, "XINFO": 2, "XREAD": 4}
 
 
 class Pipe:
-    """Collects commands; `execute` sends them all. Arguments are bytes, str, int or float.
+    """Collects commands, and sends them in one piece; the replies are raw and in the order of the commands.
 
-    A command's key stands behind its name, or where `_KEY_AT` says. Between MULTI and EXEC all keys must be
-    of one slot.
+    redis-py's own pipeline looks at every argument in Python and writes in pieces of 6 KB. For a commit of
+    five thousand arguments that took longer than Redis took to execute it (docs/decisions/0004). On a
+    cluster the commands go to the masters of their keys, one write per master. Retries are the caller's.
+
+    A command's key follows its name, or stands where `_KEY_AT` states. Between MULTI and EXEC all keys must
+    be of one slot.
+
+    Example:
+        pipe = Pipe(client)
+        pipe.add("HGET", "pkb:{1}:current:256265", "5m")
+        [row] = pipe.execute()
     """
 
     def __init__(self, client: redis.Redis) -> None:
@@ -184,11 +204,11 @@ class Pipe:
 
     @property
     def is_clustered(self) -> bool:
-        """Whether the commands go to a cluster."""
+        """Return whether the commands go to a cluster."""
         return self._cluster is not None
 
     def add(self, *command: Any) -> None:
-        """Append a command: its name and arguments."""
+        """Append a command: its name, then bytes, str, int or float arguments."""
         self._parts.append(pack_command(command))
         if self._cluster is not None:
             self._note_key(command)
@@ -205,8 +225,9 @@ class Pipe:
     def execute(self) -> list[Any]:
         """Send everything and return the raw replies, errors of single commands as exceptions in the list.
 
-        Raises redis.ConnectionError or TimeoutError when a connection failed, or when a cluster's slots are
-        elsewhere by now: then nobody knows which commands were carried out.
+        Raises:
+            redis.ConnectionError: Or TimeoutError, when a connection failed or a cluster's slots moved. It is
+                then unknown which commands were executed.
         """
         if self._cluster is not None:
             parts, self._parts = self._parts, []
@@ -226,9 +247,9 @@ class Pipe:
             self._pool.release(connection)
 
     def flush(self) -> None:
-        """Send what was added so far without waiting for replies, so that the server can begin.
+        """Send the commands added so far without waiting for replies, so that the server can begin.
 
-        Then `execute` must follow. On a cluster nothing happens before `execute`.
+        `execute` must follow. On a cluster nothing is sent before `execute`.
         """
         if self._cluster is not None or not self._parts:
             return
@@ -249,32 +270,32 @@ def _execute_on_masters(cluster: redis.RedisCluster, parts: list[bytes], keys: l
     groups: dict[Any, list[int]] = {}  # pool of a master → numbers of its commands
     pools: dict[Any, Any] = {}
     replies: list[Any] = [None] * len(parts)
-    taken: list[tuple[Any, Any, list[int]]] = []
+    used: list[tuple[Any, Any, list[int]]] = []
     try:
         for n, key in enumerate(keys):
             if key not in pools:
                 pools[key] = master_pool(cluster, key)
             groups.setdefault(pools[key], []).append(n)
         for pool, numbers in groups.items():
-            taken.append((pool, pool.get_connection(), numbers))
-        for _, connection, numbers in taken:
+            used.append((pool, pool.get_connection(), numbers))
+        for _, connection, numbers in used:
             connection.send_packed_command([b"".join([parts[n] for n in numbers])])
-        for _, connection, numbers in taken:
+        for _, connection, numbers in used:
             for n in numbers:
                 replies[n] = _reply(connection)
     except BaseException as error:
-        for _, connection, _ in taken:
+        for _, connection, _ in used:
             connection.disconnect()  # unread replies must not meet the next caller
         if isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
-            refresh(cluster)
+            refresh_topology(cluster)
         raise
     finally:
-        for pool, connection, _ in taken:
+        for pool, connection, _ in used:
             pool.release(connection)
-    moved = next((reply for reply in replies if isinstance(reply, AWAY)), None)
+    moved = next((reply for reply in replies if isinstance(reply, CLUSTER_ERRORS)), None)
     if moved is not None:
-        refresh(cluster)
-        raise redis.ConnectionError(f"the cluster is changing or a part is away ({moved})") from moved
+        refresh_topology(cluster)
+        raise redis.ConnectionError(f"the cluster is changing or a part is unavailable ({moved})") from moved
     return replies
 
 
@@ -288,7 +309,7 @@ def _reply(connection: Any) -> Any:
 
 
 class PinnedConnections:
-    """Keeps a client on the connections it has: after `pin` none is opened without the caller's noticing.
+    """Keeps a client on its present connections: after `pin` an attempt to open one raises an error.
 
     redis-py replaces a lost connection silently, and Sentinel, a cluster or a moved address may put another
     server behind the new one, a replica that lags for instance. What is sent next would follow a gap, and the
@@ -309,7 +330,7 @@ class PinnedConnections:
             self._install(client.connection_pool.connection_kwargs, socket_timeout_seconds)
             self._reset(client)
             return
-        self._install(nodes.connection_kwargs, socket_timeout_seconds)  # of connections to nodes to come
+        self._install(nodes.connection_kwargs, socket_timeout_seconds)  # of nodes that are discovered later
         for node in nodes.nodes_cache.values():
             if node.redis_connection is not None:
                 pool = node.redis_connection.connection_pool
@@ -335,15 +356,15 @@ class PinnedConnections:
         client.connection_pool.reset()
 
     def pin(self) -> None:
-        """From now on every attempt to connect raises redis.ConnectionError."""
+        """Make every later attempt to connect raise redis.ConnectionError."""
         self._is_pinned = True
 
 
-RETRIES = 3
+ASYNC_RETRIES = 3
 
 AsyncClient = Any  # redis.asyncio.Redis or redis.asyncio.RedisCluster, which share no base class
 
-# What a connection is made of; all else among redis-py's arguments is its own machinery, sync or async.
+# Options of a connection that sync and async clients share.
 _SHARED = {
     "client_name",
     "credential_provider",
@@ -366,7 +387,11 @@ _SCHEMES: dict[type, type] = {
 
 
 def async_client_of(client: redis.Redis) -> AsyncClient:
-    """A new asyncio client of the client's store; it connects with its first command. `aclose` it."""
+    """Return a new asyncio client of the client's store: one server, Sentinel or cluster.
+
+    It is built from what the client was made of, so that one place turns settings into a server. It connects
+    with its first command; call `aclose` at the end.
+    """
     cluster = cluster_of(client)
     if cluster is not None:
         return _of_cluster(cluster)
@@ -400,8 +425,11 @@ def _of_cluster(cluster: Any) -> AsyncClient:
 def _of_sentinel(pool: Any) -> AsyncClient:
     manager = pool.sentinel_manager
     hosts = [
-        (each.connection_pool.connection_kwargs["host"], each.connection_pool.connection_kwargs["port"])
-        for each in manager.sentinels
+        (
+            sentinel.connection_pool.connection_kwargs["host"],
+            sentinel.connection_pool.connection_kwargs["port"],
+        )
+        for sentinel in manager.sentinels
     ]
     sentinel_kwargs = _shared(manager.sentinel_kwargs)
     make: Any = redis.asyncio.sentinel.Sentinel  # redis-py's has no types
@@ -421,4 +449,4 @@ def _shared(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _retry() -> Retry:
-    return Retry(ExponentialBackoff(cap=1.0, base=0.05), RETRIES)
+    return Retry(ExponentialBackoff(cap=1.0, base=0.05), ASYNC_RETRIES)

@@ -1,19 +1,15 @@
-"""One row per deployment: the scheme of PKB_REDIS_URL → a redis-py client that is not connected yet.
+"""From `PKB_REDIS_URL` to a client that has answered, or to a one-line error that says why not.
 
     redis://[user:password@]host[:6379][/database]          one server; rediss:// with TLS
     unix://[user:password@]/path/to/redis.sock[?db=0]       one server on this machine
     redis+sentinel://[user:password@]host[:26379],…/service[/database]
-    redis+cluster://[user:password@]host[:6379],…/          any node; the others are found from it
+    redis+cluster://[user:password@]host[:6379],…/          any node; the client finds the others
 
-`rediss+sentinel` and `rediss+cluster` speak TLS with every server, the Sentinels too. Behind a `?` come
+`rediss+sentinel` and `rediss+cluster` use TLS with every server, Sentinels included. After a `?` follow
 redis-py's own options (`ssl_ca_certs=…`), and `sentinel_username`, `sentinel_password`.
 
-Errors raised while a URL is taken apart are not chained: their texts quote pieces of it.
-
-From `PKB_REDIS_URL` to a client that answers, or to one line that says why not.
-
-Nothing here ever shows a password: messages name the place (`describe`). `openers` knows the deployments:
-one server, Sentinel, Cluster.
+No message shows a password: messages name the place (`describe`). Errors raised while a URL is parsed are not
+chained, because their texts quote parts of it.
 """
 
 from __future__ import annotations
@@ -49,11 +45,11 @@ from redis.sentinel import MasterNotFoundError
 
 from pkbrokers_redis.errors import PkbError, RedisUnavailable, RedisUnsuitable, SettingsError
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.cluster import ClusterClient
+from pkbrokers_redis.store.cluster import ClusterClient, use_raw_replies
 from pkbrokers_redis.store.embedded.server import attach, reader_data_dir, store_folder
 
 REDIS_PORT, SENTINEL_PORT = 6379, 26379
-SENTINEL_SECONDS_MAX = 1.0  # one that hangs must not hold up the question to the next
+SENTINEL_SECONDS_MAX = 1.0  # a Sentinel that hangs must not delay the request to the next one
 NODES_MAX = 100  # of a URL
 
 Opener = Callable[[str, dict[str, Any]], redis.Redis]  # (URL, redis-py's connection options) → client
@@ -68,22 +64,27 @@ _WRITE_SENTINEL = "write redis+sentinel://:password@host:26379,host:26379/servic
 
 
 def open_url(url: str, options: dict[str, Any]) -> redis.Redis:
-    """The client of a URL. `options` are redis-py's; those of the URL go before them.
+    """Return the client of a URL, not yet connected.
 
-    Raises SettingsError, which names no piece of the URL. A cluster's client asks for the topology at once,
-    so that redis-py's errors may come here; the other clients connect with their first command.
+    Args:
+        url: One of the forms above.
+        options: redis-py's; the options in the URL override them.
+
+    Raises:
+        SettingsError: The URL cannot be used. The message quotes no part of it.
+        redis.RedisError: A cluster's client asks for the topology at once.
     """
     opener = OPENERS.get(split(url).scheme)
     if opener is None:
         raise SettingsError(
-            "PKB_REDIS_URL begins with no scheme we know",
+            "PKB_REDIS_URL begins with an unknown scheme",
             "begin it with " + ", ".join(f"{scheme}://" for scheme in OPENERS),
         )
     return opener(url, options)
 
 
 def place_of(url: str) -> str:
-    """Scheme, hosts, ports and path only. A URL that cannot be read is not shown: who knows what is in it."""
+    """Return scheme, hosts, ports and path of a URL. A URL that cannot be parsed is not shown at all."""
     try:
         parts = split(url)
     except SettingsError:
@@ -96,12 +97,12 @@ def place_of(url: str) -> str:
 
 
 def split(url: str) -> SplitResult:
-    """`urlsplit`, with SettingsError for what cannot be read, and no piece of the URL in it."""
+    """Split a URL. Raise SettingsError, without a part of the URL, when it cannot be parsed."""
     try:
         parts = urlsplit(url)
         servers = parts.netloc.rpartition("@")[2]
         for server in servers.split(",") if "+" in parts.scheme else [servers]:
-            _ = urlsplit(f"//{server}").port  # read now: it is what raises
+            _ = urlsplit(f"//{server}").port  # parsed on access
     except ValueError:
         raise _unreadable("its host or port cannot be read", _WRITE_URL) from None
     # A socket's path may hold an @, but behind a password it may be the password's.
@@ -121,9 +122,7 @@ def _open_one(url: str, options: dict[str, Any]) -> redis.Redis:
         _database(parts.path.strip("/"))
     try:
         client = redis.Redis.from_url(url, **options)
-        pool = client.connection_pool
-        pool.connection_kwargs.update(decode_responses=False, protocol=2)  # whatever the URL says
-        pool.connection_class(**pool.connection_kwargs)  # an option nobody knows shows here
+        use_raw_replies(client)
     except (TypeError, ValueError):
         raise _unknown_option() from None
     return client
@@ -137,7 +136,7 @@ def _open_cluster(url: str, options: dict[str, Any]) -> redis.Redis:
     arguments.pop("db", None)
     retry = arguments.pop("retry")
     nodes = [_ClusterNode(host, port) for host, port in _servers(parts, REDIS_PORT)]
-    # Cast: what this package asks of a client, both have. `ClusterClient` says what differs.
+    # Cast: both have what this package uses. `ClusterClient` documents the differences.
     return cast("redis.Redis", ClusterClient(startup_nodes=nodes, retry=retry, **arguments))
 
 
@@ -167,7 +166,7 @@ def _open_sentinel(url: str, options: dict[str, Any]) -> redis.Redis:
     return client
 
 
-# A deployment is a row here; a new one is an opener and its row.
+# A new kind of deployment is an opener and a row here.
 OPENERS: dict[str, Opener] = {
     "redis": _open_one,
     "rediss": _open_one,
@@ -180,7 +179,7 @@ OPENERS: dict[str, Opener] = {
 
 
 def _servers(parts: SplitResult, default_port: int) -> list[tuple[str, int]]:
-    """The hosts and ports of a URL with several servers."""
+    """Return the hosts and ports of a URL with several servers."""
     servers: list[tuple[str, int]] = []
     for text in parts.netloc.rpartition("@")[2].split(","):
         server = urlsplit(f"//{text.strip()}")
@@ -188,12 +187,12 @@ def _servers(parts: SplitResult, default_port: int) -> list[tuple[str, int]]:
             raise _unreadable("it lacks a host", "write host:port, with commas between several")
         servers.append((server.hostname, server.port or default_port))
     if len(servers) > NODES_MAX:
-        raise _unreadable(f"it names more than {NODES_MAX} servers", "name a few, they know the others")
+        raise _unreadable(f"it names more than {NODES_MAX} servers", "name a few; the client finds the rest")
     return servers
 
 
 def _arguments(parts: SplitResult, query: dict[str, str], options: dict[str, Any]) -> dict[str, Any]:
-    """User, password and query options of a URL as redis-py's arguments, over `options`. Tried out once."""
+    """Return redis-py's arguments: `options`, overridden by user, password and options of a URL."""
     user, at, _ = parts.netloc.rpartition("@")
     scheme = parts.scheme.partition("+")[0]
     try:
@@ -201,7 +200,7 @@ def _arguments(parts: SplitResult, query: dict[str, str], options: dict[str, Any
         kind = found.pop("connection_class", redis.Connection)
         found.pop("host")
         arguments = {**options, **found, "decode_responses": False, "protocol": 2}
-        kind(**arguments)  # an option nobody knows shows here
+        kind(**arguments)  # raises TypeError for an unknown option
     except (TypeError, ValueError):
         raise _unknown_option() from None
     return {**arguments, "ssl": True} if scheme == "rediss" else arguments
@@ -217,12 +216,12 @@ def _unknown_option() -> SettingsError:
     return _unreadable("an option after the ? is not one of redis-py's", "correct or remove it")
 
 
-def _unreadable(why: str, hint: str) -> SettingsError:
-    return SettingsError(f"PKB_REDIS_URL cannot be used: {why}", hint)
+def _unreadable(reason: str, hint: str) -> SettingsError:
+    return SettingsError(f"PKB_REDIS_URL cannot be used: {reason}", hint)
 
 
 CONNECT_SECONDS_MAX = 5.0
-LOADING_SECONDS_MAX = 60.0  # how long a server that loads its data is waited for
+LOADING_SECONDS_MAX = 60.0  # how long to wait for a server that loads its data
 READER_RETRIES = 3
 HEALTH_CHECK_SECONDS = 30
 
@@ -230,18 +229,22 @@ HEALTH_CHECK_SECONDS = 30
 def connect(
     settings: Settings, *, for_reading: bool = False, socket_timeout_seconds: float = 30.0
 ) -> redis.Redis:
-    """A client of the configured store, which has answered. Replies are bytes, in RESP2 shapes.
+    """Return a client of the configured store, which has answered.
 
-    With Sentinel its connections follow the master. On a cluster it is a `store.cluster.ClusterClient`, and
-    redis.Redis only in name: its docstring says what differs.
+    Replies are bytes, in RESP2 shapes. Sentinel's connections follow the master. On a cluster the client is a
+    `cluster.ClusterClient`, whose docstring states the differences. Without PKB_REDIS_URL the client uses the
+    embedded server, which runs as long as the client's connection pool exists (or this process).
 
-    Without PKB_REDIS_URL it is the embedded server's, which runs as long as the client's connection pool
-    exists (or this process). `for_reading` retries lost connections, needs no right to Functions, and looks
-    into the demo's store where only that exists. Writers never retry: the reply of an XADD that succeeded
-    may be what was lost. Blocking reads must block for less than `socket_timeout_seconds`.
+    Args:
+        settings: Name the store.
+        for_reading: Retry lost connections, need no right to Functions, and use the demo's store when only
+            that exists. Writers never retry: the lost reply may be that of an XADD which succeeded.
+        socket_timeout_seconds: Maximum wait for a reply. Blocking reads must block for less.
 
-    Raises SettingsError (a URL that cannot be read), RedisUnavailable (no answer, or a refusal) and
-    RedisUnsuitable (it has no Functions).
+    Raises:
+        SettingsError: The URL cannot be used.
+        RedisUnavailable: There is no answer, or a refusal.
+        RedisUnsuitable: The server has no Functions.
     """
     options: dict[str, Any] = {
         "socket_timeout": socket_timeout_seconds,
@@ -250,7 +253,7 @@ def connect(
         "retry": Retry(ExponentialBackoff(cap=1.0, base=0.05), READER_RETRIES)
         if for_reading
         else Retry(NoBackoff(), 0),
-        # Stated, because redis-py's default is 2 or 3 by version: raw replies must not differ with it.
+        # Stated, because redis-py's default differs by version and raw replies must not.
         "protocol": 2,
     }
     place = describe(settings, for_reading=for_reading)
@@ -274,7 +277,7 @@ def connect(
 
 
 def describe(settings: Settings, *, for_reading: bool = False) -> str:
-    """Where the store is, for logs and messages: `redis://cache.local:6379/0`. Never holds a secret."""
+    """Return the store's address for logs and messages, without a secret: `redis://cache.local:6379/0`."""
     if settings.redis_url is None:
         data_dir = reader_data_dir(settings)[0] if for_reading else settings.data_dir
         return f"the embedded server in {store_folder(data_dir)}"
@@ -282,7 +285,7 @@ def describe(settings: Settings, *, for_reading: bool = False) -> str:
 
 
 def explain(error: BaseException, place: str) -> PkbError:
-    """What a redis-py error means to an operator, in one line with a mend. `place` is from `describe`."""
+    """Return what a redis-py error means to an operator, with a hint. `place` is from `describe`."""
     text = " ".join(str(error).split())
     if isinstance(error, PkbError):
         return error
@@ -294,7 +297,7 @@ def explain(error: BaseException, place: str) -> PkbError:
         return RedisUnavailable(f"{place} is still loading its data", "try again in a moment")
     if isinstance(error, NoPermissionError) or text.startswith("NOPERM"):
         return RedisUnavailable(
-            f"{place} does not permit this user what we need ({text.removeprefix('NOPERM ')[:120]})",
+            f"{place} denies this user a command it needs ({text.removeprefix('NOPERM ')[:120]})",
             "give it `~<prefix>:* +@all -@dangerous +info +function +fcall` with ACL SETUSER",
         )
     if isinstance(error, (AuthenticationError, AuthenticationWrongNumberOfArgsError, AuthorizationError)):
@@ -302,16 +305,16 @@ def explain(error: BaseException, place: str) -> PkbError:
             return RedisUnavailable(f"{place} has no password set", "remove it from PKB_REDIS_URL")
         if "required" in text:
             return RedisUnavailable(
-                f"{place} wants a password", "put it in PKB_REDIS_URL: redis://:password@…"
+                f"{place} requires a password", "put it in PKB_REDIS_URL: redis://:password@…"
             )
         return RedisUnavailable(f"{place} refuses the user or password", "correct it in PKB_REDIS_URL")
     if isinstance(error, InvalidResponse):
         return RedisUnavailable(
-            f"{place} answers, but not as Redis does", "correct host and port in PKB_REDIS_URL"
+            f"{place} answers, but is not Redis", "correct host and port in PKB_REDIS_URL"
         )
     if isinstance(error, ReadOnlyError):
         return RedisUnavailable(
-            f"{place} is a replica, which takes no writes", "point PKB_REDIS_URL at the primary"
+            f"{place} is a replica and refuses writes", "point PKB_REDIS_URL at the primary"
         )
     if isinstance(error, OutOfMemoryError):
         return RedisUnavailable(f"{place} is out of memory", "raise its maxmemory, or keep fewer rows")
@@ -334,46 +337,48 @@ def _explain_reply(text: str, place: str) -> PkbError:
     if text.startswith("MISCONF"):
         return RedisUnavailable(
             f"{place} refuses writes, because it cannot save to its disk",
-            "make room there or mend its permissions; its log has the cause",
+            "free space there or repair its permissions; its log names the cause",
         )
     if "db index is out of range" in lowered or "invalid db index" in lowered:
         return SettingsError(f"{place} has no such database number", "correct the end of PKB_REDIS_URL")
     if "max number of clients" in lowered:
-        return RedisUnavailable(f"{place} has no connection left for us", "raise its maxclients")
+        return RedisUnavailable(f"{place} has no connection left", "raise its maxclients")
     return RedisUnavailable(f"{place} answers with an error ({text[:120]})", "see its log")
 
 
 def _explain_cluster(error: RedisClusterException, text: str, place: str) -> PkbError:
-    """redis-py wraps what the last node it asked for the topology had answered."""
+    """Unwrap redis-py's error: it holds the answer of the last node that was asked for the topology."""
     cause = error.__cause__
     if isinstance(cause, RedisClusterException):  # "Cluster mode is not enabled", for any refusal
         refusal = cause.__context__
         if isinstance(refusal, NoPermissionError):
             return explain(refusal, place)
-        return SettingsError(f"{place} is no Redis Cluster", "begin PKB_REDIS_URL with redis://")
+        return SettingsError(f"{place} is not a Redis Cluster", "begin PKB_REDIS_URL with redis://")
     if cause is not None:
         return explain(cause, place)
     if "not covered" in text:
         return RedisUnavailable(
-            f"{place} is not whole: some slots have no master", "look at CLUSTER NODES, start what is missing"
+            f"{place} is incomplete: some slots have no master",
+            "look at CLUSTER NODES, and start the missing nodes",
         )
     return RedisUnavailable(f"{place} cannot be used ({text[:120]})", "look at CLUSTER NODES")
 
 
 def _explain_sentinel(text: str, place: str) -> PkbError:
-    """redis-py only has the texts of what each Sentinel had to say."""
-    said = text.partition("' : ")[2]
-    if "Authentication" in said or "NoPermission" in said:
+    """Classify by redis-py's text, which quotes the error of each Sentinel."""
+    errors = text.partition("' : ")[2]
+    if "Authentication" in errors or "NoPermission" in errors:
         return RedisUnavailable(
-            f"{place}: a Sentinel wants another user or password",
+            f"{place}: a Sentinel refuses the user or password",
             "add ?sentinel_password=… (and sentinel_username) to PKB_REDIS_URL",
         )
-    if "Error" in said:
+    if "Error" in errors:
         return RedisUnavailable(
-            f"{place}: no Sentinel answers that knows a master", "start them, correct hosts"
+            f"{place}: no Sentinel answers that knows a master",
+            "start the Sentinels, or correct the hosts in PKB_REDIS_URL",
         )
     return RedisUnavailable(
-        f"{place}: the Sentinels know no living master of that name",
+        f"{place}: the Sentinels know no running master of that name",
         "correct the name at the end of PKB_REDIS_URL, or wait for the failover",
     )
 
@@ -381,27 +386,27 @@ def _explain_sentinel(text: str, place: str) -> PkbError:
 def _explain_network(error: BaseException, text: str, place: str) -> PkbError:
     cause = error.__cause__ or error.__context__
     if isinstance(error, UnicodeError):
-        return SettingsError(f"{place} is no host name", "correct PKB_REDIS_URL")
+        return SettingsError(f"{place} is not a valid host name", "correct PKB_REDIS_URL")
     if isinstance(cause, ssl.SSLCertVerificationError):
         return RedisUnavailable(
-            f"{place} shows a certificate we do not trust ({cause.verify_message})",
+            f"{place} has a certificate that is not trusted ({cause.verify_message})",
             "add ?ssl_ca_certs=<file> to PKB_REDIS_URL, or correct its host name",
         )
     if isinstance(cause, ssl.SSLError) or "[SSL" in text:
         reason = getattr(cause, "reason", None) or "handshake failed"
         return RedisUnavailable(
-            f"{place} does not speak TLS with us ({reason})", "use redis:// where the server has no TLS"
+            f"the TLS handshake with {place} failed ({reason})", "use redis:// where the server has no TLS"
         )
     if "max number of clients" in text:
-        return RedisUnavailable(f"{place} has no connection left for us", "raise its maxclients")
+        return RedisUnavailable(f"{place} has no connection left", "raise its maxclients")
     if isinstance(error, (redis.TimeoutError, TimeoutError)):
-        hint = "is it up, and is the port open to us?"
-        if place.startswith("rediss"):  # a server without TLS waits for the rest of what we sent
-            hint = "is it up, and does it speak TLS? Use redis:// where it does not"
+        hint = "is it running, and is its port open to this host?"
+        if place.startswith("rediss"):  # a server without TLS waits for the rest of the handshake
+            hint = "is it running, and does it use TLS? Without TLS write redis://"
         return RedisUnavailable(f"{place} does not answer in time", hint)
     if "closed by server" in text or "reset by peer" in text:
         return RedisUnavailable(
-            f"{place} closed the connection", "is it Redis, and does it want rediss:// (TLS)?"
+            f"{place} closed the connection", "is it Redis, and does it require rediss:// (TLS)?"
         )
     reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else "connection lost"
     return RedisUnavailable(
@@ -410,17 +415,17 @@ def _explain_network(error: BaseException, text: str, place: str) -> PkbError:
 
 
 def _probe(client: redis.Redis, for_reading: bool) -> None:
-    """Wait while it loads, then ask for a capability, not for a version: forks number themselves freely."""
+    """Wait while the server loads, then check a capability: versions of forks are not comparable."""
     deadline = time.monotonic() + LOADING_SECONDS_MAX
     while True:
         try:
-            # The name matches no library: only whether the command exists matters.
+            # The name matches no library: only the command's existence matters.
             client.function_list("pkb-probe")
             return
         except NoPermissionError:
             if not for_reading:
                 raise
-            return  # a reader's user may well be confined to reading
+            return  # a reader's user may be restricted to reading
         except BusyLoadingError:
             if time.monotonic() > deadline:
                 raise

@@ -39,7 +39,9 @@ def load_functions(client: redis.Redis) -> None:
     client.function_load(code, replace=True)
 
 
-def fcall(client: redis.Redis, function: Function, keys: Sequence[str], *arguments: Any) -> Any:
+def fcall(
+    client: redis.Redis, function: Function, keys: Sequence[str], *arguments: Any, may_load: bool = True
+) -> Any:
     """Call a function of the library, and load the library first where it is missing.
 
     Args:
@@ -47,6 +49,7 @@ def fcall(client: redis.Redis, function: Function, keys: Sequence[str], *argumen
         function: Its name in `functions.lua`, without `pkb_`.
         keys: All of one cluster slot.
         *arguments: bytes, str, int or float.
+        may_load: False for a user without the right to FUNCTION LOAD.
 
     Returns:
         The raw reply.
@@ -58,7 +61,7 @@ def fcall(client: redis.Redis, function: Function, keys: Sequence[str], *argumen
     try:
         return call(f"pkb_{function}", len(keys), *keys, *arguments)
     except ResponseError as error:
-        if not is_function_missing(error):
+        if not (may_load and is_function_missing(error)):
             raise
     load_functions(client)
     return call(f"pkb_{function}", len(keys), *keys, *arguments)

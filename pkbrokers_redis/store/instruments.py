@@ -1,21 +1,20 @@
-"""The instrument master in Redis, swapped in at once: a reader finds the old names or the new ones.
+"""The instrument master in Redis: swapped in at once, and searched by symbol or company name.
 
-    1  P:instrument:<token>   the rows of all instruments that stay or come (each one HSET)
-       P:expired              the contracts that go, by token
-       P:{S}:repairs          what the store has of tokens that are other contracts now is to be forgotten
-    2  P:symbols              one transaction on this one key: gone names out, new and moved ones in
+A swap takes these steps, so that a name never leads to a missing row:
+
+    1  P:instrument:<token>   rows of all instruments of the new master, one HSET each
+       P:expired              token → contract, of contracts that leave
+       P:{S}:repairs          `forget` for tokens that belong to other contracts now
+    2  P:symbols              one transaction on this key: removed names out, new and moved names in
     3  P:derivatives          one transaction: stocks that have futures or options
-    4  P:instrument:<token>   the rows of gone instruments (expired contracts) removed
-    5  P:master               the manifest, last: a sync that died before is simply done again
+    4  P:instrument:<token>   rows of removed instruments deleted
+    5  P:master               the manifest, last: a sync that died earlier is simply repeated
 
-So a name never leads to a row that is not there. RENAME of a whole new hash would do for step 2 too, but not
-on a cluster: `P:symbols` has no hash tag, so no second key shares its slot. Who scans `P:symbols` (`all`,
-`nse-equity`) across the swap sees names of both, never a torn one.
+RENAME of a complete new hash would do for step 2 as well, but not on a cluster: `P:symbols` has no hash tag,
+so no second key shares its slot. A scan of `P:symbols` across the swap sees names of both masters.
 
 Zerodha gives the token of an expired contract to another one, at once or weeks later. A share or an index
-that only changed its name keeps its candles. A sync that died before step 2 does it again.
-
-Search the instrument master: by symbol, by company name, with help for typos.
+that only changed its name keeps its candles.
 """
 
 from __future__ import annotations
@@ -39,14 +38,14 @@ T = TypeVar("T")
 ROWS_AT_ONCE = 2_000  # a round trip of ~0.5 MB
 NAMES_AT_ONCE = 5_000  # fields of one HSET
 UNDERLYING_OF = {"NFO": "NSE", "BFO": "BSE"}  # where the stocks of an exchange's contracts trade
-CASH_SEGMENTS = {1, 4, SEGMENT_INDICES}  # all others are of contracts
-SHRUNK_FROM = 1_000  # a master of this many rows does not lose half of them overnight
+CASH_SEGMENTS = {1, 4, SEGMENT_INDICES}  # every other segment holds contracts
+SHRUNK_FROM = 1_000  # a master of so many rows never loses half of them overnight
 
 Row = Mapping[str, str]  # Kite's CSV, columns by name
 
 
 class Manifest(NamedTuple):
-    """What `P:master` says of the master in Redis. Times are ISO 8601, +05:30."""
+    """The fields of `P:master`, which describe the master in Redis. Times are ISO 8601, +05:30."""
 
     synced_at: str
     changed_at: str
@@ -56,29 +55,28 @@ class Manifest(NamedTuple):
     scope: str
 
     def age_seconds(self, now_s: float) -> float | None:
-        """How long ago the last sync was; None where its time cannot be read."""
+        """Return the age of the last sync in seconds, None when its time is malformed."""
         try:
             return now_s - datetime.fromisoformat(self.synced_at).timestamp()
         except ValueError:
             return None
 
 
-class Swapped(NamedTuple):
-    """What a swap did: names in the master now, how many came (or got another token), how many went, and how
-    many tokens are other contracts now."""
+class SwapResult(NamedTuple):
+    """Counts of a swap."""
 
-    names: int
-    added: int
+    names: int  # in the master now
+    added: int  # new names, and names with another token
     removed: int
-    reassigned: int = 0
+    reassigned: int = 0  # tokens that belong to other contracts now
 
 
 class MasterShrunk(PkbError):
-    """Raised when a new master lacks half of the old one's rows: a download cut short, as a rule."""
+    """Raised when a new master lacks half of the old one's rows: usually a truncated download."""
 
 
 def read_manifest(client: redis.Redis, keys: Keys) -> Manifest | None:
-    """The manifest; None where there was no sync yet."""
+    """Return the manifest, None before the first sync."""
     found: Any = client.hgetall(keys.master())
     cells = {name.decode(errors="replace"): text.decode(errors="replace") for name, text in found.items()}
     if not cells.get("synced_at"):
@@ -95,13 +93,13 @@ def read_manifest(client: redis.Redis, keys: Keys) -> Manifest | None:
 
 
 def write_manifest(client: redis.Redis, keys: Keys, manifest: Manifest) -> None:
-    """Step 5."""
+    """Write the manifest, the last step of a swap."""
     fields: dict[Any, Any] = manifest._asdict()
     client.hset(keys.master(), mapping=fields)
 
 
 def is_current(client: redis.Redis, keys: Keys, sha256: str, scope: str) -> bool:
-    """Whether the same download has been swapped in before, and its names still stand there."""
+    """Return whether the same download was swapped in before, and its names are still present."""
     manifest = read_manifest(client, keys)
     if manifest is None or (manifest.sha256, manifest.scope) != (sha256, scope):
         return False
@@ -111,11 +109,19 @@ def is_current(client: redis.Redis, keys: Keys, sha256: str, scope: str) -> bool
 
 def swap_master(
     client: redis.Redis, keys: Keys, rows: Sequence[Row], exchanges: Iterable[str], *, force: bool = False
-) -> Swapped:
-    """Make `rows` the master of these exchanges; other exchanges' instruments stay as they are.
+) -> SwapResult:
+    """Replace the master of some exchanges; the instruments of other exchanges stay.
 
-    Each row has a valid token, an exchange of `exchanges` and a tradingsymbol: `kite.instruments` has made
-    sure of it. Raises MasterShrunk unless `force`.
+    Args:
+        client: The store.
+        keys: Of the store.
+        rows: Each with a valid token, an exchange of `exchanges` and a tradingsymbol, as `kite.instruments`
+            checks them.
+        exchanges: `NSE`, `NFO`, …
+        force: Accept a master that has lost half of its rows.
+
+    Raises:
+        MasterShrunk: The new master has less than half of the rows.
     """
     scope = set(exchanges)
     old = {name: token for name, token in read_names(client, keys).items() if _exchange(name) in scope}
@@ -123,42 +129,42 @@ def swap_master(
     if len(old) >= SHRUNK_FROM and len(new) < len(old) / 2 and not force:
         raise MasterShrunk(
             f"the new instrument master has {len(new):,} rows where {len(old):,} were",
-            "try again; `pkb instruments sync --force` takes it all the same",
+            "try again; `pkb instruments sync --force` accepts it",
         )
     reassigned = _reassigned(client, keys, old, new)
     _write_rows(client, keys, rows)
-    gone = [name for name in old if name not in new]
-    come = {name: token for name, token in new.items() if old.get(name) != token}
+    removed = [name for name in old if name not in new]
+    added = {name: token for name, token in new.items() if old.get(name) != token}
     kept = set(new.values())
-    _note_expired(client, keys, {old[name]: name for name in gone if old[name] not in kept})
+    _note_expired(client, keys, {old[name]: name for name in removed if old[name] not in kept})
     send_forget(client, keys, reassigned, "reassigned")
-    _swap_names(client, keys, gone, come)
+    _swap_names(client, keys, removed, added)
     _swap_derivatives(client, keys, rows, scope, new)
     _remove_rows(client, keys, [token for token in dict.fromkeys(old.values()) if token not in kept])
-    return Swapped(len(new), len(come), len(gone), len(reassigned))
+    return SwapResult(len(new), len(added), len(removed), len(reassigned))
 
 
 def load_derivatives(client: redis.Redis, keys: Keys) -> set[str]:
-    """`NSE:RELIANCE`, …: stocks that have futures or options on their exchange's derivatives market."""
+    """Return the stocks (`NSE:RELIANCE`) that have futures or options on their exchange."""
     found: Any = client.smembers(keys.derivatives())
     return {name.decode(errors="replace") for name in found}
 
 
 def load_derivative_tokens(client: redis.Redis, keys: Keys) -> set[int]:
-    """Their tokens: for `Sessions.schedule_of(token, has_derivatives)`. Two round trips."""
+    """Return the tokens of `load_derivatives`, for `Sessions.schedule_of`. Two round trips."""
     return set(read_tokens(client, keys, sorted(load_derivatives(client, keys))).values())
 
 
 def read_rows(client: redis.Redis, keys: Keys, tokens: Iterable[int]) -> list[dict[str, str]]:
-    """The rows of those tokens that have one, in their order, columns by name."""
+    """Return the rows of the tokens that have one, in their order, columns by name."""
     pipe = Pipe(client)
     rows: list[dict[str, str]] = []
     for chunk in _chunks(tokens, ROWS_AT_ONCE):
         for token in chunk:
             pipe.add("HGETALL", keys.instrument(token))
         for token, reply in zip(chunk, pipe.execute(), strict=True):
-            # RESP3 has maps, RESP2 flat lists; an error is a row that is none.
-            flat = [each for pair in reply.items() for each in pair] if isinstance(reply, dict) else reply
+            # RESP3 has maps, RESP2 flat lists. An error counts as a missing row.
+            flat = [cell for pair in reply.items() for cell in pair] if isinstance(reply, dict) else reply
             if isinstance(flat, list) and flat:
                 cells = [cell.decode(errors="replace") for cell in flat]
                 row = dict(zip(cells[::2], cells[1::2], strict=False))
@@ -167,7 +173,7 @@ def read_rows(client: redis.Redis, keys: Keys, tokens: Iterable[int]) -> list[di
 
 
 def _reassigned(client: redis.Redis, keys: Keys, old: Mapping[str, int], new: Mapping[str, int]) -> list[int]:
-    """The tokens that were another contract's before: the old master's, or one's that is gone."""
+    """Return the tokens that belonged to another contract: in the old master, or an expired one."""
     before: dict[int, set[str]] = {}
     for name, token in old.items():
         before.setdefault(token, set()).add(name)
@@ -180,8 +186,8 @@ def _reassigned(client: redis.Redis, keys: Keys, old: Mapping[str, int], new: Ma
     return [token for token, name in contracts.items() if name not in before.get(token, {name})]
 
 
-def _note_expired(client: redis.Redis, keys: Keys, gone: Mapping[int, str]) -> None:
-    contracts = ((token, name) for token, name in gone.items() if token & 0xFF not in CASH_SEGMENTS)
+def _note_expired(client: redis.Redis, keys: Keys, removed: Mapping[int, str]) -> None:
+    contracts = ((token, name) for token, name in removed.items() if token & 0xFF not in CASH_SEGMENTS)
     for pairs in _chunks(contracts, NAMES_AT_ONCE):
         client.hset(keys.expired(), items=[cell for pair in pairs for cell in pair])
 
@@ -195,13 +201,13 @@ def _write_rows(client: redis.Redis, keys: Keys, rows: Iterable[Row]) -> None:
         _raise_first(pipe.execute())
 
 
-def _swap_names(client: redis.Redis, keys: Keys, gone: Sequence[str], come: Mapping[str, int]) -> None:
-    if not gone and not come:
+def _swap_names(client: redis.Redis, keys: Keys, removed: Sequence[str], added: Mapping[str, int]) -> None:
+    if not removed and not added:
         return
     transaction = client.pipeline(transaction=True)
-    for names in _chunks(gone, NAMES_AT_ONCE):
+    for names in _chunks(removed, NAMES_AT_ONCE):
         transaction.hdel(keys.symbols(), *names)
-    for pairs in _chunks(come.items(), NAMES_AT_ONCE):
+    for pairs in _chunks(added.items(), NAMES_AT_ONCE):
         transaction.hset(keys.symbols(), items=[cell for pair in pairs for cell in pair])
     transaction.execute()
 
@@ -209,15 +215,15 @@ def _swap_names(client: redis.Redis, keys: Keys, gone: Sequence[str], come: Mapp
 def _swap_derivatives(
     client: redis.Redis, keys: Keys, rows: Iterable[Row], scope: set[str], new: Mapping[str, int]
 ) -> None:
-    """`name` of a contract is its underlying's tradingsymbol; an index may be one, but it is no stock."""
-    wanted = {
+    """Replace `P:derivatives`. A contract's `name` is its underlying's symbol; indices are left out."""
+    underlyings = {
         f"{UNDERLYING_OF[row['exchange']]}:{row.get('name', '')}"
         for row in rows
         if row["exchange"] in UNDERLYING_OF
     }
-    unknown = sorted(name for name in wanted if name not in new)
-    tokens = {**new, **read_tokens(client, keys, unknown)}  # the stocks may have come with another sync
-    stocks = {name for name in wanted if name in tokens and tokens[name] & 0xFF != SEGMENT_INDICES}
+    unknown = sorted(name for name in underlyings if name not in new)
+    tokens = {**new, **read_tokens(client, keys, unknown)}  # another sync may have written the stocks
+    stocks = {name for name in underlyings if name in tokens and tokens[name] & 0xFF != SEGMENT_INDICES}
     replaced = {UNDERLYING_OF[exchange] for exchange in scope if exchange in UNDERLYING_OF}
     before = {name for name in load_derivatives(client, keys) if _exchange(name) in replaced}
     transaction = client.pipeline(transaction=True)
@@ -253,70 +259,76 @@ def _exchange(name: str) -> str:
     return name.partition(":")[0]
 
 
-# Company names are looked at for these only: those of 90,000 contracts repeat their underlyings' symbols.
+# Only these are searched by company name: the names of 90,000 contracts repeat their underlyings' symbols.
 NAMED_SEGMENTS = {NSE_SEGMENT, BSE_SEGMENT, SEGMENT_INDICES}
 COLUMNS = ("name", "expiry", "strike", "lot_size", "instrument_type", "tick_size")
 ROWS_AT_ONCE_SEARCH = 5_000
 
 
-class Found(NamedTuple):
-    """`rows`: the best matches, as dicts of `token symbol` and COLUMNS. `total`: how many there are.
-    `exact`: False when nothing matched and these are only spelt alike."""
+class SearchResult(NamedTuple):
+    """The matches of a search."""
 
-    rows: list[dict[str, Any]]
+    rows: list[dict[str, Any]]  # the best ones: `token`, `symbol` and COLUMNS
     total: int
-    exact: bool
+    exact: bool  # False: nothing matched, and these names are only similar
 
 
 def search_instruments(
     client: redis.Redis, keys: Keys, text: str, *, exchange: str = "", limit: int = 20
-) -> Found:
-    """The instruments whose symbol or company name holds `text`; shares and indices before contracts.
+) -> SearchResult:
+    """Find instruments whose symbol or company name contains `text`; shares and indices before contracts.
 
-    Best first: the symbol itself, symbols that begin so, names that begin so, then those that hold it.
+    The order is: equal symbols, symbols that start with it, names that start with it, then the rest.
+
+    Args:
+        client: The store.
+        keys: Of the store.
+        text: Case does not matter; `NSE:INF` restricts the exchange.
+        exchange: Restricts the exchange, too.
+        limit: Maximum of rows.
     """
-    wanted = " ".join(text.upper().split())
+    sought = " ".join(text.upper().split())
     names = read_names(client, keys)
-    if exchange or ":" in wanted:
-        where, _, rest = wanted.rpartition(":")
-        exchange, wanted = (exchange or where).upper(), rest
+    if exchange or ":" in sought:
+        prefix, _, rest = sought.rpartition(":")
+        exchange, sought = (exchange or prefix).upper(), rest
         names = {name: token for name, token in names.items() if name.startswith(f"{exchange}:")}
-    if not wanted:
-        return Found([], 0, True)
+    if not sought:
+        return SearchResult([], 0, True)
     named = [token for token in names.values() if token & 0xFF in NAMED_SEGMENTS]
     companies = dict(zip(named, _cells(client, keys, named, ("name",)), strict=True))
     ranked = []
     for symbol, token in names.items():
-        rank = _rank(symbol.partition(":")[2].upper(), companies.get(token, ("",))[0].upper(), wanted)
+        rank = _rank(symbol.partition(":")[2].upper(), companies.get(token, ("",))[0].upper(), sought)
         if rank is not None:
             ranked.append((rank, token & 0xFF not in NAMED_SEGMENTS, not symbol.startswith("NSE:"), symbol))
-    ranked.sort(key=lambda each: (each[1] and each[0] > 0, each[0], each[2], len(each[3]), each[3]))
+    ranked.sort(key=lambda row: (row[1] and row[0] > 0, row[0], row[2], len(row[3]), row[3]))
     best, exact = [symbol for *_, symbol in ranked[:limit]], bool(ranked)
     if not exact:
-        best = nearest_names(names, f"{exchange}:{wanted}" if exchange else wanted)[:limit]
+        best = nearest_names(names, f"{exchange}:{sought}" if exchange else sought)[:limit]
     rows = [
         {"token": names[symbol], "symbol": symbol, **dict(zip(COLUMNS, cells, strict=True))}
         for symbol, cells in zip(best, _cells(client, keys, [names[s] for s in best], COLUMNS), strict=True)
     ]
-    return Found(rows, len(ranked) if exact else len(rows), exact)
+    return SearchResult(rows, len(ranked) if exact else len(rows), exact)
 
 
-def _rank(symbol: str, company: str, wanted: str) -> int | None:
-    if symbol == wanted:
+def _rank(symbol: str, company: str, sought: str) -> int | None:
+    if symbol == sought:
         return 0
-    if symbol.startswith(wanted):
+    if symbol.startswith(sought):
         return 1
-    if company.startswith(wanted):
+    if company.startswith(sought):
         return 2
-    if wanted in symbol:
+    if sought in symbol:
         return 3
-    return 4 if wanted in company else None
+    return 4 if sought in company else None
 
 
 def _cells(
     client: redis.Redis, keys: Keys, tokens: list[int], columns: Iterable[str]
 ) -> list[tuple[str, ...]]:
-    """Those fields of the rows, "" where there is none."""
+    """Return these fields of the rows, "" where one is missing."""
     columns = tuple(columns)
     answer: list[tuple[str, ...]] = []
     for first in range(0, len(tokens), ROWS_AT_ONCE_SEARCH):

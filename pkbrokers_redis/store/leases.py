@@ -194,9 +194,9 @@ def _explain_refusal(client: redis.Redis, keys: Keys, shard: int, error: Excepti
     raise error
 
 
-def announce(client: redis.Redis, keys: Keys, role: str, worker_id: str) -> None:
+def announce(client: redis.Redis, keys: Keys, role: str, worker_id: str, *, may_load: bool = True) -> None:
     """Record that this worker is alive. Call it at least three times within the `alive_ms` of `members`."""
-    fcall(client, "announce", [keys.workers()], f"{role} {worker_id}")
+    fcall(client, "announce", [keys.workers()], f"{role} {worker_id}", may_load=may_load)
 
 
 def members(client: redis.Redis, keys: Keys, role: str, alive_ms: int) -> list[str]:

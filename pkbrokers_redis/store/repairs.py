@@ -1,12 +1,13 @@
-"""The repair streams: how anyone but the aggregator asks for candle rows to be marked, replaced or dropped.
+"""The repair streams: how ingest and jobs have candle rows marked, replaced or deleted.
 
 P:{S}:repairs   kind gap    from, to <epoch ms, half-open: the feed was down>  tokens <JSON array>  why
-                kind rows   token  interval  from, to <epoch s, half-open: what history answered for>
+                kind rows   token  interval  from, to <epoch s, half-open: the span that history covers>
                             rows <JSON array of [start,open,high,low,close,volume,oi], oldest first>  why
-                kind forget tokens <JSON array: they are other instruments from now on>  why
+                kind forget tokens <JSON array: tokens that belong to other contracts now>  why
 
 Only the aggregator writes candle rows. It applies an entry exactly once, in one commit with the cursor's
-field `repair`, and after every tick that was in the shard's stream before the entry.
+field `repair`, and after every tick that was in the shard's stream before the entry. `why` is a word for
+people.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.streams import id_order
 
 ENTRIES_MAX = 10_000  # of a shard's stream, applied or not; a day's repairs of 10,000 instruments on 8 shards
-TOKENS_MAX = 5_000  # named in one entry; more are sent as more entries
+TOKENS_MAX = 5_000  # of one entry; more are sent as further entries
 FORGET_MAX = 200  # instruments forgotten in one commit: ~3,000 keys, a few ms of Redis
-ROWS_MAX = 2_000  # in one entry, more than any exchange's minutes of a day; more are sent as more entries
+ROWS_MAX = 2_000  # of one entry, more than any exchange's minutes of a day; more are sent as further entries
 TIME_MIN_MS, TIME_MAX_MS = 631_152_000_000, 4_102_444_800_000  # 1990 and 2100, as for ticks
-GAP_MS_MAX = 10 * 86_400_000  # a longer outage is none: nobody keeps a shard's minutes for so long
-TEXT_BYTES_MAX = 1 << 20  # of `rows` or `tokens`; a longer one is not ours
+GAP_MS_MAX = 10 * 86_400_000  # a longer outage is malformed: no list of minutes is that long
+TEXT_BYTES_MAX = 1 << 20  # of `rows` or `tokens`; a longer text is malformed
 POLL_SECONDS = 0.05
 
 _tokens_decoder = msgspec.json.Decoder(list[int])
@@ -41,10 +42,18 @@ HistoryRow = Sequence[float | int | None]  # start (epoch s), open, high, low, c
 def send_gap(
     client: redis.Redis, keys: Keys, tokens: Iterable[int], from_ms: float, to_ms: float, why: str
 ) -> int:
-    """Say that the feed of these instruments was down in [from_ms, to_ms). Returns the entries written.
+    """Report that the feed of these instruments was down in [from_ms, to_ms). It may be sent twice.
 
-    One entry per shard concerned. `why` is a word for people (`disconnected`, `mute`). Raises redis' errors;
-    sent twice, a notice marks nothing that is not marked already.
+    Args:
+        client: The store.
+        keys: Of the store.
+        tokens: The instruments, of any shards.
+        from_ms: Epoch ms, inclusive.
+        to_ms: Epoch ms, exclusive.
+        why: For people: `disconnected`, `mute`.
+
+    Returns:
+        The number of entries written, at least one per shard.
     """
     if not to_ms > from_ms:
         return 0
@@ -53,9 +62,9 @@ def send_gap(
 
 
 def send_forget(client: redis.Redis, keys: Keys, tokens: Iterable[int], why: str) -> int:
-    """Have all that is known of these instruments dropped: rows, quote, state. Returns the entries written.
+    """Have rows, quote and state of these instruments deleted. Return the number of entries written.
 
-    Their next ticks are a first sight. Twice is as once. Raises redis' errors.
+    Their next ticks are treated as the first ones. It may be sent twice.
     """
     return _send_tokens(client, keys, tokens, FORGET_MAX, {"kind": "forget", "why": why})
 
@@ -63,7 +72,7 @@ def send_forget(client: redis.Redis, keys: Keys, tokens: Iterable[int], why: str
 def _send_tokens(
     client: redis.Redis, keys: Keys, tokens: Iterable[int], most: int, fields: Mapping[str, Any]
 ) -> int:
-    """Entries with these fields and at most so many tokens each; returns how many were written."""
+    """Write entries with these fields and at most `most` tokens each. Return how many."""
     of_shard: dict[int, list[int]] = {}
     for token in tokens:
         of_shard.setdefault(keys.shard_of(token), []).append(int(token))
@@ -71,8 +80,8 @@ def _send_tokens(
     entries = 0
     for shard, group in of_shard.items():
         for first in range(0, len(group), most):
-            told: Any = {**fields, "tokens": msgspec.json.encode(group[first : first + most])}
-            pipeline.xadd(keys.repairs(shard), told, maxlen=ENTRIES_MAX, approximate=True)
+            entry: Any = {**fields, "tokens": msgspec.json.encode(group[first : first + most])}
+            pipeline.xadd(keys.repairs(shard), entry, maxlen=ENTRIES_MAX, approximate=True)
             entries += 1
     pipeline.execute()
     return entries
@@ -88,12 +97,27 @@ def send_rows(
     rows: Sequence[HistoryRow],
     why: str,
 ) -> str:
-    """Hand over what history has for one instrument and interval in [from_s, to_s), oldest first.
+    """Send Kite's historical rows of one instrument and interval.
 
-    A row is Kite's: `[start, open, high, low, close, volume, oi]`, `start` in epoch seconds, `oi` a number
-    or None. Send only candles that are over: the one still forming is skipped. Rows of the shortest interval
-    also mend the longer ones; no rows at all is an answer too (nothing was traded). Returns the id of the
-    last entry written, for `is_applied`. Raises PkbError for an empty span, and redis' errors.
+    Rows of the shortest interval also repair the longer ones. No rows at all is information, too: nothing was
+    traded in the span.
+
+    Args:
+        client: The store.
+        keys: Of the store.
+        token: The instrument.
+        interval: As in the keys.
+        from_s: Start of the span that history was asked for, epoch seconds, inclusive.
+        to_s: Its end, exclusive.
+        rows: `[start, open, high, low, close, volume, oi]`, oldest first, `start` in epoch seconds, `oi` a
+            number or None. Completed candles only: the open one is skipped.
+        why: For people.
+
+    Returns:
+        The id of the last entry written, for `is_applied`.
+
+    Raises:
+        PkbError: The span is empty.
     """
     if to_s <= from_s:
         raise PkbError(
@@ -101,7 +125,7 @@ def send_rows(
         )
     parts: list[tuple[int, int, Sequence[HistoryRow]]] = []
     end_s = int(to_s)
-    for last in range(len(rows), 0, -ROWS_MAX):  # newest part first, so that what is known grows backwards
+    for last in range(len(rows), 0, -ROWS_MAX):  # newest part first: the repaired span grows backwards
         part = rows[max(0, last - ROWS_MAX) : last]
         begin_s = int(part[0][0] or 0) if last > ROWS_MAX else int(from_s)
         parts.append((begin_s, end_s, part))
@@ -131,7 +155,7 @@ class Gap(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """An entry of kind `rows`. The rows are as they came: cells of any kind."""
+    """An entry of kind `rows`. The cells of the rows are unchecked."""
 
     token: int
     interval: str
@@ -147,15 +171,15 @@ class Forget(NamedTuple):
 
 
 def is_forget(fields: Mapping[bytes, bytes]) -> bool:
-    """Whether an entry says of itself that it is one of kind `forget`."""
+    """Return whether an entry states the kind `forget`."""
     return fields.get(b"kind") == b"forget"
 
 
 def read_repair(fields: Mapping[bytes, bytes]) -> Gap | Rows | Forget:
-    """One entry's fields. Raises ValueError, saying what is wrong, for what is no repair."""
+    """Parse one entry's fields. Raise ValueError with the reason when it is malformed."""
     kind = fields.get(b"kind")
     if kind not in (b"gap", b"rows", b"forget"):
-        raise ValueError("its kind is none of gap, rows and forget")
+        raise ValueError("its kind is not gap, rows or forget")
     first, last = (0, 0) if kind == b"forget" else (_count(fields, b"from"), _count(fields, b"to"))
     name = "rows" if kind == b"rows" else "tokens"
     text = fields.get(name.encode(), b"")
@@ -165,32 +189,32 @@ def read_repair(fields: Mapping[bytes, bytes]) -> Gap | Rows | Forget:
         if kind != b"rows":
             tokens = _tokens_decoder.decode(text)
             if len(tokens) > TOKENS_MAX or not all(1 <= token <= TOKEN_MAX for token in tokens):
-                raise ValueError("too many tokens, or some that are none")
+                raise ValueError("too many tokens, or an invalid one")
             if kind == b"forget":
                 return Forget(tokens)
             if not TIME_MIN_MS <= first < last < TIME_MAX_MS or last - first > GAP_MS_MAX:
-                raise ValueError("from and to are no span of an outage")
+                raise ValueError("from and to are not the span of an outage")
             return Gap(tokens, first, last)
         rows = _rows_decoder.decode(text)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{name} are not readable: {error}") from None
     token = _count(fields, b"token")
     if len(rows) > ROWS_MAX or not 1 <= token <= TOKEN_MAX:
-        raise ValueError("too many rows, or no token")
+        raise ValueError("too many rows, or an invalid token")
     if not TIME_MIN_MS <= first * 1000 < last * 1000 < TIME_MAX_MS:
-        raise ValueError("from and to are no span of epoch seconds")
+        raise ValueError("from and to are not a span of epoch seconds")
     return Rows(token, fields.get(b"interval", b"").decode(errors="replace"), first, last, rows)
 
 
 def _count(fields: Mapping[bytes, bytes], name: bytes) -> int:
     text = fields.get(name, b"")
     if not text.isdigit() or len(text) > 18:
-        raise ValueError(f"{name.decode()} is no number")
+        raise ValueError(f"{name.decode()} is not a number")
     return int(text)
 
 
 def is_applied(client: redis.Redis, keys: Keys, token: int, entry_id: str) -> bool:
-    """Whether the aggregator of the instrument's shard is past that entry (applied, or counted as odd)."""
+    """Return whether the aggregator has processed an entry: applied it, or counted it as malformed."""
     done: Any = client.hget(keys.cursor(keys.shard_of(token)), "repair")
     text = done.decode() if isinstance(done, bytes) else done
     return bool(text) and id_order(text) >= id_order(entry_id)
@@ -199,7 +223,7 @@ def is_applied(client: redis.Redis, keys: Keys, token: int, entry_id: str) -> bo
 def wait_applied(
     client: redis.Redis, keys: Keys, token: int, entry_id: str, timeout_seconds: float = 30.0
 ) -> bool:
-    """Wait until `is_applied`; False when it still is not after the time (no aggregator, or a long queue)."""
+    """Wait until `is_applied`. Return False after the timeout (no aggregator, or a long queue)."""
     deadline = time.monotonic() + timeout_seconds
     while not is_applied(client, keys, token, entry_id):
         if time.monotonic() >= deadline:

@@ -1,18 +1,16 @@
-"""Reading rows: what the lists, hashes and streams of one instrument hold, as Python values.
+"""Reads of one instrument: its lists, hashes and stream entries as Python values. The one parser of rows.
 
         P:{S}:candles:<token>:<interval>   list    oldest … newest   [start,o,h,l,c,volume,oi,ticks(,flag)]
         P:{S}:current:<token>              hash    interval → the same row, still forming
         P:{S}:quote:<token>                hash    named fields, text
         P:{S}:ticks                        stream  ticks = [[token,price,…],…] of one frame
 
-A row that is no row (somebody's redis-cli) is skipped and counted in a `Tally`; a key of another
-type raises WrongKeyType.
+A malformed row (written by another program) is skipped and counted in a `Tally`. A key of another type raises
+WrongKeyType. `interval` is always a name as in the keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,12 +18,12 @@ import msgspec
 import redis
 
 from pkbrokers_redis.candles.model import FLAG_NAMES, TICK_WIDTH, Candle
-from pkbrokers_redis.errors import WrongKeyType
 from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.store.errors import expect_type
 
 ENTRIES_A_READ = 1_000
 START_MAX = 7_258_118_400  # 2200, as far as a date can be trusted
-ENTRIES_SCANNED_MAX = 50_000  # an instrument that ticks rarely: give up after about this many frames
+ENTRIES_SCANNED_MAX = 50_000  # bound of the search for an instrument that ticks rarely, in frames
 
 QUOTE_FLOATS = {"last_price", "average_price", "open", "high", "low", "close", "change"}
 QUOTE_INTS = {
@@ -41,16 +39,16 @@ QUOTE_INTS = {
 
 @dataclass
 class Tally:
-    """Counts what a reader met and could not use."""
+    """Counts the malformed rows that a reader skipped."""
 
     rows_refused: int = 0
 
 
 class Tick(NamedTuple):
-    """One tick row as it stands in the stream, and `at_ms`, when its frame was received.
+    """One tick row of the stream, and `at_ms`, the receive time of its frame.
 
-    Prices in rupees, `volume` cumulative for the day, times in epoch milliseconds, None where the
-    packet had no such field.
+    Prices are rupees, `volume` is cumulative for the day, times are epoch milliseconds. A field that the
+    packet did not have is None.
     """
 
     token: int
@@ -68,20 +66,13 @@ class Tick(NamedTuple):
 _json = msgspec.json.Decoder()
 
 
-@contextmanager
-def expecting(client: redis.Redis, key: str, wanted: str) -> Iterator[None]:
-    """Turns Redis' WRONGTYPE into a WrongKeyType that names the key."""
-    try:
-        yield
-    except redis.ResponseError as error:
-        if "WRONGTYPE" not in str(error):
-            raise
-        found: Any = client.type(key)
-        raise WrongKeyType(key, found.decode(), wanted) from error
-
-
 def parse_candle(row: bytes) -> Candle | None:
-    """A candle row's text → Candle; None when it is not one."""
+    """Parse a candle row's JSON text.
+
+    Returns:
+        The candle, or None when the text is malformed: not a list of 8 or 9 cells, a cell that is not a
+        finite number, an unknown flag, or a start beyond the year 2200.
+    """
     try:
         cells = _json.decode(row)
     except (msgspec.DecodeError, RecursionError, ValueError):
@@ -99,7 +90,7 @@ def parse_candle(row: bytes) -> Candle | None:
 
 
 def parse_candles(rows: list[bytes], tally: Tally | None = None) -> list[Candle]:
-    """Rows → candles, in their order, without the rows that are none."""
+    """Parse rows in their order, and skip the malformed ones."""
     candles = [candle for candle in map(parse_candle, rows) if candle is not None]
     if tally is not None:
         tally.rows_refused += len(rows) - len(candles)
@@ -109,11 +100,11 @@ def parse_candles(rows: list[bytes], tally: Tally | None = None) -> list[Candle]
 def read_candles(
     client: redis.Redis, keys: Keys, token: int, interval: str, count: int, tally: Tally | None = None
 ) -> list[Candle]:
-    """The last `count` completed candles, newest last. `interval` is a name as in the keys."""
+    """Return the last `count` completed candles, newest last."""
     if count < 1:
         return []
     key = keys.candles(token, interval)
-    with expecting(client, key, "list"):
+    with expect_type(client, key, "list"):
         rows: Any = client.lrange(key, -count, -1)
     return parse_candles(rows, tally)
 
@@ -121,9 +112,9 @@ def read_candles(
 def read_current(
     client: redis.Redis, keys: Keys, token: int, interval: str, tally: Tally | None = None
 ) -> Candle | None:
-    """The candle being formed, None before the first trade."""
+    """Return the open candle, None before the first trade."""
     key = keys.current(token)
-    with expecting(client, key, "hash"):
+    with expect_type(client, key, "hash"):
         row: Any = client.hget(key, interval)
     return next(iter(parse_candles([row], tally)), None) if row else None
 
@@ -131,11 +122,11 @@ def read_current(
 def read_window(
     client: redis.Redis, keys: Keys, token: int, interval: str, count: int, tally: Tally | None = None
 ) -> tuple[list[Candle], Candle | None]:
-    """The last `count` completed candles and the current one, both of one moment."""
+    """Return the last `count` completed candles and the open one, read in one step."""
     pipe = client.pipeline(transaction=True)  # one slot: MULTI/EXEC works on a cluster too
     pipe.hget(keys.current(token), interval)
     pipe.lrange(keys.candles(token, interval), -max(count, 1), -1)
-    with expecting(client, keys.current(token), "hash"):
+    with expect_type(client, keys.current(token), "hash"):
         row, rows = _execute(pipe, client, keys.candles(token, interval))
     done = parse_candles(rows, tally)
     current = next(iter(parse_candles([row], tally)), None) if row else None
@@ -147,7 +138,7 @@ def read_window(
 def _execute(pipe: Any, client: redis.Redis, list_key: str) -> tuple[bytes | None, list[bytes]]:
     row, rows = pipe.execute(raise_on_error=False)
     if isinstance(rows, redis.ResponseError):
-        with expecting(client, list_key, "list"):
+        with expect_type(client, list_key, "list"):
             raise rows
     if isinstance(row, Exception):
         raise row
@@ -155,12 +146,12 @@ def _execute(pipe: Any, client: redis.Redis, list_key: str) -> tuple[bytes | Non
 
 
 def read_quote(client: redis.Redis, keys: Keys, token: int) -> dict[str, Any]:
-    """The latest quote: prices as floats, quantities as ints, `depth` decoded; {} when there is none.
+    """Return the latest quote: prices as floats, quantities as ints, `depth` decoded; {} when there is none.
 
-    An empty field is None; text that is not the number it should be comes back as text.
+    An empty field is None. A text that is not the expected number is returned as text.
     """
     key = keys.quote(token)
-    with expecting(client, key, "hash"):
+    with expect_type(client, key, "hash"):
         fields: Any = client.hgetall(key)
     return {
         name.decode(): _quote_value(name.decode(), value.decode(errors="replace"))
@@ -186,15 +177,15 @@ def _quote_value(name: str, text: str) -> Any:
 def read_ticks(
     client: redis.Redis, keys: Keys, token: int, count: int, tally: Tally | None = None
 ) -> list[Tick]:
-    """The last `count` ticks of an instrument still in its stream, newest last.
+    """Return the last `count` ticks of an instrument that are still in its stream, newest last.
 
-    The stream is trimmed by age, so this is minutes at most; it looks through ENTRIES_SCANNED_MAX
+    The stream is trimmed by age, so these are minutes at most. The search ends after ENTRIES_SCANNED_MAX
     frames of the shard.
     """
     key = keys.ticks(keys.shard_of(token))
     found: list[Tick] = []
     before = "+"
-    with expecting(client, key, "stream"):
+    with expect_type(client, key, "stream"):
         for _ in range(ENTRIES_SCANNED_MAX // ENTRIES_A_READ):
             entries: Any = client.xrevrange(key, before, "-", count=ENTRIES_A_READ)
             for _, fields in entries:
@@ -206,7 +197,7 @@ def read_ticks(
 
 
 def ticks_of(fields: dict[bytes, bytes], token: int, tally: Tally | None = None) -> list[Tick]:
-    """One instrument's ticks in a stream entry, in their order."""
+    """Return one instrument's ticks in a stream entry, in their order."""
     text = fields.get(b"ticks", b"")
     if b"[%d," % token not in text.replace(b" ", b""):  # cheaper than decoding a frame of 500 others
         return []
@@ -219,11 +210,11 @@ def ticks_of(fields: dict[bytes, bytes], token: int, tally: Tally | None = None)
         if tally is not None:
             tally.rows_refused += 1
         return []
-    mine = [row for row in rows if type(row) is list and row[:1] == [token]]
-    good = [row for row in mine if len(row) == TICK_WIDTH and all(c is None or _is_number(c) for c in row)]
+    found = [row for row in rows if type(row) is list and row[:1] == [token]]
+    valid = [row for row in found if len(row) == TICK_WIDTH and all(c is None or _is_number(c) for c in row)]
     if tally is not None:
-        tally.rows_refused += len(mine) - len(good)
-    return [Tick._make([*row, at_ms]) for row in good]
+        tally.rows_refused += len(found) - len(valid)
+    return [Tick._make([*row, at_ms]) for row in valid]
 
 
 def _is_number(cell: object) -> bool:

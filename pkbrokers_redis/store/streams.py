@@ -1,22 +1,17 @@
-"""Stream ids, `<ms>-<n>`, and counters, as Redis holds them: as text.
-
-In a module of their own: what only compares them must not wait for a compiler.
-
-Reading many streams at once, and waiting until there is something to read.
-
-One server does both in an XREAD. A cluster refuses an XREAD whose streams lie in several slots, and a
-connection that waits on one stream can do nothing else. There, a read is two things:
-
-    look    XREAD without waiting, of every stream, one write a master: what counts is only this
-    ring    one connection per stream with `XREAD COUNT 1 BLOCK` pending; a reply on any ends the wait. Its
-            contents are dropped, the next look has them
-
-So a bell that is late, or lost with its connection, costs the rest of a wait and never an entry.
-
-The tick streams: how an entry is written, and when it may go.
+"""Reading streams, waiting for their next entry, and trimming them.
 
 P:{S}:ticks   one entry per websocket frame and shard:
               src <source id>  seq <its counter>  at <epoch ms>  n <rows>  ticks <JSON rows>
+
+On one server, one XREAD reads many streams and waits for the first entry. A cluster refuses an XREAD whose
+streams lie in several slots, and a connection that waits on one stream can do nothing else. `StreamReader`
+therefore splits the two there:
+
+    poll    XREAD without waiting, of every stream, one write per master. Only this returns entries
+    wait    one connection per stream with `XREAD COUNT 1 BLOCK` pending. A reply on any of them ends the
+            wait; its contents are dropped, because the next poll returns them
+
+So a blocking read that is late or lost costs the rest of a wait, and never an entry.
 """
 
 from __future__ import annotations
@@ -32,70 +27,93 @@ import redis
 from redis.exceptions import RedisClusterException
 
 from pkbrokers_redis.keys import AGGREGATOR_GROUP, Keys
-from pkbrokers_redis.store.cluster import Pipe, cluster_of, master_pool, refresh
+from pkbrokers_redis.store.cluster import (
+    Pipe,
+    cluster_of,
+    master_pool,
+    new_connection,
+    refresh_topology,
+    socket_of,
+)
 
-
-def id_order(entry_id: str) -> tuple[int, int]:
-    """A stream id as numbers, to compare it."""
-    ms, _, seq = entry_id.partition("-")
-    return int(ms), int(seq or 0)
-
-
-def is_count(text: bytes) -> bool:
-    """Whether a field, which a foreign hand may have written, holds a whole number of 18 digits at most."""
-    return text.isdigit() and len(text) <= 18
-
-
-BELLS_MAX = 256  # connections per reader; with more streams the others are looked at every LOOK_MS
-LOOK_MS = 50
-RING_MS_MAX = 10_000  # a bell's BLOCK: how long a server remembers a reader that vanished without a word
+BLOCKING_READS_MAX = 256  # connections per reader; further streams are polled every POLL_MS
+POLL_MS = 50
+BLOCK_MS_MAX = 10_000  # how long a server keeps the connection of a reader that vanished
 
 Fields = dict[bytes, bytes]
 Batch = tuple[bytes, list[tuple[bytes, Fields]]]  # key, entries
 
 
+def id_order(entry_id: str) -> tuple[int, int]:
+    """Return a stream id `<ms>-<n>` as numbers, to compare it."""
+    ms, _, seq = entry_id.partition("-")
+    return int(ms), int(seq or 0)
+
+
+def is_count(text: bytes) -> bool:
+    """Return whether a field, which anybody may have written, holds a whole number of at most 18 digits."""
+    return text.isdigit() and len(text) <= 18
+
+
 class StreamReader:
-    """Reads streams from given positions, on one server or a cluster. One thread's; `close` when done."""
+    """Reads streams from given positions, on one server or a cluster.
+
+    Belongs to one thread. Call `close` at the end.
+
+    Example:
+        reader = StreamReader(client)
+        for key, entries in reader.read({"pkb:{1}:closed": "$"}, count=100, block_ms=1000):
+            …
+    """
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
         self._cluster = cluster_of(client)
-        self._bells: dict[str, _Bell] = {}
-        # The bells' connections are in no pool: they end with the reader.
-        self.close = weakref.finalize(self, _silence, self._bells)
+        self._waiting: dict[str, _BlockingRead] = {}
+        # Their connections belong to no pool: they are closed together with the reader.
+        self.close = weakref.finalize(self, _close_all, self._waiting)
 
     def read(self, positions: Mapping[str, str], count: int, block_ms: int) -> list[Batch]:
-        """Up to `count` entries of each stream behind its position (key → id), as bytes.
+        """Return the entries after each position.
 
-        Streams with nothing new are left out; nothing at all after `block_ms` without any. A stream that is
-        left out had nothing when the call began; after an empty answer none had when it returned. Raises
-        redis.ConnectionError and TimeoutError, and ResponseError (WRONGTYPE) where a key is no stream.
+        Args:
+            positions: Stream key → the last id that was read.
+            count: Maximum of entries per stream.
+            block_ms: How long to wait while there are none; 0 does not wait.
+
+        Returns:
+            (key, entries) for each stream that had new entries when the call began. An empty list means that
+            no stream had any when the call returned.
+
+        Raises:
+            redis.ConnectionError: Or TimeoutError, as redis-py raises it.
+            redis.ResponseError: A key is not a stream (WRONGTYPE).
         """
         if not positions:
             return []
         if self._cluster is None:
             found = self._xread(positions, count, block_ms)
             if block_ms and 0 < len(found) < len(positions):
-                # A wait ends with the first stream that gets something, and a frame is for several.
+                # A wait ends with the first stream that gets an entry, and a frame is for several streams.
                 seen = {bytes(key) for key, _ in found}
                 others = {key: after for key, after in positions.items() if key.encode() not in seen}
                 found += self._xread(others, count, 0)
             return found
-        batches = self._look(positions, count)
+        batches = self._poll(positions, count)
         if batches or not block_ms:
             return batches
         self._wait(self._cluster, positions, block_ms / 1000)
-        return self._look(positions, count)
+        return self._poll(positions, count)
 
     def _xread(self, positions: Mapping[str, str], count: int, block_ms: int) -> list[Batch]:
-        """One XREAD of one server; 0 does not wait."""
+        """Send one XREAD to one server."""
         streams: dict[Any, Any] = dict(positions)
         found: Any = self._client.xread(streams, count=count, block=block_ms or None)
         if isinstance(found, dict):  # RESP3
-            found = [(key, [each for part in parts for each in part]) for key, parts in found.items()]
+            found = [(key, [entry for part in parts for entry in part]) for key, parts in found.items()]
         return list(found or [])
 
-    def _look(self, positions: Mapping[str, str], count: int) -> list[Batch]:
+    def _poll(self, positions: Mapping[str, str], count: int) -> list[Batch]:
         pipe = Pipe(self._client)
         for key, entry_id in positions.items():
             pipe.add("XREAD", "COUNT", count, "STREAMS", key, entry_id)
@@ -111,92 +129,102 @@ class StreamReader:
         return batches
 
     def _wait(self, cluster: redis.RedisCluster, positions: Mapping[str, str], seconds: float) -> None:
-        """Until a stream has something behind its position, or the time is up."""
+        """Wait until a stream has an entry after its position, at most so long."""
         deadline = time.monotonic() + seconds
-        if len(positions) > BELLS_MAX:
-            deadline = min(deadline, time.monotonic() + LOOK_MS / 1000)
-        for key in self._bells.keys() - positions.keys():
-            self._bells.pop(key).close()
+        if len(positions) > BLOCKING_READS_MAX:
+            deadline = min(deadline, time.monotonic() + POLL_MS / 1000)
+        for key in self._waiting.keys() - positions.keys():
+            self._waiting.pop(key).close()
         key = ""
         try:
             with selectors.DefaultSelector() as selector:
-                for key, after in islice(positions.items(), BELLS_MAX):
-                    bell = self._bells.get(key)
-                    if bell is None or bell.is_useless(cluster, after):
-                        if bell is not None:
-                            bell.close()
-                        bell = self._bells[key] = _Bell(cluster, key)
-                    if bell.after is None:
-                        bell.set(after)
-                    selector.register(bell, selectors.EVENT_READ, key)
-                while (left := deadline - time.monotonic()) > 0:
-                    for ready, _ in selector.select(left):
+                for key, after in islice(positions.items(), BLOCKING_READS_MAX):
+                    selector.register(self._blocking_read(cluster, key, after), selectors.EVENT_READ, key)
+                while (remaining := deadline - time.monotonic()) > 0:
+                    for ready, _ in selector.select(remaining):
                         key = ready.data
-                        bell, after = self._bells[key], positions[key]
-                        is_news = bell.after == after
-                        if bell.take() and is_news:
+                        pending, after = self._waiting[key], positions[key]
+                        is_current = pending.after == after
+                        if pending.receive() and is_current:
                             return
-                        bell.set(after)  # it rang for what we have read since, or its time was up
+                        pending.send(after)  # its reply was for entries read meanwhile, or its time was up
         except (redis.RedisError, RedisClusterException, OSError):
-            # The next look meets the same trouble and says so, or goes where the stream is by now.
-            if key in self._bells:
-                self._bells.pop(key).close()
-            refresh(cluster)
-            time.sleep(max(0.0, min(deadline - time.monotonic(), LOOK_MS / 1000)))
+            # The next poll meets the same error and raises it, or finds where the stream is now.
+            if key in self._waiting:
+                self._waiting.pop(key).close()
+            refresh_topology(cluster)
+            time.sleep(max(0.0, min(deadline - time.monotonic(), POLL_MS / 1000)))
+
+    def _blocking_read(self, cluster: redis.RedisCluster, key: str, after: str) -> _BlockingRead:
+        """Return the pending read of a stream, made or sent again where necessary."""
+        pending = self._waiting.get(key)
+        if pending is None or pending.is_stale(cluster, after):
+            if pending is not None:
+                pending.close()
+            pending = self._waiting[key] = _BlockingRead(cluster, key)
+        if pending.after is None:
+            pending.send(after)
+        return pending
 
 
-class _Bell:
-    """One connection that waits on one stream. `after` is the id it waits behind, None while it does not."""
+class _BlockingRead:
+    """One connection with a blocking XREAD of one stream. `after` is its id, None while none is pending."""
 
     def __init__(self, cluster: redis.RedisCluster, key: str) -> None:
         self._key = key
         self._pool = master_pool(cluster, key)
-        self._connection = self._pool.connection_class(**self._pool.connection_kwargs)
-        self._set_at = 0.0
+        self._connection = new_connection(self._pool)
+        self._sent_at = 0.0
         self.after: str | None = None
 
-    def is_useless(self, cluster: redis.RedisCluster, after: str) -> bool:
-        """Whether it will not ring for what comes behind `after`."""
+    def is_stale(self, cluster: redis.RedisCluster, after: str) -> bool:
+        """Return whether it will not report the next entry after `after`."""
         if self.after is not None and id_order(self.after) > id_order(after):
-            return True  # the position went back: a failover lost what it waits behind
-        if self.after is not None and time.monotonic() - self._set_at > 2 * RING_MS_MAX / 1000:
-            return True  # the server is gone, and nobody told us
+            return True  # the position moved back: a failover lost the entry that it waits behind
+        if self.after is not None and time.monotonic() - self._sent_at > 2 * BLOCK_MS_MAX / 1000:
+            return True  # the server vanished without closing the connection
         return master_pool(cluster, self._key) is not self._pool
 
-    def set(self, after: str) -> None:
-        """Wait for the first entry behind `after`."""
+    def send(self, after: str) -> None:
+        """Send the XREAD for the first entry after `after`."""
         self._connection.send_command(
-            "XREAD", "COUNT", 1, "BLOCK", RING_MS_MAX, "STREAMS", self._key, after, check_health=False
+            "XREAD", "COUNT", 1, "BLOCK", BLOCK_MS_MAX, "STREAMS", self._key, after, check_health=False
         )
-        self.after, self._set_at = after, time.monotonic()
+        self.after, self._sent_at = after, time.monotonic()
 
-    def take(self) -> bool:
-        """Read the reply that is there: whether it rang, or its time was up. Raises what redis-py raises."""
+    def receive(self) -> bool:
+        """Read the reply that has arrived. Return whether it holds an entry. Raise what redis-py raises."""
         self.after = None
         return bool(self._connection.read_response())
 
     def fileno(self) -> int:
-        """For `selectors`."""
-        return int(self._connection._sock.fileno())
+        """Return the socket's descriptor, for `selectors`."""
+        return int(socket_of(self._connection).fileno())
 
     def close(self) -> None:
-        """End the connection, whatever it waits for."""
+        """Close the connection."""
         self._connection.disconnect()
 
 
-def _silence(bells: dict[str, _Bell]) -> None:
-    for bell in bells.values():
-        bell.close()
-    bells.clear()
+def _close_all(waiting: dict[str, _BlockingRead]) -> None:
+    for pending in waiting.values():
+        pending.close()
+    waiting.clear()
 
 
 def trim(
     client: redis.Redis, keys: Keys, committed: Mapping[int, str], now_ms: float, retention_seconds: float
 ) -> None:
-    """Drop tick entries that are older than the retention and that every registered reader is done with.
+    """Remove tick entries that are older than the retention and that every reader has processed.
 
-    Readers are the consumer groups of a stream; `committed` is the aggregator's own position, shard →
-    id. An uncommitted entry is never dropped here.
+    Readers are the consumer groups of a stream. An uncommitted entry is never removed here.
+
+    Args:
+        client: The aggregator's.
+        keys: Of the store.
+        committed: Shard → the aggregator's own position.
+        now_ms: Epoch ms.
+        retention_seconds: Minimum age.
     """
     pipeline = client.pipeline(transaction=False)
     shards = list(committed)
@@ -206,7 +234,7 @@ def trim(
     old_ms = int(now_ms - retention_seconds * 1000)
     for shard, groups in zip(shards, replies, strict=True):
         if isinstance(groups, Exception):
-            continue  # no stream yet, or a foreign hand's key
+            continue  # no stream yet, or a key of another type
         slowest = committed[shard]
         for group in groups:
             name = group.get("last-delivered-id") or group.get(b"last-delivered-id") or b"0-0"
@@ -218,7 +246,7 @@ def trim(
 
 
 def enforce_cap(client: redis.Redis, keys: Keys, entries_max: int) -> int:
-    """The hard cap: cut streams longer than it, applied or not. Returns the entries dropped unapplied."""
+    """Cut tick streams to the hard cap, applied or not. Return the number of unapplied entries removed."""
     pipeline = client.pipeline(transaction=False)
     for shard in range(keys.shards):
         pipeline.xlen(keys.ticks(shard))
@@ -227,13 +255,13 @@ def enforce_cap(client: redis.Redis, keys: Keys, entries_max: int) -> int:
     for shard, size in enumerate(sizes):
         if isinstance(size, int) and size > entries_max:
             applied = size - _lag(client, keys.ticks(shard), size)
-            gone = int(client.xtrim(keys.ticks(shard), maxlen=entries_max, approximate=True))
-            dropped += max(0, gone - applied)
+            removed = int(client.xtrim(keys.ticks(shard), maxlen=entries_max, approximate=True))
+            dropped += max(0, removed - applied)
     return dropped
 
 
 def _lag(client: redis.Redis, key: str, size: int) -> int:
-    """How many of a stream's `size` entries the aggregator has not applied; all, where nobody knows."""
+    """Return how many of a stream's `size` entries are unapplied; all of them when Redis does not know."""
     groups: Any = client.xinfo_groups(key)
     for group in groups:
         if _text(group.get("name") or group.get(b"name")) == AGGREGATOR_GROUP:

@@ -1,4 +1,9 @@
-"""Groups of instruments that PKB_INSTRUMENTS may name, as rules over `EXCHANGE:TRADINGSYMBOL` and token.
+"""Symbols and tokens: the instrument master's names in Redis, and what a person may type for an instrument.
+
+    P:symbols              Kite's `EXCHANGE:TRADINGSYMBOL` → token
+    P:instrument:<token>   the row of Kite's instruments CSV, under its own column names
+
+PKB_INSTRUMENTS may also name groups, which are rules over symbol and token. A new group is a row of `GROUPS`.
 
     all                           the whole master
     nse-equity  bse-equity        shares (NSE: without bonds, rights and funds)
@@ -6,13 +11,6 @@
     nfo bfo cds bcd mcx           an exchange's contracts
     nfo-futures, mcx-futures, …   its futures
     nfo-nifty, mcx-crudeoil, …    the contracts of one underlying
-
-A new group is a row of `GROUPS`.
-
-Symbols ⇄ tokens: the instrument master in Redis, and what a person may type for an instrument.
-
-`P:symbols` maps Kite's `EXCHANGE:TRADINGSYMBOL` to the token, `P:instrument:<token>` holds the row of
-Kite's instruments CSV under its own column names.
 """
 
 from __future__ import annotations
@@ -31,17 +29,17 @@ from pkbrokers_redis.candles.model import SEGMENT_INDICES, TOKEN_MAX
 from pkbrokers_redis.errors import InputFileError, PkbError, UnknownSymbol
 from pkbrokers_redis.keys import Keys
 
-Rule = Callable[[str, int], bool]  # (NSE:INFY, token) → whether it belongs
+Rule = Callable[[str, int], bool]  # (NSE:INFY, token) → whether it is in the group
 
-# NSE series that are shares: none, BE/BZ (trade for trade), SM/ST (SME). The others behind a hyphen
-# (GS, SG, N1, RE, …) are bonds, rights and funds.
+# NSE series of shares: no suffix, BE/BZ (trade for trade), SM/ST (SME). Other suffixes (GS, SG, N1, RE, …)
+# are bonds, rights and funds.
 EQUITY_SERIES = {"BE", "BZ", "SM", "ST"}
 NSE_SEGMENT, BSE_SEGMENT = 1, 4
 CONTRACT_EXCHANGES = ("NFO", "BFO", "CDS", "BCD", "MCX")
 
 
 def is_nse_equity(symbol: str, token: int) -> bool:
-    """Whether it is a share on NSE."""
+    """Return whether an instrument is a share on NSE."""
     exchange, _, name = symbol.partition(":")
     if exchange != "NSE" or token & 0xFF != NSE_SEGMENT:
         return False
@@ -69,7 +67,7 @@ GROUPS: dict[str, Rule] = {
 
 
 def group_of(text: str) -> Rule | None:
-    """The rule of a group's name, in either case; None where it is no group."""
+    """Return the rule of a group's name, in either case; None when there is no such group."""
     name = text.lower()
     if name in GROUPS:
         return GROUPS[name]
@@ -83,7 +81,7 @@ def group_of(text: str) -> Rule | None:
     return lambda symbol, _: of_underlying.match(symbol) is not None
 
 
-ROWS_A_PIPELINE = 1_000  # 100,000 instruments go in 100 round trips, none of them long for Redis
+ROWS_A_PIPELINE = 1_000  # 100,000 instruments take 100 round trips, each of them short for Redis
 FILE_LINES_MAX = 1_000_000
 NEAREST_MAX = 3
 SYNC = "run `pkb instruments sync`"
@@ -91,16 +89,19 @@ NEAREST_COMPARED_MAX = 2_000  # difflib takes ~20 µs a name
 
 
 class SavedInstruments(NamedTuple):
-    """What became of a master: `saved` rows are in Redis, `refused` had no usable token or symbol."""
+    """Result of `save_instruments`: rows written, and rows without a valid token or symbol."""
 
     saved: int
     refused: int
 
 
 def save_instruments(client: redis.Redis, keys: Keys, rows: Iterable[Mapping[str, Any]]) -> SavedInstruments:
-    """Write instrument master rows (Kite's CSV field names: instrument_token, tradingsymbol, exchange, …).
+    """Write instrument master rows, without removing any.
 
-    Writes again what is there already; names that left the master stay until somebody removes them.
+    Args:
+        client: The store.
+        keys: Of the store.
+        rows: Kite's CSV rows by column name: instrument_token, tradingsymbol, exchange, …
     """
     saved = refused = 0
     source = iter(rows)
@@ -124,26 +125,36 @@ def save_instruments(client: redis.Redis, keys: Keys, rows: Iterable[Mapping[str
 
 
 def load_symbols(client: redis.Redis, keys: Keys) -> dict[int, str]:
-    """Token → `EXCHANGE:TRADINGSYMBOL` of the whole master."""
+    """Return token → `EXCHANGE:TRADINGSYMBOL` of the whole master."""
     return {token: name for name, token in read_names(client, keys).items()}
 
 
 def resolve(client: redis.Redis, keys: Keys, text: str) -> tuple[int, str]:
-    """`NSE:INFY`, `INFY`, `infy`, `NIFTY 50` or a token → `(token, "NSE:INFY")`.
+    """Return token and symbol of what a person typed.
 
-    A token that is in no master is taken as it is, its symbol is its number. Raises UnknownSymbol.
+    Args:
+        client: The store.
+        keys: Of the store.
+        text: `NSE:INFY`, `INFY`, `infy`, `NIFTY 50` or a token. A token that is not in the master is
+            accepted; its symbol is its number.
+
+    Raises:
+        UnknownSymbol: `.nearest` holds close spellings.
+
+    Example:
+        token, symbol = resolve(client, keys, "infy")  # 408065, "NSE:INFY"
     """
     return resolve_all(client, keys, [text])[0]
 
 
 def resolve_all(client: redis.Redis, keys: Keys, texts: Sequence[str | int]) -> list[tuple[int, str]]:
-    """`resolve` for many, in two round trips when all are spelt right. Keeps the order."""
-    wanted = [str(text).strip() for text in texts]
-    found = read_tokens(client, keys, sorted({_full_name(text) for text in wanted if not _is_number(text)}))
-    numbers = _symbols_of_tokens(client, keys, [text for text in wanted if _is_number(text)])
+    """Resolve many texts in their order, in two round trips when all are spelt exactly."""
+    names = [str(text).strip() for text in texts]
+    found = read_tokens(client, keys, sorted({_full_name(text) for text in names if not _is_number(text)}))
+    numbers = _symbols_of_tokens(client, keys, [text for text in names if _is_number(text)])
     every: dict[str, int] | None = None
     answer: list[tuple[int, str]] = []
-    for text in wanted:
+    for text in names:
         if _is_number(text):
             answer.append(numbers[text])
         elif (name := _full_name(text)) in found:
@@ -155,10 +166,21 @@ def resolve_all(client: redis.Redis, keys: Keys, texts: Sequence[str | int]) -> 
 
 
 def resolve_many(client: redis.Redis, keys: Keys, text: str) -> list[tuple[int, str]]:
-    """PKB_INSTRUMENTS → `[(token, symbol), …]`, each once, in the order given.
+    """Return the instruments that PKB_INSTRUMENTS names, each once, in their order.
 
-    `text` is a comma list of symbols, tokens, index names, groups (`nse-equity`, `all`, … : groups.py), and
-    files with one of these a line (`#` begins a comment). Raises UnknownSymbol, InputFileError.
+    Args:
+        client: The store.
+        keys: Of the store.
+        text: A comma list of symbols, tokens, index names, groups (`nse-equity`, `all`, …), and files with
+            one of these a line (`#` starts a comment).
+
+    Returns:
+        `[(token, symbol), …]`.
+
+    Raises:
+        UnknownSymbol: A name is not in the master.
+        InputFileError: A file cannot be read.
+        PkbError: The master is empty and a group is chosen from it.
     """
     names: list[str] = []
     chosen: dict[int, str] = {}
@@ -176,14 +198,16 @@ def resolve_many(client: redis.Redis, keys: Keys, text: str) -> list[tuple[int, 
             continue
         found = {token: symbol for symbol, token in every.items() if rules[name](symbol, token)}
         if not found and name.lower() not in GROUPS:
-            raise UnknownSymbol(name[:40], [], "no contract begins so: `pkb instruments search` finds names")
+            raise UnknownSymbol(
+                name[:40], [], "no contract starts with it: `pkb instruments search` finds names"
+            )
         for token, symbol in found.items():
             chosen.setdefault(token, symbol)
     return list(chosen.items())
 
 
 def read_names(client: redis.Redis, keys: Keys) -> dict[str, int]:
-    """The whole `P:symbols`, in slices: 100,000 fields at once would stall Redis for everybody."""
+    """Return the whole `P:symbols`, read in slices: 100,000 fields at once would block Redis."""
     names: dict[str, int] = {}
     for name, value in client.hscan_iter(keys.symbols(), count=10_000):
         token = _token_of(value.decode(errors="replace"))
@@ -193,12 +217,12 @@ def read_names(client: redis.Redis, keys: Keys) -> dict[str, int]:
 
 
 def read_tokens(client: redis.Redis, keys: Keys, names: Sequence[str]) -> dict[str, int]:
-    """`NSE:INFY` → token, for those names that the master has, letter by letter."""
+    """Return `NSE:INFY` → token for the names that the master has in exactly this spelling."""
     found: dict[str, int] = {}
     for first in range(0, len(names), ROWS_A_PIPELINE):
-        some = list(names[first : first + ROWS_A_PIPELINE])
-        values: Any = client.hmget(keys.symbols(), some)
-        for name, value in zip(some, values, strict=True):
+        chunk = list(names[first : first + ROWS_A_PIPELINE])
+        values: Any = client.hmget(keys.symbols(), chunk)
+        for name, value in zip(chunk, values, strict=True):
             token = _token_of(value.decode(errors="replace")) if value else None
             if token is not None:
                 found[name] = token
@@ -206,7 +230,7 @@ def read_tokens(client: redis.Redis, keys: Keys, names: Sequence[str]) -> dict[s
 
 
 def _symbols_of_tokens(client: redis.Redis, keys: Keys, texts: list[str]) -> dict[str, tuple[int, str]]:
-    """Digits → (token, symbol as in the master, else the number itself)."""
+    """Return digits → (token, symbol in the master, or the number itself)."""
     tokens: dict[str, int] = {}
     for text in texts:
         token = _token_of(text)
@@ -216,23 +240,23 @@ def _symbols_of_tokens(client: redis.Redis, keys: Keys, texts: list[str]) -> dic
     answer: dict[str, tuple[int, str]] = {}
     pending = list(tokens.items())
     for first in range(0, len(pending), ROWS_A_PIPELINE):
-        some = pending[first : first + ROWS_A_PIPELINE]
+        chunk = pending[first : first + ROWS_A_PIPELINE]
         pipe = client.pipeline(transaction=False)
-        for _, token in some:
+        for _, token in chunk:
             pipe.hmget(keys.instrument(token), ["exchange", "tradingsymbol"])
-        for (text, token), (exchange, symbol) in zip(some, pipe.execute(), strict=True):
+        for (text, token), (exchange, symbol) in zip(chunk, pipe.execute(), strict=True):
             name = f"{exchange.decode()}:{symbol.decode()}" if exchange and symbol else str(token)
             answer[text] = (token, name)
     return answer
 
 
 def _search(names: dict[str, int], text: str) -> tuple[int, str]:
-    """The slow way, for what the hash does not hold letter by letter: other case, an index of BSE."""
-    wanted = _full_name(text)
+    """Find a name that the hash does not have in this spelling: other case, an index of BSE."""
+    full_name = _full_name(text)
     bare = "" if ":" in text else text.upper()
     for name, token in names.items():
         spelt = name.upper()
-        if spelt == wanted:
+        if spelt == full_name:
             return token, name
         if bare and token & 0xFF == SEGMENT_INDICES and spelt.partition(":")[2] == bare:
             return token, name
@@ -242,28 +266,30 @@ def _search(names: dict[str, int], text: str) -> tuple[int, str]:
 
 
 def nearest_names(names: Iterable[str], text: str) -> list[str]:
-    """Up to three known names that look like `text`, best first; NSE's before other exchanges'."""
-    exchange, _, wanted = _full_name(text).rpartition(":")
-    head, tail = wanted[:1], wanted[-2:]
-    length_slack = max(3, len(wanted) // 2)
-    here: dict[str, str] = {}
-    elsewhere: dict[str, str] = {}
+    """Return up to three names that resemble `text`, best first; its own exchange's (NSE's) come first."""
+    exchange, _, typed = _full_name(text).rpartition(":")
+    head, tail = typed[:1], typed[-2:]
+    length_slack = max(3, len(typed) // 2)
+    same_exchange: dict[str, str] = {}
+    other_exchanges: dict[str, str] = {}
     for name in names:
         where, _, symbol = name.upper().partition(":")
-        alike = symbol.startswith(head) or symbol.endswith(tail) or wanted in symbol
-        if alike and abs(len(symbol) - len(wanted)) <= length_slack:
-            (here if where == exchange else elsewhere).setdefault(symbol, name)
+        alike = symbol.startswith(head) or symbol.endswith(tail) or typed in symbol
+        if alike and abs(len(symbol) - len(typed)) <= length_slack:
+            (same_exchange if where == exchange else other_exchanges).setdefault(symbol, name)
     nearest: list[str] = []
-    for group in (here, elsewhere):
-        some = heapq.nlargest(NEAREST_COMPARED_MAX, group, key=lambda symbol: _shared_ends(symbol, wanted))
+    for group in (same_exchange, other_exchanges):
+        candidates = heapq.nlargest(
+            NEAREST_COMPARED_MAX, group, key=lambda symbol: _shared_ends(symbol, typed)
+        )
         room = NEAREST_MAX - len(nearest)
         if room:
-            nearest += [group[symbol] for symbol in difflib.get_close_matches(wanted, some, room, 0.6)]
+            nearest += [group[symbol] for symbol in difflib.get_close_matches(typed, candidates, room, 0.6)]
     return nearest
 
 
 def _shared_ends(one: str, other: str) -> int:
-    """Letters that agree from the front and from the back: cheap, to choose whom difflib compares."""
+    """Count equal letters from both ends: a cheap choice of the names that difflib compares."""
     return _shared_start(one, other) + _shared_start(one[::-1], other[::-1])
 
 
@@ -277,7 +303,7 @@ def _shared_start(one: str, other: str) -> int:
 
 
 def _full_name(text: str) -> str:
-    """`infy` → `NSE:INFY`, `bse:infy` → `BSE:INFY`."""
+    """Return `NSE:INFY` for `infy`, `BSE:INFY` for `bse:infy`."""
     exchange, colon, symbol = text.upper().partition(":")
     return f"{exchange.strip()}:{symbol.strip()}" if colon else f"NSE:{exchange}"
 
@@ -294,7 +320,7 @@ def _token_of(text: str) -> int | None:
 
 
 def _is_path(part: str) -> bool:
-    """Only what looks like a path is one: a stray file `INFY` here must not hide the share."""
+    """Return whether a part looks like a path. A file `INFY` in this folder must not hide the share."""
     return "/" in part or part.startswith("~") or part.lower().endswith((".txt", ".csv", ".list"))
 
 

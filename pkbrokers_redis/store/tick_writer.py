@@ -31,6 +31,7 @@ from redis.exceptions import ResponseError
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles.codec import tick_texts
 from pkbrokers_redis.candles.model import TOKEN, TickArray
+from pkbrokers_redis.clock import Backoff
 from pkbrokers_redis.errors import RedisUnavailable
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings
@@ -275,7 +276,7 @@ class TickWriter:
         Raises:
             PkbError: the store can never take them.
         """
-        pause_seconds = RETRY_SECONDS_MIN
+        backoff = Backoff(RETRY_SECONDS_MIN, RETRY_SECONDS_MAX)
         while True:
             try:
                 if self._client is None:
@@ -292,10 +293,10 @@ class TickWriter:
                     self._quotes.retry()
                 self.counts["resent_batches"] += 1
                 reason = str(error).partition("\n")[0][:200]
+                pause_seconds = backoff.next()
                 log.warning("redis_unavailable", reason=reason, retry_seconds=pause_seconds)
                 if (stop or threading.Event()).wait(pause_seconds):
                     return False
-                pause_seconds = min(pause_seconds * 2, RETRY_SECONDS_MAX)
 
     def _open(self) -> redis.Redis:
         """Connect, and bring that Redis up to what it, or another before it, had acknowledged."""

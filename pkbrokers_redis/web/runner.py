@@ -102,8 +102,8 @@ async def _beat(services: Services, client: redis.Redis, url: str) -> None:
     heart = Heartbeat(keys, "web", name, now_ms())
 
     def beat() -> None:
-        with suppress(redis.ResponseError):  # a key of another type: the heartbeat still counts
-            announce(client, keys, "web", name)
+        with suppress(redis.ResponseError):  # no worker has loaded the functions yet; the heartbeat suffices
+            announce(client, keys, "web", name, may_load=False)
         heart.beat(client, now_ms(), 0, {**services.figures(), "url": url})
 
     def end() -> None:

@@ -59,7 +59,11 @@ def test_a_misspelt_command_is_named_with_the_one_meant(pkb: Pkb) -> None:
     ("arguments", "environment", "says"),
     [
         (["quote", "INFY"], {"PKB_REDIS_URL": "redis://:geheim@127.0.0.1:1"}, "cannot be reached"),
-        (["candles", "INFY", "5m"], {"PKB_REDIS_URL": "http://x"}, "PKB_REDIS_URL begins with no scheme"),
+        (
+            ["candles", "INFY", "5m"],
+            {"PKB_REDIS_URL": "http://x"},
+            "begins with an unknown scheme",
+        ),
         (["closed"], {"PKB_SHARDS": "many"}, "PKB_SHARDS"),
         (["config"], {"PKB_INTERVALS": "7x"}, "7x"),
     ],

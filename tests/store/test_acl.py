@@ -118,13 +118,15 @@ def test_every_role_does_its_work_with_its_own_user(port: int, tmp_path: Path) -
     ],
 )
 @pytest.mark.parametrize("port", ["valkey"], indirect=True)
-def test_what_a_user_may_not_is_refused(user: str, command: tuple[str, ...], port: int) -> None:
+def test_user_is_refused_commands_and_keys_outside_its_rights(
+    user: str, command: tuple[str, ...], port: int
+) -> None:
     client = redis.Redis(port=port, username=user, password=f"change-me-{user}")
     with client, pytest.raises(redis.exceptions.NoPermissionError):
         client.execute_command(*command)
 
 
-def test_a_token_that_is_another_contract_is_forgotten_by_its_users(port: int) -> None:
+def test_reassigned_token_is_deleted_with_the_rights_of_each_user(port: int) -> None:
     token = 45_000 << 8 | 2
     aggregator = settings_env(settings_of("aggregator", port))
     with ExitStack() as stack:
@@ -142,16 +144,16 @@ def test_a_token_that_is_another_contract_is_forgotten_by_its_users(port: int) -
 
 
 @pytest.mark.parametrize("port", ["valkey"], indirect=True)
-def test_nobody_gets_in_without_a_user(port: int) -> None:
-    assert "wants a password" in str(refusal(f"redis://127.0.0.1:{port}"))
+def test_default_user_is_off(port: int) -> None:
+    assert "requires a password" in str(refusal(f"redis://127.0.0.1:{port}"))
 
 
 @pytest.mark.parametrize("port", ["valkey"], indirect=True)
-def test_a_worker_with_a_readers_user_says_so_in_one_line(port: int) -> None:
+def test_worker_with_a_readers_user_fails_with_one_line(port: int) -> None:
     with running_python("-m", "workers.aggregate", env=settings_env(settings_of("reader", port))) as worker:
         output, _ = worker.communicate(timeout=60)
     assert worker.returncode == 2 and "Traceback" not in output
-    assert "does not permit" in output.splitlines()[-1]
+    assert "denies this user" in output.splitlines()[-1]
 
 
 # -- TLS -----------------------------------------------------------------------------------------
@@ -213,6 +215,6 @@ def test_tls_with_a_named_certificate_works_and_without_is_one_line(tls_port: tu
         assert len(client.xrange(KEYS.ticks(0))[0][1][b"a"]) == 200_000  # type: ignore[index]
     error = refusal(f"rediss://ingest:{SECRET}@localhost:{port}")
     assert isinstance(error, RedisUnavailable)
-    assert "certificate we do not trust" in str(error) and "ssl_ca_certs" in error.hint
+    assert "certificate that is not trusted" in str(error) and "ssl_ca_certs" in error.hint
     error = refusal(f"rediss://ingest:{SECRET}@127.0.0.1:{port}?ssl_ca_certs={quote(certificate)}")
     assert "certificate" in str(error) and "host name" in error.hint

@@ -42,7 +42,7 @@ def test_a_session_ends_at_the_first_six_in_the_morning_in_india(login: str, end
     assert datetime.fromtimestamp(found, IST).isoformat() == end
 
 
-def test_what_was_saved_is_loaded_and_runs_out_by_itself(client: redis.Redis, settings: Settings) -> None:
+def test_saved_session_is_loaded_and_expires(client: redis.Redis, settings: Settings) -> None:
     saved = save_session(client, settings.keys, session())
     loaded = load_session(client, settings.keys)
     assert loaded is not None and loaded.is_same(saved) and loaded.id == saved.id != ""
@@ -65,7 +65,7 @@ def test_no_repr_shows_a_token() -> None:
         assert "geheim" not in repr(each) + str(each) + f"{each}"
 
 
-def test_a_session_that_failed_is_not_loaded_again(client: redis.Redis, settings: Settings) -> None:
+def test_refused_session_is_not_loaded_again(client: redis.Redis, settings: Settings) -> None:
     saved = save_session(client, settings.keys, session())
     forget_session(client, settings.keys, saved)
     assert load_session(client, settings.keys) is None
@@ -73,9 +73,7 @@ def test_a_session_that_failed_is_not_loaded_again(client: redis.Redis, settings
     assert load_session(client, settings.keys) is None
 
 
-def test_a_slow_worker_does_not_end_the_session_that_another_made(
-    client: redis.Redis, settings: Settings
-) -> None:
+def test_slow_worker_does_not_refuse_a_newer_session(client: redis.Redis, settings: Settings) -> None:
     dead = save_session(client, settings.keys, session("dead"))
     alive = save_session(client, settings.keys, session("alive"))
     forget_session(client, settings.keys, dead)
@@ -84,7 +82,7 @@ def test_a_slow_worker_does_not_end_the_session_that_another_made(
     assert loaded is not None and loaded.is_same(alive)
 
 
-def test_the_mark_on_a_session_that_ran_out_runs_out_too(client: redis.Redis, settings: Settings) -> None:
+def test_refusal_of_an_expired_session_expires_too(client: redis.Redis, settings: Settings) -> None:
     saved = save_session(client, settings.keys, session())
     client.delete(settings.keys.auth())
     forget_session(client, settings.keys, saved)
@@ -101,14 +99,14 @@ def test_the_mark_on_a_session_that_ran_out_runs_out_too(client: redis.Redis, se
         {"id": "1", "refused": "1", "access_token": "t"},
     ],
 )
-def test_a_hash_of_a_foreign_hand_is_no_session(
+def test_malformed_session_hash_is_no_session(
     client: redis.Redis, settings: Settings, fields: dict[str, str]
 ) -> None:
     client.hset(settings.keys.auth(), mapping=fields)  # type: ignore[arg-type]
     assert load_session(client, settings.keys) is None
 
 
-def test_another_type_is_named(client: redis.Redis, settings: Settings) -> None:
+def test_key_of_another_type_is_named(client: redis.Redis, settings: Settings) -> None:
     client.set(settings.keys.auth(), "x")
     with pytest.raises(WrongKeyType, match="pkb:auth holds a string"):
         load_session(client, settings.keys)
@@ -135,7 +133,7 @@ def test_attempts_count_within_an_hour_and_a_login_ends_a_refusal(
     assert auth.load_login_state(client, keys, NOW).totp_window == 59_000_000
 
 
-def test_a_login_state_of_a_foreign_hand_is_none(client: redis.Redis, settings: Settings) -> None:
+def test_malformed_login_state_is_empty(client: redis.Redis, settings: Settings) -> None:
     fields = {"attempts": "many", "attempted_at": "1e99", "totp_window": "9" * 40}
     client.hset(settings.keys.login(), mapping=fields)  # type: ignore[arg-type]
     assert auth.load_login_state(client, settings.keys, NOW) == auth.LoginState()

@@ -22,11 +22,11 @@ from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import streams
 from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import (
-    Move,
+    CursorMove,
     ensure_groups,
+    finish_commit,
     queue_commit,
-    read_position,
-    settle_commit,
+    read_cursor,
 )
 from pkbrokers_redis.store.connect import connect, describe, explain
 from pkbrokers_redis.store.functions import load_functions
@@ -47,7 +47,7 @@ ALL_TICKS = [KEYS.ticks(shard) for shard in range(KEYS.shards)]
 # -- connecting ----------------------------------------------------------------------------------
 
 
-def test_any_one_node_is_enough_to_find_the_others(cluster: Cluster) -> None:
+def test_one_node_is_enough_to_find_the_cluster(cluster: Cluster) -> None:
     settings = load_settings(redis_url=f"redis+cluster://127.0.0.1:{cluster.ports[1]}")
     with connect(settings) as client:
         for key in ALL_TICKS:
@@ -55,28 +55,28 @@ def test_any_one_node_is_enough_to_find_the_others(cluster: Cluster) -> None:
     assert describe(settings) == f"redis+cluster://127.0.0.1:{cluster.ports[1]}"
 
 
-def test_nodes_that_are_away_are_passed_over(cluster: Cluster) -> None:
+def test_unavailable_nodes_are_skipped(cluster: Cluster) -> None:
     url = f"redis+cluster://127.0.0.1:1,127.0.0.1:{cluster.ports[2]}/?socket_timeout=5"
     with connect(load_settings(redis_url=url)) as client:
         assert client.ping()
 
 
-def test_a_node_of_a_cluster_is_no_single_server_and_the_line_says_what_to_write(cluster: Cluster) -> None:
+def test_plain_url_of_a_cluster_node_is_refused_with_the_right_scheme(cluster: Cluster) -> None:
     settings = load_settings(redis_url=f"redis://127.0.0.1:{cluster.ports[0]}")
     with connect(settings) as client, pytest.raises(redis.ResponseError) as caught:
         client.hget(KEYS.ticks(0), "x")  # slot of the third master
     assert "redis+cluster://" in str(explain(caught.value, describe(settings)))
 
 
-def test_one_server_is_no_cluster_and_the_line_says_so(tmp_path: Path) -> None:
+def test_cluster_url_of_a_single_server_is_refused(tmp_path: Path) -> None:
     with running_server(tmp_path / "one", "--requirepass", SECRET) as port:
         error = refusal(f"redis+cluster://:{SECRET}@127.0.0.1:{port}/")
-        assert isinstance(error, SettingsError) and "no Redis Cluster" in str(error)
+        assert isinstance(error, SettingsError) and "not a Redis Cluster" in str(error)
         assert "refuses the user or password" in str(refusal(f"redis+cluster://:{SECRET}x@127.0.0.1:{port}"))
-        assert "wants a password" in str(refusal(f"redis+cluster://127.0.0.1:{port}"))
+        assert "requires a password" in str(refusal(f"redis+cluster://127.0.0.1:{port}"))
 
 
-def test_no_node_there_is_one_line() -> None:
+def test_unreachable_cluster_is_one_line() -> None:
     error = refusal(f"redis+cluster://me:{SECRET}@127.0.0.1:1,127.0.0.1:2/")
     assert isinstance(error, RedisUnavailable)
     assert "127.0.0.1:1,127.0.0.1:2" in str(error) and "refused" in str(error)
@@ -98,7 +98,7 @@ def test_no_node_there_is_one_line() -> None:
         f"redis+sentinel:/{SECRET}",
     ],
 )
-def test_a_url_of_several_servers_that_cannot_be_read_is_one_line(url: str) -> None:
+def test_malformed_url_of_several_servers_is_one_line(url: str) -> None:
     assert isinstance(refusal(url), SettingsError)
     assert SECRET not in describe(load_settings(redis_url=url))
 
@@ -138,7 +138,7 @@ def test_symbols_meta_heartbeat_and_trimming_work_across_the_slots(
     assert enforce_cap(cluster_client, KEYS, 100) > 0
 
 
-def test_a_pipeline_deletes_and_looks_for_keys_of_any_slot(cluster_client: redis.Redis) -> None:
+def test_pipeline_deletes_and_finds_keys_of_any_slot(cluster_client: redis.Redis) -> None:
     names = [f"pkb:test:{n}" for n in range(20)]
     pipeline = cluster_client.pipeline(transaction=False)
     for name in names:
@@ -206,7 +206,7 @@ def test_the_users_of_the_acl_file_can_do_their_work_on_a_cluster(cluster: Clust
 # -- slots that move -----------------------------------------------------------------------------
 
 
-def test_a_commit_to_a_slot_that_moves_key_by_key_waits_and_is_whole(
+def test_commit_to_a_migrating_slot_waits_and_is_atomic(
     cluster: Cluster, cluster_client: redis.Redis
 ) -> None:
     """A function may write keys it did not name; half of them would be on the next master already."""
@@ -217,17 +217,17 @@ def test_a_commit_to_a_slot_that_moves_key_by_key_waits_and_is_whole(
     load_functions(cluster_client)
     ensure_groups(cluster_client, KEYS)
     epochs, _ = lease_shards(cluster_client, KEYS, [shard], "me", 60_000)
-    held = read_position(cluster_client, KEYS, shard, "me", epochs[shard])
+    held = read_cursor(cluster_client, KEYS, shard, "me", epochs[shard])
 
     def commit(close: int) -> list[str]:
         row = b"[1800000000,1,2,1,%d,10,null,3]" % close
         pipe = Pipe(cluster_client)
         puts = [1, token, "1m", 1_800_000_000, 5, row]
-        move = Move(held.id, held.read, {})
+        move = CursorMove(held.id, held.read, {})
         queue_commit(
             pipe, KEYS, shard, held, move, 100, [1, token, 1, "1m", row, 0, 0, *puts, 0, 1, token, b"[]"]
         )
-        return settle_commit(pipe.execute()[0], held, move)
+        return finish_commit(pipe.execute()[0], held, move)
 
     try:
         assert commit(1) == []
@@ -323,7 +323,7 @@ def test_no_entry_is_lost_or_doubled_however_reads_and_writes_interleave(
     assert reader.read(positions, 3, 5) == []
 
 
-def test_a_position_that_went_back_and_a_stream_that_was_dropped_are_followed(
+def test_reader_follows_a_position_that_moved_back_and_a_deleted_stream(
     cluster_client: redis.Redis, positions: Positions
 ) -> None:
     reader = StreamReader(cluster_client)
@@ -341,7 +341,7 @@ def test_a_position_that_went_back_and_a_stream_that_was_dropped_are_followed(
     timer.join()
 
 
-def test_bells_that_break_cost_no_entry(
+def test_broken_blocking_reads_lose_no_entry(
     cluster: Cluster, cluster_client: redis.Redis, positions: Positions
 ) -> None:
     reader = StreamReader(cluster_client)
@@ -366,10 +366,10 @@ def test_bells_that_break_cost_no_entry(
     timer.join()
 
 
-def test_more_streams_than_bells_are_looked_at_in_turn(
+def test_streams_beyond_the_blocking_reads_are_polled(
     cluster_client: redis.Redis, positions: Positions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(streams, "BELLS_MAX", 2)
+    monkeypatch.setattr(streams, "BLOCKING_READS_MAX", 2)
     reader = StreamReader(cluster_client)
     assert reader.read(positions, 10, 20) == []
     timer = later(lambda: cluster_client.xadd(ALL_TICKS[7], {"a": 1}))
@@ -378,7 +378,7 @@ def test_more_streams_than_bells_are_looked_at_in_turn(
     timer.join()
 
 
-def test_a_key_that_is_no_stream_is_said_as_by_one_server(
+def test_key_of_another_type_raises_as_on_one_server(
     cluster_client: redis.Redis, positions: Positions
 ) -> None:
     cluster_client.set(ALL_TICKS[1], "text")
@@ -389,7 +389,7 @@ def test_a_key_that_is_no_stream_is_said_as_by_one_server(
 # -- a part of it dies ---------------------------------------------------------------------------
 
 
-def test_a_master_that_dies_is_a_lost_connection_to_everybody_and_never_an_empty_key(
+def test_dead_master_raises_a_connection_error_and_never_reads_as_an_empty_key(
     tmp_path: Path, positions: Positions
 ) -> None:
     with running_cluster(tmp_path, 3, "--cluster-node-timeout", "1000") as cluster:

@@ -18,12 +18,12 @@ from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable, Wr
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import (
-    Move,
-    Position,
+    CursorMove,
+    ShardCursor,
     ensure_groups,
+    finish_commit,
     queue_commit,
-    read_position,
-    settle_commit,
+    read_cursor,
 )
 from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.leases import lease_shards
@@ -36,7 +36,7 @@ Put = tuple[int, str, int, int, bytes]
 
 
 @pytest.fixture
-def owner(client: redis.Redis) -> Position:
+def owner(client: redis.Redis) -> ShardCursor:
     """The shard is ours, and three entries wait in its stream."""
     load_functions(client)
     ensure_groups(client, KEYS)
@@ -45,13 +45,13 @@ def owner(client: redis.Redis) -> Position:
     return own(client)
 
 
-def own(client: redis.Redis, worker: str = "one") -> Position:
+def own(client: redis.Redis, worker: str = "one") -> ShardCursor:
     """Take the shard, whoever held it, as one whose lease ran out would lose it."""
     client.delete(KEYS.lease(0))
     epochs, refused = lease_shards(client, KEYS, [0], worker, 60_000)
     if refused:
         raise refused[0]
-    return read_position(client, KEYS, 0, worker, epochs[0])
+    return read_cursor(client, KEYS, 0, worker, epochs[0])
 
 
 def row(start: int, close: float = 100) -> bytes:
@@ -63,7 +63,7 @@ def put(start: int, close: float = 100, *, token: int = TOKEN, interval: str = "
 
 
 def commit(
-    client: redis.Redis, held: Position, entry_id: str | None = None, *,
+    client: redis.Redis, held: ShardCursor, entry_id: str | None = None, *,
     read: int | None = None, sources: Mapping[bytes, int] | None = None, closed_max: int = 1000,
     currents: Mapping[int, Mapping[str, bytes]] | None = None, drops: Sequence[tuple[int, str]] = (),
     puts: Sequence[Put] = (), closed: Sequence[tuple[Any, ...]] = (),
@@ -76,12 +76,12 @@ def commit(
         sections += (token, len(rows), *(cell for pair in rows.items() for cell in pair))
     for part in (drops, (), puts, closed, list((state or {}).items())):
         sections += (len(part), *(cell for each in part for cell in each))
-    move = Move(
+    move = CursorMove(
         entry_id or held.id, held.read if read is None else read, sources or {}, forget, "", forgotten or {}
     )
     pipe = Pipe(client)
     queue_commit(pipe, KEYS, 0, held, move, closed_max, sections)
-    return settle_commit(pipe.execute()[0], held, move)
+    return finish_commit(pipe.execute()[0], held, move)
 
 
 def everything(client: redis.Redis) -> dict[bytes, bytes]:
@@ -103,7 +103,7 @@ def all_parts() -> dict[str, Any]:
     }
 
 
-def test_of_an_instrument_that_is_forgotten_nothing_stays(client: redis.Redis, owner: Position) -> None:
+def test_forgotten_instrument_leaves_no_key_or_field(client: redis.Redis, owner: ShardCursor) -> None:
     commit(client, owner, **all_parts())
     client.hset(KEYS.quote(TOKEN), "last_price", "1")
     client.hset(STATE, f"{TOKEN}:revs", "{}")
@@ -113,13 +113,13 @@ def test_of_an_instrument_that_is_forgotten_nothing_stays(client: redis.Redis, o
     assert client.hgetall(STATE) == {}
     assert client.lrange(KEYS.candles(OTHER, "1m"), 0, -1) == [row(60)]
     assert client.hget(KEYS.current(OTHER), "1m") == row(120)
-    stranger = Position("two", owner.epoch, owner.commits)
+    stranger = ShardCursor("two", owner.epoch, owner.commits)
     with pytest.raises(CommitRefused):
         commit(client, stranger, forgotten={OTHER: ["1m"]})
     assert client.llen(KEYS.candles(OTHER, "1m")) == 1
 
 
-def test_a_commit_writes_every_key_of_the_contract(client: redis.Redis, owner: Position) -> None:
+def test_a_commit_writes_every_key_of_the_contract(client: redis.Redis, owner: ShardCursor) -> None:
     client.hset(KEYS.current(TOKEN), "15m", row(0))
     assert commit(client, owner, "5-0", read=1, drops=[(TOKEN, "15m")], **all_parts()) == []
     assert client.hgetall(CURSOR) == {
@@ -134,11 +134,11 @@ def test_a_commit_writes_every_key_of_the_contract(client: redis.Redis, owner: P
         {b"token": b"738561", b"symbol": b"NSE:RELIANCE", b"interval": b"1m", b"row": row(60), b"rev": b"3"},
     ]
     assert client.hgetall(STATE) == {b"408065": b"[1]", b"408065:candles": b"[0,[1]]"}
-    assert owner == Position("one", 1, 1, "5-0", 1, {b"s1": 7, b"s2": 9})
-    assert own(client, "two") == Position("two", 2, 1, "5-0", 1, {b"s1": 7, b"s2": 9})
+    assert owner == ShardCursor("one", 1, 1, "5-0", 1, {b"s1": 7, b"s2": 9})
+    assert own(client, "two") == ShardCursor("two", 2, 1, "5-0", 1, {b"s1": 7, b"s2": 9})
 
 
-def test_the_group_shows_position_and_lag(client: redis.Redis, owner: Position) -> None:
+def test_the_group_shows_position_and_lag(client: redis.Redis, owner: ShardCursor) -> None:
     assert (group(client)["name"], group(client)["lag"]) == (b"aggregator", 3)
     commit(client, owner, "6-0", read=2)
     assert group(client)["last-delivered-id"] == b"6-0"
@@ -147,13 +147,13 @@ def test_the_group_shows_position_and_lag(client: redis.Redis, owner: Position) 
     assert group(client)["lag"] == 0
 
 
-def test_a_commit_that_moves_nothing_leaves_the_cursor(client: redis.Redis, owner: Position) -> None:
+def test_a_commit_that_moves_nothing_leaves_the_cursor(client: redis.Redis, owner: ShardCursor) -> None:
     assert commit(client, owner, state={"1": b"[]"}) == []
     assert client.hget(CURSOR, "id") in (None, b"0-0")
     assert group(client)["last-delivered-id"] == b"0-0"
 
 
-def test_who_lost_the_shard_can_commit_nothing(client: redis.Redis, owner: Position) -> None:
+def test_former_owner_of_a_shard_cannot_commit(client: redis.Redis, owner: ShardCursor) -> None:
     commit(client, owner, "5-0", read=1)
     newer = own(client, "two")
     before = everything(client)
@@ -164,9 +164,7 @@ def test_who_lost_the_shard_can_commit_nothing(client: redis.Redis, owner: Posit
     assert commit(client, newer, "6-0", read=2, **all_parts()) == []
 
 
-def test_a_commit_from_another_place_than_the_cursor_is_refused_whole(
-    client: redis.Redis, owner: Position
-) -> None:
+def test_commit_from_another_position_is_refused_completely(client: redis.Redis, owner: ShardCursor) -> None:
     commit(client, owner, "5-0", read=1)
     client.hset(CURSOR, "id", "4-0")
     before = everything(client)
@@ -175,7 +173,7 @@ def test_a_commit_from_another_place_than_the_cursor_is_refused_whole(
     assert everything(client) == before
 
 
-def test_the_same_commit_twice_is_refused_the_second_time(client: redis.Redis, owner: Position) -> None:
+def test_the_same_commit_twice_is_refused_the_second_time(client: redis.Redis, owner: ShardCursor) -> None:
     """A reply that got lost: whoever sends again learns that it had arrived."""
     again = dataclasses.replace(owner)
     commit(client, owner, "5-0", read=1, **all_parts())
@@ -185,7 +183,7 @@ def test_the_same_commit_twice_is_refused_the_second_time(client: redis.Redis, o
     assert everything(client) == before
 
 
-def test_a_flushed_store_is_no_other_owner(client: redis.Redis, owner: Position) -> None:
+def test_flushed_store_is_stale_and_not_fenced(client: redis.Redis, owner: ShardCursor) -> None:
     """FENCED ends a worker. Data that went back has it load what there is and go on."""
     commit(client, owner, "5-0", read=1)
     client.flushall()
@@ -220,7 +218,7 @@ def test_a_list_holds_each_start_once_in_order_and_no_more_than_its_cap(
     assert stored == [row(60 * start, model[start]) for start in sorted(model)]
 
 
-def test_a_row_between_rows_of_a_foreign_hand_finds_its_place(client: redis.Redis, owner: Position) -> None:
+def test_row_is_inserted_in_order_among_malformed_rows(client: redis.Redis, owner: ShardCursor) -> None:
     name = KEYS.candles(TOKEN, "1m")
     client.rpush(name, row(60), b"junk", row(180), b"[]")
     assert commit(client, owner, puts=[put(120), put(240), put(180, 7)]) == []
@@ -230,13 +228,13 @@ def test_a_row_between_rows_of_a_foreign_hand_finds_its_place(client: redis.Redi
     ]  # fmt: skip
 
 
-def test_more_than_a_lua_stack_holds_is_no_limit(client: redis.Redis, owner: Position) -> None:
+def test_commit_may_exceed_the_lua_stack(client: redis.Redis, owner: ShardCursor) -> None:
     state = {str(n): b"[%d]" % n for n in range(20_000)}
     assert commit(client, owner, state=state) == []
     assert client.hlen(STATE) == 20_000
 
 
-def test_the_closed_stream_is_capped(client: redis.Redis, owner: Position) -> None:
+def test_the_closed_stream_is_capped(client: redis.Redis, owner: ShardCursor) -> None:
     for n in range(20):
         commit(client, owner, closed=[(TOKEN, "S", "1m", row(n), 0)] * 100, closed_max=300)
     assert 300 <= client.xlen(CLOSED) <= 500  # trimmed in whole nodes
@@ -248,7 +246,7 @@ LIST = KEYS.candles(TOKEN, "1m")
 
 
 @pytest.mark.parametrize("name", [KEYS.current(TOKEN), LIST, CLOSED, STATE, TICKS])
-def test_a_key_of_another_type_refuses_alone(client: redis.Redis, owner: Position, name: str) -> None:
+def test_key_of_another_type_fails_alone(client: redis.Redis, owner: ShardCursor, name: str) -> None:
     assert commit(client, owner, "5-0", read=1, **all_parts()) == []
     skipped = {name, TICKS}
     expected = {key: value for key, value in _values(client).items() if key not in skipped}
@@ -278,7 +276,7 @@ def _values(client: redis.Redis) -> dict[str, Any]:
     return values
 
 
-def test_a_cursor_of_another_type_is_named_with_its_mend(client: redis.Redis, owner: Position) -> None:
+def test_cursor_of_another_type_is_named_with_a_hint(client: redis.Redis, owner: ShardCursor) -> None:
     client.delete(CURSOR)
     client.set(CURSOR, "mine")
     before = everything(client)
@@ -301,27 +299,25 @@ def test_a_cursor_of_another_type_is_named_with_its_mend(client: redis.Redis, ow
         ("epoch", "first"),
     ],
 )
-def test_a_cursor_that_holds_no_position_is_named(
-    client: redis.Redis, owner: Position, field: str, value: Any
-) -> None:
+def test_malformed_cursor_is_named(client: redis.Redis, owner: ShardCursor, field: str, value: Any) -> None:
     client.hset(CURSOR, field, value)
     with pytest.raises(PkbError, match=r"pkb:\{0\}:cursor holds no"):
         own(client)
 
 
-def test_sources_of_a_foreign_hand_are_passed_over(client: redis.Redis, owner: Position) -> None:
+def test_malformed_sources_are_skipped(client: redis.Redis, owner: ShardCursor) -> None:
     client.hset(CURSOR, mapping={"src:ours": "12", "src:odd": "1e5", "src:huge": "9" * 5000, "note": "hi"})
     assert own(client).sources == {b"ours": 12}
 
 
-def test_sources_that_are_forgotten_leave_the_cursor(client: redis.Redis, owner: Position) -> None:
+def test_evicted_sources_leave_the_cursor(client: redis.Redis, owner: ShardCursor) -> None:
     commit(client, owner, "5-0", read=1, sources={b"old": 3, b"new": 4})
     commit(client, owner, "6-0", read=2, sources={b"new": 5}, forget=[b"old"])
     assert owner.sources == {b"new": 5}
     assert own(client).sources == {b"new": 5}
 
 
-def test_an_entry_the_stream_never_had_is_not_committed(client: redis.Redis, owner: Position) -> None:
+def test_entry_that_the_stream_never_held_is_not_committed(client: redis.Redis, owner: ShardCursor) -> None:
     """We read it from a Redis that has gone: its successor knows nothing of it."""
     before = everything(client)
     with pytest.raises(CommitRefused, match="STALE the stream never held entry 8-0"):
@@ -329,12 +325,12 @@ def test_an_entry_the_stream_never_had_is_not_committed(client: redis.Redis, own
     assert everything(client) == before
 
 
-def test_an_entry_that_the_cap_cut_off_since_is_committed(client: redis.Redis, owner: Position) -> None:
+def test_entry_removed_by_the_hard_cap_is_committed(client: redis.Redis, owner: ShardCursor) -> None:
     client.xtrim(TICKS, maxlen=1, approximate=False)
     assert commit(client, owner, "5-0", read=1) == []
 
 
-def test_groups_are_made_around_a_key_of_another_type(client: redis.Redis) -> None:
+def test_groups_are_created_despite_a_key_of_another_type(client: redis.Redis) -> None:
     keys = Keys("pkb", 3)
     client.set(keys.ticks(1), "mine")
     ensure_groups(client, keys)
@@ -354,7 +350,7 @@ def full_memory(client: redis.Redis) -> Iterator[None]:
         client.config_set("maxmemory", "0")
 
 
-def test_a_full_redis_is_away_and_nothing_moves(client: redis.Redis, owner: Position) -> None:
+def test_full_redis_is_unavailable_and_the_cursor_stays(client: redis.Redis, owner: ShardCursor) -> None:
     commit(client, owner, "5-0", read=1)
     before = everything(client)
     with full_memory(client), pytest.raises(RedisUnavailable, match="memory"):
@@ -363,8 +359,8 @@ def test_a_full_redis_is_away_and_nothing_moves(client: redis.Redis, owner: Posi
     assert commit(client, owner, "6-0", read=2, **all_parts()) == []
 
 
-def test_a_redis_that_lost_our_functions_is_away_until_they_are_loaded(
-    client: redis.Redis, owner: Position
+def test_redis_without_functions_is_unavailable_until_they_are_loaded(
+    client: redis.Redis, owner: ShardCursor
 ) -> None:
     client.function_flush("SYNC")
     with pytest.raises(RedisUnavailable, match="Function not found"):
@@ -374,7 +370,7 @@ def test_a_redis_that_lost_our_functions_is_away_until_they_are_loaded(
     assert commit(client, owner, "6-0", read=1) == []
 
 
-def test_a_replica_is_away(client: redis.Redis, owner: Position) -> None:
+def test_replica_is_unavailable_for_commits(client: redis.Redis, owner: ShardCursor) -> None:
     client.replicaof("127.0.0.1", 1)
     try:
         with pytest.raises(RedisUnavailable, match="read only"):

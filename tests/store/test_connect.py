@@ -22,7 +22,7 @@ from pkbrokers_redis.errors import PkbError, RedisUnavailable, RedisUnsuitable, 
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import connect as connecting
 from pkbrokers_redis.store.connect import connect, describe, explain
-from pkbrokers_redis.store.embedded.server import running, store_folder
+from pkbrokers_redis.store.embedded.server import reader_data_dir, running, store_folder
 from tests.support import Impostor, running_server, wait_until
 
 SECRET = "s3cr3t-Pa55"
@@ -52,7 +52,7 @@ def modern(command: bytes) -> bytes:
     return {b"FUNCTION": b"*0\r\n", b"PING": b"+PONG\r\n"}.get(command, b"+OK\r\n")
 
 
-def test_it_connects_and_gets_bytes(settings: Settings) -> None:
+def test_replies_are_bytes(settings: Settings) -> None:
     with connect(settings) as client:
         client.set("a", "1")
         assert client.get("a") == b"1"
@@ -89,7 +89,7 @@ def test_a_lost_reply_to_a_write_is_not_sent_again() -> None:
         assert sum(command.startswith(b"XADD") for command in server.commands) == 1
 
 
-def test_without_a_url_it_is_the_embedded_server_as_long_as_the_client_lives(tmp_path: Path) -> None:
+def test_without_a_url_the_embedded_server_runs_as_long_as_the_client(tmp_path: Path) -> None:
     settings = load_settings(data_dir=tmp_path)
     client = connect(settings)
     assert client.ping()
@@ -105,7 +105,7 @@ def test_without_a_url_it_is_the_embedded_server_as_long_as_the_client_lives(tmp
     wait_until(lambda: running(tmp_path) is None, what="the embedded server's end")
 
 
-def test_a_reader_finds_the_demos_store_and_a_worker_makes_its_own(tmp_path: Path) -> None:
+def test_reader_uses_the_demos_store_and_a_worker_creates_its_own(tmp_path: Path) -> None:
     demo = connect(load_settings(data_dir=tmp_path / "demo"))
     demo.set("where", "demo")
     reader = connect(load_settings(data_dir=tmp_path), for_reading=True)
@@ -115,28 +115,28 @@ def test_a_reader_finds_the_demos_store_and_a_worker_makes_its_own(tmp_path: Pat
     assert store_folder(tmp_path).exists()
 
 
-def test_nobody_there_is_one_line() -> None:
+def test_unreachable_server_is_one_line() -> None:
     port = free_port()
     error = refusal(f"redis://:{SECRET}@127.0.0.1:{port}/0")
     assert isinstance(error, RedisUnavailable)
     assert f"127.0.0.1:{port}" in str(error) and "refused" in str(error)
 
 
-def test_no_such_host_is_one_line() -> None:
+def test_unknown_host_is_one_line() -> None:
     assert isinstance(refusal(f"redis://:{SECRET}@no-such-host.invalid:6379"), RedisUnavailable)
 
 
 @pytest.mark.parametrize("host", ["a" * 70 + ".in", "..", "%00"])
-def test_a_host_that_can_be_none_is_one_line(host: str) -> None:
+def test_invalid_host_name_is_one_line(host: str) -> None:
     assert isinstance(refusal(f"redis://:{SECRET}@{host}:6379"), PkbError)
 
 
-def test_no_such_socket_is_one_line(tmp_path: Path) -> None:
+def test_missing_socket_is_one_line(tmp_path: Path) -> None:
     error = refusal(f"unix://:{SECRET}@{tmp_path}/no.sock?db=0")
     assert f"unix://{tmp_path}/no.sock" in str(error) and "No such file" in str(error)
 
 
-def test_passwords_are_refused_or_missed_in_one_line(tmp_path: Path) -> None:
+def test_wrong_or_missing_password_is_one_line(tmp_path: Path) -> None:
     with running_server(tmp_path / "guarded", "--requirepass", SECRET) as port:
         place = f"127.0.0.1:{port}"
         with connect(load_settings(redis_url=f"redis://:{SECRET}@{place}")) as client:
@@ -145,11 +145,11 @@ def test_passwords_are_refused_or_missed_in_one_line(tmp_path: Path) -> None:
                 "narrow", enabled=True, passwords=[f"+{SECRET}"], categories=["+@read"], keys=["pkb:*"]
             )
             client.hset("pkb:meta", "shards", "8")
-        assert "wants a password" in str(refusal(f"redis://{place}"))
+        assert "requires a password" in str(refusal(f"redis://{place}"))
         assert "refuses the user or password" in str(refusal(f"redis://:{SECRET}x@{place}"))
         assert "refuses the user or password" in str(refusal(f"redis://nobody:{SECRET}@{place}"))
         narrow = f"redis://narrow:{SECRET}@{place}"
-        assert "does not permit" in str(refusal(narrow))
+        assert "denies this user" in str(refusal(narrow))
         with connect(load_settings(redis_url=narrow), for_reading=True) as client:
             assert client.hget("pkb:meta", "shards") == b"8"
 
@@ -188,7 +188,7 @@ def test_a_server_that_loads_is_waited_for() -> None:
         assert sum(command.startswith(b"FUNCTION") for command in server.commands) == 4
 
 
-def test_a_server_that_loads_for_ever_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_that_never_finishes_loading_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connecting, "LOADING_SECONDS_MAX", 0.2)
     with Impostor(lambda _: b"-LOADING Redis is loading the dataset in memory\r\n") as server:
         assert "loading" in str(refusal(f"redis://127.0.0.1:{server.port}"))
@@ -201,7 +201,7 @@ def test_a_server_that_loads_for_ever_is_not(monkeypatch: pytest.MonkeyPatch) ->
         (b"-DENIED Redis is running in protected mode because\r\n", "DENIED"),
         (b"-ERR max number of clients reached\r\n", "no connection left"),
         (b"-OOM command not allowed when used memory > 'maxmemory'.\r\n", "out of memory"),
-        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "not as Redis does"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "is not Redis"),
         (b"", "does not answer in time"),
     ],
 )
@@ -230,7 +230,7 @@ def test_tls_to_a_server_without_it_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
-def test_a_certificate_nobody_vouches_for_is_one_line_and_a_named_one_is_trusted(tmp_path: Path) -> None:
+def test_untrusted_certificate_is_one_line_and_a_named_one_is_trusted(tmp_path: Path) -> None:
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     command = (
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
@@ -269,14 +269,14 @@ def test_a_certificate_nobody_vouches_for_is_one_line_and_a_named_one_is_trusted
         "unix://",
     ],
 )
-def test_a_url_that_cannot_be_read_is_one_line(url: str) -> None:
+def test_malformed_url_is_one_line(url: str) -> None:
     assert isinstance(refusal(url), SettingsError)
     assert SECRET not in describe(load_settings(redis_url=url))
 
 
 @given(password=st.text(min_size=6, max_size=20))
 @example(password="0000@/")
-def test_no_password_however_odd_is_ever_described(password: str) -> None:
+def test_no_password_is_ever_described(password: str) -> None:
     marked = f"Q{password}Z7q"
     for url in (f"redis://:{marked}@host:6379/0", f"unix://:{marked}@/run/redis.sock"):
         assert "Z7q" not in describe(load_settings(redis_url=url))
@@ -287,7 +287,7 @@ def test_the_place_is_described_without_the_password() -> None:
     assert describe(settings) == "rediss://cache.local:6380/2"
 
 
-def test_any_error_of_the_client_library_can_be_explained() -> None:
+def test_every_error_of_redis_py_has_an_explanation() -> None:
     for error in (
         redis.ConnectionError("x"),
         redis.TimeoutError("x"),
@@ -301,7 +301,7 @@ def test_any_error_of_the_client_library_can_be_explained() -> None:
     )
 
 
-def test_connecting_gives_up_on_a_silent_host_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connecting_to_a_silent_host_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connecting, "CONNECT_SECONDS_MAX", 0.2)
     with socket.create_server(("127.0.0.1", 0), backlog=0) as listener:
         crowd = []
@@ -313,3 +313,12 @@ def test_connecting_gives_up_on_a_silent_host_soon(monkeypatch: pytest.MonkeyPat
         for each in crowd:
             each.close()
     assert "in time" in str(error)
+
+
+def test_readers_use_the_demo_only_while_no_real_store_exists(tmp_path: Path) -> None:
+    settings = load_settings(data_dir=tmp_path)
+    assert reader_data_dir(settings) == (tmp_path, False)
+    store_folder(tmp_path / "demo").mkdir(parents=True)
+    assert reader_data_dir(settings) == (tmp_path / "demo", True)
+    store_folder(tmp_path).mkdir()
+    assert reader_data_dir(settings) == (tmp_path, False)

@@ -27,7 +27,6 @@ from pkbrokers_redis.store.embedded.monitor import REWRITE_NICENESS
 from pkbrokers_redis.store.embedded.server import (
     EmbeddedServer,
     attach,
-    reader_data_dir,
     running,
     store_folder,
 )
@@ -64,25 +63,25 @@ def use(data_dir: Path) -> Iterator[Attach]:
     for server in held:
         server.close()
     for server in held:
-        gone(server.pid)
+        wait_for_end(server.pid)
 
 
 def client_of(server: EmbeddedServer) -> redis.Redis:
     return redis.Redis.from_url(server.url)
 
 
-def gone(server_pid: int) -> None:
+def wait_for_end(server_pid: int) -> None:
     wait_until(lambda: not is_alive(server_pid), what=f"the end of server {server_pid}")
 
 
-def keeper_of(server: EmbeddedServer) -> psutil.Process:
+def monitor_of(server: EmbeddedServer) -> psutil.Process:
     found = psutil.Process(server.pid).parent()
-    assert found is not None and any("keeper.py" in word for word in found.cmdline())
+    assert found is not None and any("monitor.py" in word for word in found.cmdline())
     return found
 
 
-def keepers_in(data_dir: Path) -> list[int]:
-    """The pids of living keepers of that folder."""
+def monitors_in(data_dir: Path) -> list[int]:
+    """The pids of living monitors of that folder."""
     return [
         process.pid
         for process in psutil.process_iter(["cmdline"])
@@ -118,7 +117,7 @@ def as_an_earlier_release(server: EmbeddedServer) -> None:
     path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "password"}))
 
 
-def test_it_answers_on_a_private_socket_only(use: Attach, server_kind: str) -> None:
+def test_server_answers_on_a_private_socket_only(use: Attach, server_kind: str) -> None:
     server = use(embedded_server=server_kind)
     with client_of(server) as client:
         assert client.ping()
@@ -132,14 +131,14 @@ def test_it_answers_on_a_private_socket_only(use: Attach, server_kind: str) -> N
     assert [p.name for p in readable_by_others if p.name != "server.log"] == []
 
 
-def test_it_writes_every_command_to_an_append_only_file(use: Attach) -> None:
+def test_server_writes_an_append_only_file(use: Attach) -> None:
     with client_of(use()) as client:
         assert client.config_get("appendonly") == {"appendonly": "yes"}
         assert client.config_get("save") == {"save": ""}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process's children")
-def test_a_rewrite_of_the_file_gives_way_to_the_server(use: Attach, server_kind: str) -> None:
+def test_rewrite_of_the_append_only_file_has_lower_priority(use: Attach, server_kind: str) -> None:
     server = use(embedded_server=server_kind)
     with client_of(server) as client:
         client.mset({f"key-{n}": n for n in range(100)})
@@ -174,18 +173,18 @@ def test_attaching_twice_in_a_process_shares_it_and_the_last_close_ends_it(use: 
     with client_of(second) as client:
         assert client.ping()
     second.close()
-    gone(second.pid)
+    wait_for_end(second.pid)
 
 
-def test_it_lingers_for_the_next_command(data_dir: Path) -> None:
+def test_server_outlives_its_last_user_for_a_moment(data_dir: Path) -> None:
     settings = load_settings(data_dir=data_dir)
     with attach(settings, linger_seconds=600) as first:
-        keeper = keeper_of(first)
-    time.sleep(0.3)  # a chance to do it wrong: the keeper looks every tenth of a second
+        monitor = monitor_of(first)
+    time.sleep(0.3)  # a chance to do it wrong: the monitor looks every tenth of a second
     with attach(settings) as second:
         assert second.reattached and second.pid == first.pid
-    keeper.terminate()
-    gone(first.pid)
+    monitor.terminate()
+    wait_for_end(first.pid)
 
 
 def test_the_data_stays_between_runs(use: Attach, server_kind: str) -> None:
@@ -193,14 +192,14 @@ def test_the_data_stays_between_runs(use: Attach, server_kind: str) -> None:
     with client_of(server) as client:
         client.rpush("kept", *range(1000))
     server.close()
-    gone(server.pid)
+    wait_for_end(server.pid)
     again = use(embedded_server=server_kind)
     with client_of(again) as client:
         assert client.llen("kept") == 1000
     assert not again.reattached
 
 
-def test_tcp_where_it_is_asked_for_wants_the_password(use: Attach, server_kind: str) -> None:
+def test_tcp_on_request_requires_the_password(use: Attach, server_kind: str) -> None:
     server = use(embedded_server=server_kind, embedded_port=0)
     assert listening_on(server) == [("127.0.0.1", server.tcp_port)]
     with redis.Redis(port=server.tcp_port) as client, pytest.raises(redis.AuthenticationError):
@@ -221,13 +220,13 @@ def test_the_password_is_in_a_private_file_and_on_no_command_line(use: Attach) -
     assert len(server.password) == 43
     assert json.loads(path.read_text())["password"] == server.password
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    for process in (psutil.Process(server.pid), keeper_of(server)):
+    for process in (psutil.Process(server.pid), monitor_of(server)):
         assert not any(server.password in word for word in process.cmdline())
     assert server.password not in repr(server.info)
     assert server.password not in (path.parent / "server.log").read_text()
 
 
-def test_a_leftover_of_server_json_lends_it_no_mode(use: Attach, data_dir: Path) -> None:
+def test_leftover_server_json_does_not_change_the_mode(use: Attach, data_dir: Path) -> None:
     folder = store_folder(data_dir)
     folder.mkdir(parents=True)
     (folder / "server.json.new").touch(0o666)
@@ -235,7 +234,7 @@ def test_a_leftover_of_server_json_lends_it_no_mode(use: Attach, data_dir: Path)
     assert stat.S_IMODE((folder / "server.json").stat().st_mode) == 0o600
 
 
-def test_a_client_with_the_password_survives_the_end_of_server_and_keeper(use: Attach) -> None:
+def test_client_with_the_password_survives_restarts_of_server_and_monitor(use: Attach) -> None:
     server = use(embedded_port=0)
     os.kill(server.pid, signal.SIGKILL)
 
@@ -246,29 +245,29 @@ def test_a_client_with_the_password_survives_the_end_of_server_and_keeper(use: A
 
     assert wait_until(new_pid, what="the restarted server") != server.pid
     second = use(embedded_port=0)
-    keeper_of(second).kill()
-    gone(second.pid)
+    monitor_of(second).kill()
+    wait_for_end(second.pid)
     third = use(embedded_port=0)
     assert (third.password, third.tcp_port) == (server.password, server.tcp_port)
     with client_of(server) as client:
         assert client.ping()
 
 
-def test_an_orphan_with_a_password_is_ended_by_a_keeper_without(use: Attach, data_dir: Path) -> None:
+def test_orphan_with_a_password_is_stopped_by_a_monitor_without_one(use: Attach, data_dir: Path) -> None:
     server = use(embedded_port=0)
-    keeper, orphan = keeper_of(server), psutil.Process(server.pid)
+    monitor, orphan = monitor_of(server), psutil.Process(server.pid)
     orphan.suspend()  # SIGTERM by PDEATHSIG waits
-    keeper.kill()
-    gone(keeper.pid)
+    monitor.kill()
+    wait_for_end(monitor.pid)
     successor = threading.Thread(target=use)
     successor.start()
-    wait_until(lambda: keepers_in(data_dir), what="the successor's keeper")
+    wait_until(lambda: monitors_in(data_dir), what="the successor's monitor")
     orphan.resume()
     successor.join()
     assert listening_on(use()) == []
 
 
-def test_a_fixed_port_is_taken_or_refused_in_one_line(use: Attach) -> None:
+def test_fixed_port_is_used_or_refused_in_one_line(use: Attach) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -278,9 +277,7 @@ def test_a_fixed_port_is_taken_or_refused_in_one_line(use: Attach) -> None:
     assert use(embedded_port=port).tcp_port == port
 
 
-def test_a_server_in_use_keeps_its_port_and_the_difference_is_one_line(
-    use: Attach, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_server_in_use_keeps_its_port_with_a_warning(use: Attach, capsys: pytest.CaptureFixture[str]) -> None:
     server = use()
     assert use(embedded_port=0).pid == server.pid
     (line,) = capsys.readouterr().err.splitlines()
@@ -288,12 +285,12 @@ def test_a_server_in_use_keeps_its_port_and_the_difference_is_one_line(
     assert listening_on(server) == []
 
 
-def test_a_server_that_only_lingers_is_restarted_for_another_port(data_dir: Path) -> None:
+def test_unused_server_is_restarted_for_another_port(data_dir: Path) -> None:
     with attach(load_settings(data_dir=data_dir), linger_seconds=600) as first:
         pass
     with attach(load_settings(data_dir=data_dir, embedded_port=0), linger_seconds=0) as second:
         assert second.pid != first.pid and second.tcp_port and not second.reattached
-    gone(second.pid)
+    wait_for_end(second.pid)
 
 
 def test_an_open_server_of_an_earlier_release_is_refused_while_it_is_used(use: Attach) -> None:
@@ -303,7 +300,7 @@ def test_an_open_server_of_an_earlier_release_is_refused_while_it_is_used(use: A
         assert f"kill {server.pid}" in refusal(use, embedded_port=port).hint
 
 
-def test_an_open_server_of_an_earlier_release_that_lingers_is_restarted(use: Attach, data_dir: Path) -> None:
+def test_unused_open_server_of_an_earlier_release_is_restarted(use: Attach, data_dir: Path) -> None:
     with attach(load_settings(data_dir=data_dir, embedded_port=0), linger_seconds=600) as old:
         as_an_earlier_release(old)
     server = use()
@@ -311,32 +308,32 @@ def test_an_open_server_of_an_earlier_release_that_lingers_is_restarted(use: Att
     assert listening_on(server) == []
 
 
-def test_looking_starts_nothing_and_holds_nothing(use: Attach, data_dir: Path) -> None:
+def test_running_starts_no_server_and_keeps_none(use: Attach, data_dir: Path) -> None:
     assert running(data_dir) is None
     server = use()
     found = running(data_dir)
     assert found is not None and found.pid == server.pid
     server.close()
-    gone(server.pid)
+    wait_for_end(server.pid)
     assert running(data_dir) is None
 
 
-def test_killing_its_only_user_leaves_no_server_and_no_keeper(data_dir: Path) -> None:
+def test_killing_the_only_user_ends_server_and_monitor(data_dir: Path) -> None:
     with user_process(data_dir) as (user_pid, server_pid, _):
-        keeper = psutil.Process(server_pid).parent()
-        assert keeper is not None
+        monitor = psutil.Process(server_pid).parent()
+        assert monitor is not None
         os.kill(user_pid, signal.SIGKILL)
-        gone(server_pid)
-        gone(keeper.pid)
+        wait_for_end(server_pid)
+        wait_for_end(monitor.pid)
 
 
-def test_killing_one_of_two_users_leaves_the_server_to_the_other(use: Attach, data_dir: Path) -> None:
+def test_killing_one_of_two_users_keeps_the_server_running(use: Attach, data_dir: Path) -> None:
     with user_process(data_dir) as (user_pid, server_pid, _):
         server = use()
         os.kill(user_pid, signal.SIGKILL)
         wait_until(lambda: not is_alive(user_pid))
-        keeper_of(server).suspend()  # it cannot have looked yet …
-        keeper_of(server).resume()
+        monitor_of(server).suspend()  # it cannot have looked yet …
+        monitor_of(server).resume()
         with client_of(server) as client:
             client.blpop("nothing", timeout=0.5)  # … and has looked twice by the end of this
             assert client.info("server")["process_id"] == server_pid
@@ -348,14 +345,14 @@ def test_a_killed_server_is_started_again_and_has_lost_nothing(use: Attach, serv
         for number in range(2000):
             client.rpush("written", number)
         os.kill(server.pid, signal.SIGKILL)
-        gone(server.pid)
+        wait_for_end(server.pid)
     again = use(embedded_server=server_kind)
     assert again.pid != server.pid
     with client_of(again) as client:
         assert client.llen("written") == 2000
 
 
-def test_users_that_stay_attached_get_a_killed_server_back(use: Attach) -> None:
+def test_killed_server_is_restarted_for_attached_users(use: Attach) -> None:
     server = use()
     os.kill(server.pid, signal.SIGKILL)
 
@@ -367,28 +364,28 @@ def test_users_that_stay_attached_get_a_killed_server_back(use: Attach) -> None:
     assert wait_until(new_pid, what="the restarted server") != server.pid
 
 
-def test_a_killed_keeper_takes_its_server_along(use: Attach) -> None:
+def test_killed_monitor_ends_its_server(use: Attach) -> None:
     server = use()
     with client_of(server) as client:
         client.set("kept", "1")
-    keeper_of(server).kill()
-    gone(server.pid)
+    monitor_of(server).kill()
+    wait_for_end(server.pid)
     again = use()
     assert again.pid != server.pid and not again.reattached
     with client_of(again) as client:
         assert client.get("kept") == b"1"
 
 
-def test_a_server_that_outlives_its_keeper_ends_before_another_starts(use: Attach, data_dir: Path) -> None:
+def test_server_that_outlives_its_monitor_ends_before_another_starts(use: Attach, data_dir: Path) -> None:
     """As where the system has no PDEATHSIG, or the server is slow to flush: two never share the files."""
     server = use()
-    keeper, orphan = keeper_of(server), psutil.Process(server.pid)
+    monitor, orphan = monitor_of(server), psutil.Process(server.pid)
     orphan.suspend()
-    keeper.kill()
-    gone(keeper.pid)
+    monitor.kill()
+    wait_for_end(monitor.pid)
     successor = threading.Thread(target=use)
     successor.start()
-    wait_until(lambda: keepers_in(data_dir), what="the successor's keeper")
+    wait_until(lambda: monitors_in(data_dir), what="the successor's monitor")
     time.sleep(0.3)  # a chance to do it wrong: the start of a server takes a tenth of this
     orphan.resume()
     successor.join()
@@ -396,19 +393,19 @@ def test_a_server_that_outlives_its_keeper_ends_before_another_starts(use: Attac
     assert log.index("ready to exit") < log.rindex("is starting")
 
 
-def test_a_terminated_keeper_stops_its_server_cleanly(use: Attach, data_dir: Path) -> None:
+def test_terminated_monitor_stops_its_server_cleanly(use: Attach, data_dir: Path) -> None:
     server = use()
-    keeper_of(server).terminate()
-    gone(server.pid)
+    monitor_of(server).terminate()
+    wait_for_end(server.pid)
     assert "ready to exit" in (store_folder(data_dir) / "server.log").read_text()
 
 
-def test_a_shutdown_by_hand_ends_it_until_somebody_attaches(use: Attach, data_dir: Path) -> None:
+def test_manual_shutdown_lasts_until_the_next_attach(use: Attach, data_dir: Path) -> None:
     server = use()
-    keeper = keeper_of(server)
+    monitor = monitor_of(server)
     with client_of(server) as client:
         client.shutdown(nosave=True)
-    gone(keeper.pid)
+    wait_for_end(monitor.pid)
     assert running(data_dir) is None
     assert use().pid != server.pid
 
@@ -421,10 +418,10 @@ def test_processes_that_start_at_once_get_one_server(data_dir: Path) -> None:
         lines = [process.stdout.readline().split() for process in processes if process.stdout]
     assert len({pid for pid, _ in lines}) == 1
     assert sorted(reattached for _, reattached in lines) == ["False", "True", "True", "True"]
-    gone(int(lines[0][0]))
+    wait_for_end(int(lines[0][0]))
 
 
-def test_whoever_attaches_while_it_stops_gets_one_that_stays(use: Attach) -> None:
+def test_process_that_attaches_during_a_stop_gets_a_lasting_server(use: Attach) -> None:
     chance = random.Random(7)
     pids = set()
     for _ in range(15):
@@ -435,8 +432,8 @@ def test_whoever_attaches_while_it_stops_gets_one_that_stays(use: Attach) -> Non
             assert client.ping()
         pids.add(server.pid)
         server.close()
-        time.sleep(chance.uniform(0, 0.25))  # around the keeper's poll: before, at and after the stop
-    assert len(pids) > 1, "the keeper never stopped in between: the test has lost its aim"
+        time.sleep(chance.uniform(0, 0.25))  # around the monitor's poll: before, at and after the stop
+    assert len(pids) > 1, "the monitor never stopped in between: the test has lost its aim"
     with client_of(use()) as client:
         assert client.get("visits") == b"15"
 
@@ -452,13 +449,11 @@ def test_whoever_attaches_while_it_stops_gets_one_that_stays(use: Attach) -> Non
         b'{"pid": 1, "tcp_port": 1, "password": "x y\\n", "socket_path": "", "kind": ""}',
     ],
 )
-def test_leftovers_of_another_life_are_in_nobodys_way(
-    use: Attach, data_dir: Path, server_json: bytes
-) -> None:
+def test_leftover_files_do_not_prevent_a_start(use: Attach, data_dir: Path, server_json: bytes) -> None:
     folder = store_folder(data_dir)
     folder.mkdir(parents=True, mode=0o755)
     (folder / "server.json").write_bytes(server_json.replace(b"OUR_PID", b"%d" % os.getpid()))
-    for name in ("users.lock", "start.lock", "keeper.lock", "server.lock"):
+    for name in ("users.lock", "start.lock", "monitor.lock", "server.lock"):
         (folder / name).write_text("12345\n")
     with socket.socket(socket.AF_UNIX) as leftover:
         leftover.bind(str(folder / "pkb.sock"))
@@ -470,10 +465,10 @@ def test_leftovers_of_another_life_are_in_nobodys_way(
     assert is_alive(os.getpid())
 
 
-def test_the_last_port_is_left_to_whoever_has_it_now(use: Attach) -> None:
+def test_previous_port_is_not_used_while_another_process_has_it(use: Attach) -> None:
     server = use(embedded_port=0)
     server.close()
-    gone(server.pid)
+    wait_for_end(server.pid)
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", server.tcp_port))
@@ -481,13 +476,13 @@ def test_the_last_port_is_left_to_whoever_has_it_now(use: Attach) -> None:
         assert use(embedded_port=0).tcp_port not in (0, server.tcp_port)
 
 
-def test_a_torn_end_of_the_append_only_file_costs_no_more_than_the_end(use: Attach, data_dir: Path) -> None:
+def test_torn_append_only_file_loses_only_its_end(use: Attach, data_dir: Path) -> None:
     server = use()
     with client_of(server) as client:
         for number in range(100):
             client.rpush("written", number)
     server.close()
-    gone(server.pid)
+    wait_for_end(server.pid)
     (journal,) = store_folder(data_dir).glob("appendonlydir/*.incr.aof")
     os.truncate(journal, journal.stat().st_size - 5)
     with client_of(use()) as client:
@@ -502,7 +497,7 @@ def test_a_server_that_loads_is_waited_for(use: Attach, tmp_path: Path) -> None:
             for each in range(1000):
                 client.set(f"k:{each}", number)
     server.close()
-    gone(server.pid)
+    wait_for_end(server.pid)
     slow = tmp_path / "slow-server"
     slow.write_text(
         f'#!/bin/sh\ncase "$1" in --version) echo v=9.0.0;; '
@@ -529,13 +524,13 @@ def test_a_folder_too_deep_for_a_socket_path_gets_one_in_the_temp_folder(use: At
     )
 
 
-def test_a_path_with_spaces_and_signs_is_a_path(use: Attach, tmp_path: Path) -> None:
+def test_path_may_hold_spaces_and_special_characters(use: Attach, tmp_path: Path) -> None:
     server = use(data_dir=tmp_path / 'Zerodha & Söhne\'s 100% "data"?#')
     with client_of(server) as client:
         assert client.ping()
 
 
-def test_a_long_log_is_set_aside(use: Attach, data_dir: Path) -> None:
+def test_long_log_is_rotated(use: Attach, data_dir: Path) -> None:
     folder = store_folder(data_dir)
     folder.mkdir(parents=True)
     (folder / "server.log").write_bytes(b"x" * (5 << 20))
@@ -558,12 +553,12 @@ def script(path: Path, text: str) -> str:
     return str(path)
 
 
-def test_a_binary_that_is_not_there_is_one_line(use: Attach) -> None:
+def test_missing_binary_is_one_line(use: Attach) -> None:
     error = refusal(use, embedded_server="/nowhere/redis-server")
     assert isinstance(error, RedisUnavailable) and "/nowhere/redis-server" in str(error)
 
 
-def test_a_file_that_is_no_program_is_one_line(use: Attach, tmp_path: Path) -> None:
+def test_file_that_is_not_executable_is_one_line(use: Attach, tmp_path: Path) -> None:
     text = tmp_path / "notes"
     text.write_bytes(b"\x7fELFnot")
     text.chmod(0o755)
@@ -576,18 +571,18 @@ def test_redis_6_is_refused_before_it_touches_the_data(use: Attach, tmp_path: Pa
     assert not (store_folder(data_dir) / "appendonlydir").exists()
 
 
-def test_a_server_that_gives_up_says_why(use: Attach, tmp_path: Path) -> None:
+def test_server_that_fails_to_start_reports_its_reason(use: Attach, tmp_path: Path) -> None:
     broken = script(tmp_path / "broken", "echo 'no memory on this machine' >&2; exit 1")
     assert "no memory on this machine" in str(refusal(use, embedded_server=broken))
 
 
 @pytest.mark.skipif(redis_server_binary() is None, reason="no redis-server 7 or later on PATH")
-def test_data_of_another_kind_of_server_is_named_as_such(use: Attach) -> None:
+def test_data_of_another_kind_of_server_are_named(use: Attach) -> None:
     server = use(embedded_server="valkey")
     with client_of(server) as client:
         client.set("a", "1")
     server.close()
-    gone(server.pid)
+    wait_for_end(server.pid)
     assert "PKB_EMBEDDED_SERVER" in refusal(use, embedded_server="redis").hint
     with client_of(use(embedded_server="valkey")) as client:
         assert client.get("a") == b"1"
@@ -596,12 +591,3 @@ def test_data_of_another_kind_of_server_is_named_as_such(use: Attach) -> None:
 def test_a_data_folder_that_is_a_file_is_one_line(use: Attach, tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
     assert "PKB_DATA_DIR" in refusal(use).hint
-
-
-def test_readers_see_the_demo_only_where_no_real_store_was_ever_made(tmp_path: Path) -> None:
-    settings = load_settings(data_dir=tmp_path)
-    assert reader_data_dir(settings) == (tmp_path, False)
-    store_folder(tmp_path / "demo").mkdir(parents=True)
-    assert reader_data_dir(settings) == (tmp_path / "demo", True)
-    store_folder(tmp_path).mkdir()
-    assert reader_data_dir(settings) == (tmp_path, False)

@@ -68,7 +68,7 @@ def test_the_version_stays_while_nothing_changes_and_follows_the_master(
     assert list_version(client, mine) != version
 
 
-def test_another_type_is_named(client: redis.Redis, mine: Settings) -> None:
+def test_key_of_another_type_is_named(client: redis.Redis, mine: Settings) -> None:
     client.set(mine.keys.watch(), "x")
     with pytest.raises(WrongKeyType, match="pkb:watch holds a string"):
         instrument_list(client, mine)

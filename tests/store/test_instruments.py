@@ -95,7 +95,7 @@ def test_a_session_is_shared_marked_and_renewed_on_a_cluster(
 
 
 @CLUSTER
-def test_a_manifest_of_a_foreign_hand_is_none_or_out_of_date(
+def test_malformed_manifest_is_none_or_outdated(
     cluster_client: redis.Redis, cluster_settings: Settings
 ) -> None:
     keys = cluster_settings.keys
@@ -115,9 +115,7 @@ def contract(token: int, name: str, exchange: str = "NFO") -> dict[str, str]:
 
 
 @VALKEY
-def test_a_token_that_is_another_contract_now_is_to_be_forgotten(
-    client: redis.Redis, settings: Settings
-) -> None:
+def test_reassigned_token_is_reported_for_deletion(client: redis.Redis, settings: Settings) -> None:
     keys, first, second, third = settings.keys, 45_000 << 8 | 2, 45_001 << 8 | 2, 45_002 << 8 | 7
     masters = [
         [contract(first, "NIFTY26N1724000CE"), contract(second, "NIFTY26N1724000PE")],
@@ -132,7 +130,7 @@ def test_a_token_that_is_another_contract_now_is_to_be_forgotten(
 
 
 @VALKEY
-def test_a_share_that_changed_its_name_and_a_contract_that_came_back_keep_their_candles(
+def test_renamed_share_and_relisted_contract_keep_their_candles(
     client: redis.Redis, settings: Settings
 ) -> None:
     keys, option = settings.keys, contract(45_000 << 8 | 2, "NIFTY26N1724000CE")
@@ -145,7 +143,7 @@ def test_a_share_that_changed_its_name_and_a_contract_that_came_back_keep_their_
 
 @VALKEY
 @pytest.mark.parametrize("step", ["_write_rows", "_note_expired", "_swap_names"])
-def test_a_sync_that_dies_leaves_no_contract_with_anothers_candles(
+def test_killed_sync_leaves_no_contract_with_the_candles_of_another(
     client: redis.Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     keys, token, other = settings.keys, 45_000 << 8 | 2, 45_001 << 8 | 2

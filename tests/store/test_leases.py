@@ -9,15 +9,16 @@ from pkbrokers_redis.errors import CommitRefused, PkbError, WrongKeyType
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.commit import (
-    Move,
-    Position,
+    CursorMove,
+    ShardCursor,
+    finish_commit,
     queue_commit,
-    read_position,
-    settle_commit,
+    read_cursor,
 )
 from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.leases import (
     LeaderLease,
+    LeaseTaken,
     announce,
     lease_shards,
     leave,
@@ -44,10 +45,10 @@ def epoch_of(client: redis.Redis, shard: int, owner: str, ttl_ms: int = LONG_MS)
 
 def commit(client: redis.Redis, shard: int, owner: str, epoch: int) -> None:
     """A commit of one state field."""
-    held = read_position(client, KEYS, shard, owner, epoch)
-    pipe, move = Pipe(client), Move(held.id, held.read, {})
+    held = read_cursor(client, KEYS, shard, owner, epoch)
+    pipe, move = Pipe(client), CursorMove(held.id, held.read, {})
     queue_commit(pipe, KEYS, shard, held, move, 100, [0, 0, 0, 0, 0, 1, "1", owner])
-    settle_commit(pipe.execute()[0], held, move)
+    finish_commit(pipe.execute()[0], held, move)
 
 
 # -- plain leases ------------------------------------------------------------------------------------
@@ -64,13 +65,32 @@ def test_a_plain_lease_has_one_holder_until_it_is_released(client: redis.Redis) 
     assert client.get(key) == b"b"
 
 
-def test_a_lease_that_is_not_renewed_runs_out_and_renewing_extends_it(client: redis.Redis) -> None:
+def test_lease_expires_unless_it_is_renewed(client: redis.Redis) -> None:
     key = KEYS.feed(0)
     LeaderLease(client, key, "a", 50 / 1000).acquire()
     wait_until(lambda: LeaderLease(client, key, "b", LONG_MS / 1000).acquire(), what="a's lease to run out")
     client.pexpire(key, 1_000)
     assert LeaderLease(client, key, "b", LONG_MS / 1000).acquire()
     assert client.pttl(key) > 1_000
+
+
+def test_held_lease_is_renewed_until_its_block_ends(client: redis.Redis) -> None:
+    key = KEYS.feed(0)
+    first, second = LeaderLease(client, key, "a", 0.3), LeaderLease(client, key, "b", 0.3)
+    with first.hold():
+        with pytest.raises(LeaseTaken) as taken, second.hold():
+            pass
+        assert taken.value.holder == "a"
+        wait_until(lambda: first.remaining_seconds > 0.25, what="a renewal")
+        client.blpop("nothing", timeout=0.6)  # twice the TTL
+        assert second.holder() == "a" and first.remaining_seconds > 0
+    with second.hold():
+        assert client.get(key) == b"b" and first.remaining_seconds < 0
+
+
+def test_lease_loads_the_functions_where_they_are_missing(client: redis.Redis) -> None:
+    client.function_flush("SYNC")
+    assert LeaderLease(client, KEYS.feed(0), "a", 1.0).acquire()
 
 
 # -- shards ------------------------------------------------------------------------------------------
@@ -110,14 +130,14 @@ def test_the_former_owner_cannot_commit_and_the_new_one_can(client: redis.Redis)
     assert client.hgetall(KEYS.state(1)) == {b"1": b"b"}
 
 
-def test_an_expired_lease_that_nobody_took_lets_its_owner_finish(client: redis.Redis) -> None:
+def test_owner_may_commit_after_its_lease_expired_while_it_is_free(client: redis.Redis) -> None:
     epoch = epoch_of(client, 1, "a")
     client.delete(KEYS.lease(1))
     commit(client, 1, "a", epoch)
     assert client.hgetall(KEYS.state(1)) == {b"1": b"a"}
 
 
-def test_two_owners_of_one_epoch_are_told_apart(client: redis.Redis) -> None:
+def test_two_owners_of_one_epoch_are_distinguished(client: redis.Redis) -> None:
     """A failover may forget an epoch it gave; the next owner then gets the same number."""
     before = client.dump(KEYS.cursor(1)) or b""
     lost = epoch_of(client, 1, "a")
@@ -129,7 +149,7 @@ def test_two_owners_of_one_epoch_are_told_apart(client: redis.Redis) -> None:
 
 
 @pytest.mark.parametrize("name", ["lease", "cursor"])
-def test_a_foreign_hands_key_refuses_its_shard_alone(client: redis.Redis, name: str) -> None:
+def test_key_of_another_type_refuses_only_its_shard(client: redis.Redis, name: str) -> None:
     key = getattr(KEYS, name)(2)
     client.rpush(key, "mine")
     epochs, refused = lease_shards(client, KEYS, range(4), "a", LONG_MS)
@@ -139,7 +159,7 @@ def test_a_foreign_hands_key_refuses_its_shard_alone(client: redis.Redis, name: 
     assert read_membership(client, KEYS, "aggregate", "a", LONG_MS).holders == ["a", "a", None, "a"]
 
 
-def test_an_epoch_that_is_no_number_is_named(client: redis.Redis) -> None:
+def test_malformed_epoch_is_named(client: redis.Redis) -> None:
     client.hset(KEYS.cursor(0), "epoch", "first")
     _, refused = lease_shards(client, KEYS, [0], "a", LONG_MS)
     assert isinstance(refused[0], PkbError) and "HDEL" in refused[0].hint
@@ -148,7 +168,7 @@ def test_an_epoch_that_is_no_number_is_named(client: redis.Redis) -> None:
 # -- members -----------------------------------------------------------------------------------------
 
 
-def test_members_are_those_of_the_role_that_live(client: redis.Redis) -> None:
+def test_members_are_the_living_workers_of_the_role(client: redis.Redis) -> None:
     announce(client, KEYS, "aggregate", "b")
     announce(client, KEYS, "aggregate", "a")
     announce(client, KEYS, "ingest", "i")
@@ -158,7 +178,7 @@ def test_members_are_those_of_the_role_that_live(client: redis.Redis) -> None:
     assert members(client, KEYS, "aggregate", LONG_MS) == ["a"]
 
 
-def test_who_falls_silent_is_no_member_and_is_forgotten_later(client: redis.Redis) -> None:
+def test_silent_worker_leaves_members_and_later_the_list(client: redis.Redis) -> None:
     announce(client, KEYS, "aggregate", "a")
     client.zincrby(KEYS.workers(), -5_000, "aggregate a")
     announce(client, KEYS, "aggregate", "b")
@@ -173,7 +193,7 @@ def test_a_store_without_functions_has_no_members(client: redis.Redis) -> None:
     assert members(client, KEYS, "aggregate", LONG_MS) == []
 
 
-def test_a_survey_announces_and_tells_members_and_holders(client: redis.Redis) -> None:
+def test_membership_announces_and_returns_members_and_holders(client: redis.Redis) -> None:
     epoch_of(client, 3, "b")
     announce(client, KEYS, "aggregate", "b")
     found = read_membership(client, KEYS, "aggregate", "a", LONG_MS)
@@ -181,7 +201,7 @@ def test_a_survey_announces_and_tells_members_and_holders(client: redis.Redis) -
     assert found.holders == [None, None, None, "b"]
 
 
-def test_a_survey_without_functions_says_so(client: redis.Redis) -> None:
+def test_membership_without_functions_raises(client: redis.Redis) -> None:
     client.function_flush("SYNC")
     with pytest.raises(redis.ResponseError, match="Function not found"):
         read_membership(client, KEYS, "aggregate", "a", LONG_MS)
@@ -190,15 +210,15 @@ def test_a_survey_without_functions_says_so(client: redis.Redis) -> None:
 # -- a Redis that went back in time ------------------------------------------------------------------
 
 
-def move_to(client: redis.Redis, held: Position, entry_id: str) -> None:
-    pipe, move = Pipe(client), Move(entry_id, held.read + 1, {})
+def move_to(client: redis.Redis, held: ShardCursor, entry_id: str) -> None:
+    pipe, move = Pipe(client), CursorMove(entry_id, held.read + 1, {})
     queue_commit(pipe, KEYS, 1, held, move, 100, [0, 0, 0, 0, 0, 0])
-    settle_commit(pipe.execute()[0], held, move)
+    finish_commit(pipe.execute()[0], held, move)
 
 
-def test_a_cursor_that_went_back_by_a_commit_that_moved_nothing_is_noticed(client: redis.Redis) -> None:
+def test_cursor_that_lost_a_commit_without_a_move_is_stale(client: redis.Redis) -> None:
     """A candle closed by the clock moves no position, and a lagging replica may not have it."""
-    held = read_position(client, KEYS, 1, "a", epoch_of(client, 1, "a"))
+    held = read_cursor(client, KEYS, 1, "a", epoch_of(client, 1, "a"))
     older: bytes = client.dump(KEYS.cursor(1))  # type: ignore[assignment]
     move_to(client, held, held.id)
     client.restore(KEYS.cursor(1), 0, older, replace=True)  # type: ignore[arg-type]
@@ -206,9 +226,9 @@ def test_a_cursor_that_went_back_by_a_commit_that_moved_nothing_is_noticed(clien
         move_to(client, held, held.id)
 
 
-def test_an_entry_that_this_redis_never_had_moves_no_cursor(client: redis.Redis) -> None:
+def test_entry_that_this_redis_never_held_moves_no_cursor(client: redis.Redis) -> None:
     """We read it from a master whose replica did not get it: its source sends it again, under another id."""
-    held = read_position(client, KEYS, 1, "a", epoch_of(client, 1, "a"))
+    held = read_cursor(client, KEYS, 1, "a", epoch_of(client, 1, "a"))
     with pytest.raises(CommitRefused, match="STALE the stream never held entry 7-0"):
         move_to(client, held, "7-0")
     client.xadd(KEYS.ticks(1), {"n": 1}, id="5-0")
@@ -220,8 +240,8 @@ def test_an_entry_that_this_redis_never_had_moves_no_cursor(client: redis.Redis)
         move_to(client, held, "7-0")  # between two that are there
 
 
-def test_an_entry_that_the_hard_cap_cut_off_since_still_counts(client: redis.Redis) -> None:
-    held = read_position(client, KEYS, 1, "a", epoch_of(client, 1, "a"))
+def test_entry_removed_by_the_hard_cap_still_counts(client: redis.Redis) -> None:
+    held = read_cursor(client, KEYS, 1, "a", epoch_of(client, 1, "a"))
     for ms in (5, 6, 7):
         client.xadd(KEYS.ticks(1), {"n": 1}, id=f"{ms}-0")
     client.xtrim(KEYS.ticks(1), maxlen=1, approximate=False)

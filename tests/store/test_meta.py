@@ -62,7 +62,7 @@ def test_the_second_worker_changes_nothing(client: redis.Redis, settings: Settin
         ("max_candles", {"intervals_text": DEFAULT_INTERVALS_TEXT.replace("1m,", "1m:7,", 1)}),
     ],
 )
-def test_a_worker_that_disagrees_is_told_the_field(
+def test_worker_with_other_settings_is_refused_with_the_field(
     client: redis.Redis, make_settings: Make, field: str, overrides: dict[str, object]
 ) -> None:
     ensure_meta(client, make_settings(), NOW)
@@ -85,9 +85,7 @@ def test_a_store_of_another_schema_is_refused_by_workers_and_readers(
         adopt_meta(client, settings)
 
 
-def test_a_hash_that_lacks_a_field_is_no_store_of_ours_and_stays_as_it_is(
-    client: redis.Redis, settings: Settings
-) -> None:
+def test_incomplete_meta_is_refused_and_unchanged(client: redis.Redis, settings: Settings) -> None:
     client.hset("pkb:meta", mapping={"schema": "2", "shards": "8"})
     with pytest.raises(MetaMismatch) as caught:
         ensure_meta(client, settings, NOW)
@@ -95,7 +93,7 @@ def test_a_hash_that_lacks_a_field_is_no_store_of_ours_and_stays_as_it_is(
     assert client.hlen("pkb:meta") == 2
 
 
-def test_two_first_workers_that_disagree_leave_one_whole_meta(
+def test_two_first_workers_with_other_settings_leave_one_complete_meta(
     client: redis.Redis, make_settings: Make
 ) -> None:
     for _ in range(20):
@@ -137,7 +135,7 @@ def test_a_key_of_another_type_is_named(client: redis.Redis, settings: Settings)
     assert client.get("pkb:meta") == b"mine"
 
 
-def test_prefixes_are_stores_of_their_own(client: redis.Redis, make_settings: Make) -> None:
+def test_each_prefix_is_a_separate_store(client: redis.Redis, make_settings: Make) -> None:
     ensure_meta(client, make_settings(), NOW)
     ensure_meta(client, make_settings(prefix="other", shards=2), NOW)
     assert client.hget("other:meta", "shards") == b"2"
@@ -159,7 +157,7 @@ def test_a_reader_adopts_the_stores_shards_and_intervals(client: redis.Redis, ma
     assert reader.keys.shards == 8
 
 
-def test_where_there_is_no_store_a_readers_settings_stay(client: redis.Redis, settings: Settings) -> None:
+def test_without_a_store_a_readers_settings_stay(client: redis.Redis, settings: Settings) -> None:
     assert adopt_meta(client, settings) is settings
 
 
@@ -173,7 +171,7 @@ def test_where_there_is_no_store_a_readers_settings_stay(client: redis.Redis, se
         {"intervals": b"\xff"},
     ],
 )
-def test_a_meta_edited_into_nonsense_is_one_line(
+def test_malformed_meta_is_one_line(
     client: redis.Redis, settings: Settings, damage: dict[str, str | bytes]
 ) -> None:
     ensure_meta(client, settings, NOW)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import redis
 from redis.crc import key_slot
 
+import pkbrokers_redis
+from pkbrokers_redis.clock import Backoff
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.embedded.server import EmbeddedServer
+from pkbrokers_redis.store.errors import is_function_missing, is_transient, is_wrong_type
 from tests.topologies import Cluster
 
 KEYS = Keys()
@@ -35,7 +41,7 @@ def test_a_refused_command_is_an_exception_in_its_place(client: redis.Redis) -> 
     assert isinstance(refused, redis.ResponseError) and "WRONGTYPE" in str(refused)
 
 
-def test_a_lost_connection_is_said_and_the_next_one_reads_its_own_replies(
+def test_lost_connection_raises_and_the_next_one_reads_its_own_replies(
     client: redis.Redis, server: EmbeddedServer
 ) -> None:
     client.ping()  # a connection lies in the pool
@@ -80,7 +86,7 @@ def test_on_a_cluster_a_transaction_stays_in_one_piece(cluster_client: redis.Red
 
 
 @on_cluster
-def test_a_slot_that_moved_is_said_as_a_lost_connection_and_found_the_next_time(
+def test_moved_slot_raises_a_connection_error_and_is_found_the_next_time(
     cluster: Cluster, cluster_client: redis.Redis
 ) -> None:
     key = KEYS.ticks(3)
@@ -109,3 +115,33 @@ def test_a_slot_that_moved_is_said_as_a_lost_connection_and_found_the_next_time(
         give_to(0)
         for node in nodes:
             node.close()
+
+
+def test_private_parts_of_redis_py_are_used_in_one_module() -> None:
+    private = re.compile(r"nodes_manager|commands_parser|\._sock\b|connection_kwargs|response_callbacks")
+    modules = Path(pkbrokers_redis.__file__).parent.rglob("*.py")
+    assert [path.name for path in modules if private.search(path.read_text("utf-8"))] == ["cluster.py"]
+
+
+def test_redis_errors_are_classified() -> None:
+    transient = [
+        redis.ConnectionError("lost"),
+        redis.TimeoutError("slow"),
+        redis.exceptions.OutOfMemoryError("command not allowed"),
+        redis.exceptions.ReadOnlyError("You can't write against a read only replica."),
+        redis.ResponseError("MISCONF Redis is configured to save RDB snapshots"),
+    ]
+    assert all(map(is_transient, transient))
+    assert not is_transient(redis.ResponseError("ERR unknown command")) and not is_transient(
+        ValueError("BUSY ")
+    )
+    assert is_wrong_type(redis.ResponseError("WRONGTYPE Operation against a key"))
+    assert not is_wrong_type(b"WRONGTYPE")
+    assert is_function_missing(redis.ResponseError("Function not found"))
+
+
+def test_backoff_doubles_up_to_its_maximum_and_starts_again_after_a_success() -> None:
+    backoff = Backoff(0.5, 3.0)
+    assert [backoff.next() for _ in range(5)] == [0.5, 1.0, 2.0, 3.0, 3.0]
+    backoff.reset()
+    assert backoff.next() == 0.5

@@ -29,7 +29,7 @@ def most_in_a_second(slots: list[int]) -> int:
     return max(sum(start <= slot < start + SECOND_US for slot in slots) for start in slots)
 
 
-def test_no_second_holds_more_than_the_limit_however_many_ask(client: redis.Redis) -> None:
+def test_no_second_holds_more_requests_than_the_limit(client: redis.Redis) -> None:
     with ThreadPoolExecutor(8) as pool:
         shared = [limiter(redis.Redis(connection_pool=client.connection_pool), 3) for _ in range(8)]
         slots = list(pool.map(lambda number: shared[number % 8].wait(), range(60)))
@@ -37,7 +37,7 @@ def test_no_second_holds_more_than_the_limit_however_many_ask(client: redis.Redi
     assert most_in_a_second(slots) == 3
 
 
-def test_slots_come_in_the_order_of_asking(client: redis.Redis) -> None:
+def test_slots_are_reserved_in_order(client: redis.Redis) -> None:
     one, other = limiter(client, 10), limiter(client, 10)
     slots = [each.wait() for _ in range(10) for each in (one, other)]
     assert slots == sorted(slots)
@@ -45,7 +45,7 @@ def test_slots_come_in_the_order_of_asking(client: redis.Redis) -> None:
     assert min(gaps) >= round(SECOND_US * SPACING / 10)
 
 
-def test_a_limit_that_nobody_uses_is_free_at_once(client: redis.Redis) -> None:
+def test_unused_limit_is_free_at_once(client: redis.Redis) -> None:
     slept: list[float] = []
     limiter(client, 3, slept).wait()
     assert slept == []
@@ -53,14 +53,14 @@ def test_a_limit_that_nobody_uses_is_free_at_once(client: redis.Redis) -> None:
 
 
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
-def test_the_limits_of_a_name_are_kites(client: redis.Redis) -> None:
+def test_named_limits_are_those_of_kite(client: redis.Redis) -> None:
     assert LIMITS_PER_SECOND["history"] == 3
     own = Limiter(client, KEYS, "quote", sleep=lambda _: None)
     first, second = own.wait(), own.wait()
     assert second - first == round(SECOND_US * SPACING)
 
 
-def test_a_429_holds_everybody_back(client: redis.Redis) -> None:
+def test_a_429_delays_all_callers(client: redis.Redis) -> None:
     one = limiter(client, 1000)
     other = Limiter(client, KEYS, per_second=1000, sleep=lambda _: client.delete(KEYS.limit("history")))
     before = one.wait()
@@ -70,7 +70,7 @@ def test_a_429_holds_everybody_back(client: redis.Redis) -> None:
 
 
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
-def test_whoever_sleeps_when_the_429_comes_asks_again(client: redis.Redis) -> None:
+def test_caller_that_sleeps_during_a_429_reserves_again(client: redis.Redis) -> None:
     slept: list[float] = []
 
     def sleep(seconds: float) -> None:
@@ -87,7 +87,7 @@ def test_whoever_sleeps_when_the_429_comes_asks_again(client: redis.Redis) -> No
 
 
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
-def test_an_endless_queue_is_refused_in_one_line(client: redis.Redis) -> None:
+def test_too_long_queue_is_refused_in_one_line(client: redis.Redis) -> None:
     limiter(client, 3).back_off(3_600)
     with pytest.raises(PkbError, match="reserved for the next 3,"):
         limiter(client, 3).wait()
@@ -103,9 +103,7 @@ def test_a_stop_ends_the_wait(client: redis.Redis) -> None:
 
 
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
-def test_a_process_that_is_killed_while_it_waits_costs_its_one_slot(
-    client: redis.Redis, settings: object
-) -> None:
+def test_killed_process_loses_only_its_own_slot(client: redis.Redis, settings: object) -> None:
     mine = limiter(client, 0.5)
     mine.wait()
     program = (

@@ -55,14 +55,14 @@ def test_an_outage_is_one_entry_in_each_shard_concerned(client: redis.Redis) -> 
 
 
 @VALKEY
-def test_an_outage_of_no_time_is_none(client: redis.Redis) -> None:
+def test_empty_outage_sends_nothing(client: redis.Redis) -> None:
     assert send_gap(client, KEYS, [INFY], 5_000, 5_000, "mute") == 0
     assert send_gap(client, KEYS, [], 5_000, 6_000, "mute") == 0
     assert entries(client, INFY) == []
 
 
 @VALKEY
-def test_what_is_sent_is_what_is_read(client: redis.Redis) -> None:
+def test_entries_round_trip(client: redis.Redis) -> None:
     entry_id = send_rows(client, KEYS, INFY, "1m", OPEN_S, OPEN_S + 60, [MINUTE], "gap")
     ((found, fields),) = entries(client, INFY)
     assert found.decode() == entry_id
@@ -70,7 +70,7 @@ def test_what_is_sent_is_what_is_read(client: redis.Redis) -> None:
 
 
 @VALKEY
-def test_no_rows_are_an_answer_too(client: redis.Redis) -> None:
+def test_span_without_rows_is_sent(client: redis.Redis) -> None:
     send_rows(client, KEYS, INFY, "1m", OPEN_S, OPEN_S + 60, [], "gap")
     ((_, fields),) = entries(client, INFY)
     assert read_repair(fields) == Rows(INFY, "1m", OPEN_S, OPEN_S + 60, [])
@@ -79,7 +79,7 @@ def test_no_rows_are_an_answer_too(client: redis.Redis) -> None:
 
 
 @VALKEY
-def test_many_rows_and_tokens_are_many_entries_that_leave_no_hole(
+def test_many_rows_and_tokens_are_split_without_a_hole(
     client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(repairs, "ROWS_MAX", 2)
@@ -95,9 +95,7 @@ def test_many_rows_and_tokens_are_many_entries_that_leave_no_hole(
 
 
 @VALKEY
-def test_what_is_to_be_forgotten_is_named_in_entries_of_bounded_size(
-    client: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_forget_entries_have_a_bounded_size(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(repairs, "FORGET_MAX", 2)
     assert send_forget(client, KEYS, [], "reassigned") == 0
     assert send_forget(client, KEYS, [INFY, RELIANCE, INFY + 1024, INFY + 2048], "reassigned") == 3
@@ -107,7 +105,7 @@ def test_what_is_to_be_forgotten_is_named_in_entries_of_bounded_size(
 
 
 @VALKEY
-def test_a_job_can_wait_until_the_aggregator_is_past_its_entry(client: redis.Redis) -> None:
+def test_job_can_wait_until_its_entry_is_applied(client: redis.Redis) -> None:
     entry_id = send_rows(client, KEYS, INFY, "1m", OPEN_S, OPEN_S + 60, [MINUTE], "gap")
     assert not is_applied(client, KEYS, INFY, entry_id)
     assert not wait_applied(client, KEYS, INFY, entry_id, timeout_seconds=0)
@@ -157,7 +155,7 @@ ODD: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
-def test_what_is_no_repair_is_refused_with_its_reason(odd: dict[str, Any]) -> None:
+def test_malformed_entry_is_refused_with_its_reason(odd: dict[str, Any]) -> None:
     fields = {
         key.encode(): value if isinstance(value, bytes) else str(value).encode() for key, value in odd.items()
     }

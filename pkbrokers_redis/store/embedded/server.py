@@ -1,16 +1,16 @@
-"""The embedded server: what `PKB_REDIS_URL` unset means.
+"""The embedded server, which is used when `PKB_REDIS_URL` is unset.
 
-A Valkey (or Redis) of our own below `PKB_DATA_DIR`, started by the first process that needs it, shared
-by all, stopped when the last one has gone, however it went. Its data stays. `keeper.py` has the how.
+A Valkey (or Redis) below `PKB_DATA_DIR`: started by the first process that needs it, shared by all processes,
+and stopped after the last one has ended in whatever way. Its data stay. `monitor.py` explains how.
 
     <data_dir>/redis/            0700
         appendonlydir/           the data
-        pkb.sock                 0700; in a 0700 folder of the temp dir where this path would be too long
-        server.json, server.log  what runs here, and what it said
-        *.lock                   see keeper.py
+        pkb.sock                 0700; in a 0700 folder of the temp folder when this path would be too long
+        server.json, server.log  address and log of the running server
+        *.lock                   see monitor.py
 
-Other users of the machine reach every port of 127.0.0.1, so the server listens on its socket only. With
-`PKB_EMBEDDED_PORT` it listens on TCP too, and then asks every client for the password in server.json (0600).
+Other users of the machine can reach every port of 127.0.0.1, so the server listens on its socket only. With
+`PKB_EMBEDDED_PORT` it also listens on TCP, and then requires the password in server.json (0600).
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.embedded import monitor
 from pkbrokers_redis.store.embedded.binary import find_binary, server_environment, server_options
 
-LINGER_SECONDS = 1.0  # how long the server outlives its last user
-SILENCE_SECONDS_MAX = 30.0  # a starting server that does not even say LOADING for so long is given up
-ATTACH_SECONDS_MAX = 600.0  # the whole wait, for a server that loads many gigabytes
+LINGER_SECONDS = 1.0  # the server outlives its last user so long
+SILENCE_SECONDS_MAX = 30.0  # a starting server that does not even answer LOADING for so long has failed
+ATTACH_SECONDS_MAX = 600.0  # maximum wait for a server that loads many gigabytes
 SOCKET_PATH_BYTES_MAX = 100  # sun_path holds 104 (macOS) or 108 (Linux), the final NUL included
-STOP_TRIES_MAX = 3  # the keeper holds users.lock for an instant ten times a second
+STOP_TRIES_MAX = 3  # the monitor locks users.lock for an instant ten times a second
 
 log = logs.get("store")
 
@@ -63,18 +63,23 @@ class EmbeddedInfo:
 
     @property
     def is_open_to_all(self) -> bool:
-        """Whether other users of the machine get in: earlier releases had a port without a password."""
+        """Return whether other users of the machine have access, as with a port of earlier releases."""
         return self.tcp_port != 0 and not self.password
 
     def listens_as(self, port: int | None) -> bool:
-        """Whether the server listens as `PKB_EMBEDDED_PORT` states."""
+        """Return whether the server listens as `PKB_EMBEDDED_PORT` states."""
         if port is None:
             return self.tcp_port == 0
         return bool(self.password) and self.tcp_port != 0 and port in (0, self.tcp_port)
 
 
 class EmbeddedServer:
-    """This process's hold on the embedded server: it runs at least until `close()`."""
+    """Keeps the embedded server running for this process, until `close`.
+
+    Example:
+        with attach(settings) as server:
+            client = redis.Redis.from_url(server.url)
+    """
 
     def __init__(self, info: EmbeddedInfo, users_lock: int, *, reattached: bool) -> None:
         self.info = info
@@ -83,30 +88,35 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
+        """Return the URL for redis-py, with the password."""
         return self.info.url
 
     @property
     def socket_path(self) -> Path:
+        """Return the path of the unix socket."""
         return self.info.socket_path
 
     @property
     def tcp_port(self) -> int:
-        """The port on 127.0.0.1; 0 is no TCP."""
+        """Return the port on 127.0.0.1; 0 is no TCP."""
         return self.info.tcp_port
 
     @property
     def password(self) -> str:
+        """Return the password, empty when the server has none."""
         return self.info.password
 
     @property
     def pid(self) -> int:
+        """Return the server's process id."""
         return self.info.pid
 
     def close(self) -> None:
-        """Let go. The server stops about a second after its last user let go. May be called twice."""
+        """End the use. The server stops about a second after its last user. May be called twice."""
         descriptor, self._users_lock = self._users_lock, None
         if descriptor is not None:
-            os.close(descriptor)  # no LOCK_UN: a forked child may still use the server through its copy
+            # Without LOCK_UN: a forked child may still use the server through its copy of the lock.
+            os.close(descriptor)
 
     def __enter__(self) -> EmbeddedServer:
         return self
@@ -118,14 +128,14 @@ class EmbeddedServer:
 
 
 def store_folder(data_dir: Path) -> Path:
-    """Where the embedded server of a data folder lives."""
+    """Return the folder of the embedded server of a data folder."""
     return data_dir.expanduser().absolute() / "redis"
 
 
 def reader_data_dir(settings: Settings) -> tuple[Path, bool]:
-    """The data folder a reader looks into, and whether it is the demo's.
+    """Return the data folder that a reader uses, and whether it is the demo's.
 
-    A demo that ran on a machine where no real store was ever made is what its user wants to look at.
+    It is the demo's when a demo has run and no real store was ever created on this machine.
     """
     demo = settings.data_dir / "demo"
     if not store_folder(settings.data_dir).exists() and store_folder(demo).exists():
@@ -134,7 +144,7 @@ def reader_data_dir(settings: Settings) -> tuple[Path, bool]:
 
 
 def running(data_dir: Path) -> EmbeddedInfo | None:
-    """The embedded server of that folder where one answers; starts none and holds none."""
+    """Return the embedded server of a data folder when it answers. Start none and keep none running."""
     found = monitor.read_server_file(store_folder(data_dir))
     if found is None or not found["pid"]:
         return None
@@ -148,13 +158,20 @@ def running(data_dir: Path) -> EmbeddedInfo | None:
 def attach(
     settings: Settings, *, data_dir: Path | None = None, linger_seconds: float = LINGER_SECONDS
 ) -> EmbeddedServer:
-    """Use the embedded server, and start it where none runs.
+    """Use the embedded server, and start it when it does not run.
 
-    A running server that nobody uses is restarted where `PKB_EMBEDDED_PORT` has changed. One in use is
-    taken as it is, with a warning.
+    A running server without users is restarted when `PKB_EMBEDDED_PORT` has changed. A server in use stays
+    as it is, with a warning.
 
-    Raises RedisUnavailable when it cannot start (no binary, no right to the folder, broken data) or when it
-    runs with a port and no password, and RedisUnsuitable when the chosen binary is a Redis before 7.
+    Args:
+        settings: Name the data folder, the binary and the port.
+        data_dir: Instead of the settings'.
+        linger_seconds: How long the server outlives its last user.
+
+    Raises:
+        RedisUnavailable: It cannot start (no binary, no right to the folder, broken data), or it runs with a
+            port and no password.
+        RedisUnsuitable: The chosen binary is a Redis before 7.
     """
     data_dir = data_dir or settings.data_dir
     folder = store_folder(data_dir)
@@ -169,7 +186,7 @@ def attach(
     except OSError as error:
         raise RedisUnavailable(
             f"the embedded server cannot use {folder} ({error.strerror or error})",
-            "set PKB_DATA_DIR to a folder of yours on a local disk",
+            "set PKB_DATA_DIR to a folder on a local disk that this user owns",
         ) from error
     return EmbeddedServer(info, users_lock, reattached=reattached)
 
@@ -179,9 +196,9 @@ def _attach_locked(
 ) -> tuple[EmbeddedInfo, bool]:
     deadline = time.monotonic() + ATTACH_SECONDS_MAX
     start_lock = monitor.open_lock(folder / "start.lock")
-    keeper_lock = monitor.open_lock(folder / "keeper.lock")
+    monitor_lock = monitor.open_lock(folder / "monitor.lock")
     try:
-        # One at a time; and with users.lock shared no keeper is stopping its server, nor will begin to.
+        # One at a time. While users.lock is held shared, no monitor stops its server.
         _lock_within(start_lock, fcntl.LOCK_EX, deadline, folder)
         _stop_if_unused(settings, data_dir, users_lock)
         _lock_within(users_lock, fcntl.LOCK_SH, deadline, folder)
@@ -193,8 +210,8 @@ def _attach_locked(
                 if reattached:
                     _check_port(settings, info, folder)
                 return info, reattached
-            if monitor.try_lock(keeper_lock, fcntl.LOCK_SH):
-                fcntl.flock(keeper_lock, fcntl.LOCK_UN)
+            if monitor.try_lock(monitor_lock, fcntl.LOCK_SH):
+                fcntl.flock(monitor_lock, fcntl.LOCK_UN)
                 reattached = False
                 _launch(settings, folder, linger_seconds, deadline)
                 silent_since = time.monotonic()
@@ -203,16 +220,16 @@ def _attach_locked(
                     f"the embedded server in {folder} does not answer", f"see {folder / 'server.log'}"
                 )
             else:
-                time.sleep(0.01)  # it starts, restarts or ends: its keeper lives
+                time.sleep(0.01)  # it starts, restarts or ends: its monitor is running
     finally:
-        # Explicitly: a child forked by another thread meanwhile has a copy, and would keep the lock.
+        # Explicitly: a child that another thread forked meanwhile has a copy, and would keep the lock.
         fcntl.flock(start_lock, fcntl.LOCK_UN)
         os.close(start_lock)
-        os.close(keeper_lock)
+        os.close(monitor_lock)
 
 
 def _stop_if_unused(settings: Settings, data_dir: Path, users_lock: int) -> None:
-    """End a server that nobody uses and that listens otherwise than stated. May leave `users_lock` locked."""
+    """Stop an unused server that does not listen as stated. May leave `users_lock` locked."""
     info = running(data_dir)
     if info is None or info.listens_as(settings.embedded_port):
         return
@@ -224,7 +241,7 @@ def _stop_if_unused(settings: Settings, data_dir: Path, users_lock: int) -> None
 
 
 def _check_port(settings: Settings, info: EmbeddedInfo, folder: Path) -> None:
-    """Refuse a server that other users of the machine can use; warn of one that listens otherwise."""
+    """Refuse a server that other users of the machine can use. Warn when it does not listen as stated."""
     if info.is_open_to_all:
         raise RedisUnavailable(
             f"the embedded server in {folder} has a TCP port and no password (an earlier release's)",
@@ -251,7 +268,7 @@ def _lock_within(descriptor: int, operation: int, deadline: float, folder: Path)
 
 
 def _launch(settings: Settings, folder: Path, linger_seconds: float, deadline: float) -> None:
-    """Start a keeper and wait until it says that its server answers (or that another keeper was faster)."""
+    """Start a monitor, and wait until it reports that its server answers (or that another was faster)."""
     socket_path = _socket_path(folder)
     plan = monitor.Plan(
         binary=str(find_binary(settings.embedded_server)),
@@ -270,7 +287,7 @@ def _launch(settings: Settings, folder: Path, linger_seconds: float, deadline: f
             stderr=log,
             cwd=folder,
             env={**os.environ, **server_environment()},
-            start_new_session=True,  # Ctrl-C in our terminal is not for the server
+            start_new_session=True,  # Ctrl-C in this terminal is not for the server
         )
     with process:
         assert process.stdout is not None  # noqa: S101  stdout=PIPE
@@ -294,17 +311,17 @@ def _launch(settings: Settings, folder: Path, linger_seconds: float, deadline: f
 
 def _failure(reason: str, folder: Path) -> RedisUnavailable:
     hint = f"see {folder / 'server.log'}"
-    # Valkey and Redis cannot read each other's base file, and say so in these words.
+    # Valkey and Redis cannot read each other's base file. These are their messages.
     if "base.rdb: make a backup" in reason or "RDB format version" in reason or "Wrong signature" in reason:
         reason = "its data is damaged, or was written by another kind of server"
         hint = f"correct PKB_EMBEDDED_SERVER, or move {folder} away"
     if reason.startswith("TCP port"):
         hint = "choose another PKB_EMBEDDED_PORT, or 0 for any that is free"
-    return RedisUnavailable(f"the embedded server did not start ({reason or 'it said nothing'})", hint)
+    return RedisUnavailable(f"the embedded server did not start ({reason or 'without a message'})", hint)
 
 
 def _make_private(folder: Path) -> None:
-    """The folder, 0700. Raises OSError where it is another user's: its owner could read our session."""
+    """Create a folder, 0700. Raise OSError when another user owns it, who could read Kite's session."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = folder.stat()
     if found.st_uid != os.geteuid():
