@@ -103,7 +103,9 @@ class Repairs:
         waiting = [each for each in workers if each.repairs and each.is_ready(each.repairs[0])]
         return sorted(waiting, key=lambda each: id_order(each.repairs[0].id))
 
-    def apply(self, client: redis.Redis, worker: ShardWorker, now_ms: float) -> tuple[CursorMove, Changes] | None:
+    def apply(
+        self, client: redis.Redis, worker: ShardWorker, now_ms: float
+    ) -> tuple[CursorMove, Changes] | None:
         """Apply the repairs that are ready.
 
         Args:
