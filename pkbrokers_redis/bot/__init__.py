@@ -1,1 +1,1 @@
-"""The Telegram bot: the market in a chat. One file per command in `commands/`; the table is `registry.py`."""
+"""The Telegram bot: the market in a chat. `commands.py` has the table of commands."""

@@ -1,5 +1,7 @@
-"""Who may ask: nobody, unless the settings name the chat (PKB_TELEGRAM_CHATS) or the user
-(PKB_TELEGRAM_ADMINS). Decides only; time is an argument."""
+"""Who gets answers: nobody, unless PKB_TELEGRAM_CHATS names the chat or PKB_TELEGRAM_ADMINS the user.
+
+Pure decisions; the time is an argument.
+"""
 
 from __future__ import annotations
 
@@ -13,32 +15,37 @@ from pkbrokers_redis.settings import Settings
 
 K = TypeVar("K")
 
-REFUSAL = "This bot serves a closed group. Please ask its operator."
+REFUSAL = "This bot serves a closed group. Please contact its operator."
 REFUSAL_EVERY_SECONDS = 3600.0
-SLOW_DOWN = "Slow down, please: some of that went unread."
-COMMANDS_BURST = 10  # of a chat at once
-COMMANDS_A_MINUTE = 30  # of a chat in the long run
-CHATS_REMEMBERED_MAX = 10_000
+SLOW_DOWN = "Too many commands at once: some were skipped. Please send them again more slowly."
+SLOW_DOWN_EVERY_SECONDS = 60.0  # a flood is not answered by a flood
+COMMANDS_BURST = 10  # at once, per chat
+COMMANDS_PER_MINUTE = 30  # on average, per chat
+CHATS_MAX = 10_000  # whose limits are kept in memory
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """The allow-list. An admin is served in a private chat; in a group only if the group is on the list too,
-    because all its members read the answer."""
+    """The allow-list of chats and operators.
+
+    An operator gets answers in a private chat. In a group only if the group is listed too, because all
+    members read the answer.
+    """
 
     chats: frozenset[int]
     admins: frozenset[int]
 
     def is_admin(self, user_id: int) -> bool:
+        """Return whether the user is an operator."""
         return user_id in self.admins
 
-    def may_ask(self, chat_id: int, user_id: int, is_private: bool) -> bool:
-        """Whether this user gets answers in this chat."""
+    def is_allowed(self, chat_id: int, user_id: int, is_private: bool) -> bool:
+        """Return whether this user gets answers in this chat."""
         return chat_id in self.chats or (is_private and user_id in self.admins)
 
 
 def access_of(settings: Settings) -> Access:
-    """Raises SettingsError for what is no number."""
+    """Return the allow-list of the settings. Raise SettingsError for a malformed id."""
     return Access(
         _ids("PKB_TELEGRAM_CHATS", settings.telegram_chats),
         _ids("PKB_TELEGRAM_ADMINS", settings.telegram_admins),
@@ -47,22 +54,22 @@ def access_of(settings: Settings) -> Access:
 
 def _ids(name: str, text: str) -> frozenset[int]:
     words = [word for word in re.split(r"[\s,]+", text) if word]
-    if wrong := [word for word in words if not re.fullmatch(r"-?\d{1,18}", word)]:
+    if invalid := [word for word in words if not re.fullmatch(r"-?\d{1,18}", word)]:
         raise SettingsError(
-            f"{name} holds {wrong[0][:40]!r}, which is no id", "give numbers, comma-separated"
+            f"{name} holds {invalid[0][:40]!r}, which is not an id", "give numbers, comma-separated"
         )
     return frozenset(map(int, words))
 
 
-class Remembered(Generic[K]):
-    """When something last happened, by key; the oldest keys are forgotten first."""
+class Throttle(Generic[K]):
+    """Remembers when something last happened, by key. Beyond `keys_max` keys the oldest are forgotten."""
 
-    def __init__(self, keys_max: int = CHATS_REMEMBERED_MAX) -> None:
+    def __init__(self, keys_max: int = CHATS_MAX) -> None:
         self._at: OrderedDict[K, float] = OrderedDict()
         self._keys_max = keys_max
 
-    def due(self, key: K, now_s: float, every_seconds: float) -> bool:
-        """True at most once in `every_seconds` a key."""
+    def is_due(self, key: K, now_s: float, every_seconds: float) -> bool:
+        """Return True at most once per `every_seconds` and key."""
         if now_s - self._at.get(key, float("-inf")) < every_seconds:
             return False
         self._at[key] = now_s
@@ -72,24 +79,19 @@ class Remembered(Generic[K]):
         return True
 
 
-class Pace:
-    """A token bucket a chat: `burst` at once, `a_minute` in the long run."""
+class FloodLimit:
+    """A token bucket per chat: `burst` commands at once, `per_minute` on average."""
 
-    def __init__(self, burst: int, a_minute: float) -> None:
-        self._burst, self._a_second = float(burst), a_minute / 60
-        self._buckets: OrderedDict[int, tuple[float, float]] = OrderedDict()  # left, as of
-        self._told: Remembered[int] = Remembered()
+    def __init__(self, burst: int, per_minute: float) -> None:
+        self._burst, self._per_second = float(burst), per_minute / 60
+        self._buckets: OrderedDict[int, tuple[float, float]] = OrderedDict()  # tokens, at second
 
-    def take(self, chat_id: int, now_s: float) -> bool:
-        """Whether one more command of this chat is served."""
-        left, at = self._buckets.pop(chat_id, (self._burst, now_s))
-        left = min(self._burst, left + max(now_s - at, 0.0) * self._a_second)
-        served = left >= 1
-        self._buckets[chat_id] = (left - served, now_s)
-        while len(self._buckets) > CHATS_REMEMBERED_MAX:
+    def accept(self, chat_id: int, now_s: float) -> bool:
+        """Return whether one more command of this chat is answered."""
+        tokens, at = self._buckets.pop(chat_id, (self._burst, now_s))
+        tokens = min(self._burst, tokens + max(now_s - at, 0.0) * self._per_second)
+        is_accepted = tokens >= 1
+        self._buckets[chat_id] = (tokens - is_accepted, now_s)
+        while len(self._buckets) > CHATS_MAX:
             self._buckets.popitem(last=False)
-        return served
-
-    def may_tell(self, chat_id: int, now_s: float) -> bool:
-        """Whether to say so: once a minute, a flood is not answered by a flood."""
-        return self._told.due(chat_id, now_s, 60.0)
+        return is_accepted

@@ -1,7 +1,7 @@
-"""Messages to the operators: what `pkb status` would call degraded or down, once when it begins and once when
-it is over.
+"""Messages to the operators (PKB_TELEGRAM_ADMINS): one when a problem begins or gets worse, one when it ends.
 
-    P:{bot}:troubles   hash   check → {"level", "what", "since"}, so that a restart does not tell it again
+P:{bot}:troubles   hash   check → {"level", "what", "since"}: problems that were reported, so that a restart
+                          does not report them again
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import msgspec
 import redis
@@ -19,10 +19,9 @@ from telegram.error import TelegramError
 from telegram.ext import ExtBot
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.bot.alerts.feed import FeedWatch
-from pkbrokers_redis.bot.alerts.worker import AlertWorker
-from pkbrokers_redis.bot.sending import insist
-from pkbrokers_redis.bot.services import Services
+from pkbrokers_redis.bot.alerts.worker import AlertWorker, FeedMonitor
+from pkbrokers_redis.bot.context import Services
+from pkbrokers_redis.bot.telegram_client import with_retries
 from pkbrokers_redis.bot.text import duration, escape, size
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.kite.rest import session_in
@@ -38,176 +37,176 @@ from pkbrokers_redis.runtime.health import (
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.auth import load_session
 from pkbrokers_redis.store.connect import describe
+from pkbrokers_redis.store.queue import connect_queue
 
 log = logs.get("operators")
 
-LOOK_EVERY_SECONDS = 2.0  # a dead worker is late for 4 s, then gone: two looks must fall into that
-LOOKS_BEFORE_TOLD = 2  # a worker that is replaced, a shard on its way, is no trouble
+CHECK_EVERY_SECONDS = 2.0  # a dead worker's beat is late for 4 s before its key expires: time for two checks
+CHECKS_BEFORE_REPORT = 2  # a worker that is being replaced is not a problem
 SILENT_SECONDS_MAX = 60.0
 DISK_PART_MAX = 0.9
 DISK_FREE_BYTES_MIN = 2**30
-ROLES_JUDGED = {"ingest", "aggregate"}  # by health.py
-PROBLEM, WORSE = {"warn": "⚠️", "fail": "❌"}, "fail"
+ROLES_IN_HEALTH = {"ingest", "aggregate"}  # whose heartbeats runtime/health.py judges
+SYMBOLS = {"warn": "⚠️", "fail": "❌"}
 
 
-class Trouble(msgspec.Struct):
-    """A finding the operators were told of."""
+class Problem(msgspec.Struct):
+    """A finding that was reported to the operators; `since` is epoch seconds."""
 
     level: str
     what: str
     since: float
 
 
-def look(services: Services) -> tuple[ClusterState, list[Finding]]:
-    """One picture of the pipeline and what the rules say of it, ours included. For threads."""
+def check_pipeline(services: Services) -> tuple[ClusterState, list[Finding]]:
+    """Return the pipeline's state and all findings, those of this module included. Blocks.
+
+    Raises:
+        redis.RedisError, PkbError: Redis is unavailable.
+    """
     client, settings = services.client, services.settings
     cluster = read_cluster_state(client, settings.keys, describe(settings, for_reading=True))
     findings = run_checks(cluster, STATUS_CHECKS)
-    findings += [*_others_live(cluster), *_session(client, settings), *_disk(settings), *_jobs(services)]
+    findings += _late_workers(cluster)
+    findings += [_session(client, settings), _disk(settings), _jobs(services)]
     return cluster, findings
 
 
-def _session(client: redis.Redis, settings: Settings) -> Iterator[Finding]:
-    """The Kite session is there, and Kite has not refused it."""
+def _late_workers(cluster: ClusterState) -> Iterator[Finding]:
+    """Report workers without a heartbeat in roles that the pipeline can do without for a while."""
+    for role in sorted({worker.role for worker in cluster.workers} - ROLES_IN_HEALTH):
+        late = [worker.id for worker in cluster.alive(role) if (worker.age_ms or 0) > BEAT_AGE_MS_MAX]
+        if late:
+            yield Finding(role, "warn", f"{', '.join(late[:5])} does not beat", "look at its log")
+
+
+def _session(client: redis.Redis, settings: Settings) -> Finding:
     try:
         session = load_session(client, settings.keys)
     except PkbError as error:
-        yield Finding("session", "warn", error.message, error.hint)
-        return
-    if session is None and session_in(settings) is None:
-        refused = client.hexists(settings.keys.auth(), "refused")
-        what = "the Kite session has expired" if refused else "there is no Kite session"
-        yield Finding("session", "warn", what, "/refresh_token, or `pkb login`")
-    else:
-        yield Finding("session", "ok", "there is a Kite session")
+        return Finding("session", "warn", error.message, error.hint)
+    if session is not None or session_in(settings) is not None:
+        return Finding("session", "ok", "there is a Kite session")
+    refused = client.hexists(settings.keys.auth(), "refused")
+    what = "the Kite session has expired" if refused else "there is no Kite session"
+    return Finding("session", "warn", what, "/refresh_token, or `pkb login`")
 
 
-def _disk(settings: Settings) -> Iterator[Finding]:
-    """The disk of PKB_DATA_DIR (spool, snapshots, the embedded server) has room."""
+def _disk(settings: Settings) -> Finding:
+    """Judge the disk of PKB_DATA_DIR, which holds the spool, snapshots and the embedded server."""
     folder = settings.data_dir
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     usage = shutil.disk_usage(folder)
     if usage.used > DISK_PART_MAX * usage.total and usage.free < DISK_FREE_BYTES_MIN * 10:
-        level: Any = "fail" if usage.free < DISK_FREE_BYTES_MIN else "warn"
-        yield Finding("disk", level, f"{size(usage.free)} are free on the disk of PKB_DATA_DIR", "make room")
-    else:
-        yield Finding("disk", "ok", f"{usage.free / 1e9:,.0f} GB free")
+        level: Literal["warn", "fail"] = "fail" if usage.free < DISK_FREE_BYTES_MIN else "warn"
+        what = f"{size(usage.free)} are free on the disk of PKB_DATA_DIR"
+        return Finding("disk", level, what, "delete files there")
+    return Finding("disk", "ok", f"{usage.free / 1e9:,.0f} GB free")
 
 
-def _others_live(cluster: ClusterState) -> Iterator[Finding]:
-    """The workers of roles that the pipeline can do without for a while beat, too."""
-    for role in sorted({each.role for each in cluster.workers} - ROLES_JUDGED):
-        late = [each.id for each in cluster.alive(role) if (each.age_ms or 0) > BEAT_AGE_MS_MAX]
-        if late:
-            yield Finding(role, "warn", f"{', '.join(late[:5])} does not beat", "look at its log")
-
-
-def _jobs(services: Services) -> Iterator[Finding]:
-    """No job is listed as failed."""
+def _jobs(services: Services) -> Finding:
+    """Judge the list of failed jobs, on the jobs' Redis if there is one."""
     client, settings = services.client, services.settings
     if settings.rq_redis_url is not None:
-        from pkbrokers_redis.store.queue import connect_queue
-
         try:
-            if services.jobs_client is None:
-                services.jobs_client = connect_queue(settings)
-            client = services.jobs_client
+            client = services.jobs_client = services.jobs_client or connect_queue(settings)
         except PkbError as error:
-            yield Finding("jobs", "warn", error.message, error.hint)
-            return
+            return Finding("jobs", "warn", error.message, error.hint)
     try:
         failed: Any = client.zcard(FAILED_JOBS)
     except redis.ConnectionError:
         if client is services.client:
             raise
-        yield Finding(
+        return Finding(
             "jobs", "warn", "the jobs' Redis does not answer", "start it, or correct PKB_RQ_REDIS_URL"
         )
-        return
-    yield check_jobs(int(failed))
+    return check_jobs(int(failed))
 
 
-class Monitor:
-    """Looks every few seconds, and tells PKB_TELEGRAM_ADMINS what changed."""
+class OperatorMonitor:
+    """Checks the pipeline every CHECK_EVERY_SECONDS and reports what changed."""
 
     def __init__(self, bot: ExtBot[Any], services: Services, worker: AlertWorker) -> None:
         self._bot, self._services, self._worker = bot, services, worker
-        self._feed = FeedWatch(services.settings, time.monotonic)
-        self._seen: dict[str, int] = {}  # check → looks in a row that found it
+        self._feed = FeedMonitor(services.settings)
+        self._checks_failed: dict[str, int] = {}  # check → failures in a row
 
     async def run(self) -> None:
+        """Check until cancelled."""
         while True:
-            await asyncio.sleep(LOOK_EVERY_SECONDS)
+            await asyncio.sleep(CHECK_EVERY_SECONDS)
             if self._services.access.admins:
-                await self.look_once()
+                await self._check_once()
 
-    async def look_once(self) -> None:
-        """One look; messages for what began, got worse or ended."""
+    async def _check_once(self) -> None:
         try:
-            _, findings = await asyncio.to_thread(look, self._services)
-            findings += self._mute()
-            told = await asyncio.to_thread(self._told)
+            _, findings = await asyncio.to_thread(check_pipeline, self._services)
+            findings += self._silent_feed()
+            reported = await asyncio.to_thread(self._load_reported)
         except (redis.RedisError, PkbError, OSError) as error:
-            log.warning("cannot_look", error=type(error).__name__)
+            log.warning("check_failed", reason=type(error).__name__)
             return
-        worst: dict[str, Finding] = {}
-        for finding in findings:
-            if finding.level == "ok":
+        problems = _worst_by_check(findings)
+        self._checks_failed = {check: self._checks_failed.get(check, 0) + 1 for check in problems}
+        for check, finding in problems.items():
+            known = reported.get(check)
+            is_news = known is None or (known.level != "fail" and finding.level == "fail")
+            if not is_news or self._checks_failed[check] < CHECKS_BEFORE_REPORT:
                 continue
-            if finding.check not in worst or finding.level == WORSE:
-                worst[finding.check] = finding
-        self._seen = {check: self._seen.get(check, 0) + 1 for check in worst}
-        for check, finding in worst.items():
-            known = told.get(check)
-            is_worse = known is not None and known.level != WORSE and finding.level == WORSE
-            if (known is None or is_worse) and self._seen[check] >= LOOKS_BEFORE_TOLD:
-                since = time.time() if known is None else known.since
-                text = f"{PROBLEM[finding.level]} <b>{escape(check)}</b>: {escape(finding.message)}"
-                text += f"\n{escape(finding.hint)}" if finding.hint else ""
-                if await self.tell(text):
-                    await self._note(check, Trouble(finding.level, finding.message, since))
-        for check in told.keys() - worst.keys():
-            lasted = duration(time.time() - told[check].since)
-            if await self.tell(f"✅ <b>{escape(check)}</b>: well again, after {lasted}"):
-                await self._note(check, None)
+            text = f"{SYMBOLS[finding.level]} <b>{escape(check)}</b>: {escape(finding.message)}"
+            text += f"\n{escape(finding.hint)}" if finding.hint else ""
+            since = time.time() if known is None else known.since
+            if await self._report(text):
+                await self._save(check, Problem(finding.level, finding.message, since))
+        for check in reported.keys() - problems.keys():
+            lasted = duration(time.time() - reported[check].since)
+            if await self._report(f"✅ <b>{escape(check)}</b>: recovered after {lasted}"):
+                await self._save(check, None)
 
-    def _mute(self) -> Iterator[Finding]:
-        """The market is open and no tick comes, though somebody reads Kite."""
+    def _silent_feed(self) -> Iterator[Finding]:
         silent = self._worker.silent_seconds
         if silent > SILENT_SECONDS_MAX and self._feed.open_seconds() > SILENT_SECONDS_MAX:
             what = f"no tick came for {duration(silent)}, and the market is open"
             yield Finding("feed", "fail", what, "/test_ticks, /restart")
 
-    async def tell(self, html: str) -> bool:
-        """To every admin; False when Telegram took it for none of them."""
-        taken = False
+    async def _report(self, html: str) -> bool:
+        """Send to every operator; return False when Telegram accepted it for none of them."""
+        is_accepted = False
         for admin in sorted(self._services.access.admins):
             try:
-                await insist(
+                await with_retries(
                     lambda admin=admin: self._bot.send_message(admin, html, parse_mode=ParseMode.HTML)  # type: ignore[misc]
                 )
-                taken = True
-            except TelegramError as error:  # one who never wrote to the bot cannot be written to
-                log.warning("not_told", admin=admin, error=type(error).__name__)
-        return taken
+                is_accepted = True
+            except TelegramError as error:  # Forbidden: this operator never wrote to the bot
+                log.warning("report_failed", admin=admin, reason=type(error).__name__)
+        return is_accepted
 
-    def _told(self) -> dict[str, Trouble]:
-        found: Any = self._services.client.hgetall(self._services.keys.bot_troubles())
-        troubles: dict[str, Trouble] = {}
-        for check, text in found.items():
+    def _load_reported(self) -> dict[str, Problem]:
+        cells: Any = self._services.client.hgetall(self._services.keys.bot_troubles())
+        problems: dict[str, Problem] = {}
+        for check, text in cells.items():
             try:
-                troubles[check.decode()] = msgspec.json.decode(text, type=Trouble)
+                problems[check.decode()] = msgspec.json.decode(text, type=Problem)
             except (msgspec.DecodeError, UnicodeDecodeError):
-                continue  # a foreign hand's
-        return troubles
+                continue  # malformed: it is reported again
+        return problems
 
-    async def _note(self, check: str, trouble: Trouble | None) -> None:
+    async def _save(self, check: str, problem: Problem | None) -> None:
         client, key = self._services.client, self._services.keys.bot_troubles()
         try:
-            if trouble is None:
+            if problem is None:
                 await asyncio.to_thread(client.hdel, key, check)
             else:
-                await asyncio.to_thread(client.hset, key, check, msgspec.json.encode(trouble))
+                await asyncio.to_thread(client.hset, key, check, msgspec.json.encode(problem))
         except redis.RedisError as error:
-            log.warning("not_noted", check=check, error=type(error).__name__)
+            log.warning("report_not_saved", check=check, reason=type(error).__name__)
+
+
+def _worst_by_check(findings: Iterable[Finding]) -> dict[str, Finding]:
+    worst: dict[str, Finding] = {}
+    for finding in findings:
+        if finding.level != "ok" and (finding.check not in worst or finding.level == "fail"):
+            worst[finding.check] = finding
+    return worst

@@ -1,8 +1,8 @@
-"""`PKTickBot` under upstream's constructor and method names, on the bot of this package.
+"""`PKTickBot`: upstream's constructor and method names on this package's bot.
 
-Upstream's handlers are called by telegram.ext with an update and a context, synchronously and for one owner.
-Here they are coroutines with the same names and arguments, for whoever registers them with an Application of
-his own; `run` needs none of that.
+Upstream's handlers are called by telegram.ext with an update and a context. Here they are coroutines with
+the same names and arguments, for programs that register them with an Application of their own; `run` needs
+none of them.
 """
 
 from __future__ import annotations
@@ -13,17 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import redis
 from pydantic import SecretStr
 from telegram import Update
 
-from pkbrokers_redis.bot.access import access_of
-from pkbrokers_redis.bot.alerts.book import AlertBook
-from pkbrokers_redis.bot.charts import ChartPool
-from pkbrokers_redis.bot.dispatch import Dispatcher
-from pkbrokers_redis.bot.movers import Movers
-from pkbrokers_redis.bot.runner import bot
-from pkbrokers_redis.bot.services import Services
+from pkbrokers_redis.bot.application import CommandRouter
+from pkbrokers_redis.bot.movers import RANKINGS, Movers
+from pkbrokers_redis.bot.runner import bot, make_services
 from pkbrokers_redis.bot.text import clock_time, money, table
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.clock import market_clock
@@ -33,21 +28,27 @@ from pkbrokers_redis.store.connect import connect
 Handler = Callable[["PKTickBot", Update, Any], Awaitable[None]]
 
 
-def _as_upstream(*names: str) -> Handler:
-    """A coroutine method that lets the dispatcher answer an update; `names` are its commands."""
+def _handler(*names: str) -> Handler:
+    """Return a coroutine method that answers the commands `names`."""
 
     async def handler(self: PKTickBot, update: Update, context: Any) -> None:
-        await self._answer(update, context)
+        await self._router.on_command(update, context)
 
     handler.__doc__ = f"Answer {' and '.join('/' + name for name in names)}."
     return handler
 
 
 class PKTickBot:
-    """The bot as upstream's programs start it: `PKTickBot(token, "ticks.json", chat_id).run()`.
+    """The bot as upstream's programs start it.
 
-    `ticks_file_path` names where upstream kept its files; ours come from Redis and PKB_DATA_DIR, and the
-    path is only remembered. `chat_id` joins PKB_TELEGRAM_CHATS. `shared_stats` is not needed and kept.
+    Args:
+        bot_token: The token of @BotFather. ticks_file_path: Where upstream kept its files. It is only
+        stored: files come from Redis and PKB_DATA_DIR. chat_id: Joins PKB_TELEGRAM_CHATS; an id without a
+        sign is a group's, as in upstream. shared_stats: Stored, and not used. settings: Default: the
+        environment's.
+
+    Example:
+        >>> PKTickBot(token, "ticks.json", chat_id="-500").run()  # doctest: +SKIP
     """
 
     MAX_FILE_SIZE = 50 * 1024 * 1024
@@ -64,87 +65,67 @@ class PKTickBot:
         self.bot_token = bot_token
         self.ticks_file_path = ticks_file_path
         self.ticks_db_path = ticks_file_path.replace(".json", ".db")
-        self.chat_id = (
-            None if not chat_id else str(chat_id) if str(chat_id).startswith("-") else f"-{chat_id}"
-        )
+        self.chat_id = f"-{str(chat_id).removeprefix('-')}" if chat_id else None
         self.shared_stats = {} if shared_stats is None else shared_stats
         self.conflict_detected = False
         self.parent: Any = None
         self._stop = threading.Event()
-        given = settings or load_settings()
-        # As upstream reads it: a chat id without a sign is a group's. Its owner in person is an admin here.
-        chats = ",".join(filter(None, [given.telegram_chats, self.chat_id]))
-        self._settings = given.model_copy(
+        base = settings or load_settings()
+        chats = ",".join(filter(None, [base.telegram_chats, self.chat_id]))
+        self._settings = base.model_copy(
             update={"telegram_token": SecretStr(bot_token), "telegram_chats": chats}
         )
 
     def run(self, parent: Any = None) -> None:
-        """Answer until `stop`. Blocks; raises what `pkb bot` tells in one line."""
+        """Answer until `stop`. Raise PkbError as `pkb bot` does."""
         if parent is not None:
             self.parent = parent
         self.run_bot()
 
     def run_bot(self) -> None:
-        """The same."""
+        """Answer until `stop`, as `run` does."""
         bot(self._settings, self._stop)
 
     def stop(self) -> None:
         """End `run`, from another thread."""
         self._stop.set()
 
-    start = _as_upstream("start")
-    help_command = _as_upstream("help")
-    status = _as_upstream("status")
-    top_ticks = _as_upstream("top")
-    send_token = _as_upstream("token")
-    send_refreshed_token = _as_upstream("refresh_token")
-    restart_watcher = _as_upstream("restart")
-    test_ticks = _as_upstream("test_ticks")
-    send_zipped_ticks = _as_upstream("ticks")
-    send_zipped_db = _as_upstream("db")
-    send_zipped_instrument_history = _as_upstream("instrument_history")
-    send_daily_pkl = _as_upstream("daily_pkl")
-    send_intraday_pkl = _as_upstream("intraday_pkl")
-    send_candles = _as_upstream("candles")
-    request_data = _as_upstream("request_data")
+    start = _handler("start")
+    help_command = _handler("help")
+    status = _handler("status")
+    top_ticks = _handler("top")
+    send_token = _handler("token")
+    send_refreshed_token = _handler("refresh_token")
+    restart_watcher = _handler("restart")
+    test_ticks = _handler("test_ticks")
+    send_zipped_ticks = _handler("ticks")
+    send_zipped_db = _handler("db")
+    send_zipped_instrument_history = _handler("instrument_history")
+    send_daily_pkl = _handler("daily_pkl")
+    send_intraday_pkl = _handler("intraday_pkl")
+    send_candles = _handler("candles")
+    request_data = _handler("request_data")
 
     async def handle_document_received(self, update: Update, context: Any) -> None:
-        """Nothing: files that strangers send are not even downloaded."""
+        """Do nothing: received files are not downloaded."""
 
     def get_top_ticks_formatted(self, limit: int = 20) -> str | None:
-        """The table of /top as HTML; None where nothing has been traded."""
+        """Return the table of /top as HTML; None when nothing has been traded."""
         with CandleStore(self._settings) as store:
-            busiest = sorted(Movers(store).all(), key=lambda each: each.ticks, reverse=True)[:limit]
-        if not busiest:
+            movers = Movers(store).ranked(RANKINGS["top"], limit)
+        if not movers:
             return None
-        rows = [(each.symbol.removeprefix("NSE:"), str(each.ticks), money(each.price)) for each in busiest]
+        rows = [(mover.symbol.removeprefix("NSE:"), str(mover.ticks), money(mover.price)) for mover in movers]
         updated = clock_time(market_clock(self._settings)() / 1000)
         return f"Last Update: {updated}\n{table(('Symbol', 'Tick', 'Price'), rows)}"
 
     def find_part_files(self, base_path: str) -> list[str]:
-        """Files beside `base_path` that are parts of it."""
+        """Return the files next to `base_path` that are parts of it."""
         path = Path(base_path)
-        return sorted(str(each) for each in path.parent.glob(f"{path.name}.part*"))
-
-    async def _answer(self, update: Update, context: Any) -> None:
-        if self._dispatcher is None:
-            self._dispatcher = Dispatcher(context.bot, self._services)
-        await self._dispatcher.submit(update)
-        await self._dispatcher.drain(60.0)
-
-    _dispatcher: Dispatcher | None = None
+        return sorted(str(part) for part in path.parent.glob(f"{path.name}.part*"))
 
     @cached_property
-    def _services(self) -> Services:
-        client: redis.Redis = connect(self._settings)
+    def _router(self) -> CommandRouter:
+        client = connect(self._settings)
         store = CandleStore(self._settings, client)
-        settings = store.settings
-        return Services(
-            settings,
-            client,
-            store,
-            access_of(settings),
-            market_clock(settings),
-            AlertBook(client, settings.keys),
-            ChartPool(),
-        )
+        return CommandRouter(make_services(store.settings, client, store))

@@ -1,9 +1,7 @@
-"""Alerts: evaluated from the tick streams, kept in Redis, each crossing told once.
+"""Alerts: evaluated from the tick streams, stored in Redis, one message for each crossing.
 
-model    what an alert is, how it is written in a chat and in Redis
-rules    price, volume, day high and low: when does it fire (pure)
-book     adding, listing, removing
-commit   one step in Redis: position, what alerts remember, messages
-worker   the reader of the streams
+rules    what an alert is, how people type it, and when it fires (pure)
+store    alerts, their state and the messages in Redis, changed in one transaction
+worker   the thread that reads the streams
 outbox   from Redis to Telegram
 """

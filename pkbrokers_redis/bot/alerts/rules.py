@@ -1,259 +1,366 @@
-"""When an alert fires. Pure: ticks in, a sentence out; what is remembered goes to Redis and comes back.
+"""When an alert fires. Pure: ticks in, a sentence out; what a rule remembers is JSON in Redis.
 
-A tick is a statement as of `(time_ms, volume)`. One that is older than the last one seen (a producer's
-repeat, a straggler) is passed over, so that a replay after a restart cannot cross a level again.
+A tick that is older than the last one (a producer's repeat, a late tick) is skipped, so that a replay after a
+restart cannot cross a level again.
 
-    level    armed while the price is on the other side. above: armed at price < level, fires at price ≥ level
-    move     fires at ± so many percent of the reference, which is then the price it fired at
-    volume   fires once when the running minute's volume reaches so many times the average of the last 20
-             minutes; armed again by a minute that stays below
-    high     fires at a new extreme of the day; armed again once the price came back by 0.25 %
+    /alert INFY above 1600    armed while price < level; fires at price ≥ level
+    /alert INFY below 1500    the mirror image
+    /alert INFY 1550          crosses the level, either way
+    /alert INFY move 2%       fires at ± 2 % of the reference price, which then becomes the price it fired at
+    /alert INFY volume 5x     fires when the running minute reaches 5 times the average of the last 20;
+                              armed again by a minute below that
+    /alert INFY high          fires at a new high (low) of the day; armed again after a pullback of 0.25 %
+    /alert feed 30            no tick of any instrument for 30 seconds while the market is open
+    … once                    deleted after it fired
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar, Literal, NamedTuple
 
-from pkbrokers_redis.bot.alerts.model import Alert, Kind
+import msgspec
+
+from pkbrokers_redis.bot.context import UsageError
 from pkbrokers_redis.bot.text import count, money, percent
 from pkbrokers_redis.candles.calendar import IST_MS
 from pkbrokers_redis.candles.model import FUTURE_MAX_MS, TIME_MAX_MS, TIME_MIN_MS
 
+Kind = Literal["above", "below", "cross", "move", "volume", "high", "low", "feed"]
+
+USAGE = (
+    "/alert INFY above 1600 · below 1500 · 1550 · move 2% · volume 5x · high · low; /alert feed 30; "
+    "add `once`"
+)
+PRICE_MIN, PRICE_MAX = 0.0001, 1e9
+FEED_SECONDS = 30.0  # of `/alert feed` without a number
 MINUTE_MS = 60_000
 DAY_MS = 86_400_000
 MINUTES_AVERAGED = 20
-MINUTES_NEEDED = 5  # below it there is no usual volume to compare with
-COME_BACK_PART = 0.0025
-NEARLY = 1e-9  # of a price: 102.00 is 2 % above 100.00 whatever the last bit says
+MINUTES_NEEDED = 5  # with fewer minutes there is no average to compare with
+PULLBACK_PART = 0.0025
+ROUNDING_PART = 1e-9  # 102.00 is 2 % above 100.00 in spite of binary fractions
 
 
-class Watch(ABC):
-    """One alert and what it remembers: `state()` is JSON, `Watch(alert, state)` goes on from it."""
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How one kind is typed: `SYMBOL word number`, or `SYMBOL word` where `maximum` is 0.
+
+    `describe` turns the number into the text after the symbol. `unit` may follow the typed number.
+    """
+
+    words: tuple[str, ...]
+    describe: Callable[[float], str]
+    minimum: float = 0.0
+    maximum: float = 0.0
+    unit: str = ""
+
+
+FORMS: dict[Kind, Form] = {
+    "above": Form(("above", "over", ">", ">="), lambda price: f"above {money(price)}", PRICE_MIN, PRICE_MAX),
+    "below": Form(("below", "under", "<", "<="), lambda price: f"below {money(price)}", PRICE_MIN, PRICE_MAX),
+    "cross": Form(("cross", "crosses", "at"), lambda price: f"crosses {money(price)}", PRICE_MIN, PRICE_MAX),
+    "move": Form(("move", "moves"), lambda percent: f"moves {percent:g} %", 0.05, 100.0, "%"),
+    "volume": Form(("volume",), lambda times: f"volume {times:g}×", 1.1, 1000.0, "x"),
+    "high": Form(("high",), lambda _: "new day high"),
+    "low": Form(("low",), lambda _: "new day low"),
+    "feed": Form(("feed",), lambda seconds: f"feed silent for {count(seconds)} s", 5.0, 3600.0, "s"),
+}
+WORDS = {word: kind for kind, form in FORMS.items() for word in form.words}
+
+
+class ParsedAlert(msgspec.Struct, frozen=True):
+    """What a person typed, before the symbol is resolved."""
+
+    symbol: str
+    kind: Kind
+    value: float
+    once: bool
+
+
+class Alert(msgspec.Struct, frozen=True):
+    """One alert. `value` is rupees, percent, a multiple or seconds, by kind; 0 for high and low.
+
+    `token` is 0 for the feed. `since` is when it was set, epoch seconds.
+    """
+
+    id: int
+    chat_id: int
+    user_id: int
+    token: int
+    symbol: str
+    kind: Kind
+    value: float
+    once: bool
+    since: float
+
+    @property
+    def condition(self) -> str:
+        """Return `above 1,600.00`, in plain text."""
+        return FORMS[self.kind].describe(self.value) + (", once" if self.once else "")
+
+
+def parse(words: Sequence[str]) -> ParsedAlert:
+    """Return the alert that the words after `/alert` describe. Raise UsageError when they do not."""
+    rest = list(words)
+    once = len(rest) > 1 and rest[-1].lower() == "once"
+    if once:
+        rest.pop()
+    if rest and rest[0].lower() == "feed" and len(rest) <= 2:
+        return ParsedAlert("", "feed", _number(rest[1], "feed") if len(rest) == 2 else FEED_SECONDS, once)
+    # Symbols can have blanks (NIFTY 50), so the condition is at the end.
+    kind = WORDS.get(rest[-2].lower()) if len(rest) >= 3 else None
+    if kind is not None and kind != "feed" and FORMS[kind].maximum:
+        return ParsedAlert(" ".join(rest[:-2]), kind, _number(rest[-1], kind), once)
+    if len(rest) >= 2:
+        symbol, last = " ".join(rest[:-1]), rest[-1].lower()
+        if (word := WORDS.get(last)) is not None and not FORMS[word].maximum:
+            return ParsedAlert(symbol, word, 0.0, once)
+        if last.endswith("%"):
+            return ParsedAlert(symbol, "move", _number(last, "move"), once)
+        if joined := re.fullmatch(r"([<>])=?(.+)", last):
+            return ParsedAlert(symbol, WORDS[joined[1]], _number(joined[2], WORDS[joined[1]]), once)
+        if word is None:
+            return ParsedAlert(symbol, "cross", _number(last, "cross"), once)
+    raise UsageError("that is not an alert", USAGE)
+
+
+def _number(text: str, kind: Kind) -> float:
+    """Return `1,600.50`, `2%`, `5x` or `30s` as a number within the kind's bounds. Raise UsageError."""
+    form = FORMS[kind]
+    plain = text.lower().replace(",", "").replace("₹", "")
+    if form.unit:
+        plain = plain.removesuffix(form.unit).removesuffix("×")
+    try:
+        value = abs(float(plain)) if form.unit == "%" else float(plain)  # -2% moves as far as 2%
+    except ValueError:
+        value = math.nan
+    if not form.minimum <= value <= form.maximum:
+        raise UsageError(f"{text[:20]!r} is not a number from {form.minimum:g} to {form.maximum:g}", USAGE)
+    return value
+
+
+class AlertTick(NamedTuple):
+    """The fields of a tick that rules use; a missing day high or low is NaN."""
+
+    price: float
+    volume: float
+    day_high: float
+    day_low: float
+    time_ms: float
+
+
+class Rule(msgspec.Struct, array_like=True):
+    """What an alert remembers, as a JSON array: `[time_ms, volume, …]` of the last tick, then by kind."""
+
+    START: ClassVar[tuple[Any, ...]]
+    time_ms: float
+    volume: float
+
+    @abstractmethod
+    def apply(self, alert: Alert, tick: AlertTick) -> str | None:
+        """Apply a tick in order; return a sentence when the alert fires."""
+
+
+class Level(Rule, array_like=True):
+    """above, below, cross: on which side of the level the last price was."""
+
+    START = (0.0, 0.0, False, False)
+    was_below: bool
+    was_above: bool
+
+    def apply(self, alert: Alert, tick: AlertTick) -> str | None:
+        price, level, kind = tick.price, alert.value, alert.kind
+        sentence = None
+        if self.was_below and price >= level and kind != "below":
+            sentence = f"rose to {money(price)}, {'above' if kind == 'above' else 'across'} {money(level)}"
+        elif self.was_above and price <= level and kind != "above":
+            sentence = f"fell to {money(price)}, {'below' if kind == 'below' else 'across'} {money(level)}"
+        self.was_below, self.was_above = price < level, price > level
+        return sentence
+
+
+class Move(Rule, array_like=True):
+    """move: the reference price, 0 before the first tick."""
+
+    START = (0.0, 0.0, 0.0)
+    reference: float
+
+    def apply(self, alert: Alert, tick: AlertTick) -> str | None:
+        reference = self.reference
+        if reference <= 0:
+            self.reference = tick.price
+            return None
+        moved = (tick.price / reference - 1) * 100
+        if abs(moved) < alert.value * (1 - ROUNDING_PART) - ROUNDING_PART:
+            return None
+        self.reference = tick.price
+        return f"moved {percent(moved)} to {money(tick.price)}, from {money(reference)}"
+
+
+class Volume(Rule, array_like=True):
+    """volume: the running minute, and the volumes of finished minutes."""
+
+    START = (0.0, 0.0, -1, 0.0, False, [])
+    minute: int
+    volume_at_start: float
+    has_fired: bool
+    finished_minutes: list[float]
+
+    def apply(self, alert: Alert, tick: AlertTick) -> str | None:
+        minute = int(tick.time_ms // MINUTE_MS)
+        if self.minute < 0:
+            self.minute, self.volume_at_start = minute, tick.volume
+            return None
+        if minute > self.minute:
+            self._finish_minute(alert, minute, _day(tick.time_ms) != _day(self.time_ms))
+        if len(self.finished_minutes) < MINUTES_NEEDED or self.has_fired:
+            return None
+        average = self._average()
+        traded = tick.volume - self.volume_at_start
+        if average <= 0 or traded < average * alert.value:
+            return None
+        self.has_fired = True
+        times = f"{traded / average:.1f}× the usual"
+        return f"traded {count(traded)} in this minute, {times}, at {money(tick.price)}"
+
+    def _average(self) -> float:
+        minutes = self.finished_minutes
+        return sum(minutes) / len(minutes) if minutes else 0.0
+
+    def _finish_minute(self, alert: Alert, minute: int, is_new_day: bool) -> None:
+        """Store the last minute's volume, and 0 for minutes without a trade after it."""
+        traded = self.volume - self.volume_at_start
+        if traded < self._average() * alert.value or is_new_day:
+            self.has_fired = False
+        empty = 0 if is_new_day else min(minute - self.minute - 1, MINUTES_AVERAGED)
+        if empty:
+            self.has_fired = False
+        self.finished_minutes = [*self.finished_minutes, traded, *([0.0] * empty)][-MINUTES_AVERAGED:]
+        # A new day's volume starts at 0.
+        self.minute, self.volume_at_start = minute, 0.0 if is_new_day else self.volume
+
+
+class Extreme(Rule, array_like=True):
+    """high, low: the day's extreme so far."""
+
+    START = (0.0, 0.0, -1, 0.0, True)
+    day: int
+    extreme: float
+    is_armed: bool
+
+    def apply(self, alert: Alert, tick: AlertTick) -> str | None:
+        sign = 1.0 if alert.kind == "high" else -1.0
+        field = tick.day_high if sign > 0 else tick.day_low
+        # The packet's own day field includes trades between two ticks.
+        has_field = not math.isnan(field) and field > 0
+        now = sign * max(sign * field, sign * tick.price) if has_field else tick.price
+        if _day(tick.time_ms) != self.day:
+            self.day, self.extreme, self.is_armed = _day(tick.time_ms), now, True
+            return None
+        if sign * now > sign * self.extreme:
+            before, self.extreme = self.extreme, now
+            if self.is_armed:
+                self.is_armed = False
+                return f"made a new day {alert.kind}: {money(now)}, after {money(before)}"
+        elif sign * tick.price <= sign * self.extreme - PULLBACK_PART * self.extreme:
+            self.is_armed = True
+        return None
+
+
+class FeedSilence(msgspec.Struct, array_like=True):
+    """feed: whether the silence was reported. No tick decides it, see `worker.py`."""
+
+    START: ClassVar[tuple[Any, ...]] = (False,)
+    is_reported: bool
+
+
+RULES: dict[Kind, type[Level | Move | Volume | Extreme | FeedSilence]] = {
+    "above": Level, "below": Level, "cross": Level, "move": Move, "volume": Volume,
+    "high": Extreme, "low": Extreme, "feed": FeedSilence,
+}  # fmt: skip
+
+
+class Watch:
+    """An alert with what it remembers. `is_dirty` when Redis does not have that yet."""
 
     def __init__(self, alert: Alert, state: Sequence[Any] = ()) -> None:
+        """Resume from a state of Redis; start fresh when there is none or it is malformed."""
+        rule = RULES[alert.kind]
         self.alert = alert
-        self.dirty = not state
-        self._time, self._volume = 0.0, 0.0
-        if len(state) >= 2:
-            self._time, self._volume = float(state[0]), float(state[1])
-            self.restore(list(state[2:]))
+        self.is_dirty = not state
+        try:
+            self.memory = msgspec.convert(list(state or rule.START), rule)
+        except msgspec.ValidationError:
+            self.memory = msgspec.convert(list(rule.START), rule)
 
     def state(self) -> list[Any]:
-        """`[time_ms, volume, …]`, the … by kind."""
-        return [self._time, self._volume, *self.remembered()]
+        """Return what to store in Redis."""
+        cells: list[Any] = msgspec.to_builtins(self.memory)
+        return cells
 
     def tick(
         self, price: float, volume: float, day_high: float, day_low: float, time_ms: float
     ) -> str | None:
-        """One tick, NaN where a packet has no such field. What happened, where the alert fires."""
-        if math.isnan(volume):  # an index: only its time tells
-            volume = self._volume
-        if time_ms < self._time or (time_ms == self._time and volume < self._volume):
+        """Apply one tick; return a sentence when the alert fires. A missing field is NaN."""
+        memory = self.memory
+        if isinstance(memory, FeedSilence):
             return None
-        told = self.see(price, volume, day_high, day_low, time_ms)
-        self._time, self._volume = time_ms, volume
-        self.dirty = True
-        return told
-
-    # by kind
-
-    @abstractmethod
-    def see(self, price: float, volume: float, day_high: float, day_low: float, time_ms: float) -> str | None:
-        """One tick in order: a sentence where the alert fires."""
-
-    @abstractmethod
-    def remembered(self) -> list[Any]:
-        """What `restore` gets back, as JSON."""
-
-    @abstractmethod
-    def restore(self, cells: list[Any]) -> None:
-        """Go on from what was remembered. Raises what a foreign hand's cells raise."""
-
-
-class Level(Watch):
-    """above, below, cross: `[armed_up, armed_down]`."""
-
-    def __init__(self, alert: Alert, state: Sequence[Any] = ()) -> None:
-        self._up = self._down = False
-        super().__init__(alert, state)
-
-    def restore(self, cells: list[Any]) -> None:
-        self._up, self._down = bool(cells[0]), bool(cells[1])
-
-    def remembered(self) -> list[Any]:
-        return [self._up, self._down]
-
-    def see(self, price: float, volume: float, day_high: float, day_low: float, time_ms: float) -> str | None:
-        level, kind = self.alert.value, self.alert.kind
-        told = None
-        if self._up and price >= level and kind != "below":
-            told = f"rose to {money(price)}, {'above' if kind == 'above' else 'across'} {money(level)}"
-        elif self._down and price <= level and kind != "above":
-            told = f"fell to {money(price)}, {'below' if kind == 'below' else 'across'} {money(level)}"
-        self._up, self._down = price < level, price > level
-        return told
-
-
-class Move(Watch):
-    """move: `[reference]`, 0 before the first tick."""
-
-    def __init__(self, alert: Alert, state: Sequence[Any] = ()) -> None:
-        self._reference = 0.0
-        super().__init__(alert, state)
-
-    def restore(self, cells: list[Any]) -> None:
-        self._reference = float(cells[0])
-
-    def remembered(self) -> list[Any]:
-        return [self._reference]
-
-    def see(self, price: float, volume: float, day_high: float, day_low: float, time_ms: float) -> str | None:
-        reference = self._reference
-        if reference <= 0:
-            self._reference = price
+        if math.isnan(volume):  # an index has no volume
+            volume = memory.volume
+        if time_ms < memory.time_ms or (time_ms == memory.time_ms and volume < memory.volume):
             return None
-        moved = (price / reference - 1) * 100
-        if abs(moved) < self.alert.value * (1 - NEARLY) - NEARLY:
-            return None
-        self._reference = price
-        return f"moved {percent(moved)} to {money(price)}, from {money(reference)}"
+        sentence = memory.apply(self.alert, AlertTick(price, volume, day_high, day_low, time_ms))
+        memory.time_ms, memory.volume = time_ms, volume
+        self.is_dirty = True
+        return sentence
 
 
-class Volume(Watch):
-    """volume: `[minute, volume at its start, is hot, finished minutes' volumes]`."""
+def first_state(alert: Alert, quote: dict[str, Any], minute_volumes: Sequence[float]) -> list[Any]:
+    """Return an alert's state with the current quote as its first tick, so that the next tick can cross.
 
-    def __init__(self, alert: Alert, state: Sequence[Any] = ()) -> None:
-        self._minute, self._base, self._hot = -1, 0.0, False
-        self._minutes: list[float] = []
-        super().__init__(alert, state)
-
-    def restore(self, cells: list[Any]) -> None:
-        self._minute, self._base, self._hot = int(cells[0]), float(cells[1]), bool(cells[2])
-        self._minutes = [float(cell) for cell in cells[3]][-MINUTES_AVERAGED:]
-
-    def remembered(self) -> list[Any]:
-        return [self._minute, self._base, self._hot, self._minutes]
-
-    def see(self, price: float, volume: float, day_high: float, day_low: float, time_ms: float) -> str | None:
-        minute = int(time_ms // MINUTE_MS)
-        if self._minute < 0:
-            self._minute, self._base = minute, volume
-            return None
-        if minute > self._minute:
-            self._roll(minute, _day(time_ms) != _day(self._time))
-        if len(self._minutes) < MINUTES_NEEDED or self._hot:
-            return None
-        usual = sum(self._minutes) / len(self._minutes)
-        traded = volume - self._base
-        if usual <= 0 or traded < usual * self.alert.value:
-            return None
-        self._hot = True
-        return f"traded {count(traded)} in this minute, {traded / usual:.1f}× the usual, at {money(price)}"
-
-    def _roll(self, minute: int, is_new_day: bool) -> None:
-        """The last minute is over, and those without a trade after it."""
-        traded = self._volume - self._base
-        usual = sum(self._minutes) / len(self._minutes) if self._minutes else 0.0
-        if self._hot and (traded < usual * self.alert.value or is_new_day):
-            self._hot = False
-        quiet = 0 if is_new_day else min(minute - self._minute - 1, MINUTES_AVERAGED)
-        if quiet:
-            self._hot = False
-        self._minutes = [*self._minutes, traded, *([0.0] * quiet)][-MINUTES_AVERAGED:]
-        # A new day's volume counts from 0.
-        self._minute, self._base = minute, 0.0 if is_new_day else self._volume
-
-
-class Extreme(Watch):
-    """high, low: `[day, extreme, armed]`."""
-
-    def __init__(self, alert: Alert, state: Sequence[Any] = ()) -> None:
-        self._on, self._extreme, self._armed = -1, 0.0, True
-        super().__init__(alert, state)
-
-    def restore(self, cells: list[Any]) -> None:
-        self._on, self._extreme, self._armed = int(cells[0]), float(cells[1]), bool(cells[2])
-
-    def remembered(self) -> list[Any]:
-        return [self._on, self._extreme, self._armed]
-
-    def see(self, price: float, volume: float, day_high: float, day_low: float, time_ms: float) -> str | None:
-        sign = 1.0 if self.alert.kind == "high" else -1.0
-        field = day_high if sign > 0 else day_low
-        # The packet's own day field has what happened between two ticks.
-        now = price if math.isnan(field) or field <= 0 else sign * max(sign * field, sign * price)
-        if _day(time_ms) != self._on:
-            self._on, self._extreme, self._armed = _day(time_ms), now, True
-            return None
-        if sign * now > sign * self._extreme:
-            before, self._extreme = self._extreme, now
-            if self._armed:
-                self._armed = False
-                return f"made a new day {self.alert.kind}: {money(now)}, after {money(before)}"
-        elif sign * price <= sign * self._extreme - COME_BACK_PART * self._extreme:
-            self._armed = True
-        return None
-
-
-# Every kind but `feed`, which no tick decides: see `feed.py`.
-RULES: dict[Kind, type[Level | Move | Volume | Extreme]] = {
-    "above": Level, "below": Level, "cross": Level, "move": Move, "volume": Volume,
-    "high": Extreme, "low": Extreme,
-}  # fmt: skip
-
-
-def watch_of(alert: Alert, state: Sequence[Any] = ()) -> Watch:
-    """The rule of an alert's kind, going on from a remembered state; anew where that is not readable."""
-    rule = RULES[alert.kind]
-    try:
-        return rule(alert, state)
-    except (ValueError, TypeError, IndexError):  # a foreign hand's
-        return rule(alert)
-
-
-def first_state(alert: Alert, quote: dict[str, Any], minutes: Sequence[float]) -> list[Any]:
-    """What an alert remembers when it is set: the quote of that moment is its first tick.
-
-    So a crossing by the very next tick is one. `minutes` are the volumes of the last whole minutes. Empty
-    where there is no quote yet: then the first tick begins.
+    Args:
+        quote: Fields as in `P:{S}:quote:<token>`. Without a price or time the result is empty, and the
+            alert starts with the first tick.
+        minute_volumes: Volumes of the last completed minutes, oldest first.
     """
     price, volume = quote.get("last_price"), quote.get("volume") or 0
-    time_ms = _time_of(quote)
+    time_ms = _quote_time(quote)
     if not isinstance(price, float) or not isinstance(volume, int) or not time_ms:
         return []
-    watch = watch_of(alert)
+    watch = Watch(alert)
     high, low = (
-        float(each) if isinstance(each := quote.get(name), float) else math.nan for name in ("high", "low")
+        value if isinstance(value := quote.get(name), float) else math.nan for name in ("high", "low")
     )
     watch.tick(price, float(volume), high, low, time_ms)
-    cells = watch.state()
-    if isinstance(watch, Volume):
-        # Its first minute is not whole for us, but the minutes before it are known.
-        cells[-1] = [float(each) for each in minutes][-MINUTES_AVERAGED:]
-    return cells
+    if isinstance(watch.memory, Volume):
+        watch.memory.finished_minutes = [float(traded) for traded in minute_volumes][-MINUTES_AVERAGED:]
+    return watch.state()
 
 
-def trade_time(time_ms: float, at_ms: float) -> float:
-    """The time a tick counts for, as the aggregator has it: its receipt's where its own is still to come."""
-    return at_ms if at_ms >= TIME_MIN_MS and time_ms > at_ms + FUTURE_MAX_MS else time_ms
+def trade_time(time_ms: float, received_ms: float) -> float:
+    """Return the time a tick counts for, as in the aggregator: a time in the future counts as received."""
+    is_future = received_ms >= TIME_MIN_MS and time_ms > received_ms + FUTURE_MAX_MS
+    return received_ms if is_future else time_ms
 
 
-def _time_of(quote: dict[str, Any]) -> float:
-    """When the quote's trade was, as the tick rows have it. 0: unknown.
+def _quote_time(quote: dict[str, Any]) -> float:
+    """Return the time of the quote's trade, epoch ms, as in tick rows; 0 when unknown.
 
-    An index has no last trade, and modes `ltp` and `quote` only the time of their receipt.
+    An index has no last trade, and modes `ltp` and `quote` have only the receive time.
     """
-    received = _milliseconds(quote.get("received_at"))
-    stated = _milliseconds(quote.get("last_trade_time")) or _milliseconds(quote.get("exchange_time"))
+    received = _parse_time(quote.get("received_at"))
+    stated = _parse_time(quote.get("last_trade_time")) or _parse_time(quote.get("exchange_time"))
     return trade_time(stated or received, received)
 
 
-def _milliseconds(text: Any) -> float:
-    """Epoch ms of an ISO text; 0 for what is no time of a tick."""
+def _parse_time(text: Any) -> float:
+    """Return an ISO text as epoch ms; 0 when it is not a possible time of a tick."""
     try:
         time_ms = datetime.fromisoformat(str(text)).timestamp() * 1000
     except (ValueError, OverflowError, OSError):

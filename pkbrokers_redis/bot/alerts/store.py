@@ -1,0 +1,170 @@
+"""Alerts in Redis.
+
+    P:{bot}:alerts        hash     <id> → alert, `next` → the last id
+    P:{bot}:alert_state   hash     <id> → what the alert remembers (`rules.Watch.state`)
+    P:{bot}:position      hash     <shard> → last tick entry read, `rev` → number of the last commit
+    P:{bot}:outbox        stream   messages for Telegram: chat, text, tick_ms
+
+The worker writes position, states and messages in one transaction, and only if no other process has committed
+since (`rev`). After any crash the next worker resumes from a consistent checkpoint: ticks that it reads again
+lead to the same crossings, which were not sent yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import redis
+
+from pkbrokers_redis import logs
+from pkbrokers_redis.bot.alerts.rules import Alert
+from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.keys import Keys
+
+log = logs.get("bot")
+
+ALERTS_PER_CHAT_MAX = 250
+OUTBOX_MAX = 10_000  # messages that wait for Telegram; beyond it the oldest are dropped
+NEXT, REV = b"next", b"rev"
+
+
+class Notification(NamedTuple):
+    """A message for a chat. `tick_ms` is the receive time of the tick that caused it, 0 for none."""
+
+    chat_id: int
+    html: str
+    tick_ms: float
+
+
+class Checkpoint(NamedTuple):
+    """What the last commit wrote, and all alerts."""
+
+    rev: int
+    positions: dict[int, str]  # shard → stream id
+    states: dict[int, list[Any]]  # alert id → state
+    alerts: list[Alert]
+
+
+class AlertStore:
+    """The alerts of all chats. Methods block: call them in a thread.
+
+    Example:
+        >>> AlertStore(client, settings.keys).of_chat(1001)  # doctest: +SKIP
+        []
+    """
+
+    def __init__(self, client: redis.Redis, keys: Keys) -> None:
+        self._client, self._keys = client, keys
+        self._malformed = logs.Once()
+
+    def of_chat(self, chat_id: int) -> list[Alert]:
+        """Return a chat's alerts, by id."""
+        cells: Any = self._client.hgetall(self._keys.bot_alerts())
+        return [alert for alert in self._decode(cells) if alert.chat_id == chat_id]
+
+    def add(self, alert: Alert, state: Sequence[Any]) -> Alert:
+        """Store an alert under a new id and return it with the id.
+
+        Raises:
+            PkbError: The chat has ALERTS_PER_CHAT_MAX alerts.
+        """
+        if len(self.of_chat(alert.chat_id)) >= ALERTS_PER_CHAT_MAX:
+            raise PkbError(
+                f"this chat has {ALERTS_PER_CHAT_MAX} alerts", "remove one with /alert remove NUMBER"
+            )
+        number: Any = self._client.hincrby(self._keys.bot_alerts(), "next", 1)
+        stored = msgspec.structs.replace(alert, id=int(number))
+        pipeline = self._client.pipeline(transaction=True)
+        if state:
+            pipeline.hset(self._keys.bot_alert_state(), str(stored.id), msgspec.json.encode(state))
+        pipeline.hset(self._keys.bot_alerts(), str(stored.id), msgspec.json.encode(stored))
+        pipeline.execute()
+        return stored
+
+    def remove(self, ids: Iterable[int]) -> int:
+        """Delete alerts and return how many existed."""
+        names = [str(number) for number in ids]
+        if not names:
+            return 0
+        pipeline = self._client.pipeline(transaction=True)
+        pipeline.hdel(self._keys.bot_alerts(), *names)
+        pipeline.hdel(self._keys.bot_alert_state(), *names)
+        removed, _ = pipeline.execute()
+        return int(removed)
+
+    def load(self) -> Checkpoint:
+        """Return everything that the worker resumes from. A malformed state is an empty list."""
+        pipeline = self._client.pipeline(transaction=True)
+        pipeline.hgetall(self._keys.bot_position())
+        pipeline.hgetall(self._keys.bot_alert_state())
+        pipeline.hgetall(self._keys.bot_alerts())
+        position, states, alerts = pipeline.execute()
+        return Checkpoint(
+            int(position.get(REV, 0)),
+            {int(shard): entry.decode() for shard, entry in position.items() if shard.isdigit()},
+            {int(name): _decode_state(text) for name, text in states.items() if name.isdigit()},
+            self._decode(alerts),
+        )
+
+    def commit(
+        self,
+        rev: int,
+        positions: Mapping[int, str],
+        states: Mapping[int, Sequence[Any] | None],
+        notifications: Sequence[Notification],
+    ) -> bool:
+        """Write positions, states and messages in one transaction.
+
+        Args:
+            rev: The number of the commit that these changes are based on.
+            states: None as a state deletes the alert.
+
+        Returns:
+            False, and nothing is written, when another process has committed after `rev`.
+        """
+        keys = self._keys
+        with self._client.pipeline(transaction=True) as pipeline:
+            pipeline.watch(keys.bot_position())  # type: ignore[no-untyped-call]
+            stored: Any = pipeline.hget(keys.bot_position(), "rev")
+            if int(stored or 0) != rev:
+                return False
+            pipeline.multi()
+            written: dict[Any, Any] = {**positions, "rev": rev + 1}
+            pipeline.hset(keys.bot_position(), mapping=written)
+            for number, state in states.items():
+                if state is None:
+                    pipeline.hdel(keys.bot_alert_state(), str(number))
+                    pipeline.hdel(keys.bot_alerts(), str(number))
+                else:
+                    pipeline.hset(keys.bot_alert_state(), str(number), msgspec.json.encode(state))
+            for chat_id, html, tick_ms in notifications:
+                fields: dict[Any, Any] = {"chat": chat_id, "text": html, "tick_ms": int(tick_ms)}
+                pipeline.xadd(keys.bot_outbox(), fields, maxlen=OUTBOX_MAX, approximate=True)
+            try:
+                pipeline.execute()
+            except redis.WatchError:
+                return False
+            return True
+
+    def _decode(self, cells: dict[bytes, bytes]) -> list[Alert]:
+        """Return the alerts, by id. A malformed one is logged once and left out."""
+        alerts: list[Alert] = []
+        for name, text in cells.items():
+            if name == NEXT:
+                continue
+            try:
+                alerts.append(msgspec.json.decode(text, type=Alert))
+            except msgspec.DecodeError as error:
+                if self._malformed.first(name):
+                    reason = str(error)[:120]
+                    log.warning("alert_malformed", id=name.decode(errors="replace"), reason=reason)
+        return sorted(alerts, key=lambda alert: alert.id)
+
+
+def _decode_state(text: bytes) -> list[Any]:
+    try:
+        return msgspec.json.decode(text, type=list[Any])
+    except msgspec.DecodeError:
+        return []

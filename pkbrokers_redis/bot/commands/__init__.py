@@ -1,1 +1,0 @@
-"""One file per command; `registry.NAMES` is their table. docs/adding.md shows a new one in ten lines."""

@@ -1,0 +1,201 @@
+"""Commands that read the market: /quote, /watch, /chart, /candles, /gainers, /losers, /active, /top."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any
+
+import redis
+from telegram import Message
+from telegram.error import TelegramError
+
+from pkbrokers_redis.bot.context import Command, CommandContext, UsageError, resolve_words, split_interval
+from pkbrokers_redis.bot.file_delivery import deliver
+from pkbrokers_redis.bot.movers import RANKINGS
+from pkbrokers_redis.bot.text import clock_time, count, day_time, duration, escape, money, percent, table
+from pkbrokers_redis.candles.model import Candle
+from pkbrokers_redis.errors import PkbError
+
+QUOTES_MAX = 20  # symbols of one /quote
+CHART_CANDLES = 90  # more are too thin on a phone
+TABLE_CANDLES = 12
+RANKING_ROWS_MAX = 50
+WATCH_SYMBOLS_MAX = 5
+WATCHES_PER_CHAT_MAX = 3
+WATCH_EVERY_SECONDS = 5.0  # 12 edits a minute: Telegram allows a group 20 messages
+WATCH_SECONDS = 900.0
+STOP_BUTTON = (("Stop", "stop:"),)
+
+
+async def quote(context: CommandContext) -> None:
+    """Send the latest quotes."""
+    if not context.words:
+        raise UsageError("which symbol?", "send /quote INFY or /quote INFY TCS")
+    tokens = await context.read(resolve_words, context.services.store, context.words)
+    await context.reply(await _quotes_text(context, tokens))
+
+
+async def _quotes_text(context: CommandContext, tokens: list[tuple[int, str]]) -> str:
+    store = context.services.store
+    quotes = await context.read(lambda: [(symbol, store.get_quote(token)) for token, symbol in tokens])
+    return "\n\n".join(quote_text(symbol, fields) for symbol, fields in quotes)
+
+
+def quote_text(symbol: str, fields: dict[str, Any]) -> str:
+    """Return one quote as HTML. `fields` as in `CandleStore.get_quote`; empty when there is no quote."""
+    name = f"<b>{escape(symbol)}</b>"
+    if not fields or not isinstance(fields.get("last_price"), float):
+        return f"{name}\nno quote yet"
+    price, close = fields["last_price"], fields.get("close")
+    lines = [f"{name}  {money(price)}"]
+    if isinstance(close, float) and close > 0:
+        lines[0] += f"  {percent((price / close - 1) * 100)}"
+    numbers = {key: value for key, value in fields.items() if isinstance(value, (int, float))}
+    if "open" in numbers:
+        day = [f"{key[0].upper()} {money(numbers.get(key))}" for key in ("open", "high", "low", "close")]
+        lines.append("  ".join(day))
+    parts = [f"{key} {count(numbers[key])}" for key in ("volume", "oi") if numbers.get(key)]
+    parts.append(_quote_time(fields))
+    lines.append(" · ".join(filter(None, parts)))
+    return "\n".join(lines)
+
+
+def _quote_time(fields: dict[str, Any]) -> str:
+    for name in ("last_trade_time", "exchange_time", "received_at"):
+        try:
+            return datetime.fromisoformat(str(fields.get(name))).strftime("%d %b %H:%M:%S")
+        except ValueError:
+            continue
+    return ""
+
+
+async def watch(context: CommandContext) -> None:
+    """Send quotes in a message that is updated for WATCH_SECONDS."""
+    if not context.words:
+        raise UsageError("which symbol?", "send /watch INFY")
+    prefix = f"watch {context.chat_id} "
+    if sum(name.startswith(prefix) for name in context.services.background) >= WATCHES_PER_CHAT_MAX:
+        raise UsageError(f"this chat watches {WATCHES_PER_CHAT_MAX} messages already", "stop one of them")
+    tokens = await context.read(resolve_words, context.services.store, context.words)
+    text = await _quotes_text(context, tokens)
+    message = await context.reply(text, STOP_BUTTON)
+    work = _update_quotes(context, tokens, message, text)
+    if not context.services.start(f"{prefix}{message.message_id}", work):
+        await context.edit(message, f"{text}\n\n<i>not watched: the bot is busy, try again in a minute</i>")
+
+
+async def _update_quotes(
+    context: CommandContext, tokens: list[tuple[int, str]], message: Message, shown: str
+) -> None:
+    started = time.monotonic()
+    try:
+        while time.monotonic() - started < WATCH_SECONDS:
+            await asyncio.sleep(WATCH_EVERY_SECONDS)
+            try:
+                text = await _quotes_text(context, tokens)
+                if text != shown:
+                    await context.edit(message, text, STOP_BUTTON)
+                    shown = text
+            except (redis.RedisError, TelegramError):
+                continue
+    finally:
+        watched = duration(time.monotonic() - started)
+        await asyncio.shield(context.edit(message, f"{shown}\n\n<i>watched for {watched}</i>"))
+
+
+async def _read_candles(context: CommandContext, rows: int) -> tuple[str, str, list[Candle]]:
+    """Return the symbol, the interval and the last candles that the words name."""
+    store = context.services.store
+    words, interval = await context.read(split_interval, store, context.words, "5m")
+    token, symbol = (await context.read(resolve_words, store, words))[0]
+    candles = await context.read(store.get_candles, token, interval, rows, include_current=True)
+    if not candles:
+        raise PkbError(f"there are no {interval} candles of {symbol} yet", "try another interval, or later")
+    return symbol, interval, candles
+
+
+async def chart(context: CommandContext) -> None:
+    """Send candlesticks with volume as a picture."""
+    if not context.words:
+        raise UsageError("which symbol?", "send /chart INFY or /chart INFY 15m")
+    symbol, interval, candles = await _read_candles(context, CHART_CANDLES)
+    png = await context.read(context.services.charts.png, symbol, interval, candles)
+    await context.photo(png, f"<b>{escape(symbol)}</b> {escape(interval)} · {money(candles[-1].close)}")
+
+
+async def candles(context: CommandContext) -> None:
+    """Send the last candles of one instrument as a table; all candles as files without a symbol."""
+    if not context.words:
+        await deliver(context, "candles")
+        return
+    symbol, interval, rows = await _read_candles(context, TABLE_CANDLES)
+    cells = [
+        (
+            day_time(c.start)[:6] if interval == "day" else clock_time(c.start, seconds=False),
+            *map(money, (c.open, c.high, c.low, c.close)),
+            count(c.volume) + ("*" if c.flag else ""),
+        )
+        for c in rows
+    ]
+    note = "\n* not whole" if any(c.flag for c in rows) else ""
+    shown = table(("", "open", "high", "low", "close", "volume"), cells)
+    await context.reply(f"<b>{escape(symbol)}</b> {escape(interval)}\n{shown}{note}")
+
+
+def _ranking(name: str) -> Callable[[CommandContext], Awaitable[None]]:
+    """Return the handler of one row of RANKINGS."""
+    ranking = RANKINGS[name]
+
+    async def handler(context: CommandContext) -> None:
+        rows = _row_count(context.words, ranking.rows)
+        movers = await context.read(context.services.movers.ranked, ranking, rows)
+        if not movers:
+            await context.reply("Nothing has been traded yet.")
+            return
+        cells = [
+            (mover.symbol.removeprefix("NSE:"), *(cell(mover) for cell in ranking.columns.values()))
+            for mover in movers
+        ]
+        await context.reply(f"<b>{ranking.title}</b>\n{table(('', *ranking.columns), cells)}")
+
+    return handler
+
+
+def _row_count(words: list[str], default: int) -> int:
+    if not words:
+        return default
+    word = words[0]
+    if not (word.isascii() and word.isdecimal() and 1 <= int(word[:6]) <= RANKING_ROWS_MAX):
+        raise UsageError(
+            f"{word[:20]!r} is not a number from 1 to {RANKING_ROWS_MAX}", "send it without, or e.g. 20"
+        )
+    return int(word)
+
+
+COMMANDS = [
+    Command("quote", "the latest quotes", quote, "SYMBOL…", words_max=QUOTES_MAX),
+    Command("chart", "a candlestick picture with volume", chart, "SYMBOL [INTERVAL]", words_max=6),
+    Command(
+        "candles",
+        "all candles as Parquet files, or the last of one instrument",
+        candles,
+        "[SYMBOL [INTERVAL]]",
+        words_max=6,
+        is_slow=True,
+    ),
+    Command(
+        "watch", "a quote that updates itself for 15 minutes", watch, "SYMBOL…", words_max=WATCH_SYMBOLS_MAX
+    ),
+    *(
+        Command(name, does, _ranking(name), "[N]", words_max=1)
+        for name, does in (
+            ("gainers", "the largest gains since the previous close"),
+            ("losers", "the largest losses since the previous close"),
+            ("active", "the largest turnover today, in rupees"),
+            ("top", "the instruments with the most ticks today"),
+        )
+    ),
+]

@@ -1,0 +1,193 @@
+"""The client of Telegram's Bot API: how requests are repeated, and how updates are fetched.
+
+429 RetryAfter    python-telegram-bot's rate limiter waits and sends again
+5xx, no network   `with_retries` sends again, a few times
+400, 403          the request is refused for good
+a malformed answer counts as TelegramError
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import redis
+from telegram import Update
+from telegram.error import BadRequest, Conflict, NetworkError, RetryAfter, TelegramError, TimedOut
+from telegram.ext import AIORateLimiter, ExtBot
+from telegram.request import HTTPXRequest
+from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from pkbrokers_redis import logs
+from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.settings import Settings
+
+log = logs.get("bot")
+
+T = TypeVar("T")
+
+TRIES = 4
+FIRST_RETRY_SECONDS, LONGEST_RETRY_SECONDS = 0.3, 5.0
+FLOOD_WAITS_MAX = 5  # 429 in a row before a message is given up
+CONNECTIONS_MAX = 32
+CONNECT_SECONDS_MAX = 10.0
+ANSWER_SECONDS_MAX = 30.0  # generous: a request that is given up may have been carried out
+UPLOAD_SECONDS_MAX = 300.0
+POLL_SECONDS = 25  # how long Telegram holds a getUpdates without news
+CLAIM_SECONDS = 2 * 86_400  # Telegram keeps updates for one day
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
+CONFLICT_WAIT_SECONDS = 2.0
+KINDS = ["message", "callback_query"]
+# What python-telegram-bot raises for an answer that is not as documented.
+MALFORMED_ANSWER = (AttributeError, LookupError, TypeError, ValueError)
+
+
+def _is_transient(error: BaseException) -> bool:
+    """Return whether Telegram surely did not carry out the request, and may do so a moment later.
+
+    A timeout is not: the message may have been sent, and a repetition would show it twice.
+    """
+    return isinstance(error, NetworkError) and not isinstance(error, (BadRequest, TimedOut))
+
+
+async def with_retries(request: Callable[[], Awaitable[T]]) -> T:
+    """Return the request's answer, after up to TRIES tries. Raise TelegramError."""
+    async for attempt in AsyncRetrying(
+        retry=retry_if_exception(_is_transient),
+        stop=stop_after_attempt(TRIES),
+        wait=wait_random_exponential(multiplier=FIRST_RETRY_SECONDS, max=LONGEST_RETRY_SECONDS),
+        reraise=True,
+    ):
+        with attempt:
+            try:
+                return await request()
+            except MALFORMED_ANSWER as error:
+                raise TelegramError(f"malformed answer ({type(error).__name__})") from error
+    raise AssertionError("unreachable: the last attempt raises")
+
+
+def make_bot(settings: Settings) -> ExtBot[Any]:
+    """Return the Bot API client of the settings. It sends nothing yet."""
+    token = settings.telegram_token
+    base_url = settings.telegram_api_url
+    return ExtBot(
+        token="" if token is None else token.get_secret_value(),
+        base_url=base_url,
+        base_file_url=base_url.removesuffix("/bot") + "/file/bot",
+        request=HTTPXRequest(
+            connection_pool_size=CONNECTIONS_MAX,
+            connect_timeout=CONNECT_SECONDS_MAX,
+            read_timeout=ANSWER_SECONDS_MAX,
+            write_timeout=ANSWER_SECONDS_MAX,
+            media_write_timeout=UPLOAD_SECONDS_MAX,
+            pool_timeout=ANSWER_SECONDS_MAX,
+        ),
+        get_updates_request=HTTPXRequest(connection_pool_size=1, connect_timeout=CONNECT_SECONDS_MAX),
+        rate_limiter=AIORateLimiter(max_retries=FLOOD_WAITS_MAX),
+    )
+
+
+class UpdatePoller:
+    """Fetches updates and hands each to `accept`, once, across restarts and processes.
+
+    It replaces python-telegram-bot's `Updater`, which loses a whole batch when one update is malformed, and
+    confirms updates to Telegram before a process has claimed them:
+
+        P:{bot}:update:<id>   string, NX, TTL   an update that a process has accepted
+
+    An update that cannot be claimed (Redis is unavailable) stays with Telegram. The offset is not stored:
+    after a week without updates Telegram may restart its ids at a lower number.
+
+    `counts`: `updates`, `malformed`, `repeated` (accepted before).
+    """
+
+    def __init__(
+        self, bot: ExtBot[Any], client: redis.Redis, keys: Keys, accept: Callable[[Update], Awaitable[None]]
+    ) -> None:
+        self._bot, self._client, self._keys, self._accept = bot, client, keys, accept
+        self._offset = 0
+        self._logged = logs.Once()
+        self.counts = {"updates": 0, "malformed": 0, "repeated": 0}
+        self.is_available = True  # whether Telegram answered the last request
+
+    async def run(self) -> None:
+        """Poll until cancelled. No answer of Telegram ends it."""
+        wait_seconds = FIRST_WAIT_SECONDS
+        while True:
+            offset = self._offset
+            try:
+                raw = await self._fetch()
+                if not self.is_available:
+                    log.info("telegram_recovered")
+                    self.is_available = True
+                await self._accept_all(raw)
+                if self._offset != offset:
+                    wait_seconds = FIRST_WAIT_SECONDS
+                    continue
+                # Nothing was confirmed, so the next answer can come at once, and the same.
+                if raw == []:
+                    wait_seconds = FIRST_WAIT_SECONDS
+            except RetryAfter as error:
+                after: Any = error.retry_after  # seconds, or a timedelta by a switch of the library
+                wait_seconds = after.total_seconds() if isinstance(after, timedelta) else float(after)
+            except (TelegramError, *MALFORMED_ANSWER) as error:
+                self._log_unavailable(error)
+                if isinstance(error, Conflict):
+                    wait_seconds = max(wait_seconds, CONFLICT_WAIT_SECONDS)
+            except redis.RedisError as error:
+                log.warning("redis_unavailable", reason=type(error).__name__)
+            await asyncio.sleep(wait_seconds)
+            wait_seconds = min(wait_seconds * 2, LONGEST_WAIT_SECONDS)
+
+    async def _fetch(self) -> Any:
+        """Return the raw updates."""
+        arguments = {"offset": self._offset, "timeout": POLL_SECONDS, "allowed_updates": KINDS}
+        # Spelt with "_" the library sends it as getUpdates and does not parse the batch as a whole.
+        return await self._bot.do_api_request(
+            "get_Updates", api_kwargs=arguments, read_timeout=POLL_SECONDS + CONNECT_SECONDS_MAX
+        )
+
+    async def _accept_all(self, raw: Any) -> None:
+        """Claim and accept each update; a cancellation waits for the one in progress."""
+        for cells in raw if isinstance(raw, list) else [raw]:
+            task = asyncio.ensure_future(self._accept_one(cells))
+            try:
+                await asyncio.shield(task)
+            except asyncio.CancelledError:
+                await asyncio.gather(task, return_exceptions=True)
+                raise
+
+    async def _accept_one(self, cells: Any) -> None:
+        update_id = cells.get("update_id") if isinstance(cells, dict) else None
+        if type(update_id) is not int:
+            self._count_malformed(cells)
+            return
+        if not await asyncio.to_thread(self._claim, update_id):
+            self.counts["repeated"] += 1
+        else:
+            self.counts["updates"] += 1
+            try:
+                update = Update.de_json(cells, self._bot)
+            except Exception:  # the library raises anything for a malformed update
+                self._count_malformed(cells)
+            else:
+                await self._accept(update)
+        self._offset = update_id + 1
+
+    def _claim(self, update_id: int) -> bool:
+        return bool(self._client.set(self._keys.bot_update(str(update_id)), 1, nx=True, ex=CLAIM_SECONDS))
+
+    def _count_malformed(self, cells: Any) -> None:
+        self.counts["malformed"] += 1
+        names = sorted(map(str, cells))[:10] if isinstance(cells, dict) else type(cells).__name__
+        if self._logged.first(str(names)):
+            log.warning("update_malformed", fields=names)
+
+    def _log_unavailable(self, error: Exception) -> None:
+        if self.is_available:
+            self.is_available = False
+            event = "telegram_conflict" if isinstance(error, Conflict) else "telegram_unavailable"
+            hint = "stop the other bot that uses this token" if isinstance(error, Conflict) else ""
+            log.warning(event, reason=type(error).__name__, hint=hint)
