@@ -27,8 +27,8 @@ from benchmarks.harness import (
     wait_for,
     worker_env,
 )
-from pkbrokers_redis.bot.alerts.book import AlertBook
-from pkbrokers_redis.bot.alerts.model import Alert
+from pkbrokers_redis.bot.alerts.rules import Alert
+from pkbrokers_redis.bot.alerts.store import AlertStore
 from pkbrokers_redis.candles.model import LAST_PRICE, TOKEN
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import Pipe
@@ -57,11 +57,11 @@ class Result:
 def set_alerts(client: redis.Redis, settings: Settings, count: int, instruments: int) -> np.ndarray:
     """Alerts above what the random walk reaches; the positions of their instruments."""
     chosen = np.random.default_rng(7).choice(instruments, count, replace=False)
-    book = AlertBook(client, settings.keys)
+    store = AlertStore(client, settings.keys)
     for n, place in enumerate(chosen.tolist()):
         token = int(tokens(instruments)[place])
         chat = CHATS[n % len(CHATS)]
-        book.add(Alert(0, chat, chat, token, str(token), "above", 100.0 + place + JUMP / 2, False, 0.0), [])
+        store.add(Alert(0, chat, chat, token, str(token), "above", 100.0 + place + JUMP / 2, False, 0.0), [])
     return chosen
 
 

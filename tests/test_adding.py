@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 
-from pkbrokers_redis.bot import registry
+from pkbrokers_redis.bot.context import Command
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.settings import Settings
 
@@ -52,4 +52,4 @@ def test_another_brokers_messages_become_ticks_and_quotes(
 
 def test_bot_command_example_of_the_docs_is_a_working_command(server_kind: str) -> None:
     command = example("A bot command, in ten lines")["COMMAND"]
-    assert isinstance(command, registry.Command) and command.usage == "/spread SYMBOL"
+    assert isinstance(command, Command) and command.usage == "/spread SYMBOL"

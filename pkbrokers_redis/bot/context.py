@@ -50,7 +50,7 @@ class NotFound(PkbError):
 
 @dataclass
 class Services:
-    """What all commands share. Use `store`, `client` and `alerts` through `CommandContext.read`: they block."""
+    """What all commands share. `store`, `client` and `alerts` block: use `CommandContext.read`."""
 
     settings: Settings
     client: redis.Redis

@@ -1,4 +1,4 @@
-"""A bot on a Telegram of our own, with the data that the reading tests use."""
+"""A bot on a local Telegram, with the data that the client tests use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def telegram() -> Iterator[Telegram]:
 
 @pytest.fixture
 def bot_settings(make_settings: Callable[..., Settings], telegram: Telegram, client: redis.Redis) -> Settings:
-    """ALICE is an admin, BOB may ask, and so may GROUP."""
+    """ALICE is an operator; BOB and GROUP are allowed chats."""
     settings = make_settings(
         telegram_token=TOKEN,
         telegram_chats=f"{BOB}, {GROUP}",
@@ -43,7 +43,7 @@ def bot_settings(make_settings: Callable[..., Settings], telegram: Telegram, cli
 
 @contextmanager
 def running_bot(settings: Settings) -> Iterator[threading.Thread]:
-    """The role in a thread, until the end of the block; what it raises comes out here."""
+    """Run the role in a thread until the end of the block; raise what it raises."""
     stop = threading.Event()
     failures: list[BaseException] = []
 
@@ -71,5 +71,5 @@ def running(bot_settings: Settings, telegram: Telegram, client: redis.Redis) -> 
     with ExitStack() as stack:
         stack.enter_context(running_bot(bot_settings))
         wait_until(lambda: any(method == "getUpdates" for method, _ in telegram.calls), what="the first poll")
-        wait_until(lambda: client.exists(bot_settings.keys.bot_position()), what="the alerts to be watched")
+        wait_until(lambda: client.exists(bot_settings.keys.bot_position()), what="the alerts' reader")
         yield

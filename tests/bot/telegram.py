@@ -1,11 +1,11 @@
-"""A Telegram of our own: the Bot API over HTTP as a bot meets it, in a thread, with people who write to it.
+"""A local Telegram: the Bot API over HTTP, in a thread, and people who write to the bot.
 
     with Telegram() as telegram:
         telegram.say(ALICE, "/quote INFY")
         message = telegram.wait(lambda m: "INFY" in m.text)
 
-Speaks what the bot uses: getMe, setMyCommands, getUpdates (long poll; an offset confirms; a second poller
-ends the first one's with 409), sendMessage, editMessageText, sendPhoto, sendDocument (multipart),
+It implements what the bot uses: getMe, setMyCommands, getUpdates (long poll; an offset confirms; a second poller
+ends the first one's poll with 409), sendMessage, editMessageText, sendPhoto, sendDocument (multipart),
 answerCallbackQuery. `misbehave` makes a method fail, refuse by 429, or dawdle; `moved` are groups that became
 supergroups (old id → new), messages to `broken` chats fail.
 """
@@ -117,7 +117,7 @@ class Telegram:
         return self.push({"callback_query": query})
 
     def push(self, update: Any, update_id: int | None = None) -> int:
-        """Any update, also one that is none; `update_id` for one that comes again."""
+        """Any update, also a malformed one; `update_id` repeats an earlier one."""
         number = self._next_update if update_id is None else update_id
         self._next_update = max(self._next_update, number) + 1
         made = {"update_id": number, **update} if isinstance(update, dict) else update
@@ -133,27 +133,27 @@ class Telegram:
         """`status=500`, `status=429, retry_after=1`, `seconds=2.0`, `body="<html>"`; `times=` how often."""
         self.faults.setdefault(method, []).append(Fault(**fault))
 
-    # what came
+    # what the bot sent
 
     def messages(self, chat_id: int | None = None) -> list[Sent]:
         """New messages (no edits), of one chat or all."""
         return [
-            each
-            for each in list(self.sent)
-            if not each.method.startswith("edit") and chat_id in (None, each.chat_id)
+            message
+            for message in list(self.sent)
+            if not message.method.startswith("edit") and chat_id in (None, message.chat_id)
         ]
 
-    def wait(self, wanted: Callable[[Sent], bool], since: int = 0, timeout_seconds: float = 20.0) -> Sent:
-        """The first call to a chat, edits too, from number `since` on, that is wanted."""
+    def wait(self, matches: Callable[[Sent], bool], since: int = 0, timeout_seconds: float = 20.0) -> Sent:
+        """The first call to a chat, edits too, from number `since` on, that `matches`."""
 
         def found() -> Sent | None:
-            return next((each for each in list(self.sent)[since:] if wanted(each)), None)
+            return next((sent for sent in list(self.sent)[since:] if matches(sent)), None)
 
         try:
             answer = wait_until(found, timeout_seconds=timeout_seconds, what="a message")
         except AssertionError as error:
             raise AssertionError(
-                f"{error}; came: {[each.text[:200] for each in self.sent[since:]]}"
+                f"{error}; sent: {[sent.text[:200] for sent in self.sent[since:]]}"
             ) from None
         assert answer is not None
         return answer
@@ -205,11 +205,11 @@ class Telegram:
         return found if isinstance(found, web.Response) else web.json_response({"ok": True, "result": found})
 
     def _fault(self, method: str) -> Fault | None:
-        waiting = self.faults.get(method)
-        if not waiting:
+        faults = self.faults.get(method)
+        if not faults:
             return None
-        waiting[0].times -= 1
-        return waiting[0] if waiting[0].times > 0 else waiting.pop(0)
+        faults[0].times -= 1
+        return faults[0] if faults[0].times > 0 else faults.pop(0)
 
     def _refuse(self, status: int, why: str, **more: Any) -> web.Response:
         return web.json_response(
@@ -273,7 +273,7 @@ class Telegram:
             message_id, self._next_message = self._next_message, self._next_message + 1
         markup = json.loads(fields.get("reply_markup") or "{}")
         rows = markup.get("inline_keyboard", [])
-        buttons = [(each["text"], each["callback_data"]) for row in rows for each in row]
+        buttons = [(button["text"], button["callback_data"]) for row in rows for button in row]
         chat_id = int(fields["chat_id"])
         self.sent.append(Sent(method, chat_id, message_id, text, buttons, file[0], file[1]))
         return {**self._message(chat_id, 1), "message_id": message_id, "text": text}

@@ -1,4 +1,4 @@
-"""Who is served, how often, and what a button does: over HTTP."""
+"""Who gets answers, how often, and what a button does: over HTTP."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from pkbrokers_redis.bot import confirm
-from pkbrokers_redis.bot.access import REFUSAL, SLOW_DOWN, Access, Pace, Remembered, access_of
-from pkbrokers_redis.bot.registry import commands
+from pkbrokers_redis.bot.access import REFUSAL, SLOW_DOWN, Access, FloodLimit, Throttle, access_of
+from pkbrokers_redis.bot.application import CONFIRM_SECONDS
+from pkbrokers_redis.bot.commands import COMMANDS
 from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.settings import Settings, load_settings
 from tests.bot.conftest import running_bot
@@ -19,45 +19,45 @@ from tests.support import wait_until
 valkey = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
 
 
-def test_an_admin_is_served_alone_and_in_listed_groups_only() -> None:
+def test_an_operator_gets_answers_in_private_and_in_listed_groups_only() -> None:
     access = Access(frozenset({GROUP}), frozenset({ALICE}))
-    assert access.may_ask(ALICE, ALICE, is_private=True)
-    assert access.may_ask(GROUP, MALLORY, is_private=False)
-    assert not access.may_ask(-77, ALICE, is_private=False), "a group's members all read the answer"
-    assert not access.may_ask(MALLORY, MALLORY, is_private=True)
+    assert access.is_allowed(ALICE, ALICE, is_private=True)
+    assert access.is_allowed(GROUP, MALLORY, is_private=False)
+    assert not access.is_allowed(-77, ALICE, is_private=False), "a group's members all read the answer"
+    assert not access.is_allowed(MALLORY, MALLORY, is_private=True)
 
 
-def test_ids_that_are_none_are_a_line_that_names_the_setting() -> None:
+def test_a_malformed_id_is_an_error_that_names_the_setting() -> None:
     with pytest.raises(SettingsError, match="PKB_TELEGRAM_CHATS holds '@group'"):
         access_of(load_settings(telegram_chats="1, @group"))
     assert access_of(load_settings(telegram_admins="1;2".replace(";", "\n"))).admins == {1, 2}
 
 
-def test_a_chats_allowance_grows_again() -> None:
-    pace = Pace(burst=3, a_minute=60)
-    assert [pace.take(1, 0.0) for _ in range(4)] == [True, True, True, False]
-    assert pace.take(2, 0.0), "another chat has its own"
-    assert pace.take(1, 1.0) and not pace.take(1, 1.0)
+def test_a_chats_flood_limit_refills_with_time() -> None:
+    limit = FloodLimit(burst=3, per_minute=60)
+    assert [limit.accept(1, 0.0) for _ in range(4)] == [True, True, True, False]
+    assert limit.accept(2, 0.0), "another chat has its own"
+    assert limit.accept(1, 1.0) and not limit.accept(1, 1.0)
 
 
-def test_what_is_remembered_is_bounded() -> None:
-    seen: Remembered[int] = Remembered(keys_max=2)
-    assert seen.due(1, 0.0, 10) and not seen.due(1, 9.0, 10) and seen.due(1, 10.0, 10)
-    seen.due(2, 11.0, 10)
-    seen.due(3, 12.0, 10)
-    assert seen.due(1, 12.5, 10), "the oldest was forgotten"
+def test_a_throttle_forgets_its_oldest_keys() -> None:
+    throttle: Throttle[int] = Throttle(keys_max=2)
+    assert throttle.is_due(1, 0.0, 10) and not throttle.is_due(1, 9.0, 10) and throttle.is_due(1, 10.0, 10)
+    throttle.is_due(2, 11.0, 10)
+    throttle.is_due(3, 12.0, 10)
+    assert throttle.is_due(1, 12.5, 10), "the oldest key was forgotten"
 
 
 @valkey
-def test_a_stranger_gets_one_line_and_no_command_runs(running: None, telegram: Telegram) -> None:
-    for command in commands():
+def test_an_unknown_chat_gets_one_refusal_and_no_command_runs(running: None, telegram: Telegram) -> None:
+    for command in COMMANDS:
         telegram.say(MALLORY, f"/{command} INFY")
     telegram.ask(BOB, "/start")  # behind all of those
-    assert [each.text for each in telegram.messages(MALLORY)] == [REFUSAL]
+    assert [message.text for message in telegram.messages(MALLORY)] == [REFUSAL]
 
 
 @valkey
-def test_nobody_is_served_by_default(
+def test_without_settings_nobody_gets_answers(
     make_settings: Callable[..., Settings], bot_settings: Settings, telegram: Telegram
 ) -> None:
     with running_bot(make_settings(telegram_token=TOKEN, telegram_api_url=telegram.url)):
@@ -65,35 +65,37 @@ def test_nobody_is_served_by_default(
 
 
 @valkey
-def test_operators_commands_are_for_operators(running: None, telegram: Telegram) -> None:
-    for command in commands().values():
+def test_operator_commands_are_refused_to_other_users(running: None, telegram: Telegram) -> None:
+    for command in COMMANDS.values():
         if command.for_admins:
             assert telegram.ask(BOB, f"/{command.name}").text == "That is for the bot's operators."
 
 
 @valkey
-def test_a_group_member_is_served_where_the_group_is_listed(running: None, telegram: Telegram) -> None:
+def test_a_group_member_gets_answers_in_a_listed_group(running: None, telegram: Telegram) -> None:
     assert "market" in telegram.ask(GROUP, "/start@pkb_test_bot", user_id=MALLORY).text
     telegram.say(GROUP, "/start@another_bot", user_id=MALLORY)
     telegram.say(GROUP, "just talk", user_id=MALLORY)
     telegram.say(-77, "/start", user_id=ALICE)
     telegram.ask(BOB, "/start")
     assert len(telegram.messages(GROUP)) == 1
-    assert [each.text for each in telegram.messages(-77)] == [REFUSAL]
+    assert [message.text for message in telegram.messages(-77)] == [REFUSAL]
 
 
 @valkey
-def test_a_flood_is_answered_in_part_and_other_chats_do_not_wait(running: None, telegram: Telegram) -> None:
+def test_a_flood_is_limited_with_one_warning_and_other_chats_do_not_wait(
+    running: None, telegram: Telegram
+) -> None:
     for _ in range(60):
         telegram.say(BOB, "/start")
     assert "market" in telegram.ask(ALICE, "/start").text
-    texts = [each.text for each in telegram.messages(BOB)]
+    texts = [message.text for message in telegram.messages(BOB)]
     assert texts.count(SLOW_DOWN) == 1
     assert 10 <= len(texts) - 1 <= 15
 
 
 @valkey
-def test_uploads_are_ignored_unread(running: None, telegram: Telegram) -> None:
+def test_uploads_are_not_downloaded(running: None, telegram: Telegram) -> None:
     telegram.upload(BOB, "evil.pkl")
     telegram.upload(MALLORY, "evil.pkl.zip")
     telegram.ask(BOB, "/start")
@@ -102,7 +104,7 @@ def test_uploads_are_ignored_unread(running: None, telegram: Telegram) -> None:
 
 
 @valkey
-def test_a_button_works_once_and_only_for_who_asked(
+def test_a_button_works_once_and_only_for_the_user_who_sent_the_command(
     running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
 ) -> None:
     question = telegram.ask(ALICE, "/restart")
@@ -111,9 +113,9 @@ def test_a_button_works_once_and_only_for_who_asked(
     wait_until(lambda: len(telegram.answered) == 2)
     assert not client.exists(bot_settings.keys.restart("ingest"))
     telegram.press(question, "No")
-    telegram.wait(lambda m: "left alone" in m.text)
+    telegram.wait(lambda m: "cancelled" in m.text)
     telegram.press(question, "Yes")
-    wait_until(lambda: any("expired" in each.get("text", "") for each in telegram.answered))
+    wait_until(lambda: any("expired" in answer.get("text", "") for answer in telegram.answered))
     assert not client.exists(bot_settings.keys.restart("ingest"))
 
 
@@ -123,10 +125,10 @@ def test_a_button_expires(
 ) -> None:
     question = telegram.ask(ALICE, "/restart")
     [key] = client.keys(bot_settings.keys.bot_confirm("*"))
-    assert 0 < client.ttl(key) <= confirm.SECONDS
+    assert 0 < client.ttl(key) <= CONFIRM_SECONDS
     client.delete(key)  # as its TTL does
     telegram.press(question, "Yes")
-    wait_until(lambda: any("expired" in each.get("text", "") for each in telegram.answered))
+    wait_until(lambda: any("expired" in answer.get("text", "") for answer in telegram.answered))
     assert not client.exists(bot_settings.keys.restart("ingest"))
 
 
@@ -137,5 +139,5 @@ def test_a_button_of_another_chat_does_nothing(
     question = telegram.ask(ALICE, "/restart")
     question.chat_id = GROUP
     telegram.press(question, "Yes", user_id=ALICE)
-    wait_until(lambda: any("expired" in each.get("text", "") for each in telegram.answered))
+    wait_until(lambda: any("expired" in answer.get("text", "") for answer in telegram.answered))
     assert not client.exists(bot_settings.keys.restart("ingest"))

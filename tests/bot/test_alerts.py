@@ -1,4 +1,4 @@
-"""Alerts from the tick stream to the chat, through restarts, kills and rivals."""
+"""Alerts from the tick stream to the chat, through restarts, kills and competing readers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import redis
 
-from pkbrokers_redis.bot.alerts.book import ALERTS_A_CHAT_MAX, AlertBook
-from pkbrokers_redis.bot.alerts.commit import Told, commit, load_picture
-from pkbrokers_redis.bot.alerts.model import FORMS, Alert, Kind
-from pkbrokers_redis.bot.alerts.worker import AlertWorker
+from pkbrokers_redis.bot.alerts.rules import FORMS, Alert, Kind, Watch
+from pkbrokers_redis.bot.alerts.store import ALERTS_PER_CHAT_MAX, AlertStore, Notification
+from pkbrokers_redis.bot.alerts.worker import AlertWorker, FeedMonitor
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
@@ -48,7 +47,7 @@ def add(
 ) -> Alert:
     cells = {"token": INFY, "symbol": "NSE:INFY", "once": False, **more}
     alert = Alert(0, chat, chat, cells["token"], cells["symbol"], kind, value, cells["once"], 0.0)
-    return AlertBook(client, settings.keys).add(alert, [])
+    return AlertStore(client, settings.keys).add(alert, [])
 
 
 def outbox(client: redis.Redis, settings: Settings) -> list[str]:
@@ -70,14 +69,14 @@ class Reader:
     def __enter__(self) -> AlertWorker:
         self.worker.start()
         with connect(self._settings) as client:
-            wait_until(lambda: client.exists(self._settings.keys.bot_position()), what="it to begin")
+            wait_until(lambda: client.exists(self._settings.keys.bot_position()), what="the first commit")
         return self.worker
 
     def __exit__(self, *_: object) -> None:
         self.worker.stop()
 
 
-def test_a_crossing_is_told_in_the_chat(
+def test_each_crossing_is_one_line_in_the_chat(
     running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
 ) -> None:
     assert "Alert 1: <b>NSE:INFY</b> above 1,600.00" in telegram.ask(BOB, "/alert INFY above 1600").text
@@ -92,7 +91,7 @@ def test_a_crossing_is_told_in_the_chat(
     wait_until(lambda: not client.xlen(bot_settings.keys.bot_outbox()))
 
 
-def test_the_quote_of_the_moment_is_the_first_tick(
+def test_the_current_quote_is_the_first_tick_and_once_removes_the_alert(
     running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
 ) -> None:
     cells = {"last_price": "1599.0", "volume": "0", "last_trade_time": "2026-01-05T09:15:00+05:30"}
@@ -103,13 +102,13 @@ def test_the_quote_of_the_moment_is_the_first_tick(
     assert "no alerts" in telegram.ask(BOB, "/alert").text
 
 
-def test_alerts_are_listed_and_removed_by_their_chat_only(running: None, telegram: Telegram) -> None:
+def test_only_its_own_chat_lists_and_removes_an_alert(running: None, telegram: Telegram) -> None:
     telegram.ask(BOB, "/alert INFY above 1600")
     telegram.ask(BOB, "/alert RELIANCE 2%")
     telegram.ask(ALICE, "/alert feed 45")
-    mine = telegram.ask(BOB, "/alert").text
-    assert "1  <b>NSE:INFY</b> above 1,600.00" in mine and "2  <b>NSE:RELIANCE</b> moves 2 %" in mine
-    assert "feed" not in mine
+    listed = telegram.ask(BOB, "/alert").text
+    assert "1  <b>NSE:INFY</b> above 1,600.00" in listed and "2  <b>NSE:RELIANCE</b> moves 2 %" in listed
+    assert "feed" not in listed
     assert telegram.ask(BOB, "/alert remove 3").text.startswith("0 removed")
     assert telegram.ask(BOB, "/alert remove 1").text == "1 removed."
     assert "RELIANCE" in telegram.ask(BOB, "/alert list").text
@@ -117,9 +116,9 @@ def test_alerts_are_listed_and_removed_by_their_chat_only(running: None, telegra
     assert "Which one" in telegram.ask(BOB, "/alert remove x").text
 
 
-def test_a_chat_has_a_number_of_alerts_at_most(client: redis.Redis, bot_settings: Settings) -> None:
-    book = AlertBook(client, bot_settings.keys)
-    for n in range(ALERTS_A_CHAT_MAX):
+def test_alerts_per_chat_are_limited(client: redis.Redis, bot_settings: Settings) -> None:
+    store = AlertStore(client, bot_settings.keys)
+    for n in range(ALERTS_PER_CHAT_MAX):
         client.hset(
             bot_settings.keys.bot_alerts(),
             str(n + 100),
@@ -128,39 +127,37 @@ def test_a_chat_has_a_number_of_alerts_at_most(client: redis.Redis, bot_settings
         )  # fmt: skip
     with pytest.raises(PkbError, match="alerts"):
         add(client, bot_settings, "above", 5)
-    assert len(book.of_chat(BOB)) == ALERTS_A_CHAT_MAX
+    assert len(store.of_chat(BOB)) == ALERTS_PER_CHAT_MAX
     assert add(client, bot_settings, "above", 5, chat=ALICE).id == 1
 
 
-def test_a_silent_feed_is_told_and_that_it_is_back(
+def test_a_silent_feed_and_its_recovery_are_reported(
     running: None,
     telegram: Telegram,
     client: redis.Redis,
     bot_settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(FORMS, "feed", replace(FORMS["feed"], least=0.5))
+    monkeypatch.setitem(FORMS, "feed", replace(FORMS["feed"], minimum=0.5))
     telegram.ask(BOB, "/alert feed 1")
     assert telegram.wait(lambda m: "No tick for" in m.text)
     tick(client, bot_settings, 100.0)
     assert telegram.wait(lambda m: "Ticks come again" in m.text)
 
 
-def test_a_closed_market_is_no_silent_feed(client: redis.Redis, bot_settings: Settings) -> None:
-    from pkbrokers_redis.bot.alerts.feed import FeedWatch
-
+def test_a_closed_market_is_not_a_silent_feed(client: redis.Redis, bot_settings: Settings) -> None:
     now = [0.0]
     sunday = time.mktime((2026, 1, 4, 12, 0, 0, 0, 0, 0))
     settings = bot_settings.model_copy(
         update={"sessions": "market", "time_shift": f"{sunday},{time.time()},1.0"}
     )
-    watch = FeedWatch(settings, lambda: now[0])
+    closed = FeedMonitor(settings, lambda: now[0])
     now[0] = 500.0
     alert = Alert(1, BOB, BOB, 0, "", "feed", 30.0, False, 0.0)
-    assert watch.look([alert], {}) == []
-    open_watch = FeedWatch(bot_settings, lambda: now[0])
+    assert closed.check([Watch(alert)]) == []
+    open_ = FeedMonitor(bot_settings, lambda: now[0])
     now[0] = 1000.0
-    assert len(open_watch.look([alert], {})) == 1
+    assert len(open_.check([Watch(alert)])) == 1
 
 
 # --- exactly once
@@ -175,7 +172,7 @@ def test_a_restart_neither_repeats_nor_loses_a_crossing(client: redis.Redis, bot
         wait_until(lambda: len(outbox(client, bot_settings)) == 1)
         tick(client, bot_settings, 98.0)
         wait_until(lambda: (armed(client, bot_settings, number) or [0, 0, False])[2], what="armed to be kept")
-    tick(client, bot_settings, 102.0)  # while nobody reads
+    tick(client, bot_settings, 102.0)  # while no bot runs
     tick(client, bot_settings, 99.0)
     for _ in range(2):
         with Reader(bot_settings) as worker:
@@ -184,8 +181,7 @@ def test_a_restart_neither_repeats_nor_loses_a_crossing(client: redis.Redis, bot
     assert ["102.00" in text for text in outbox(client, bot_settings)] == [False, True]
 
 
-def test_a_trade_time_in_the_future_mutes_nothing(client: redis.Redis, bot_settings: Settings) -> None:
-    """It counts as of its receipt, and as such it is remembered."""
+def test_a_future_trade_time_counts_at_its_receive_time(client: redis.Redis, bot_settings: Settings) -> None:
     number = add(client, bot_settings, "above", 100).id
     with Reader(bot_settings):
         for price, ahead_ms in ((99.0, 0), (98.0, 400 * 86_400_000), (101.0, 0)):
@@ -199,10 +195,10 @@ def test_a_trade_time_in_the_future_mutes_nothing(client: redis.Redis, bot_setti
     assert ["102.00" in text for text in outbox(client, bot_settings)] == [False, True]
 
 
-def test_what_was_read_and_not_committed_is_read_again_with_the_same_result(
+def test_uncommitted_ticks_are_read_again_with_the_same_result(
     client: redis.Redis, bot_settings: Settings
 ) -> None:
-    """As after kill -9: positions and memory are those of the last commit."""
+    """As after kill -9: positions and states are those of the last commit."""
     number = add(client, bot_settings, "cross", 100).id
     keys = bot_settings.keys
     with Reader(bot_settings):
@@ -225,17 +221,19 @@ def test_what_was_read_and_not_committed_is_read_again_with_the_same_result(
     assert "98.00" in outbox(client, bot_settings)[1]
 
 
-def test_a_commit_on_an_older_picture_is_refused_whole(client: redis.Redis, bot_settings: Settings) -> None:
-    keys = bot_settings.keys
-    assert commit(client, keys, 0, {0: "5-0"}, {3: [1, 2]}, [Told(BOB, "one", 7.0)])
-    assert not commit(client, keys, 0, {0: "9-0"}, {3: None}, [Told(BOB, "two", 7.0)])
-    picture = load_picture(client, keys)
-    assert (picture.rev, picture.positions, picture.armed) == (1, {0: "5-0"}, {3: [1, 2]})
+def test_a_commit_based_on_an_older_checkpoint_is_refused_as_a_whole(
+    client: redis.Redis, bot_settings: Settings
+) -> None:
+    store = AlertStore(client, bot_settings.keys)
+    assert store.commit(0, {0: "5-0"}, {3: [1, 2]}, [Notification(BOB, "one", 7.0)])
+    assert not store.commit(0, {0: "9-0"}, {3: None}, [Notification(BOB, "two", 7.0)])
+    checkpoint = store.load()
+    assert (checkpoint.rev, checkpoint.positions, checkpoint.states) == (1, {0: "5-0"}, {3: [1, 2]})
     assert outbox(client, bot_settings) == ["one"]
 
 
-def test_two_readers_at_once_tell_a_crossing_once(client: redis.Redis, bot_settings: Settings) -> None:
-    """One lost its lease without noticing: whoever commits second is refused, and looks again."""
+def test_two_readers_at_once_report_a_crossing_once(client: redis.Redis, bot_settings: Settings) -> None:
+    """One lost its lease without noticing: the second commit is refused, and that reader resumes from Redis."""
     add(client, bot_settings, "above", 100)
     tick(client, bot_settings, 99.0)
     with Reader(bot_settings) as one, Reader(bot_settings) as two:
@@ -249,19 +247,19 @@ def test_two_readers_at_once_tell_a_crossing_once(client: redis.Redis, bot_setti
     assert len(outbox(client, bot_settings)) == 3
 
 
-def test_a_killed_process_tells_every_crossing_once(
+def test_killed_processes_report_every_crossing_once(
     client: redis.Redis, bot_settings: Settings, telegram: Telegram
 ) -> None:
     add(client, bot_settings, "above", 100)
     levels = [101.0, 102.0, 103.0, 104.0]
-    for some in (levels[:2], levels[2:]):
+    for prices in (levels[:2], levels[2:]):
         with running_python("-m", "workers.bot", env=settings_env(bot_settings)):
             wait_until(lambda: client.exists(bot_settings.keys.bot_position()), timeout_seconds=40)
-            for price in some:
+            for price in prices:
                 tick(client, bot_settings, 99.0)
                 tick(client, bot_settings, price)
-            told = f"{some[-1]:.2f}"
-            telegram.wait(lambda m, told=told: told in m.text, timeout_seconds=40)  # type: ignore[misc]
+            last = f"{prices[-1]:.2f}"
+            telegram.wait(lambda m, last=last: last in m.text, timeout_seconds=40)  # type: ignore[misc]
             wait_until(lambda: not client.xlen(bot_settings.keys.bot_outbox()))
         # Killed by now.
         client.delete(bot_settings.keys.bot_lease())  # rather than wait for it to run out
@@ -269,10 +267,10 @@ def test_a_killed_process_tells_every_crossing_once(
     assert [text.count(f"rose to {price:.2f}") for price in levels] == [1] * 4
 
 
-# --- telegram in the way
+# --- failures of Telegram
 
 
-def test_alerts_wait_while_telegram_is_away_and_come_once(
+def test_alerts_wait_while_telegram_is_unavailable_and_are_sent_once(
     running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
 ) -> None:
     telegram.ask(BOB, "/alert INFY above 100")
@@ -284,7 +282,7 @@ def test_alerts_wait_while_telegram_is_away_and_come_once(
     assert (text.count("101.00"), text.count("102.00")) == (1, 1)
 
 
-def test_a_chat_that_blocked_the_bot_does_not_hold_up_the_others(
+def test_a_chat_that_blocked_the_bot_does_not_delay_other_chats(
     running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
 ) -> None:
     add(client, bot_settings, "above", 100, chat=-99)
@@ -299,7 +297,7 @@ def test_a_chat_that_blocked_the_bot_does_not_hold_up_the_others(
     wait_until(lambda: not client.xlen(bot_settings.keys.bot_outbox()))
 
 
-def test_rubbish_in_the_streams_and_in_the_hashes_costs_only_itself(
+def test_malformed_stream_entries_and_hash_fields_are_skipped(
     client: redis.Redis, bot_settings: Settings
 ) -> None:
     keys = bot_settings.keys
@@ -322,7 +320,7 @@ def test_rubbish_in_the_streams_and_in_the_hashes_costs_only_itself(
 def test_a_full_message_is_split_in_order(
     bot_settings: Settings, telegram: Telegram, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pkbrokers_redis.bot.alerts.outbox.LOOK_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr("pkbrokers_redis.bot.alerts.outbox.POLL_SECONDS", 0.05)
     for n in range(100):
         client.xadd(
             bot_settings.keys.bot_outbox(), {"chat": GROUP, "text": f"{n:03d} " + "x" * 96, "tick_ms": 0}

@@ -1,4 +1,4 @@
-"""The chart shows the rows, and nothing but the rows."""
+"""The chart shows exactly the rows."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_bodies_wicks_and_volumes_are_the_rows() -> None:
     for place, (bar, candle) in enumerate(zip(bodies, OVERNIGHT, strict=True)):
         assert bar.get_x() + bar.get_width() / 2 == pytest.approx(place), "no gap for the night"
         assert (bar.get_y(), bar.get_y() + bar.get_height()) == pytest.approx((candle.open, candle.close))
-    [wicks] = [each for each in prices.collections if each.get_label() == "wicks"]
+    [wicks] = [lines for lines in prices.collections if lines.get_label() == "wicks"]
     for place, (line, candle) in enumerate(zip(wicks.get_segments(), OVERNIGHT, strict=True)):
         assert line.tolist() == [[place, candle.low], [place, candle.high]]
     [bars] = volumes.containers
@@ -43,7 +43,7 @@ def test_bodies_wicks_and_volumes_are_the_rows() -> None:
     assert [hex_of(bar.get_facecolor()) for bar in bodies] == [UP, DOWN, FLAT]
 
 
-def test_last_highest_and_lowest_are_labelled_where_they_are() -> None:
+def test_the_last_the_highest_and_the_lowest_price_are_labelled() -> None:
     prices, _ = draw("NSE:INFY", "5m", OVERNIGHT).axes
     labels = {text.get_text(): text.xy for text in prices.texts}
     assert labels["106.50"] == (2, 106.5)
@@ -51,7 +51,7 @@ def test_last_highest_and_lowest_are_labelled_where_they_are() -> None:
     assert labels["101.50"][1] == 101.5
 
 
-def test_times_are_indias_and_a_new_day_has_its_date() -> None:
+def test_times_are_in_india_and_a_new_day_has_its_date() -> None:
     _, volumes = draw("NSE:INFY", "5m", OVERNIGHT).axes
     assert [text.get_text() for text in volumes.get_xticklabels()] == [
         "15:25\n05 Jan",
@@ -75,14 +75,14 @@ def test_every_visible_part_lies_inside_the_axes() -> None:
         [Candle(OPEN_S, 0.0025, 0.0025, 0.0025, 0.0025, 0.5, None, 1)] * 2,
     ],
 )
-def test_odd_rows_are_drawn(candles: list[Candle]) -> None:
+def test_unusual_rows_are_drawn(candles: list[Candle]) -> None:
     picture = image.imread(io.BytesIO(png("NSE:A$B_$^x", "day", candles)), format="png")
     assert picture.shape[:2] == (1215, 1080)
     assert hex_of(picture[2, 2]) == BACKGROUND, "dark"
 
 
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
-def test_a_chart_comes_as_a_picture(
+def test_a_chart_is_sent_as_a_picture_of_redis_rows(
     running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
 ) -> None:
     rows = [row(OPEN_S + n * 300, 100 + n, open=99 + n, high=101 + n, low=98 + n) for n in range(5)]

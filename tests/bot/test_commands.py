@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import redis
 
-from pkbrokers_redis.bot.files import making
-from pkbrokers_redis.bot.registry import NAMES, Command, commands
+from pkbrokers_redis.bot import file_delivery
+from pkbrokers_redis.bot.commands import COMMANDS
+from pkbrokers_redis.bot.context import Command
 from pkbrokers_redis.files.manifest import Entry, update_manifest
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.auth import Session, save_session
@@ -43,42 +44,37 @@ def put_day(client: redis.Redis, settings: Settings, token: int, close: float, *
 # --- contract: every command of the table
 
 
-def test_every_file_of_commands_is_in_the_table(server_kind: str) -> None:
-    folder = Path(making.__file__).parents[1] / "commands"
-    assert sorted(path.stem for path in folder.glob("[a-z]*.py")) == sorted(NAMES)
-
-
 def test_every_command_has_help_and_a_row_in_the_docs(server_kind: str) -> None:
     rows = set(re.findall(r"^\| `(/[^`]+)` \|", DOCS.read_text(encoding="utf-8"), re.M))
-    usages = {each.usage for each in commands().values()}
+    usages = {each.usage for each in COMMANDS.values()}
     assert usages - rows == set(), "no row in docs/bot.md"
     assert rows - usages == set(), "a row in docs/bot.md without a command"
-    for command in commands().values():
+    for command in COMMANDS.values():
         assert command.does and not command.does.endswith(".")
         assert len(command.name) <= 32 and re.fullmatch(r"[a-z_]+", command.name), "Telegram's rule"
 
 
 def test_the_menu_is_published(running: None, telegram: Telegram) -> None:
     wait_until(lambda: telegram.commands, what="setMyCommands")
-    assert {each["command"] for each in telegram.commands} == set(commands())
+    assert {each["command"] for each in telegram.commands} == set(COMMANDS)
 
 
-def test_arguments_nobody_understands_are_answered_politely(
+def test_arguments_beyond_the_maximum_are_answered_with_the_usage(
     bot_settings: Settings, telegram: Telegram, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pkbrokers_redis.bot.dispatch.COMMANDS_BURST", 100)
+    monkeypatch.setattr("pkbrokers_redis.bot.application.COMMANDS_BURST", 100)
 
     def nonsense(command: Command) -> str:
         return f"/{command.name} " + " ".join(["<b>nonsense"] * (command.words_max + 1))
 
     with running_bot(bot_settings):
-        for command in commands().values():
+        for command in COMMANDS.values():
             answer = telegram.ask(ALICE, nonsense(command))
             assert "Sorry" not in answer.text and "<b>nonsense" not in answer.text, command.name
             assert f"/{command.name}" in answer.text, (command.name, answer.text)
 
 
-def test_a_command_that_is_none_is_answered_with_the_nearest(running: None, telegram: Telegram) -> None:
+def test_an_unknown_command_is_answered_with_the_nearest(running: None, telegram: Telegram) -> None:
     assert "Did you mean /quote?" in telegram.ask(BOB, "/qoute INFY").text
     assert "/help" in telegram.ask(BOB, "/xyzzy").text
 
@@ -86,7 +82,9 @@ def test_a_command_that_is_none_is_answered_with_the_nearest(running: None, tele
 # --- reading
 
 
-def test_a_quote(running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings) -> None:
+def test_quote_shows_price_change_and_the_days_prices(
+    running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
+) -> None:
     put_quote(
         client,
         bot_settings,
@@ -104,7 +102,7 @@ def test_a_quote(running: None, telegram: Telegram, client: redis.Redis, bot_set
     assert "volume 1,234,567" in answer.text
 
 
-def test_quotes_of_several_and_of_an_index_with_a_blank(
+def test_quote_accepts_several_symbols_and_an_index_with_a_blank(
     running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
 ) -> None:
     put_quote(client, bot_settings, NIFTY, last_price=24518.0, close=24500.0)
@@ -114,12 +112,12 @@ def test_quotes_of_several_and_of_an_index_with_a_blank(
     assert "NIFTY 50" in both and "NSE:RELIANCE</b>\nno quote yet" in both
 
 
-def test_a_misspelt_symbol_is_answered_with_a_suggestion(running: None, telegram: Telegram) -> None:
+def test_a_misspelt_symbol_is_answered_with_the_nearest(running: None, telegram: Telegram) -> None:
     for question in ("/quote RELIANC", "/chart RELIANC", "/watch RELIANC", "/alert RELIANC above 5"):
         assert telegram.ask(BOB, question).text == "RELIANC?: did you mean RELIANCE?", question
 
 
-def test_text_from_data_cannot_open_a_tag(
+def test_markup_in_data_is_escaped(
     running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
 ) -> None:
     client.hset(bot_settings.keys.symbols(), "NSE:<b>&X", 4097)
@@ -128,7 +126,7 @@ def test_text_from_data_cannot_open_a_tag(
     assert "<b>NSE:&lt;b&gt;&amp;X</b>" in telegram.ask(BOB, "/quote 4097").text
 
 
-def test_candles_of_an_instrument(
+def test_candles_of_an_instrument_are_a_table(
     running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
 ) -> None:
     push(client, bot_settings.keys, INFY, "5m", [row(OPEN_S, 100.5, flag="partial"), row(OPEN_S + 300, 102)])
@@ -140,7 +138,7 @@ def test_candles_of_an_instrument(
     assert "7m" in telegram.ask(BOB, "/candles INFY 7m").text
 
 
-def test_gainers_losers_active_and_top(
+def test_gainers_losers_active_and_top_rank_the_days_movers(
     running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
 ) -> None:
     for token, close, before, volume, ticks in ((INFY, 110, 100, 5, 7), (RELIANCE, 90, 100, 50, 3)):
@@ -157,7 +155,7 @@ def test_gainers_losers_active_and_top(
     assert "from 1 to 50" in telegram.ask(BOB, "/gainers 999").text
 
 
-def test_start_and_help(running: None, telegram: Telegram) -> None:
+def test_start_and_help_list_the_commands_a_user_may_send(running: None, telegram: Telegram) -> None:
     assert "/quote" in telegram.ask(BOB, "/start").text
     everything = telegram.ask(BOB, "/help").text
     assert "/chart SYMBOL [INTERVAL]" in everything and "/restart" not in everything, "operators' only"
@@ -165,20 +163,20 @@ def test_start_and_help(running: None, telegram: Telegram) -> None:
     assert "candlestick" in telegram.ask(BOB, "/help chart").text
 
 
-def test_status_has_the_pipelines_health(running: None, telegram: Telegram) -> None:
+def test_status_shows_the_pipelines_health(running: None, telegram: Telegram) -> None:
     answer = telegram.ask(BOB, "/status").text
     assert "The pipeline is down" in answer and "no worker reads Kite" in answer
-    assert "bot: heard" in answer
+    assert "bot: alive" in answer
 
 
-def test_a_watch_edits_itself_and_stops(
+def test_watch_updates_its_message_until_stopped(
     running: None,
     telegram: Telegram,
     client: redis.Redis,
     bot_settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pkbrokers_redis.bot.commands.watch.EVERY_SECONDS", 0.02)
+    monkeypatch.setattr("pkbrokers_redis.bot.commands_market.WATCH_EVERY_SECONDS", 0.02)
     put_quote(client, bot_settings, INFY, last_price=100.0)
     message = telegram.ask(BOB, "/watch INFY")
     put_quote(client, bot_settings, INFY, last_price=101.0)
@@ -188,10 +186,10 @@ def test_a_watch_edits_itself_and_stops(
     assert last.message_id == message.message_id and not last.buttons
 
 
-def test_a_watch_that_cannot_begin_says_so(
+def test_watch_reports_when_the_bot_is_busy(
     running: None, telegram: Telegram, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pkbrokers_redis.bot.services.BACKGROUND_MAX", 0)
+    monkeypatch.setattr("pkbrokers_redis.bot.context.BACKGROUND_MAX", 0)
     message = telegram.ask(BOB, "/watch INFY")
     last = telegram.wait(lambda m: "try again in a minute" in m.text)
     assert last.message_id == message.message_id and not last.buttons
@@ -220,7 +218,7 @@ FILES = {
 }
 
 
-def test_every_file_comes_zipped_with_its_checksum(
+def test_every_file_is_sent_zipped_with_its_checksum(
     running: None, telegram: Telegram, bot_settings: Settings
 ) -> None:
     for file, kind in FILES.values():
@@ -238,7 +236,7 @@ def test_every_file_comes_zipped_with_its_checksum(
         telegram.wait(lambda m: m.method == "editMessageText" and m.text.endswith("sent."), since)
 
 
-def test_a_large_file_comes_in_parts_that_join(
+def test_a_large_file_is_sent_in_parts_that_join(
     make_settings: Callable[..., Settings], telegram: Telegram, bot_settings: Settings
 ) -> None:
     settings = bot_settings.model_copy(update={"telegram_file_max_bytes": 1000})
@@ -256,7 +254,7 @@ def test_a_large_file_comes_in_parts_that_join(
         assert archive.read("ticks.json") == content
 
 
-def test_a_file_that_is_missing_is_made_with_progress(
+def test_a_missing_file_is_made_with_progress(
     running: None,
     telegram: Telegram,
     client: redis.Redis,
@@ -270,8 +268,8 @@ def test_a_file_that_is_missing_is_made_with_progress(
         "import sys, time; time.sleep(0.3); "
         "from pkbrokers_redis.jobs.snapshots import snapshot; snapshot(sys.argv[-1])"
     )
-    monkeypatch.setattr(making, "COMMAND", (sys.executable, "-c", code, "snapshot"))
-    monkeypatch.setattr("pkbrokers_redis.bot.files.delivery.PROGRESS_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(file_delivery, "SNAPSHOT_COMMAND", (sys.executable, "-c", code, "snapshot"))
+    monkeypatch.setattr("pkbrokers_redis.bot.file_delivery.PROGRESS_EVERY_SECONDS", 0.05)
     telegram.say(BOB, "/ticks")
     telegram.wait(lambda m: "making a new one" in m.text)
     sent = telegram.wait(lambda m: m.method == "sendDocument")
@@ -285,15 +283,15 @@ def test_a_snapshot_that_fails_is_one_line(
     import sys
 
     code = "import sys; print('pkb: the disk <is> full', file=sys.stderr); sys.exit(2)"
-    monkeypatch.setattr(making, "COMMAND", (sys.executable, "-c", code))
+    monkeypatch.setattr(file_delivery, "SNAPSHOT_COMMAND", (sys.executable, "-c", code))
     telegram.say(BOB, "/ticks")
     assert telegram.wait(lambda m: "No snapshot could be made (the disk &lt;is&gt; full)" in m.text)
 
 
-def test_request_data_sends_what_there_is(
+def test_request_data_sends_the_files_that_exist(
     running: None, telegram: Telegram, bot_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(making, "COMMAND", ("false",))
+    monkeypatch.setattr(file_delivery, "SNAPSHOT_COMMAND", ("false",))
     put_file(bot_settings, "stock_data.db", "sqlite", b"x")
     telegram.say(ALICE, "/request_data")
     telegram.wait(lambda m: m.text == "2 of 4 files sent.")
@@ -309,7 +307,7 @@ def test_request_data_sends_what_there_is(
 SECRET = "the-access-token-itself"
 
 
-def test_token_tells_age_and_expiry_and_never_the_token(
+def test_token_shows_age_and_expiry_and_never_the_token(
     running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
 ) -> None:
     import time
@@ -327,7 +325,7 @@ def test_token_tells_age_and_expiry_and_never_the_token(
     assert SECRET not in json.dumps([each.text for each in telegram.sent])
 
 
-def test_refresh_token_logs_in_after_the_button(
+def test_refresh_token_logs_in_after_confirmation(
     running: None,
     telegram: Telegram,
     client: redis.Redis,
@@ -352,7 +350,7 @@ def test_refresh_token_logs_in_after_the_button(
     assert SECRET not in json.dumps([each.text for each in telegram.sent])
 
 
-def test_a_login_that_cannot_be_is_one_line(running: None, telegram: Telegram) -> None:
+def test_a_login_without_credentials_is_one_line(running: None, telegram: Telegram) -> None:
     telegram.press(telegram.ask(ALICE, "/refresh_token"), "Yes")
     assert "PKB_KITE" in telegram.wait(lambda m: "PKB_" in m.text).text
 
@@ -365,14 +363,14 @@ def test_restart_asks_the_ingest_workers_to_begin_anew(
     assert client.exists(bot_settings.keys.restart("ingest"))
 
 
-def test_ticks_are_counted(
+def test_test_ticks_counts_entries(
     running: None,
     telegram: Telegram,
     client: redis.Redis,
     bot_settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pkbrokers_redis.bot.commands.test_ticks.SECONDS", 0.3)
+    monkeypatch.setattr("pkbrokers_redis.bot.commands_admin.COUNT_SECONDS", 0.3)
     telegram.say(ALICE, "/test_ticks")
     telegram.wait(lambda m: "Counting" in m.text)
     assert "no tick came" in telegram.wait(lambda m: "entries in" in m.text).text

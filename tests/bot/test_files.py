@@ -1,4 +1,4 @@
-"""Which file is sent as it is, and which is made anew first."""
+"""Which file is sent as it is, and which is made again first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 import redis
 
-from pkbrokers_redis.bot.files.shelf import KINDS, Found, is_fresh, market_at
+from pkbrokers_redis.bot.snapshot_index import FILE_KINDS, Snapshot, is_fresh, market_state
 from pkbrokers_redis.candles.calendar import KOLKATA, load_sessions
 from pkbrokers_redis.settings import Settings
 from tests.bot.conftest import running_bot
@@ -44,39 +44,39 @@ def at(text: str) -> float:
         (CRUDE, "ticks", "20 23:56:00", "21 00:30:00", True),
     ],
 )
-def test_a_file_is_sent_as_it_is_while_nothing_can_have_changed(
+def test_a_file_is_sent_as_it_is_until_its_content_can_have_changed(
     token: int, name: str, made: str, asked: str, is_sent: bool
 ) -> None:
     sessions = load_sessions("market")
-    market = market_at(sessions, {sessions.schedule_of(NSE), sessions.schedule_of(token)}, at(asked))
-    assert is_fresh(Found((), at(made), 1, 1), KINDS[name], at(asked), market) == is_sent
+    market = market_state(sessions, {sessions.schedule_of(NSE), sessions.schedule_of(token)}, at(asked))
+    assert is_fresh(Snapshot((), at(made), 1, 1), FILE_KINDS[name], at(asked), market) == is_sent
 
 
 def test_a_market_that_never_closes_is_open() -> None:
     sessions = load_sessions("always")
-    assert market_at(sessions, {0}, at("21 00:00:00")).is_open
+    assert market_state(sessions, {0}, at("21 00:00:00")).is_open
 
 
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
-@pytest.mark.parametrize(("made_at", "made_anew"), [("12:00", ["ticks"]), ("15:31", [])])
-def test_after_hours_a_file_of_the_session_is_made_anew(
+@pytest.mark.parametrize(("made_at", "made_again"), [("12:00", ["ticks"]), ("15:31", [])])
+def test_after_hours_a_file_of_the_session_is_made_again(
     bot_settings: Settings,
     telegram: Telegram,
     client: redis.Redis,
     monkeypatch: pytest.MonkeyPatch,
     made_at: str,
-    made_anew: list[str],
+    made_again: list[str],
 ) -> None:
     made: list[str] = []
 
-    async def make(_: Settings, snapshot: str) -> None:
+    async def run_snapshot(_: Settings, snapshot: str) -> None:
         made.append(snapshot)
 
-    monkeypatch.setattr("pkbrokers_redis.bot.files.delivery.make", make)
+    monkeypatch.setattr("pkbrokers_redis.bot.file_delivery.run_snapshot", run_snapshot)
     put_day(client, bot_settings, INFY, 110.0)
     put_file(bot_settings, "ticks.json", "ticks", b"x", f"2026-11-20T{made_at}:00+05:30")
     shift = f"{at('20 16:00:00')},{time.time()},1.0"
     with running_bot(bot_settings.model_copy(update={"sessions": "market", "time_shift": shift})):
         telegram.say(BOB, "/ticks")
         telegram.wait(lambda m: m.method == "sendDocument")
-    assert made == made_anew
+    assert made == made_again

@@ -1,11 +1,11 @@
-"""What waits for Telegram: whatever one chat's messages meet, the other chats get theirs."""
+"""Alerts that wait for Telegram: a failing chat does not delay other chats."""
 
 from __future__ import annotations
 
 import pytest
 import redis
 
-from pkbrokers_redis.bot.alerts.commit import OUTBOX_MAX
+from pkbrokers_redis.bot.alerts.store import OUTBOX_MAX
 from pkbrokers_redis.settings import Settings
 from tests.bot.conftest import running_bot
 from tests.bot.telegram import BOB, GROUP, Telegram
@@ -19,7 +19,7 @@ SUPERGROUP = -1_005_000
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pkbrokers_redis.bot.alerts.outbox.LOOK_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr("pkbrokers_redis.bot.alerts.outbox.POLL_SECONDS", 0.05)
 
 
 def put(client: redis.Redis, settings: Settings, chat: int, *texts: str) -> None:
@@ -34,7 +34,7 @@ def is_empty(client: redis.Redis, settings: Settings) -> bool:
     return client.xlen(settings.keys.bot_outbox()) == 0
 
 
-def test_a_group_that_became_a_supergroup_holds_up_nobody(
+def test_a_group_that_became_a_supergroup_delays_no_other_chat(
     bot_settings: Settings, telegram: Telegram, client: redis.Redis
 ) -> None:
     telegram.moved[GROUP] = SUPERGROUP
@@ -57,7 +57,7 @@ def test_alerts_follow_a_group_to_an_id_that_the_settings_name(
     assert len(telegram.messages(SUPERGROUP)) == 1
 
 
-def test_a_chat_whose_messages_fail_holds_up_nobody_and_gets_them_later(
+def test_a_failing_chat_delays_no_other_chat_and_gets_its_messages_later(
     bot_settings: Settings, telegram: Telegram, client: redis.Redis
 ) -> None:
     telegram.broken.add(GROUP)
@@ -72,7 +72,7 @@ def test_a_chat_whose_messages_fail_holds_up_nobody_and_gets_them_later(
     assert "\n".join(m.text for m in telegram.messages(GROUP)).split() == texts
 
 
-def test_the_last_of_a_full_outbox_does_not_wait_for_all_others(
+def test_the_last_message_of_a_full_outbox_does_not_wait_for_a_failing_chat(
     bot_settings: Settings, telegram: Telegram, client: redis.Redis
 ) -> None:
     telegram.broken.add(GROUP)

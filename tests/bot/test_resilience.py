@@ -1,4 +1,4 @@
-"""Telegram as it is on a bad day, Redis away, several bots, restarts."""
+"""Failures of Telegram, an unavailable Redis, several bots, restarts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import redis
 from telegram import Update
 from telegram.ext import ExtBot
 
-from pkbrokers_redis.bot.polling import Poller
 from pkbrokers_redis.bot.runner import bot
+from pkbrokers_redis.bot.telegram_client import UpdatePoller
 from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.settings import Settings
 from tests.bot.conftest import running_bot
@@ -43,13 +43,13 @@ MALFORMED: list[dict[str, Any]] = [
 ]
 
 
-def test_malformed_updates_cost_only_themselves(running: None, telegram: Telegram) -> None:
+def test_malformed_updates_are_skipped(running: None, telegram: Telegram) -> None:
     for update in MALFORMED:
         telegram.push(update)
         assert "market" in telegram.ask(BOB, "/start").text, update
 
 
-def test_text_that_is_hostile_is_answered_or_ignored(running: None, telegram: Telegram) -> None:
+def test_hostile_text_is_answered_or_ignored(running: None, telegram: Telegram) -> None:
     for text in (
         "/",
         "/ ",
@@ -65,7 +65,7 @@ def test_text_that_is_hostile_is_answered_or_ignored(running: None, telegram: Te
     assert not [m for m in telegram.sent if "Sorry" in m.text]
 
 
-def test_polling_survives_what_telegram_does(running: None, telegram: Telegram) -> None:
+def test_polling_survives_502_html_and_429(running: None, telegram: Telegram) -> None:
     telegram.misbehave("getUpdates", status=502, times=1)
     telegram.misbehave("getUpdates", body="<html>maintenance</html>")
     telegram.misbehave("getUpdates", status=429, retry_after=1)
@@ -73,8 +73,8 @@ def test_polling_survives_what_telegram_does(running: None, telegram: Telegram) 
     assert "market" in telegram.ask(BOB, "/start").text
 
 
-class OddApi:
-    """Answers getUpdates at once, as told; then Over."""
+class ScriptedApi:
+    """Answers getUpdates at once from a list; then raises Over."""
 
     class Over(Exception): ...
 
@@ -87,7 +87,7 @@ class OddApi:
         return self.answers.pop(0)
 
 
-def test_an_answer_that_confirms_nothing_is_waited_for(
+def test_polling_backs_off_after_answers_that_confirm_nothing(
     client: redis.Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[float] = []
@@ -95,24 +95,26 @@ def test_an_answer_that_confirms_nothing_is_waited_for(
     async def sleep(seconds: float) -> None:
         waits.append(seconds)
 
-    async def take(_: Update) -> None: ...
+    async def accept(_: Update) -> None: ...
 
     update = {"update_id": 700}
-    odd = OddApi([update], {"x": 1}, [5], [[]], [], [update], [{"update_id": 701}], [{"update_id": True}])
-    monkeypatch.setattr("pkbrokers_redis.bot.polling.asyncio.sleep", sleep)
-    poller = Poller(cast("ExtBot[Any]", odd), client, settings.keys, take)
-    with pytest.raises(OddApi.Over):
+    api = ScriptedApi(
+        [update], {"x": 1}, [5], [[]], [], [update], [{"update_id": 701}], [{"update_id": True}]
+    )
+    monkeypatch.setattr("pkbrokers_redis.bot.telegram_client.asyncio.sleep", sleep)
+    poller = UpdatePoller(cast("ExtBot[Any]", api), client, settings.keys, accept)
+    with pytest.raises(ScriptedApi.Over):
         asyncio.run(poller.run())
     first, second, third, nothing, again, none = waits
     assert first < second < third and again > nothing == none == first
     assert poller.counts == {"updates": 2, "malformed": 4, "repeated": 1}
 
 
-def test_an_answer_without_sense_costs_only_its_message(running: None, telegram: Telegram) -> None:
+def test_a_malformed_answer_costs_only_its_message(running: None, telegram: Telegram) -> None:
     for body in ('{"ok": true}', '{"ok": true, "result": 5}', '{"ok": true, "result": []}', "[]"):
         telegram.misbehave("sendMessage", body=body)
         telegram.say(BOB, "/start")
-        wait_until(lambda: not telegram.faults.get("sendMessage"), what="the senseless answer")
+        wait_until(lambda: not telegram.faults.get("sendMessage"), what="the malformed answer")
         telegram.ask(ALICE, "/start")
     assert "market" in telegram.ask(BOB, "/start").text
     assert len(telegram.messages(BOB)) == 1
@@ -125,7 +127,7 @@ def test_an_answer_survives_5xx_and_429(running: None, telegram: Telegram) -> No
     assert len(telegram.messages(BOB)) == 1
 
 
-def test_a_slow_answer_of_telegrams_does_not_hold_up_other_chats(running: None, telegram: Telegram) -> None:
+def test_a_slow_answer_of_telegram_does_not_delay_other_chats(running: None, telegram: Telegram) -> None:
     telegram.misbehave("sendMessage", seconds=1.0)
     began = time.monotonic()
     telegram.say(BOB, "/start")
@@ -134,7 +136,7 @@ def test_a_slow_answer_of_telegrams_does_not_hold_up_other_chats(running: None, 
     assert not telegram.messages(BOB), f"{time.monotonic() - began:.1f} s"
 
 
-def test_a_refused_token_is_one_line_without_it(
+def test_a_refused_token_is_one_line_without_the_token(
     bot_settings: Settings, telegram: Telegram, caplog: pytest.LogCaptureFixture
 ) -> None:
     wrong = "999999:another-token-nobody-shall-see-in-a-log"
@@ -148,7 +150,7 @@ def test_a_refused_token_is_one_line_without_it(
         chain = chain.__cause__
 
 
-def test_the_process_says_no_token_in_one_line(bot_settings: Settings) -> None:
+def test_a_missing_token_is_one_line_and_exit_2(bot_settings: Settings) -> None:
     env = settings_env(bot_settings)
     del env["PKB_TELEGRAM_TOKEN"]
     with running_python("-m", "workers.bot", env=env) as process:
@@ -157,14 +159,16 @@ def test_the_process_says_no_token_in_one_line(bot_settings: Settings) -> None:
     assert out.startswith("pkb: there is no bot token") and out.count("\n") == 1
 
 
-def test_telegram_that_is_away_at_the_start_is_waited_for(bot_settings: Settings, telegram: Telegram) -> None:
+def test_the_bot_waits_for_an_unavailable_telegram_at_the_start(
+    bot_settings: Settings, telegram: Telegram
+) -> None:
     telegram.misbehave("getMe", status=502, times=2)
     telegram.misbehave("getMe", body="{}")
     with running_bot(bot_settings):
         assert "market" in telegram.ask(BOB, "/start").text
 
 
-def test_an_update_that_comes_again_is_answered_once(running: None, telegram: Telegram) -> None:
+def test_a_repeated_update_is_answered_once(running: None, telegram: Telegram) -> None:
     telegram.ask(BOB, "/start")
     [number] = [700]
     message = {
@@ -172,6 +176,7 @@ def test_an_update_that_comes_again_is_answered_once(running: None, telegram: Te
         "date": int(time.time()),
         "chat": {"id": BOB, "type": "private"},
         "text": "/start",
+        "entities": [{"type": "bot_command", "offset": 0, "length": 6}],
     }
     telegram.push(
         {"message": {**message, "from": {"id": BOB, "is_bot": False, "first_name": "x"}}}, update_id=number
@@ -180,7 +185,7 @@ def test_an_update_that_comes_again_is_answered_once(running: None, telegram: Te
     assert len(telegram.messages(BOB)) == 1
 
 
-def test_what_was_said_while_no_bot_ran_is_answered_once_by_the_next(
+def test_a_message_sent_while_no_bot_ran_is_answered_once_by_the_next(
     bot_settings: Settings, telegram: Telegram, client: redis.Redis
 ) -> None:
     with running_bot(bot_settings):
@@ -189,11 +194,11 @@ def test_what_was_said_while_no_bot_ran_is_answered_once_by_the_next(
     for _ in range(2):
         with running_bot(bot_settings):
             telegram.ask(ALICE, "/start")
-    texts = [each.text for each in telegram.messages(BOB)]
+    texts = [message.text for message in telegram.messages(BOB)]
     assert [text.startswith("📊") for text in texts] == [True, False], "one /start, one /help"
 
 
-def test_two_bots_answer_once_and_one_takes_over(
+def test_of_two_bots_one_answers_and_the_other_takes_over(
     bot_settings: Settings, telegram: Telegram, client: redis.Redis
 ) -> None:
     key = bot_settings.keys.bot_lease()
@@ -216,10 +221,10 @@ def test_two_bots_answer_once_and_one_takes_over(
             telegram.ask(BOB, "/start")
         telegram.ask(BOB, "/start")
     assert len(telegram.messages(BOB)) == 7
-    assert not client.exists(key), "let go in good order"
+    assert not client.exists(key), "released at the end"
 
 
-def test_a_redis_that_goes_away_pauses_the_bot_and_loses_no_question(
+def test_an_unavailable_redis_pauses_the_bot_and_loses_no_message(
     make_settings: Callable[..., Settings], telegram: Telegram, bot_settings: Settings, tmp_path: Path
 ) -> None:
     with running_server(tmp_path / "own", "--appendonly", "yes") as port:
@@ -239,7 +244,7 @@ def test_a_bot_writes_its_heartbeat(running: None, client: redis.Redis, bot_sett
     assert TOKEN not in str(client.hgetall(keys[0]))
 
 
-def test_a_process_stops_in_good_order(
+def test_sigterm_ends_the_process_and_releases_the_lease(
     bot_settings: Settings, telegram: Telegram, client: redis.Redis
 ) -> None:
     with running_python("-m", "workers.bot", env=settings_env(bot_settings)) as process:

@@ -1,4 +1,4 @@
-"""`PKTickBot` as upstream's programs use it."""
+"""`PKTickBot` under upstream's names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ UPSTREAM = [
 ]  # fmt: skip
 
 
-def test_upstreams_handlers_are_there_with_their_arguments(server_kind: str) -> None:
+def test_upstreams_handlers_exist_with_their_arguments(server_kind: str) -> None:
     for name in UPSTREAM:
         method = getattr(PKTickBot, name)
         assert list(inspect.signature(method).parameters)[1:] == ["update", "context"], name
@@ -33,7 +33,7 @@ def test_upstreams_handlers_are_there_with_their_arguments(server_kind: str) -> 
     ]  # fmt: skip
 
 
-def test_it_runs_and_serves_its_group(bot_settings: Settings, telegram: Telegram) -> None:
+def test_it_runs_and_answers_in_its_group(bot_settings: Settings, telegram: Telegram) -> None:
     bot = PKTickBot(TOKEN, "/tmp/ticks.json", chat_id="4242", settings=bot_settings)
     assert (bot.chat_id, bot.ticks_db_path) == ("-4242", "/tmp/ticks.db")
     thread = threading.Thread(target=bot.run)
@@ -46,7 +46,7 @@ def test_it_runs_and_serves_its_group(bot_settings: Settings, telegram: Telegram
     assert not thread.is_alive()
 
 
-def test_the_top_table(bot_settings: Settings, client: redis.Redis) -> None:
+def test_the_top_table_is_html(bot_settings: Settings, client: redis.Redis) -> None:
     bot = PKTickBot(TOKEN, settings=bot_settings)
     assert bot.get_top_ticks_formatted() is None
     put_day(client, bot_settings, INFY, 110.0, ticks=7)
