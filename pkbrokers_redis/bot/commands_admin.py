@@ -30,7 +30,7 @@ async def status(context: CommandContext) -> None:
 
 
 def _health_text(findings: list[Finding]) -> str:
-    lines = [f"{SYMBOLS[row.level]} {escape(row.check)}: {escape(row.what)}" for row in findings]
+    lines = [f"{SYMBOLS[row.level]} {escape(row.check)}: {escape(row.message)}" for row in findings]
     return f"<b>The pipeline is {health_of(findings)}.</b>\n" + "\n".join(lines)
 
 

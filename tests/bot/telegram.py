@@ -4,8 +4,8 @@
         telegram.say(ALICE, "/quote INFY")
         message = telegram.wait(lambda m: "INFY" in m.text)
 
-It implements what the bot uses: getMe, setMyCommands, getUpdates (long poll; an offset confirms; a second poller
-ends the first one's poll with 409), sendMessage, editMessageText, sendPhoto, sendDocument (multipart),
+It implements what the bot uses: getMe, setMyCommands, getUpdates (long poll; an offset confirms; a second
+poller ends the first one's poll with 409), sendMessage, editMessageText, sendPhoto, sendDocument (multipart),
 answerCallbackQuery. `misbehave` makes a method fail, refuse by 429, or dawdle; `moved` are groups that became
 supergroups (old id → new), messages to `broken` chats fail.
 """

@@ -233,7 +233,7 @@ def test_a_commit_based_on_an_older_checkpoint_is_refused_as_a_whole(
 
 
 def test_two_readers_at_once_report_a_crossing_once(client: redis.Redis, bot_settings: Settings) -> None:
-    """One lost its lease without noticing: the second commit is refused, and that reader resumes from Redis."""
+    """One lost its lease without noticing: the second commit is refused, and it resumes from Redis."""
     add(client, bot_settings, "above", 100)
     tick(client, bot_settings, 99.0)
     with Reader(bot_settings) as one, Reader(bot_settings) as two:
