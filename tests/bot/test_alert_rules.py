@@ -11,7 +11,7 @@ from typing import get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pkbrokers_redis.bot.usage import UsageError
+from pkbrokers_redis.bot.context import UsageError
 
 from pkbrokers_redis.bot.alerts.rules import (
     FORMS,

@@ -34,7 +34,7 @@ def test_a_dead_worker_and_its_replacement_are_reported_once(
     with running_bot(bot_settings):
         report = telegram.wait(lambda m: "no worker reads Kite" in m.text)
         assert report.chat_id == ALICE and report.text.startswith("❌")
-        for trouble in ("ingest", "session"):  # told, and remembered
+        for trouble in ("ingest", "session"):  # reported and stored
             wait_until(lambda trouble=trouble: client.hexists(bot_settings.keys.bot_troubles(), trouble))
     with running_bot(bot_settings):  # a restart of the bot is no news
         beat(client, bot_settings, "ingest")
@@ -42,7 +42,7 @@ def test_a_dead_worker_and_its_replacement_are_reported_once(
     texts = [m.text for m in telegram.messages()]
     assert sum("no worker reads Kite" in text for text in texts) == 1
     assert sum("<b>session</b>: there is no Kite session" in text for text in texts) == 1
-    assert {m.chat_id for m in telegram.messages()} == {ALICE}, "nobody else is told"
+    assert {m.chat_id for m in telegram.messages()} == {ALICE}, "nobody else is notified"
 
 
 def test_a_late_heartbeat_of_one_of_several_workers_is_reported(
