@@ -11,7 +11,6 @@ from typing import get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pkbrokers_redis.bot.context import UsageError
 
 from pkbrokers_redis.bot.alerts.rules import (
     FORMS,
@@ -24,6 +23,7 @@ from pkbrokers_redis.bot.alerts.rules import (
     first_state,
     parse,
 )
+from pkbrokers_redis.bot.context import UsageError
 
 NAN = math.nan
 T0 = 1_767_584_700_000  # 2026-01-05 09:15 in Kolkata
