@@ -30,7 +30,7 @@ _once = logs.Once()
 
 
 def load_watch(client: redis.Redis, keys: Keys) -> dict[str, str]:
-    """Symbol → `add` or `remove`. Entries of a foreign hand are left out. Raises WrongKeyType."""
+    """Return symbol → `add` or `remove`, without malformed entries. Raise WrongKeyType."""
     try:
         found: Any = client.hgetall(keys.watch())
     except ResponseError as error:

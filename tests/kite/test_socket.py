@@ -116,7 +116,7 @@ def quick_market(count: int) -> Market:
 
 @contextlib.contextmanager
 def raw_server(handle: Callable[[socket.socket], None]) -> Iterator[str]:
-    """A TCP server that does what it is told with each connection; its ws:// URL."""
+    """Start a TCP server with a scripted behaviour for each connection; yield its ws:// URL."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def accept() -> None:

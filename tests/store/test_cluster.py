@@ -429,4 +429,4 @@ def test_dead_master_raises_a_connection_error_and_never_reads_as_an_empty_key(
                 return "\n" not in str(error)
             return False
 
-        wait_until(is_said, timeout_seconds=30, what="a fresh client to be told in one line")
+        wait_until(is_said, timeout_seconds=30, what="one line for a fresh client")

@@ -107,15 +107,15 @@ def test_forgotten_instrument_leaves_no_key_or_field(client: redis.Redis, owner:
     commit(client, owner, **all_parts())
     client.hset(KEYS.quote(TOKEN), "last_price", "1")
     client.hset(STATE, f"{TOKEN}:revs", "{}")
-    client.set(KEYS.candles(TOKEN, "5m"), "of a foreign hand")
+    client.set(KEYS.candles(TOKEN, "5m"), "written by another program")
     assert commit(client, owner, forgotten={TOKEN: ["1m", "5m"], 7: ["1m", "5m"]}) == []
     assert list(client.scan_iter(f"*:{TOKEN}*")) == []
     assert client.hgetall(STATE) == {}
     assert client.lrange(KEYS.candles(OTHER, "1m"), 0, -1) == [row(60)]
     assert client.hget(KEYS.current(OTHER), "1m") == row(120)
-    stranger = ShardCursor("two", owner.epoch, owner.commits)
+    other_owner = ShardCursor("two", owner.epoch, owner.commits)
     with pytest.raises(CommitRefused):
-        commit(client, stranger, forgotten={OTHER: ["1m"]})
+        commit(client, other_owner, forgotten={OTHER: ["1m"]})
     assert client.llen(KEYS.candles(OTHER, "1m")) == 1
 
 
@@ -240,7 +240,7 @@ def test_the_closed_stream_is_capped(client: redis.Redis, owner: ShardCursor) ->
     assert 300 <= client.xlen(CLOSED) <= 500  # trimmed in whole nodes
 
 
-# -- what a foreign hand left ------------------------------------------------------------------------
+# -- keys written by other programs ------------------------------------------------------------------------
 
 LIST = KEYS.candles(TOKEN, "1m")
 

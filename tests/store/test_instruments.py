@@ -123,8 +123,8 @@ def test_reassigned_token_is_reported_for_deletion(client: redis.Redis, settings
         [contract(first, "NIFTY26N2426500PE")],  # the second is nobody's for a while
         [contract(first, "NIFTY26N2426500PE"), contract(second, "NIFTY26D0124000CE")],
     ]
-    told = [swap_master(client, keys, rows, ["NFO"]).reassigned for rows in masters]
-    assert told == [0, 1, 0, 1] and sorted(forgotten(client, keys)) == [first, second]
+    reassigned = [swap_master(client, keys, rows, ["NFO"]).reassigned for rows in masters]
+    assert reassigned == [0, 1, 0, 1] and sorted(forgotten(client, keys)) == [first, second]
     assert swap_master(client, keys, [contract(third, "GOLD26DECFUT", "MCX")], ["MCX"]).reassigned == 0
     assert swap_master(client, keys, masters[-1], ["NFO"]).reassigned == 0
 
