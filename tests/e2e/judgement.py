@@ -117,5 +117,5 @@ def doctor(stage: Stage) -> tuple[int, list[str]]:
     except (ValueError, KeyError):
         return found.returncode, [found.stdout + found.stderr]
     return found.returncode, [
-        f"{each['check']}: {each['what']}" for each in findings if each["level"] != "ok"
+        f"{each['check']}: {each['message']}" for each in findings if each["level"] != "ok"
     ]

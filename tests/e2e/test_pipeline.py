@@ -310,8 +310,8 @@ def test_invalid_setting_or_unreachable_redis_prints_one_line(
 def test_wrong_password_prints_one_line(
     role: str, server: Any, client: redis.Redis, settings: Settings
 ) -> None:
-    port = client.config_get("port")["port"]  # type: ignore[index]
-    env = {**KITE, "PKB_REDIS_URL": f"redis://nobody:geheim@127.0.0.1:{port}/0"}
+    path = server.url.removeprefix("unix://").partition("?")[0]
+    env = {**KITE, "PKB_REDIS_URL": f"unix://nobody:geheim@{path}"}
     assert_one_line(run_pkb(role, env=env), "refuses the user or password", "PKB_REDIS_URL")
 
 

@@ -52,7 +52,7 @@ MOMENTS = [
         {"at": "2026-08-05T08:35:00+05:30"},
         Moment("pkbrokers_redis.store.instruments", "_swap_derivatives"),
     ),
-    ("feed", {}, Moment("pkbrokers_redis.jobs.daily", "gather")),
+    ("feed", {}, Moment("pkbrokers_redis.jobs.daily", "read_cluster_state")),
     ("final_candles", {}, Moment("pkbrokers_redis.jobs.progress", "Progress.note", 3)),
     ("day_snapshot", {"kind": "ticks"}, Moment("os", "fsync")),
     ("day_snapshot", {"kind": "pickle"}, Moment("os", "fsync", 1)),

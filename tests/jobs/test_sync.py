@@ -182,7 +182,7 @@ def test_too_large_file_is_named_after_all_other_files_were_pushed(
         push(target, folder)
     assert error.value.names == ["huge.pkl"] and f"{FOLDER}/huge.pkl" not in repository.names()
     assert f"{FOLDER}/ticks.json" in repository.names()
-    assert "large_file" not in capfd.readouterr().err
+    assert "event=large_file" not in capfd.readouterr().err
 
 
 def test_push_downloads_no_contents_of_the_branch(

@@ -178,7 +178,7 @@ def test_failed_job_is_one_line_and_can_be_retried(
     wait_until(lambda: all(status_is(queue, id_, "failed") for id_ in ids), timeout_seconds=60)
     why = {row["id"]: row["reason"] for row in view.failed_jobs(queue)}
     assert why[wrong.id].startswith("Kite has no '2m' history: use one of 1m")
-    assert why[foreign.id].startswith("os.getcwd is no job of ours")
+    assert why[foreign.id].startswith("os.getcwd is not in the table of jobs")
     assert why[bug.id].startswith("TypeError: repair_gap() missing")
     assert all("\n" not in line for line in why.values())
 
