@@ -20,6 +20,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 # Files that every step calls but that do not handle the tick: names of keys, due times of leases and repairs.
 ALONGSIDE = {
     "keys.py",
+    "clock.py",
     "aggregate/leases.py",
     "aggregate/repairs.py",
     "runtime/roles.py",
