@@ -60,11 +60,11 @@ def test_urls_and_paths_are_accepted(field: str, url: str) -> None:
 @pytest.mark.parametrize(
     "name", ["PKB_KITE_ACCESS_TOKEN", "PKB_KITE_ENCTOKEN", "PKB_GITHUB_TOKEN", "PKB_KITE_API_KEY"]
 )
-@pytest.mark.parametrize("odd", ["\u2019", "\u2013", "\n", "\x1b"])
+@pytest.mark.parametrize("character", ["\u2019", "\u2013", "\n", "\x1b"])
 def test_a_token_that_no_header_can_carry_is_named_and_not_shown(
-    monkeypatch: pytest.MonkeyPatch, name: str, odd: str
+    monkeypatch: pytest.MonkeyPatch, name: str, character: str
 ) -> None:
-    monkeypatch.setenv(name, f"geheim{odd}es")
+    monkeypatch.setenv(name, f"geheim{character}es")
     with pytest.raises(
         SettingsError, match=rf"{name} holds a character that no HTTP header can carry"
     ) as error:

@@ -41,7 +41,7 @@ def test_missing_folder_and_unknown_files_are_ignored(
     secrets: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:
     (secrets / "kubernetes.io").mkdir()
-    (secrets / "kite_access_token").write_text("not ours")
+    (secrets / "kite_access_token").write_text("another program's")
     assert token() is None
     monkeypatch.setattr(settings_module, "SECRETS_DIR", secrets / "missing")
     assert token() is None

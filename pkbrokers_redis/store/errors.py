@@ -41,7 +41,7 @@ _CONNECTION_ERRORS = (redis.ConnectionError, redis.TimeoutError, OSError)
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether the same command may succeed later, without anybody's action on keys or settings."""
+    """Return whether the same command may succeed later, without a change of keys or settings."""
     if isinstance(error, (*_CONNECTION_ERRORS, *_TRANSIENT_REPLIES)):
         return True
     return isinstance(error, ResponseError) and str(error).startswith(_TRANSIENT_CODES)

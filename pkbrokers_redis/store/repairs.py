@@ -107,7 +107,7 @@ def send_rows(
         keys: Of the store.
         token: The instrument.
         interval: As in the keys.
-        from_s: Start of the span that history was asked for, epoch seconds, inclusive.
+        from_s: Start of the span that was requested from history, epoch seconds, inclusive.
         to_s: Its end, exclusive.
         rows: `[start, open, high, low, close, volume, oi]`, oldest first, `start` in epoch seconds, `oi` a
             number or None. Completed candles only: the open one is skipped.

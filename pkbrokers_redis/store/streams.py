@@ -51,7 +51,7 @@ def id_order(entry_id: str) -> tuple[int, int]:
 
 
 def is_count(text: bytes) -> bool:
-    """Return whether a field, which anybody may have written, holds a whole number of at most 18 digits."""
+    """Return whether an unchecked field holds a whole number of at most 18 digits."""
     return text.isdigit() and len(text) <= 18
 
 

@@ -161,7 +161,7 @@ def test_worker_with_a_readers_user_fails_with_one_line(port: int) -> None:
 
 @pytest.fixture
 def tls_port(tmp_path: Path) -> Iterator[tuple[int, str]]:
-    """A real server behind TLS ends that a proxy of ours takes off, and the certificate's file."""
+    """A real server behind TLS ends that a proxy terminates, and the certificate's file."""
     certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
     words = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=localhost"
     try:

@@ -120,10 +120,10 @@ def test_attempts_count_within_an_hour_and_a_login_ends_a_refusal(
         state = auth.load_login_state(client, keys, NOW)
         assert state.attempts == attempts
         auth.note_attempt(client, keys, state, NOW)
-    auth.note_refusal(client, keys, LoginRefused("wrong password", "change it"), NOW)
+    auth.note_refusal(client, keys, LoginRefused("wrong password", "correct it"), NOW)
     auth.note_totp_window(client, keys, 59_000_000)
     state = auth.load_login_state(client, keys, NOW + 60)
-    assert (state.attempts, state.refused, state.hint) == (2, "wrong password", "change it")
+    assert (state.attempts, state.refused, state.hint) == (2, "wrong password", "correct it")
     assert auth.load_login_state(client, keys, NOW + auth.OUTAGE_SECONDS + 1).attempts == 0
     save_session(client, keys, session())
     state = auth.load_login_state(client, keys, NOW)

@@ -328,13 +328,13 @@ def test_reader_follows_a_position_that_moved_back_and_a_deleted_stream(
 ) -> None:
     reader = StreamReader(cluster_client)
     positions[ALL_TICKS[2]] = "900-0"
-    assert reader.read(positions, 10, 20) == []  # a bell now waits behind 900
+    assert reader.read(positions, 10, 20) == []  # a blocking read now waits behind 900
     positions[ALL_TICKS[2]] = "0-0"
     timer = later(lambda: cluster_client.xadd(ALL_TICKS[2], {"a": 1}, id="5-0"))
     assert positions.advance(reader.read(positions, 10, 60_000)) == [(ALL_TICKS[2], {b"a": b"1"})]
     timer.join()
     del positions[ALL_TICKS[3]]
-    cluster_client.xadd(ALL_TICKS[3], {"not": "ours any more"})
+    cluster_client.xadd(ALL_TICKS[3], {"not": "this shard's"})
     assert reader.read(positions, 10, 20) == []
     timer = later(lambda: cluster_client.xadd(ALL_TICKS[4], {"b": 1}))
     assert positions.advance(reader.read(positions, 10, 60_000)) == [(ALL_TICKS[4], {b"b": b"1"})]
@@ -422,11 +422,11 @@ def test_dead_master_raises_a_connection_error_and_never_reads_as_an_empty_key(
 
         wait_until(is_broken, timeout_seconds=30)
 
-        def is_said() -> bool:
+        def is_reported() -> bool:
             try:
                 connect(settings)
             except PkbError as error:
                 return "\n" not in str(error)
             return False
 
-        wait_until(is_said, timeout_seconds=30, what="one line for a fresh client")
+        wait_until(is_reported, timeout_seconds=30, what="one line for a new client")

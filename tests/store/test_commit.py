@@ -37,7 +37,7 @@ Put = tuple[int, str, int, int, bytes]
 
 @pytest.fixture
 def owner(client: redis.Redis) -> ShardCursor:
-    """The shard is ours, and three entries wait in its stream."""
+    """A shard under this worker's lease, with three entries in its stream."""
     load_functions(client)
     ensure_groups(client, KEYS)
     for entry_id in ENTRIES:
@@ -46,7 +46,7 @@ def owner(client: redis.Redis) -> ShardCursor:
 
 
 def own(client: redis.Redis, worker: str = "one") -> ShardCursor:
-    """Take the shard, whoever held it, as one whose lease ran out would lose it."""
+    """Acquire the shard as after its owner's lease expired."""
     client.delete(KEYS.lease(0))
     epochs, refused = lease_shards(client, KEYS, [0], worker, 60_000)
     if refused:
@@ -107,15 +107,15 @@ def test_forgotten_instrument_leaves_no_key_or_field(client: redis.Redis, owner:
     commit(client, owner, **all_parts())
     client.hset(KEYS.quote(TOKEN), "last_price", "1")
     client.hset(STATE, f"{TOKEN}:revs", "{}")
-    client.set(KEYS.candles(TOKEN, "5m"), "written by another program")
+    client.set(KEYS.candles(TOKEN, "5m"), "of another program")
     assert commit(client, owner, forgotten={TOKEN: ["1m", "5m"], 7: ["1m", "5m"]}) == []
     assert list(client.scan_iter(f"*:{TOKEN}*")) == []
     assert client.hgetall(STATE) == {}
     assert client.lrange(KEYS.candles(OTHER, "1m"), 0, -1) == [row(60)]
     assert client.hget(KEYS.current(OTHER), "1m") == row(120)
-    other_owner = ShardCursor("two", owner.epoch, owner.commits)
+    former = ShardCursor("two", owner.epoch, owner.commits)
     with pytest.raises(CommitRefused):
-        commit(client, other_owner, forgotten={OTHER: ["1m"]})
+        commit(client, former, forgotten={OTHER: ["1m"]})
     assert client.llen(KEYS.candles(OTHER, "1m")) == 1
 
 
@@ -174,7 +174,7 @@ def test_commit_from_another_position_is_refused_completely(client: redis.Redis,
 
 
 def test_the_same_commit_twice_is_refused_the_second_time(client: redis.Redis, owner: ShardCursor) -> None:
-    """A reply that got lost: whoever sends again learns that it had arrived."""
+    """A reply was lost: the second attempt is refused, because the first one arrived."""
     again = dataclasses.replace(owner)
     commit(client, owner, "5-0", read=1, **all_parts())
     before = everything(client)
@@ -240,7 +240,7 @@ def test_the_closed_stream_is_capped(client: redis.Redis, owner: ShardCursor) ->
     assert 300 <= client.xlen(CLOSED) <= 500  # trimmed in whole nodes
 
 
-# -- keys written by other programs ------------------------------------------------------------------------
+# -- keys that another program wrote ------------------------------------------------------------------------
 
 LIST = KEYS.candles(TOKEN, "1m")
 
@@ -306,8 +306,8 @@ def test_malformed_cursor_is_named(client: redis.Redis, owner: ShardCursor, fiel
 
 
 def test_malformed_sources_are_skipped(client: redis.Redis, owner: ShardCursor) -> None:
-    client.hset(CURSOR, mapping={"src:ours": "12", "src:odd": "1e5", "src:huge": "9" * 5000, "note": "hi"})
-    assert own(client).sources == {b"ours": 12}
+    client.hset(CURSOR, mapping={"src:valid": "12", "src:text": "1e5", "src:huge": "9" * 5000, "note": "hi"})
+    assert own(client).sources == {b"valid": 12}
 
 
 def test_evicted_sources_leave_the_cursor(client: redis.Redis, owner: ShardCursor) -> None:
@@ -318,7 +318,7 @@ def test_evicted_sources_leave_the_cursor(client: redis.Redis, owner: ShardCurso
 
 
 def test_entry_that_the_stream_never_held_is_not_committed(client: redis.Redis, owner: ShardCursor) -> None:
-    """We read it from a Redis that has gone: its successor knows nothing of it."""
+    """The entry was read from a failed Redis, and the new master never held it."""
     before = everything(client)
     with pytest.raises(CommitRefused, match="STALE the stream never held entry 8-0"):
         commit(client, owner, "8-0", read=4, **all_parts())

@@ -1,4 +1,4 @@
-"""The embedded server: shared while it is used, gone when it is not, and never without its data."""
+"""The embedded server is shared while it is used, stops afterwards, and keeps its data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The master, and the session, on a cluster: no command of theirs needs two keys in one slot."""
+"""The master, and the session, on a cluster, where no command may need keys of two slots."""
 
 from __future__ import annotations
 
@@ -87,8 +87,8 @@ def test_a_session_is_shared_marked_and_renewed_on_a_cluster(
         dead = save_session(
             cluster_client, keys, Session("", enctoken=SecretStr("dead"), login_at=time.time())
         )
-        keeper = SessionManager(settings, lambda: cluster_client)
-        renewed = keeper.renew(dead, threading.Event())
+        manager = SessionManager(settings, lambda: cluster_client)
+        renewed = manager.renew(dead, threading.Event())
         assert renewed.is_same(load_session(cluster_client, keys)) and kite.accounts.logins == 1
     forget_session(cluster_client, keys, renewed)
     assert load_session(cluster_client, keys) is None
@@ -120,11 +120,11 @@ def test_reassigned_token_is_reported_for_deletion(client: redis.Redis, settings
     masters = [
         [contract(first, "NIFTY26N1724000CE"), contract(second, "NIFTY26N1724000PE")],
         [contract(first, "NIFTY26N2426500PE")],  # at once
-        [contract(first, "NIFTY26N2426500PE")],  # the second is nobody's for a while
+        [contract(first, "NIFTY26N2426500PE")],  # the second is unused for a while
         [contract(first, "NIFTY26N2426500PE"), contract(second, "NIFTY26D0124000CE")],
     ]
-    reassigned = [swap_master(client, keys, rows, ["NFO"]).reassigned for rows in masters]
-    assert reassigned == [0, 1, 0, 1] and sorted(forgotten(client, keys)) == [first, second]
+    counts = [swap_master(client, keys, rows, ["NFO"]).reassigned for rows in masters]
+    assert counts == [0, 1, 0, 1] and sorted(forgotten(client, keys)) == [first, second]
     assert swap_master(client, keys, [contract(third, "GOLD26DECFUT", "MCX")], ["MCX"]).reassigned == 0
     assert swap_master(client, keys, masters[-1], ["NFO"]).reassigned == 0
 

@@ -117,7 +117,7 @@ def test_job_can_wait_until_its_entry_is_applied(client: redis.Redis) -> None:
 
 GAP = {"kind": "gap", "from": OPEN_S * 1000, "to": OPEN_S * 1000 + 5, "tokens": f"[{INFY}]"}
 ROWS = {"kind": "rows", "token": INFY, "interval": "1m", "from": OPEN_S, "to": OPEN_S + 60, "rows": "[]"}
-ODD: list[dict[str, Any]] = [
+MALFORMED: list[dict[str, Any]] = [
     {},
     {"hello": "world"},
     {**GAP, "kind": "hole"},
@@ -154,13 +154,14 @@ ODD: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
-def test_malformed_entry_is_refused_with_its_reason(odd: dict[str, Any]) -> None:
-    fields = {
-        key.encode(): value if isinstance(value, bytes) else str(value).encode() for key, value in odd.items()
+@pytest.mark.parametrize("fields", MALFORMED, ids=range(len(MALFORMED)))
+def test_malformed_entry_is_refused_with_its_reason(fields: dict[str, Any]) -> None:
+    entry = {
+        key.encode(): value if isinstance(value, bytes) else str(value).encode()
+        for key, value in fields.items()
     }
     with pytest.raises(ValueError, match=r"^[^\n]+$"):
-        read_repair(fields)
+        read_repair(entry)
 
 
 @pytest.mark.xdist_group("cluster")

@@ -1,4 +1,4 @@
-"""Reading rows: typed values, and nothing that somebody else left in a key stops a reader."""
+"""Reads return typed values and skip malformed rows."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_flag_is_kept_and_malformed_row_is_counted(client: redis.Redis, settings
         "[1,2]",
         "[]",
         '["a",1,1,1,1,1,1,1]',
-        row(OPEN_S + 60, flag="odd"),
+        row(OPEN_S + 60, flag="unknown"),
         "[1e30,1,1,1,1,1,1,1]",
     ]
     push(client, settings.keys, INFY, "1m", [row(OPEN_S, flag="partial"), *bad, row(OPEN_S + 120)])

@@ -30,7 +30,7 @@ def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SentinelSet]:
 
 
 def url_of(found: SentinelSet, service: str = SERVICE, query: str = f"?sentinel_password={SECRET}") -> str:
-    servers = ",".join(f"127.0.0.1:{port}" for port in (1, *found.sentinel_ports))  # the first one is away
+    servers = ",".join(f"127.0.0.1:{port}" for port in (1, *found.sentinel_ports))  # the first is down
     return f"redis+sentinel://{servers}/{service}/2{query}"
 
 

@@ -1,4 +1,4 @@
-"""Symbols: what people type finds its token, and what nobody knows names what is near."""
+"""Typed names resolve to tokens; unknown names raise with similar ones."""
 
 from __future__ import annotations
 
