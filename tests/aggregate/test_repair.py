@@ -29,7 +29,7 @@ from tests.aggregate.stores import (
     minute,
     tick,
 )
-from tests.store.test_repairs import ODD
+from tests.store.test_repairs import MALFORMED
 
 __all__ = ["make_store"]  # a fixture
 
@@ -342,7 +342,7 @@ def test_rows_of_another_writer_in_a_list_stay(shop: Shop, minutes: int) -> None
 # -- what another writer writes ----------------------------------------------------------------------
 
 HOSTILE: list[dict[str, Any]] = [
-    *ODD,
+    *MALFORMED,
     {"kind": "rows", "token": INFY, "interval": "7m", "from": START_S, "to": START_S + 60, "rows": "[]"},
     {"kind": "rows", "token": INFY, "interval": "\x00", "from": START_S, "to": START_S + 60, "rows": "[]"},
     {"kind": "rows", "token": INFY, "interval": "1m", "from": START_S, "to": START_S + 60,
