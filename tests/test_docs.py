@@ -26,8 +26,8 @@ DOCS = ROOT / "docs"
 SETTINGS_HEAD = """# Settings
 
 Environment variables, or lines of a `.env` file in the working directory. `pkb config` prints them with their
-values, secrets masked. An invalid value is a one-line error that names the variable. Settings may also be files in
-`/run/secrets` (see [deploy.md](deploy.md)).
+values, secrets masked. An invalid value is a one-line error that names the variable. Settings may also
+be files in `/run/secrets` (see [deploy.md](deploy.md)).
 
 | name | default | what it sets |
 |---|---|---|
