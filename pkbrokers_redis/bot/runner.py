@@ -20,7 +20,7 @@ from typing import Any
 import redis
 from telegram import BotCommand
 from telegram.error import InvalidToken, TelegramError
-from telegram.ext import ExtBot
+from telegram.ext import Application, ExtBot
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.bot.access import access_of
@@ -170,14 +170,7 @@ class _BotProcess:
         application = build_application(self._bot, router)
         await application.initialize()
         await application.start()
-
-        async def accept(update: object) -> None:
-            await application.update_queue.put(update)
-            # The library has a counter and no event for it.
-            while application.update_processor.current_concurrent_updates >= UPDATES_AT_ONCE_MAX:  # noqa: ASYNC110
-                await asyncio.sleep(STOP_POLL_SECONDS)
-
-        poller = UpdatePoller(self._bot, self._client, settings.keys, accept)
+        poller = UpdatePoller(self._bot, self._client, settings.keys, _accept_into(application))
         monitor = OperatorMonitor(self._bot, services, worker)
         self._read_figures = lambda: {
             "answers": 1,
@@ -264,6 +257,18 @@ class _BotProcess:
         self._lease.release()
         leave(self._client, self._settings.keys, "bot", self._name)
         self._heart.end(self._client)
+
+
+def _accept_into(application: Application[Any, Any, Any, Any, Any, Any]) -> Callable[[object], Any]:
+    """Return a function that queues an update and waits while too many are being answered."""
+
+    async def accept(update: object) -> None:
+        await application.update_queue.put(update)
+        # The library has a counter and no event for it.
+        while application.update_processor.current_concurrent_updates >= UPDATES_AT_ONCE_MAX:  # noqa: ASYNC110
+            await asyncio.sleep(STOP_POLL_SECONDS)
+
+    return accept
 
 
 async def _wait_for(stop: threading.Event) -> None:

@@ -147,8 +147,7 @@ def commit_args(
         extra_state: More fields of `P:{S}:state`.
     """
     tokens = state.tokens  # indexed, not copied: a shard holds many more instruments than a commit changes
-    names = [interval.name for interval in state.intervals]
-    keeps = [interval.keep for interval in state.intervals]
+    names, keeps = zip(*((each.name, each.keep) for each in state.intervals), strict=True)
     text = changes.text
     currents: list[Any] = []
     drops: list[Any] = []
