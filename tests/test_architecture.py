@@ -27,7 +27,7 @@ ALONGSIDE = {
     "candles/columns.py",
 }
 SOCKET = {"kite/transport.py", "kite/websocket.py", "ingest/connections.py"}  # not in the trace
-FILES_MAX = 25  # the goal is 15; only lower it
+FILES_MAX = 24  # the goal is 15; only lower it
 
 Row = tuple[str, str, str]
 
