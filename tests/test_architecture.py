@@ -21,6 +21,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 ALONGSIDE = {
     "keys.py",
     "clock.py",
+    "store/errors.py",
     "aggregate/leases.py",
     "aggregate/repairs.py",
     "runtime/roles.py",
