@@ -124,6 +124,19 @@ class Stage:
         """So many minutes of market time in seconds of the machine."""
         return market_minutes * 60 / self.kite.clock.speed
 
+    def wait_until_streaming(self) -> None:
+        """Until every shard's stream has a tick that was written after this call, and it is committed."""
+        keys, shards = self.settings.keys, sorted({int(t) >> 8 for t in self.kite.market.tokens})
+        shards = sorted({shard % self.settings.shards for shard in shards})
+        seconds, micros = self.client.time()
+        since_ms = int(seconds) * 1000 + int(micros) // 1000
+
+        def is_streaming() -> bool:
+            moved = [self.client.hget(keys.cursor(shard), "id") or b"0-0" for shard in shards]
+            return all(int(bytes(each).partition(b"-")[0]) > since_ms for each in moved)
+
+        wait_until(is_streaming, timeout_seconds=60, what="ticks of every shard to be committed")
+
     def wait_for(self, time_s: float) -> None:
         """Until the market's clock says so."""
         left = self.kite.clock.real_seconds(time_s * 1000 - self.kite.now_ms())
@@ -226,15 +239,25 @@ def staged(
                 stage.kill(role)
 
 
-def play(stage: Stage, acts: Sequence[Act], end: str, say: Callable[[str], None] = void) -> None:
-    """All acts in their time; then wait until what they broke is mended."""
+def play(stage: Stage, acts: Sequence[Act], end: str, say: Callable[[str], None] = void) -> float:
+    """All acts, and then wait until what they broke is repaired.
+
+    Each waits for its time and until the workers receive ticks: on a slow machine acts and end come later.
+
+    Returns:
+        When the day ended: `end`, or the first full minute after the last act's recovery; epoch seconds.
+    """
     for act in sorted(acts, key=lambda act: act.at_s):
         stage.wait_for(act.at_s)
-        say(f"{datetime.fromtimestamp(act.at_s, IST):%H:%M:%S}  {act.name}")
+        stage.wait_until_streaming()
+        say(f"{datetime.fromtimestamp(stage.kite.now_ms() / 1000, IST):%H:%M:%S}  {act.name}")
         act.do(stage)
-    stage.wait_for(at(end))
-    say(f"{end}  the end; waiting for the last repairs")
+    stage.wait_until_streaming()
+    end_s = max(at(end), stage.kite.now_ms() // 60_000 * 60 + 120)
+    stage.wait_for(end_s)
+    say(f"{datetime.fromtimestamp(end_s, IST):%H:%M}  the end; waiting for the last repairs")
     wait_until_applied(stage)
+    return end_s
 
 
 def wait_until_applied(stage: Stage) -> None:
@@ -291,9 +314,9 @@ def main() -> int:
             staged(settings, client, folder, rows, begin=chosen.begin, speed=chosen.speed)
         )
         print(f"{len(rows)} instruments, {chosen.begin} to {chosen.end} at {chosen.speed:g}×")
-        play(stage, acts, chosen.end, print)
+        end_s = play(stage, acts, chosen.end, print)
         calm_s = max([at(chosen.begin), *(act.at_s for act in acts)]) + CALM_SECONDS
-        verdict = judge(stage, rows, at(chosen.begin), at(chosen.end), calm_s)
+        verdict = judge(stage, rows, at(chosen.begin), end_s, calm_s)
         code, complaints = doctor(stage)
         stage.stop()
     for line in [*verdict.differences[:20], *complaints]:

@@ -26,8 +26,8 @@ def test_rows_after_a_day_with_outages_equal_kites_history(
         Act(at("10:08:30"), "an expiry", expire),
     )
     with staged(settings, client, tmp_path, rows, begin="10:00", speed=60, lead_seconds=4) as stage:
-        play(stage, acts, end="10:10")
-        verdict = judge(stage, rows, at("10:00"), at("10:10"))
+        end_s = play(stage, acts, end="10:10")
+        verdict = judge(stage, rows, at("10:00"), end_s)
         code, complaints = doctor(stage)
         stage.stop()
     assert verdict.differences == []

@@ -28,6 +28,8 @@ from pkbrokers_redis.store.tick_writer import TickWriter
 from tests.e2e.conftest import drain
 from tests.support import running_process, settings_env, wait_until
 
+KILLS = 3  # of the aggregator, by kill -9
+
 
 def replay(settings: Settings, path: Path) -> int:
     """The whole file, as fast as the store takes it; returns the ticks."""
@@ -170,47 +172,45 @@ def test_restarted_aggregator_produces_the_same_rows(
     assert undisturbed
 
     client.flushall()
-    killed_often, finished = threading.Event(), threading.Event()
-    feeding = threading.Thread(
-        target=lambda: (_feed(settings, trades, killed_often), finished.set()), daemon=True
-    )
+    chunks = threading.Semaphore(0)
+    feeding = threading.Thread(target=_feed, args=(settings, trades, chunks), daemon=True)
     feeding.start()
-    kills = 0
-    while not finished.is_set():
+    for _ in range(KILLS):  # each time in the middle of a chunk, or behind its end on a slow machine
         before = _applied(client, settings)
         with running_process(
             sys.executable, "-m", "workers.aggregate", env=settings_env(settings)
         ) as process:
+            chunks.release()
             wait_until(
-                lambda before=before: finished.is_set() or _applied(client, settings) > before,  # type: ignore[misc]
+                lambda before=before: _applied(client, settings) > before,  # type: ignore[misc]
                 timeout_seconds=90,
                 what="the aggregator to commit something",
             )
             process.kill()
             process.wait()
-            kills += 1
-        if kills >= 3:
-            killed_often.set()
+    chunks.release()
     feeding.join()
     aggregator = make_aggregator(settings)
     wait_until(
         lambda: aggregator.step(block_ms_max=1) == 0 and lag_entries(client, settings.keys) == 0,
         what="the last aggregator to lease the shards and finish",
     )
-    assert kills >= 3
     assert _all_rows(client, settings) == undisturbed
 
 
-def _feed(settings: Settings, trades: Path, go_on: threading.Event) -> None:
-    """A trade file in small frames: unhurried until `go_on`, with a rest kept for behind it."""
+def _feed(settings: Settings, trades: Path, chunks: threading.Semaphore) -> None:
+    """Write a trade file in frames of 50 ticks; each part of KILLS + 1 waits for its `release`."""
     sessions = load_sessions(settings.sessions, settings.timezone)
     ticks = read_trades(trades, {}, sessions).ticks
     writer = TickWriter(lambda: connect(settings), settings)
     frames = [ticks[first : first + 50] for first in range(0, len(ticks), 50)]
+    size = -(-len(frames) // (KILLS + 1))
     for n, frame in enumerate(frames):
-        go_on.wait(0.02 if n < len(frames) - 50 else 120)
+        if n % size == 0:
+            chunks.acquire()
         at_ms = int(time.time() * 1000)
         writer.write([writer.number(frame, at_ms)], at_ms)
+        time.sleep(0.01)  # so that a chunk takes several commits
 
 
 def _applied(client: redis.Redis, settings: Settings) -> int:
