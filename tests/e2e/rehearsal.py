@@ -261,17 +261,19 @@ def play(stage: Stage, acts: Sequence[Act], end: str, say: Callable[[str], None]
 
 
 def wait_until_applied(stage: Stage) -> None:
-    """Until no job is wanted, waits or runs."""
-    keys = stage.settings.keys
+    """Until no job is requested, queued, running or scheduled."""
     queue = open_queue(stage.settings)
+    keys = (
+        stage.settings.keys.job_outbox(),
+        queue.key,
+        queue.intermediate_queue_key,  # between a worker's dequeue and its child's start
+        queue.started_job_registry.key,
+        queue.scheduled_job_registry.key,
+    )
 
     def is_quiet() -> bool:
-        return not (
-            stage.client.exists(keys.job_outbox())
-            or queue.count
-            or queue.started_job_registry.get_job_ids()
-            or queue.scheduled_job_registry.get_job_ids()
-        )
+        # In one command: read one after the other, a job that moves meanwhile is in none of them.
+        return not stage.client.exists(*keys)
 
     try:
         wait_until(is_quiet, timeout_seconds=SETTLE_SECONDS_MAX, what="the jobs", poll_seconds=0.1)
