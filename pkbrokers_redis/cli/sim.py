@@ -1,20 +1,37 @@
-"""`pkb sim`: a whole Kite on loopback; with --control it sends commands to a running one."""
+"""`pkb sim`: a whole Kite on loopback; with --control it sends commands to a running one.
+
+`pkb record FILE`: raw websocket frames into a capture, for `pkb replay` and for bug reports.
+
+`pkb replay`: a capture or a trade file through the pipeline, at any speed.
+"""
 
 from __future__ import annotations
 
 import threading
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import requests
 import typer
 
+from pkbrokers_redis import logs
 from pkbrokers_redis.candles.calendar import IST, load_sessions
+from pkbrokers_redis.cli.common import dump
+from pkbrokers_redis.client.replay import Replay
 from pkbrokers_redis.errors import PkbError, SettingsError
+from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter
+from pkbrokers_redis.kite.rest import session_in, url_for
+from pkbrokers_redis.kite.websocket import ZerodhaWebSocketClient
+from pkbrokers_redis.runtime.roles import open_store
 from pkbrokers_redis.runtime.signals import stop_on_signals
+from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.faults import Faults, parse_fault
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
+from pkbrokers_redis.store.auth import Session, load_session
+from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.embedded.server import reader_data_dir, store_folder
 
 CONTROL_TIMEOUT_SECONDS = 5
 
@@ -126,3 +143,106 @@ def _order(method: str, url: str, content: dict[str, Any] | None = None) -> list
         raise ControlFailed(f"the simulator refuses: {document.get('message', answer.status_code)}")
     data = document["data"]
     return data if isinstance(data, list) else []
+
+
+class SessionRefused(PkbError):
+    """Raised when Kite answers 403: the session is dead."""
+
+
+def record(
+    file: Annotated[Path, typer.Argument(help="capture to append to; a name ending in .gz is gzipped")],
+    seconds: Annotated[float | None, typer.Option(min=0, help="stop by itself after this long")] = None,
+) -> None:
+    """Record raw websocket frames of PKB_INSTRUMENTS into FILE until stopped."""
+    settings = load_settings()
+    tokens = _tokens(settings)
+    url = url_for(settings, session_in(settings) or _shared_session(settings))
+    stop = threading.Event()
+    if seconds is not None:
+        timer = threading.Timer(seconds, stop.set)
+        timer.daemon = True
+        timer.start()
+    with CaptureWriter(file) as capture, stop_on_signals(stop):
+        client = ZerodhaWebSocketClient(
+            url,
+            tokens,
+            settings.kite_mode,
+            on_frame=lambda frame, at_ms: capture.write(at_ms, KIND_BINARY, frame),
+            on_forbidden=_give_up,
+        )
+        print(f"Recording {len(tokens)} instruments into {file}; Ctrl-C stops.", flush=True)
+        client.run(stop)
+    stats = client.stats
+    print(f"{stats.frames - stats.heartbeats} frames, {stats.bytes:,} bytes, {stats.reconnects} reconnects")
+
+
+def _give_up(_stop: threading.Event) -> None:
+    raise SessionRefused("Kite refused the session (HTTP 403)", "run `pkb login` and record again")
+
+
+def _shared_session(settings: Settings) -> Session | None:
+    """What `pkb login` left in the store, where there is one: recording must not make one."""
+    if settings.redis_url is None and not store_folder(reader_data_dir(settings)[0]).exists():
+        return None
+    from pkbrokers_redis.store.connect import connect
+
+    with connect(settings, for_reading=True) as client:
+        return load_session(client, settings.keys)
+
+
+def _tokens(settings: Settings) -> list[int]:
+    """PKB_INSTRUMENTS as tokens: numbers as they are, names by the symbols in the store."""
+    keys = [key.strip() for key in settings.instruments.split(",") if key.strip()]
+    if not keys:
+        raise SettingsError(
+            "PKB_INSTRUMENTS is empty", "name what to record, e.g. PKB_INSTRUMENTS=408065,738561"
+        )
+    if all(key.isdecimal() for key in keys):
+        return [int(key) for key in keys]
+    from pkbrokers_redis.store.connect import connect
+    from pkbrokers_redis.store.symbols import resolve_many
+
+    return [token for token, _ in resolve_many(connect(settings), settings.keys, settings.instruments)]
+
+
+def replay(
+    file: Annotated[Path, typer.Argument(help="a capture of `pkb record`, or a CSV/Parquet of trades")],
+    speed: Annotated[str, typer.Option(help="times real time, e.g. 1 or 60; or max")] = "max",
+    as_json: Annotated[bool, typer.Option("--json", help="machine-readable summary")] = False,
+) -> None:
+    """Write a recording into the tick streams; a running aggregator makes its candles.
+
+    Trade files have the columns time,symbol,price,quantity (or volume, the day's so far). Replay several of a
+    symbol in order of time. For old data run the aggregator with PKB_CLOCK=event, and with
+    PKB_SESSIONS=always for another market's hours.
+    """
+    times = _speed(speed)
+    settings = load_settings()
+    logs.configure(settings)
+    stop = threading.Event()
+    with open_store(settings), stop_on_signals(stop):
+        summary = Replay(lambda: connect(settings), settings, speed=times, stop=stop).run(file)
+    if as_json:
+        print(dump(vars(summary)))
+        return
+    rate = summary.ticks / max(summary.seconds, 1e-9)
+    print(f"{summary.ticks:,} ticks in {summary.seconds:.1f} s ({rate:,.0f} ticks/s)")
+    if summary.rows_refused:
+        print(f"{summary.rows_refused:,} rows left out: no time, symbol, price above 0 or quantity")
+    if summary.rows_older:
+        print(f"{summary.rows_older:,} rows left out: older than what the store has of their instruments")
+    if summary.symbols:
+        shown = ", ".join(summary.symbols[:5]) + (" …" if len(summary.symbols) > 5 else "")
+        print(f"look: pkb candles {summary.symbols[0]} 1m   (symbols: {shown})")
+
+
+def _speed(text: str) -> float | None:
+    if text == "max":
+        return None
+    try:
+        times = float(text)
+    except ValueError:
+        times = 0.0
+    if not 0 < times < 1e9:
+        raise SettingsError(f"--speed {text!r} is not a speed", "give a number above 0, or max")
+    return times

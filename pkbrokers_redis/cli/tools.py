@@ -1,6 +1,8 @@
 """`pkb config`: every setting, its value, where it comes from, and no secret.
 
 `pkb bench`: the benchmark table, measured here and now.
+
+`pkb calendar`: when each kind of instrument trades, as the candles' own calendar has it.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ import importlib
 import os
 import re
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -16,12 +19,15 @@ from urllib.parse import urlsplit
 import typer
 from pydantic import SecretStr
 
-from pkbrokers_redis.cli.common import AsCsv, AsJson, choose_form, emit, note
-from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.candles.calendar import Sessions, load_sessions
+from pkbrokers_redis.candles.model import SEGMENTS
+from pkbrokers_redis.cli.common import AsCsv, AsJson, Form, choose_form, dump, emit, iso, note
+from pkbrokers_redis.clock import market_clock
+from pkbrokers_redis.errors import PkbError, SettingsError
 from pkbrokers_redis.settings import Settings, env_name, load_settings, set_names, unknown_names
 
 MASK = "********"
-COLUMNS = ("name", "value", "source", "description")
+CONFIG_COLUMNS = ("name", "value", "source", "description")
 _secret_option = re.compile(r"([?&][^=&]*(?:pass|secret|token|key|auth)[^=&]*=)[^&]*", re.IGNORECASE)
 
 
@@ -36,7 +42,7 @@ def config(as_json: AsJson = False, as_csv: AsCsv = False) -> None:
         source = places.get(name, "default")
         value = shown(getattr(settings, field), is_url=field.endswith("url"))
         rows.append({"name": name, "value": value, "source": source, "description": info.description})
-    emit(rows, COLUMNS, form)
+    emit(rows, CONFIG_COLUMNS, form)
     for name, meant in unknown_names().items():
         note(f"{name} is not a setting" + (f": did you mean {meant}?" if meant else ""))
 
@@ -87,3 +93,124 @@ def bench(
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH", "")]))
     table = importlib.import_module("benchmarks.table")
     raise typer.Exit(table.main(quick, as_json))
+
+
+DAY_COLUMNS = ("schedule", "segments", "session", "windows", "why", "previous", "next")
+YEAR_COLUMNS = ("date", "weekday", "schedules", "session", "why")
+
+
+def calendar(
+    day: Annotated[str, typer.Argument(metavar="[DATE]", help="2026-11-08, or 2026 for its holidays")] = "",
+    segment: Annotated[str, typer.Option(help="NSE, MCX, … or a schedule's name: only that")] = "",
+    as_json: AsJson = False,
+    as_csv: AsCsv = False,
+) -> None:
+    """Show when the markets trade: hours of a day by schedule, holidays, special sessions.
+
+    Without a date it is today. A year lists all its holidays and special sessions. PKB_CALENDAR names a file
+    that is laid over the shipped calendar.
+    """
+    form = choose_form(as_json, as_csv)
+    settings = load_settings()
+    sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
+    chosen = _schedules(sessions, segment)
+    if len(day) == 4 and day.isdecimal():
+        emit(_year_rows(sessions, chosen, int(day)), YEAR_COLUMNS, form, title=day)
+        return
+    local = _date(day) if day else sessions.date_of(int(market_clock(settings)()))
+    found = [_about(sessions, schedule, local) for schedule in chosen]
+    if form == "json":
+        print(dump({"date": local, "weekday": f"{local:%A}", "schedules": found}))
+    else:
+        emit([_flat(each, form) for each in found], DAY_COLUMNS, form, title=f"{local:%A} {local}")
+
+
+def _date(text: str) -> date:
+    try:
+        found = date.fromisoformat(text)
+    except ValueError:
+        raise SettingsError(f"{text!r} is no date", "write it as 2026-11-08, or 2026 for a year") from None
+    if not 1971 <= found.year < 2199:  # the calendar's own limits, a month of neighbours left on each side
+        raise SettingsError(f"{text} is out of range", "the calendar knows 1971 to 2198")
+    return found
+
+
+def _schedules(sessions: Sessions, segment: str) -> list[int]:
+    """The schedules a segment or schedule name means; all for none."""
+    name = segment.strip().upper()
+    everything = range(len(sessions.schedules))
+    if not name:
+        return list(everything)
+    names = {each: {sessions.schedules[each].upper(), *_segments(sessions, each)} for each in everything}
+    found = [each for each in everything if name in names[each]]
+    if not found:
+        known = sorted(set().union(*names.values()))
+        raise SettingsError(f"unknown segment {segment!r}", "use one of " + " ".join(known))
+    return found
+
+
+def _segments(sessions: Sessions, schedule: int) -> list[str]:
+    return [SEGMENTS.get(number, str(number)) for number in sessions.segments_of(schedule)]
+
+
+def _about(sessions: Sessions, schedule: int, local: date) -> dict[str, Any]:
+    """One schedule's day, as `--json` shows it."""
+    windows = sessions.named_windows(schedule, local)
+    return {
+        "schedule": sessions.schedules[schedule],
+        "segments": _segments(sessions, schedule),
+        "session": bool(windows),
+        "why": _why(sessions, schedule, local, bool(windows)),
+        "windows": [
+            {"name": each.name, "open": iso(each.open_ms / 1000), "close": iso(each.close_ms / 1000)}
+            for each in windows
+        ],
+        "previous": sessions.session_near(schedule, local, -1),
+        "next": sessions.session_near(schedule, local, 1),
+    }
+
+
+def _why(sessions: Sessions, schedule: int, local: date, is_open: bool) -> str:
+    return sessions.reason(schedule, local) or ("" if is_open else "weekend")
+
+
+def _flat(about: dict[str, Any], form: Form) -> dict[str, Any]:
+    """The same as cells of a table."""
+    windows = ", ".join(
+        f"{each['open'][11:16]}–{each['close'][11:16]}"
+        + (f" {each['name']}" if len(about["windows"]) > 1 else "")
+        for each in about["windows"]
+    )
+    return {
+        **about,
+        "segments": " ".join(about["segments"]),
+        "session": "open" if about["session"] else "closed",
+        "windows": windows if form == "table" else windows.replace("–", "-"),
+        "previous": str(about["previous"] or ""),
+        "next": str(about["next"] or ""),
+    }
+
+
+def _year_rows(sessions: Sessions, chosen: list[int], year: int) -> list[dict[str, Any]]:
+    """One row per day and reason; schedules that share both share the row."""
+    if not 1971 <= year < 2199:
+        raise SettingsError(f"{year} is out of range", "the calendar knows 1971 to 2198")
+    groups: dict[tuple[date, str, str], list[str]] = {}
+    for schedule in chosen:
+        for local, why in sessions.reasons(schedule, year).items():
+            windows = sessions.named_windows(schedule, local)
+            hours = ", ".join(
+                f"{iso(w.open_ms / 1000)[11:16]}-{iso(w.close_ms / 1000)[11:16]}" for w in windows
+            )
+            groups.setdefault((local, hours or "closed", why), []).append(sessions.schedules[schedule])
+    everybody = len(chosen)
+    return [
+        {
+            "date": str(local),
+            "weekday": f"{local:%A}",
+            "schedules": "all" if len(names) == everybody else " ".join(names),
+            "session": hours,
+            "why": why,
+        }
+        for (local, hours, why), names in sorted(groups.items())
+    ]

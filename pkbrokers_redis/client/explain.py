@@ -14,8 +14,7 @@ import msgspec
 
 from pkbrokers_redis.candles.calendar import KOLKATA, TIME_MS_MAX, TIME_MS_MIN, Sessions
 from pkbrokers_redis.candles.model import Candle, Interval, bucket_end_s, bucket_start_s
-from pkbrokers_redis.client.follow import newest_first
-from pkbrokers_redis.client.follow_core import FollowCore, parse_closed
+from pkbrokers_redis.client.follow import ENTRIES_PER_PAGE, newest_first, parse_closed
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.store.rows import ENTRIES_A_READ, ENTRIES_SCANNED_MAX, Tick, ticks_of
 
@@ -221,7 +220,7 @@ def _read_announcements(
     """Return what the closed stream holds about the candle, oldest first."""
     key = store.keys.closed(store.keys.shard_of(token))
     found: list[Announcement] = []
-    for entry_id, fields in newest_first(store.client, key, FollowCore.entries_per_read):
+    for entry_id, fields in newest_first(store.client, key, ENTRIES_PER_PAGE):
         closed = parse_closed(fields, store.tally, (token,), (interval,))
         if closed is not None and closed.candle.start == start:
             found.append(Announcement(entry_id[0], closed.rev, closed.candle))

@@ -1,78 +1,218 @@
-"""Follow the streams: closed candles of every shard (`follow_core` decides), and one instrument's ticks."""
+"""Follow the streams: closed candles of every shard, and one instrument's ticks.
+
+The closed streams are capped, and a reader may be slow or stopped. A position therefore carries for each
+shard the id of the last entry read and that entry's ordinal: its number since the stream was created. Redis
+counts all entries it ever added (`entries-added`), so the number of entries trimmed unread is exact.
+
+    position   mc3k2f1a..7d ; ..0 ; mc3k2g00.1.7c ; …      one part a shard, numbers in base 36
+               └─ms───┘ │ └┴─ ordinal
+                        └─ sequence number, empty for 0
+"""
 
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Collection, Iterator
-from types import TracebackType
-from typing import Any
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Set
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import redis
 from redis.exceptions import ResponseError
 
-from pkbrokers_redis.client.follow_core import (
-    ClosedCandle,
-    Fields,
-    FollowCore,
-    StreamId,
-    parse_closed,
-    parse_id,
-    text_of,
-)
-from pkbrokers_redis.errors import WrongKeyType
+from pkbrokers_redis.candles.model import Candle
+from pkbrokers_redis.errors import PkbError, WrongKeyType
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import AsyncClient
 from pkbrokers_redis.store.errors import expect_type, is_wrong_type
-from pkbrokers_redis.store.rows import Tally, Tick, ticks_of
+from pkbrokers_redis.store.rows import Tally, Tick, parse_candle, ticks_of
 from pkbrokers_redis.store.streams import StreamReader
 
-__all__ = ["AsyncFollower", "ClosedCandle", "Follower", "follow_ticks", "last_closed", "newest_first"]
-
+NOW, BEGINNING = "$", "0"  # positions without parts
+REDIS_NUMBERS = 2**64  # both halves of a stream id, and an ordinal, are below it
+BASE36_DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 BLOCK_SECONDS = 1.0  # of one waiting read; well below any socket timeout
+ENTRIES_PER_PAGE = 500
 SCAN_ENTRIES_MAX = 20_000  # of a shard, which a search for rare entries reads at most
+NO_STREAM: Mapping[str, Any] = {"entries-added": 0, "length": 0, "last-generated-id": "0-0"}
+
+StreamId = tuple[int, int]
+Fields = dict[bytes, bytes]
+StreamInfo = Mapping[str, Any]  # XINFO STREAM
 
 
-class _Reader:
-    """What both followers show of their core."""
+class ClosedCandle(NamedTuple):
+    """A completed candle as announced; `rev` above 0 amends an earlier announcement.
 
-    def __init__(
-        self,
-        keys: Keys,
-        tokens: Collection[int] | None,
-        intervals: Collection[str] | None,
-        position: str | None,
-        block_seconds: float | None,
-    ) -> None:
+    `position` continues behind it, in any process: `store.follow(position=closed.position)`.
+    """
+
+    token: int
+    symbol: str
+    interval: str
+    candle: Candle
+    rev: int
+    position: str
+
+
+class FollowOptions(NamedTuple):
+    """What a follower selects, where it starts, and when it ends; see `CandleStore.follow`."""
+
+    tokens: Set[int] | None = None
+    intervals: Set[str] | None = None
+    position: str | None = None
+    block_seconds: float | None = None
+
+
+@dataclass(slots=True)
+class ShardPosition:
+    """How far one shard's stream has been read."""
+
+    id: StreamId = (0, 0)
+    ordinal: int = 0
+
+    def __str__(self) -> str:
+        return f"{_base36(self.id[0])}.{_base36(self.id[1])}.{_base36(self.ordinal) or '0'}"
+
+
+class FollowCore:
+    """A reader's position, the entries it has read and not returned, and what it missed. No I/O.
+
+    A follower reads `streams()`, hands what it found to `receive` and returns `next_closed()`. If
+    `is_check_due` it hands XINFO STREAM of all shards to `check` first. `pending` is bounded by what one
+    read can return.
+    """
+
+    entries_per_read = 500  # of each stream; `pending` holds this times the shards at most
+    check_seconds = 10.0  # how often a reader that keeps up checks whether entries were trimmed unread
+
+    def __init__(self, keys: Keys, options: FollowOptions) -> None:
+        self.missed = 0  # announcements trimmed unread; exact once the reader has caught up
+        self.restarts = 0  # streams that were found recreated, and are read from their beginning
+        self.checks_due = 0
+        self.tally = Tally()
+        self.pending: deque[tuple[StreamId, int, Fields]] = deque()
+        tokens = options.tokens
+        self.shards = sorted(range(keys.shards) if tokens is None else set(map(keys.shard_of, tokens)))
         self._keys = keys
-        self._block_seconds = block_seconds
-        self._core = FollowCore(keys, tokens, intervals, position)
+        self._options = options
+        self._starts_at = NOW if options.position is None else options.position
+        if self._starts_at in (NOW, BEGINNING):
+            self._positions = [ShardPosition() for _ in range(keys.shards)]
+        else:
+            self._positions = parse_position(self._starts_at, keys.shards)
+        self._parts = list(map(str, self._positions))
+        self._id_at_check = [read.id for read in self._positions]
+        self._checked_at = -math.inf  # monotonic seconds
+        self._shard_of_key = {keys.closed(shard).encode(): shard for shard in self.shards}
 
     @property
     def position(self) -> str:
         """Return where to continue, in any process: behind the last candle returned."""
-        return self._core.position
-
-    @property
-    def missed(self) -> int:
-        """Return how many announcements were trimmed unread; exact once the reader has caught up."""
-        return self._core.missed
-
-    @property
-    def restarts(self) -> int:
-        """Return how many streams were found recreated, and were read from their beginning."""
-        return self._core.restarts
+        return ";".join(self._parts)
 
     @property
     def rows_refused(self) -> int:
         """Return how many entries held no candle."""
-        return self._core.tally.rows_refused
+        return self.tally.rows_refused
 
-    def _deadline(self, now: float) -> float | None:
-        return None if self._block_seconds is None else now + self._block_seconds
+    def streams(self) -> dict[str, str]:
+        """Return stream key → the id behind which to read."""
+        ids = {shard: self._positions[shard].id for shard in self.shards}
+        return {self._keys.closed(shard): f"{ms}-{sequence}" for shard, (ms, sequence) in ids.items()}
+
+    def begin(self, infos: Mapping[int, StreamInfo]) -> None:
+        """Set the position of a new reader from the first XINFO STREAM (shard → fields)."""
+        for shard, info in infos.items():
+            added = info["entries-added"]
+            if self._starts_at == BEGINNING:
+                self._set(shard, ShardPosition((0, 0), added - info["length"]))
+            elif self._starts_at == NOW:
+                self._set(shard, ShardPosition(parse_id(info["last-generated-id"]), added))
+        self.check(infos)
+
+    @property
+    def is_check_due(self) -> bool:
+        """Return whether the next read needs a `check` before it."""
+        return self.checks_due > 0 or time.monotonic() - self._checked_at > self.check_seconds
+
+    def check(self, infos: Mapping[int, StreamInfo]) -> None:
+        """Compare the position with what each stream has trimmed. Call only while nothing is pending."""
+        for shard in self.shards:
+            self._check_shard(shard, infos.get(shard, NO_STREAM))
+        self.checks_due = max(self.checks_due - 1, 0)
+        self._checked_at = time.monotonic()
+
+    def _check_shard(self, shard: int, info: StreamInfo) -> None:
+        read, added = self._positions[shard], info["entries-added"]
+        trimmed = added - info["length"]
+        last = parse_id(info["last-generated-id"])
+        first = info.get("first-entry")
+        id_before, self._id_at_check[shard] = self._id_at_check[shard], read.id
+        # The stream was recreated if it holds fewer entries than were read, all newer than the last check.
+        # If older entries are left, a failover lost some, and the position stays valid.
+        is_recreated = first is not None and added < read.ordinal and parse_id(first[0]) > id_before
+        if is_recreated or last < read.id:
+            self.restarts += 1
+            self.missed += trimmed if is_recreated else 0
+            self._set(shard, ShardPosition((0, 0), trimmed))
+            return
+        # Behind the last entry the ordinal is known exactly; before it, only how far the trimming came.
+        lost = (added if last == read.id else trimmed) - read.ordinal
+        if lost > 0 or last == read.id:
+            self.missed += max(lost, 0)
+            self._set(shard, ShardPosition(read.id, read.ordinal + lost))
+
+    def receive(self, batches: list[tuple[bytes, list[Any]]]) -> bool:
+        """Add what a read found (key, entries) to `pending`, by id. Return False if it found nothing."""
+        for key, entries in batches:
+            shard = self._shard_of_key[bytes(key)]
+            self.pending.extend((parse_id(raw_id), shard, fields) for raw_id, fields in entries)
+        if len(batches) > 1:
+            self.pending = deque(sorted(self.pending, key=lambda entry: entry[0]))
+        if any(len(entries) >= self.entries_per_read for _, entries in batches):
+            # Only a reader that is behind reads full batches, and only such a reader can miss entries.
+            # Check before the next read, and once more after it has caught up.
+            self.checks_due = 2
+        return bool(batches)
+
+    def next_closed(self) -> ClosedCandle | None:
+        """Return the oldest pending candle that the filters select; None if none is pending."""
+        while self.pending:
+            entry_id, shard, fields = self.pending.popleft()
+            self._advance(shard, entry_id)
+            self._parts[shard] = str(self._positions[shard])
+            closed = parse_closed(fields, self.tally, self._options.tokens, self._options.intervals)
+            if closed is not None:
+                return closed._replace(position=self.position)
+        return None
+
+    def pop_all(self) -> tuple[list[Fields], bool]:
+        """Return all pending entries, oldest first, and whether the reader has caught up."""
+        entries = [fields for _, _, fields in self.pending]
+        for entry_id, shard, _ in self.pending:
+            self._advance(shard, entry_id)
+        self.pending.clear()
+        self._parts = list(map(str, self._positions))
+        return entries, self.checks_due < 2
+
+    def _advance(self, shard: int, entry_id: StreamId) -> None:
+        read = self._positions[shard]
+        read.id, read.ordinal = entry_id, read.ordinal + 1
+
+    def _set(self, shard: int, read: ShardPosition) -> None:
+        self._positions[shard], self._id_at_check[shard] = read, read.id
+        self._parts[shard] = str(read)
+
+    def _deadline(self) -> float:
+        """Return when to end if nothing is announced, in monotonic seconds."""
+        block_seconds = self._options.block_seconds
+        return math.inf if block_seconds is None else time.monotonic() + block_seconds
 
 
-class Follower(_Reader):
+class Follower(FollowCore):
     """Iterate over closed candles as they are announced, oldest first; make one with `CandleStore.follow`.
 
     The iterator ends when nothing was announced for `block_seconds` (None: never). If Redis becomes
@@ -87,72 +227,52 @@ class Follower(_Reader):
         []
     """
 
-    def __init__(
-        self,
-        client: redis.Redis,
-        keys: Keys,
-        *,
-        tokens: Collection[int] | None = None,
-        intervals: Collection[str] | None = None,
-        position: str | None = None,
-        block_seconds: float | None = None,
-    ) -> None:
-        super().__init__(keys, tokens, intervals, position, block_seconds)
+    def __init__(self, client: redis.Redis, keys: Keys, options: FollowOptions | None = None) -> None:
+        super().__init__(keys, options or FollowOptions())
         self._client = client
         self._stream_reader = StreamReader(client)
-        self._core.begin(self._infos(), time.monotonic())
-
-    def close(self) -> None:
-        """Close the connections that wait (on a cluster)."""
-        self._stream_reader.close()
+        self.close = self._stream_reader.close
+        self.begin(self._infos())
 
     def __iter__(self) -> Iterator[ClosedCandle]:
         return self
 
     def __next__(self) -> ClosedCandle:
-        deadline = self._deadline(time.monotonic())
-        while (closed := self._core.next_closed()) is None:
-            wait_seconds = _wait_seconds(deadline, time.monotonic())
+        deadline = self._deadline()
+        while (closed := self.next_closed()) is None:
+            wait_seconds = _wait_seconds(deadline)
             if not self._read(wait_seconds) and not wait_seconds:
                 raise StopIteration
         return closed
 
     def read_entries(self, wait_seconds: float) -> tuple[list[Fields], bool]:
-        """Read all new entries, unparsed and unfiltered.
-
-        Args:
-            wait_seconds: How long to wait for the first entry.
+        """Read all new entries, unparsed and unfiltered; wait at most so long for the first.
 
         Returns:
             The entries, oldest first, and whether the reader has caught up.
         """
         self._read(max(wait_seconds, 0))
-        return self._core.pop_all()
+        return self.pop_all()
 
     def _read(self, wait_seconds: float) -> bool:
-        now = time.monotonic()
-        if self._core.is_check_due(now):
-            self._core.check(self._infos(), now)
-        found = self._stream_reader.read(
-            self._core.streams(), self._core.entries_per_read, int(wait_seconds * 1000)
-        )
-        return self._core.receive(found)
+        if self.is_check_due:
+            self.check(self._infos())
+        block_ms = int(wait_seconds * 1000)
+        return self.receive(self._stream_reader.read(self.streams(), self.entries_per_read, block_ms))
 
-    def _infos(self) -> dict[int, dict[str, Any]]:
-        """Return XINFO STREAM of the shards that have a stream."""
-        infos: dict[int, dict[str, Any]] = {}
-        for shard in self._core.shards:
+    def _infos(self) -> dict[int, StreamInfo]:
+        infos: dict[int, StreamInfo] = {}
+        for shard in self.shards:
             key = self._keys.closed(shard)
             try:
                 with expect_type(self._client, key, "stream"):
                     infos[shard] = _stream_info(self._client.xinfo_stream(key))
             except ResponseError as error:
-                if not _is_missing(error):
-                    raise
+                _raise_unless_missing(error)
         return infos
 
 
-class AsyncFollower(_Reader):
+class AsyncFollower(FollowCore):
     """`Follower` for asyncio, with the same positions; make one with `CandleStore.follow_async`.
 
     It connects on the first read, and a follower without a position starts there. `async with` connects at
@@ -168,17 +288,8 @@ class AsyncFollower(_Reader):
         NSE:INFY 1512.5
     """
 
-    def __init__(
-        self,
-        client: AsyncClient,
-        keys: Keys,
-        *,
-        tokens: Collection[int] | None = None,
-        intervals: Collection[str] | None = None,
-        position: str | None = None,
-        block_seconds: float | None = None,
-    ) -> None:
-        super().__init__(keys, tokens, intervals, position, block_seconds)
+    def __init__(self, client: AsyncClient, keys: Keys, options: FollowOptions) -> None:
+        super().__init__(keys, options)
         self._client = client
         self._has_begun = False
         self._is_clustered = not hasattr(client, "connection_pool")
@@ -188,9 +299,7 @@ class AsyncFollower(_Reader):
         await self._begin()
         return self
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
     async def aclose(self) -> None:
@@ -206,28 +315,27 @@ class AsyncFollower(_Reader):
 
     async def __anext__(self) -> ClosedCandle:
         await self._begin()
-        deadline = self._deadline(time.monotonic())
-        while (closed := self._core.next_closed()) is None:
-            wait_seconds = _wait_seconds(deadline, time.monotonic())
+        deadline = self._deadline()
+        while (closed := self.next_closed()) is None:
+            wait_seconds = _wait_seconds(deadline)
             if not await self._read(wait_seconds) and not wait_seconds:
                 raise StopAsyncIteration
         return closed
 
     async def _begin(self) -> None:
         if not self._has_begun:
-            self._core.begin(await self._infos(), time.monotonic())
+            self.begin(await self._infos())
             self._has_begun = True
 
     async def _read(self, wait_seconds: float) -> bool:
-        now = time.monotonic()
-        if self._core.is_check_due(now):
-            self._core.check(await self._infos(), now)
-        streams = self._core.streams()
+        if self.is_check_due:
+            self.check(await self._infos())
+        streams = self.streams()
         if not streams:
             await asyncio.sleep(wait_seconds)
             return False
         read = self._read_each if self._is_clustered else self._read_all
-        return self._core.receive(await read(streams, wait_seconds))
+        return self.receive(await read(streams, wait_seconds))
 
     async def _read_all(self, streams: dict[str, str], wait_seconds: float) -> list[Any]:
         """Read all streams of one server. A second XREAD fetches what arrived with the first entry."""
@@ -255,53 +363,41 @@ class AsyncFollower(_Reader):
 
     async def _xread(self, streams: dict[str, str], wait_seconds: float) -> list[Any]:
         block_ms = int(wait_seconds * 1000) or None
-        found: Any = await self._client.xread(
-            dict(streams), count=self._core.entries_per_read, block=block_ms
-        )
+        found: Any = await self._client.xread(dict(streams), count=self.entries_per_read, block=block_ms)
         if isinstance(found, dict):  # RESP3
             found = [(key, [entry for part in parts for entry in part]) for key, parts in found.items()]
         return list(found or [])
 
-    async def _infos(self) -> dict[int, dict[str, Any]]:
-        """Return XINFO STREAM of the shards that have a stream. Raises WrongKeyType."""
-        infos: dict[int, dict[str, Any]] = {}
-        for shard in self._core.shards:
+    async def _infos(self) -> dict[int, StreamInfo]:
+        infos: dict[int, StreamInfo] = {}
+        for shard in self.shards:
             key = self._keys.closed(shard)
             try:
                 infos[shard] = _stream_info(await self._client.xinfo_stream(key))
             except ResponseError as error:
                 if is_wrong_type(error):
                     kind: Any = await self._client.type(key)
-                    raise WrongKeyType(key, text_of(kind), "stream") from error
-                if not _is_missing(error):
-                    raise
+                    raise WrongKeyType(key, _text(kind), "stream") from error
+                _raise_unless_missing(error)
         return infos
 
 
 def last_closed(
-    client: redis.Redis,
-    keys: Keys,
-    count: int,
-    *,
-    tokens: Collection[int] | None = None,
-    intervals: Collection[str] | None = None,
-    tally: Tally | None = None,
+    client: redis.Redis, keys: Keys, count: int, intervals: Collection[str] | None, tally: Tally
 ) -> list[ClosedCandle]:
     """Return the last `count` announcements of all shards, newest last. Their `position` is empty."""
-    tally = tally or Tally()
-    shards = sorted(range(keys.shards) if tokens is None else {keys.shard_of(token) for token in tokens})
     found: list[tuple[StreamId, ClosedCandle]] = []
-    for shard in shards if count > 0 else ():
+    for shard in range(keys.shards) if count > 0 else ():
         of_shard = 0
-        for entry_id, fields in newest_first(client, keys.closed(shard), FollowCore.entries_per_read):
-            closed = parse_closed(fields, tally, tokens, intervals)
+        for entry_id, fields in newest_first(client, keys.closed(shard), ENTRIES_PER_PAGE):
+            closed = parse_closed(fields, tally, None, intervals)
             if closed is not None:
                 found.append((entry_id, closed))
                 of_shard += 1
             if of_shard == count:
                 break
     found.sort(key=lambda pair: pair[0])
-    return [closed for _, closed in found[-count:]] if count > 0 else []
+    return [closed for _, closed in found[-count:]]
 
 
 def newest_first(
@@ -316,15 +412,11 @@ def newest_first(
             yield parse_id(raw_id), fields
         if len(entries) < page:
             return
-        before = "(" + text_of(entries[-1][0])
+        before = "(" + _text(entries[-1][0])
 
 
 def follow_ticks(
-    client: redis.Redis,
-    keys: Keys,
-    token: int,
-    block_seconds: float | None = None,
-    tally: Tally | None = None,
+    client: redis.Redis, keys: Keys, token: int, block_seconds: float | None, tally: Tally
 ) -> Iterator[Tick]:
     """Yield an instrument's ticks from now on; end when none arrived for `block_seconds` (None: never)."""
     key = keys.ticks(keys.shard_of(token))
@@ -334,7 +426,7 @@ def follow_ticks(
     last_tick_at = time.monotonic()
     reader = StreamReader(client)
     while True:
-        found = reader.read({key: text_of(last)}, FollowCore.entries_per_read, int(BLOCK_SECONDS * 1000))
+        found = reader.read({key: _text(last)}, ENTRIES_PER_PAGE, int(BLOCK_SECONDS * 1000))
         for _, entries in found:
             for raw_id, fields in entries:
                 last = raw_id
@@ -345,14 +437,74 @@ def follow_ticks(
             return
 
 
-def _wait_seconds(deadline: float | None, now: float) -> float:
+def parse_closed(
+    fields: Fields, tally: Tally, tokens: Collection[int] | None, intervals: Collection[str] | None
+) -> ClosedCandle | None:
+    """Parse an entry of a closed stream; None if the filters drop it, or it is malformed and counted."""
+    try:
+        token = int(fields[b"token"])
+        interval = fields[b"interval"].decode()
+        rev = int(fields.get(b"rev", b"0"))
+    except (KeyError, ValueError):
+        tally.rows_refused += 1
+        return None
+    if (tokens is not None and token not in tokens) or (intervals is not None and interval not in intervals):
+        return None
+    candle = parse_candle(fields.get(b"row", b""))
+    if candle is None:
+        tally.rows_refused += 1
+        return None
+    symbol = fields.get(b"symbol", b"").decode(errors="replace") or str(token)
+    return ClosedCandle(token, symbol, interval, candle, rev, "")
+
+
+def parse_id(raw: bytes | str) -> StreamId:
+    """Parse `1718000000000-3` into (1718000000000, 3)."""
+    milliseconds, _, sequence = _text(raw).partition("-")
+    return int(milliseconds), int(sequence or 0)
+
+
+def parse_position(text: str, shards: int) -> list[ShardPosition]:
+    """Parse a position. Raises PkbError if it is malformed, or of a store with another number of shards."""
+    try:
+        cells = [tuple(int(cell or "0", 36) for cell in part.split(".")) for part in text.split(";")]
+        positions = [ShardPosition((ms, sequence), ordinal) for ms, sequence, ordinal in cells]
+        if not all(0 <= number < REDIS_NUMBERS for cell in cells for number in cell):
+            raise ValueError("out of range")
+    except ValueError:
+        raise PkbError(
+            f"{text[:40]!r} is no position", "use the `position` of a candle that was followed"
+        ) from None
+    if len(positions) != shards:
+        raise PkbError(
+            f"the position is of a store with {len(positions)} shards, this one has {shards}",
+            "follow without a position",
+        )
+    return positions
+
+
+def _wait_seconds(deadline: float) -> float:
     """Return how long the next read may wait; 0 at or past the deadline."""
-    return BLOCK_SECONDS if deadline is None else max(0.0, min(BLOCK_SECONDS, deadline - now))
+    return max(0.0, min(BLOCK_SECONDS, deadline - time.monotonic()))
 
 
-def _stream_info(reply: Any) -> dict[str, Any]:
-    return {text_of(name): value for name, value in reply.items()}
+def _stream_info(reply: Any) -> StreamInfo:
+    return {_text(name): value for name, value in reply.items()}
 
 
-def _is_missing(error: ResponseError) -> bool:
-    return "no such key" in str(error)
+def _raise_unless_missing(error: ResponseError) -> None:
+    if "no such key" not in str(error):
+        raise error
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _base36(number: int) -> str:
+    """Write a number in base 36; 0 is empty."""
+    digits = ""
+    while number:
+        number, digit = divmod(number, 36)
+        digits = BASE36_DIGITS[digit] + digits
+    return digits

@@ -26,13 +26,15 @@ from pkbrokers_redis.candles.model import Candle, find_interval
 from pkbrokers_redis.client.bulk import Bulk, read_bulk
 from pkbrokers_redis.client.follow import Follower
 from pkbrokers_redis.client.mirror_rows import (
+    NO_ROWS,
     BufferKey,
+    Floats,
     MirrorRows,
+    RowBuffer,
     apply_entries,
     moved_names,
     refresh_currents,
 )
-from pkbrokers_redis.client.row_buffer import NO_ROWS, Floats, RowBuffer
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.clock import Backoff
 from pkbrokers_redis.errors import PkbError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,15 @@ from typing import TYPE_CHECKING, Any
 import redis
 
 from pkbrokers_redis.candles.calendar import Sessions, load_sessions
-from pkbrokers_redis.candles.model import Candle, Interval, find_interval
-from pkbrokers_redis.client.fill import fill_gaps
-from pkbrokers_redis.client.follow import AsyncFollower, ClosedCandle, Follower, follow_ticks, last_closed
+from pkbrokers_redis.candles.model import Candle, Interval, bucket_end_s, bucket_starts, find_interval
+from pkbrokers_redis.client.follow import (
+    AsyncFollower,
+    ClosedCandle,
+    Follower,
+    FollowOptions,
+    follow_ticks,
+    last_closed,
+)
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings, load_settings
@@ -31,6 +38,9 @@ if TYPE_CHECKING:
     from pkbrokers_redis.client.explain import Explanation
 
 SYMBOLS_READ_MAX = 10_000  # a larger master is not read whole: only the instruments that have ticked
+CLOSED_DAYS_MAX = 10  # `fill`: the longest run of days without trading that a look-back crosses
+DAY_SECONDS = 86_400
+FILL_SPARE_FACTOR = 4  # how much longer than the missing rows the look-back is: nights and lunch breaks
 
 
 class CandleStore:
@@ -271,9 +281,8 @@ class CandleStore:
             ...     print(closed.symbol, closed.candle.close)
             NSE:INFY 1512.5
         """
-        return Follower(
-            self.client, self.keys, **self._selection(symbols, intervals, position, block_seconds)
-        )
+        options = self._follow_options(symbols, intervals, position, block_seconds)
+        return Follower(self.client, self.keys, options)
 
     def follow_async(
         self,
@@ -283,37 +292,32 @@ class CandleStore:
         block_seconds: float | None = None,
     ) -> AsyncFollower:
         """Return `follow` for asyncio: `async for closed in store.follow_async(…)`. Names resolve at once."""
-        selection = self._selection(symbols, intervals, position, block_seconds)
-        return AsyncFollower(async_client_of(self.client), self.keys, **selection)
+        options = self._follow_options(symbols, intervals, position, block_seconds)
+        return AsyncFollower(async_client_of(self.client), self.keys, options)
 
     def last_closed(self, count: int = 50, intervals: Sequence[str] | None = None) -> list[ClosedCandle]:
         """Return the last `count` announcements of all instruments, newest last."""
-        names = self._interval_names(intervals)
-        return last_closed(self.client, self.keys, count, intervals=names, tally=self.tally)
+        return last_closed(self.client, self.keys, count, self._interval_names(intervals), self.tally)
 
     def follow_ticks(self, symbol: str | int, block_seconds: float | None = None) -> Iterator[rows.Tick]:
         """Iterate over an instrument's ticks from now on; end when none arrived for `block_seconds`."""
         token, _ = self.resolve(symbol)
         return follow_ticks(self.client, self.keys, token, block_seconds, self.tally)
 
-    def _selection(
+    def _follow_options(
         self,
         symbols: Sequence[str | int] | None,
         intervals: Sequence[str] | None,
         position: str | None,
         block_seconds: float | None,
-    ) -> dict[str, Any]:
-        return {
-            "tokens": None if symbols is None else [token for token, _ in self.resolve_all(symbols)],
-            "intervals": self._interval_names(intervals),
-            "position": position,
-            "block_seconds": block_seconds,
-        }
+    ) -> FollowOptions:
+        tokens = None if symbols is None else {token for token, _ in self.resolve_all(symbols)}
+        return FollowOptions(tokens, self._interval_names(intervals), position, block_seconds)
 
-    def _interval_names(self, intervals: Sequence[str] | None) -> list[str] | None:
+    def _interval_names(self, intervals: Sequence[str] | None) -> set[str] | None:
         if intervals is None:
             return None
-        return [find_interval(self.settings.intervals, name).name for name in intervals]
+        return {find_interval(self.settings.intervals, name).name for name in intervals}
 
     # -- sessions --------------------------------------------------------------------------------
 
@@ -345,8 +349,51 @@ class CandleStore:
         self, candles: list[Candle], token: int, interval: Interval, count: int, has_current: bool
     ) -> list[Candle]:
         sessions = self.sessions_of(token, [candle.start for candle in candles])
-        schedule = sessions.schedule_of(token)
         now_s = None
         if self.settings.clock == "wall" and not has_current:
             now_s = int(market_clock(self.settings)() / 1000 - self.settings.close_grace_seconds)
-        return fill_gaps(candles, sessions, schedule, interval.seconds, count, now_s)
+        return _filled(candles, sessions, sessions.schedule_of(token), interval.seconds, count, now_s)
+
+
+def _filled(
+    candles: list[Candle],
+    sessions: Sessions,
+    schedule: int,
+    interval_seconds: int,
+    count: int,
+    now_s: int | None,
+) -> list[Candle]:
+    """Return the last `count` candles, with a flat one in every empty interval between them.
+
+    Intervals of the last candle's day that have ended by `now_s` (epoch seconds, less the grace) are filled
+    too; None fills only between candles.
+    """
+    if not candles:
+        return []
+    filled: list[Candle] = []  # newest first
+    last = candles[-1]
+    day = sessions.day(schedule, last.start * 1000)
+    if now_s is not None and interval_seconds and last.start < now_s < day.day_end_ms // 1000:
+        starts = bucket_starts(sessions, schedule, interval_seconds, last.start + 1, now_s)
+        ended = [start for start in starts if bucket_end_s(day, interval_seconds, start) <= now_s]
+        filled = [_flat(start, last) for start in reversed(ended)]
+    later = math.inf
+    for candle in reversed(candles):
+        if len(filled) >= count:
+            break
+        if candle.start + max(interval_seconds, 1) < later < math.inf:
+            # Far enough back for the missing rows, not through months of a share that rarely trades.
+            missing_seconds = (count - len(filled)) * (interval_seconds or DAY_SECONDS)
+            span = missing_seconds * FILL_SPARE_FACTOR + CLOSED_DAYS_MAX * DAY_SECONDS
+            first = max(candle.start + 1, int(later) - span)
+            starts = bucket_starts(sessions, schedule, interval_seconds, first, int(later) - 1)
+            filled += [_flat(start, candle) for start in reversed(starts)]
+        filled.append(candle)
+        later = candle.start
+    return filled[:count][::-1]
+
+
+def _flat(start: int, before: Candle) -> Candle:
+    """Return a candle in which nothing traded: prices at the last close, the last open interest."""
+    close = before.close
+    return Candle(start, close, close, close, close, 0, before.oi, 0)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pkbrokers_redis.candles.model import DAY, find_interval
 from pkbrokers_redis.client.mirror import Mirror
-from pkbrokers_redis.client.row_buffer import NO_ROWS
+from pkbrokers_redis.client.mirror_rows import NO_ROWS
 from pkbrokers_redis.compat import shapes
 from pkbrokers_redis.compat.candle_store import InMemoryCandleStore, get_candle_store
 from pkbrokers_redis.compat.tick_processor import TickProcessor

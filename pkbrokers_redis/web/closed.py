@@ -22,7 +22,7 @@ from aiohttp import web
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles.model import find_interval
-from pkbrokers_redis.client.follow import AsyncFollower, ClosedCandle
+from pkbrokers_redis.client.follow import AsyncFollower, ClosedCandle, FollowOptions
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import async_client_of
@@ -46,9 +46,8 @@ async def closed(request: web.Request, services: Services) -> web.StreamResponse
         raise TooBusy("too many followers at once", "try again in a moment")
     client = async_client_of(services.store.client)
     try:
-        follower = AsyncFollower(
-            client, keys, tokens=tokens, intervals=names, position=position, block_seconds=KEEPALIVE_SECONDS
-        )
+        options = FollowOptions(tokens, names, position, KEEPALIVE_SECONDS)
+        follower = AsyncFollower(client, keys, options)
     except PkbError as error:  # the position is invalid
         await client.aclose()
         raise BadRequest(error.message, error.hint) from None
@@ -122,12 +121,12 @@ def _closed_data(candle: ClosedCandle) -> dict[str, Any]:
 
 def _resolve(
     services: Services, symbols: list[str] | None, intervals: list[str] | None
-) -> tuple[Keys, list[int] | None, list[str] | None]:
+) -> tuple[Keys, set[int] | None, set[str] | None]:
     """Return the keys, the symbols as tokens, and the intervals' names. Raise for unknown ones."""
     store = services.store
-    tokens = None if symbols is None else [token for token, _ in store.resolve_all(symbols)]
+    tokens = None if symbols is None else {token for token, _ in store.resolve_all(symbols)}
     table = store.settings.intervals
-    names = None if intervals is None else [find_interval(table, name).name for name in intervals]
+    names = None if intervals is None else {find_interval(table, name).name for name in intervals}
     return store.keys, tokens, names
 
 

@@ -24,7 +24,7 @@ from tests.cli.conftest import Pkb
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status_module, "SECOND_LOOK_SECONDS", 0.01)
-    monkeypatch.setattr("pkbrokers_redis.cli.doctor.LOOK_SECONDS", 0.01)
+    monkeypatch.setattr("pkbrokers_redis.cli.pipeline.LOOK_SECONDS", 0.01)
 
 
 @pytest.fixture

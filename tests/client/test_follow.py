@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from pkbrokers_redis.client import follow as follow_module
-from pkbrokers_redis.client.follow_core import FollowCore, ShardPosition, parse_position
+from pkbrokers_redis.client.follow import FollowCore, ShardPosition, parse_position
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError, UnknownInterval, WrongKeyType
 from pkbrokers_redis.settings import Settings
@@ -223,7 +223,7 @@ def test_a_position_of_other_shards_is_refused() -> None:
 def test_last_closed_of_all_shards_is_newest_last(
     store: CandleStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(FollowCore, "entries_per_read", 4)
+    monkeypatch.setattr(follow_module, "ENTRIES_PER_PAGE", 4)
     for i in range(20):
         token = [INFY, RELIANCE, NIFTY][i % 3]
         fields = {"token": token, "interval": "5m" if i % 5 == 0 else "1m", "row": row(OPEN_S, 100 + i)}

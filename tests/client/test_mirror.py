@@ -176,7 +176,7 @@ def test_a_mirror_that_missed_announcements_fills_itself_again(store: CandleStor
         return prices(mirror) == [100 + number for number in range(20)]
 
     # A reader learns of the loss once it was behind; until then it has only what was left.
-    mirror._process.follower._core.checks_due = 1  # type: ignore[union-attr]
+    mirror._process.follower.checks_due = 1  # type: ignore[union-attr]
     wait_until(is_whole, what="all rows")
     assert mirror.missed == 17 and mirror.resyncs == 1 and prices(mirror, "RELIANCE") == [55]
 
@@ -190,7 +190,7 @@ def test_a_recreated_store_is_detected(store: CandleStore) -> None:
     fields = {"token": INFY, "interval": "5m", "row": row(at(0), 42), "rev": 0}
     store.client.xadd(store.keys.closed(store.keys.shard_of(INFY)), fields, id="5-0")
     push(store.client, store.keys, INFY, "5m", [row(at(0), 42)])
-    mirror._process.follower._core.checks_due = 1  # type: ignore[union-attr]
+    mirror._process.follower.checks_due = 1  # type: ignore[union-attr]
     wait_until(lambda: mirror.poll() >= 0 and prices(mirror) == [42], what="the new store's row")
 
 
@@ -203,10 +203,10 @@ def test_a_cleared_store_is_detected(store: CandleStore) -> None:
     store.client.delete(*deleted)
     close(store, 20, 42)  # announced with a later id
     mirror.poll()
-    mirror._process.follower._core.checks_due = 1  # type: ignore[union-attr]
+    mirror._process.follower.checks_due = 1  # type: ignore[union-attr]
     wait_until(lambda: mirror.poll() >= 0 and prices(mirror) == [42], what="only the new store's row")
     store.client.delete(*deleted)
-    mirror._process.follower._core.checks_due = 1  # type: ignore[union-attr]
+    mirror._process.follower.checks_due = 1  # type: ignore[union-attr]
     wait_until(lambda: mirror.poll() >= 0 and prices(mirror) == [], what="no rows")
     assert mirror.resyncs == 2
 

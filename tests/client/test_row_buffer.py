@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.client.row_buffer import Floats, RowBuffer
+from pkbrokers_redis.client.mirror_rows import Floats, RowBuffer
 
 
 def row(start: float, close: float = 1.0) -> Floats:

@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import requests
 
-from pkbrokers_redis.cli.captures import SessionRefused, record
-from pkbrokers_redis.cli.sim import sim
+from pkbrokers_redis.cli.sim import SessionRefused, record, sim
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.kite.capture import KIND_BINARY, read_capture
 from pkbrokers_redis.kite.protocol import parse_frame
@@ -24,7 +23,7 @@ from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from tests.support import running_python, wait_until
 
 SIM = "import typer; from pkbrokers_redis.cli.sim import sim; typer.run(sim)"
-RECORD = "import typer; from pkbrokers_redis.cli.captures import record; typer.run(record)"
+RECORD = "import typer; from pkbrokers_redis.cli.sim import record; typer.run(record)"
 
 
 def test_sim_prints_its_addresses_and_record_captures_its_frames(tmp_path: Path) -> None:
