@@ -34,18 +34,20 @@ from telegram.ext import (
 )
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.bot.access import (
+from pkbrokers_redis.bot.commands import COMMANDS
+from pkbrokers_redis.bot.context import (
     COMMANDS_BURST,
     COMMANDS_PER_MINUTE,
     REFUSAL,
     REFUSAL_EVERY_SECONDS,
     SLOW_DOWN,
     SLOW_DOWN_EVERY_SECONDS,
+    Command,
+    CommandContext,
     FloodLimit,
+    Services,
     Throttle,
 )
-from pkbrokers_redis.bot.commands import COMMANDS
-from pkbrokers_redis.bot.context import Command, CommandContext, Services
 from pkbrokers_redis.bot.text import escape
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys

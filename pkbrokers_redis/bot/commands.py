@@ -1,10 +1,94 @@
-"""The table of the bot's commands, in the order of /help. docs/adding.md shows how to add one."""
+"""The table of the bot's commands, in the order of /help; and /start, /help, /alert.
+
+docs/adding.md shows how to add a command.
+"""
 
 from __future__ import annotations
 
-from pkbrokers_redis.bot import commands_admin, commands_alerts, commands_files, commands_market
-from pkbrokers_redis.bot.context import Command, CommandContext, UsageError
-from pkbrokers_redis.bot.text import escape
+import time
+
+from pkbrokers_redis.bot import commands_market, files, operators
+from pkbrokers_redis.bot.alerts.rules import (
+    MINUTES_AVERAGED,
+    USAGE,
+    Alert,
+    ParsedAlert,
+    first_state,
+    parse,
+)
+from pkbrokers_redis.bot.context import Command, CommandContext, UsageError, resolve_word
+from pkbrokers_redis.bot.text import MESSAGE_CHARS_MAX, escape
+
+LIST_CHARS_MAX = MESSAGE_CHARS_MAX - 200  # leaves room for the last line
+
+
+async def alert(context: CommandContext) -> None:
+    """Set an alert, or list or remove this chat's alerts."""
+    first = context.words[0].lower() if context.words else "list"
+    if first == "list":
+        await _list(context)
+    elif first in ("remove", "delete", "rm"):
+        await _remove(context)
+    else:
+        await _add(context)
+
+
+async def _add(context: CommandContext) -> None:
+    stored = await context.read(_store, context, parse(context.words))
+    context.services.alerts_changed()
+    name = f"<b>{escape(stored.symbol)}</b> " if stored.symbol else ""
+    await context.reply(
+        f"Alert {stored.id}: {name}{escape(stored.condition)}. /alert lists this chat's alerts."
+    )
+
+
+def _store(context: CommandContext, parsed: ParsedAlert) -> Alert:
+    store = context.services.store
+    token, name = resolve_word(store, parsed.symbol) if parsed.symbol else (0, "")
+    made = Alert(
+        0, context.chat_id, context.user_id, token, name, parsed.kind, parsed.value, parsed.once, time.time()
+    )
+    state = []
+    if token:
+        volumes: list[float] = []
+        if parsed.kind == "volume" and "1m" in store.intervals:
+            volumes = [candle.volume for candle in store.get_candles(token, "1m", MINUTES_AVERAGED)]
+        state = first_state(made, store.get_quote(token), volumes)
+    return context.services.alerts.add(made, state)
+
+
+async def _list(context: CommandContext) -> None:
+    alerts = await context.read(context.services.alerts.of_chat, context.chat_id)
+    if not alerts:
+        await context.reply(f"This chat has no alerts. Set one:\n{escape(USAGE)}")
+        return
+    lines: list[str] = []
+    room = LIST_CHARS_MAX
+    for row in alerts:
+        line = f"{row.id}  <b>{escape(row.symbol or 'feed')}</b> {escape(row.condition)}"
+        if (room := room - len(line) - 1) < 0:
+            lines.append(f"… and {len(alerts) - len(lines)} more")
+            break
+        lines.append(line)
+    await context.reply("\n".join(lines) + "\n/alert remove NUMBER, or all")
+
+
+async def _remove(context: CommandContext) -> None:
+    words = [word.strip("#,").lower() for word in context.words[1:]]
+    existing = {row.id for row in await context.read(context.services.alerts.of_chat, context.chat_id)}
+    if words == ["all"]:
+        chosen = existing
+    elif words and all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
+        chosen = set(map(int, words))
+    else:
+        raise UsageError(
+            "which one?", "send /alert remove NUMBER (as /alert lists them), or /alert remove all"
+        )
+    removed = await context.read(context.services.alerts.remove, sorted(chosen & existing))
+    context.services.alerts_changed()
+    missing = sorted(chosen - existing)
+    note = f" This chat has no alert {', '.join(map(str, missing))}." if missing else ""
+    await context.reply(f"{removed} removed.{note}")
 
 
 async def start(context: CommandContext) -> None:
@@ -41,8 +125,14 @@ COMMANDS: dict[str, Command] = {
         Command("start", "say hello", start, words_max=5),  # a deep link sends words with it
         Command("help", "list the commands, or explain one", help_, "[COMMAND]", words_max=1),
         *commands_market.COMMANDS,
-        *commands_alerts.COMMANDS,
-        *commands_files.COMMANDS,
-        *commands_admin.COMMANDS,
+        Command(
+            "alert",
+            "get a message on a price, a move, volume, a day's high or low, a silent feed",
+            alert,
+            "[SYMBOL CONDITION | remove N]",
+            words_max=30,
+        ),
+        *files.COMMANDS,
+        *operators.COMMANDS,
     )
 }

@@ -1,12 +1,19 @@
-"""What a command is, and what its handler gets: the sender, the words, and ways to read and to answer."""
+"""Who gets answers: nobody, unless PKB_TELEGRAM_CHATS names the chat or PKB_TELEGRAM_ADMINS the user.
+
+Pure decisions; the time is an argument.
+
+What a command is, and what its handler gets: the sender, the words, and ways to read and to answer.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar
 
 import redis
 from telegram import InlineKeyboardButton, InlineKeyboardMarkup, LinkPreviewOptions, Message
@@ -17,19 +24,103 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.bot.telegram_client import with_retries
 from pkbrokers_redis.bot.text import MESSAGE_CHARS_MAX
 from pkbrokers_redis.candles.model import find_interval
-from pkbrokers_redis.errors import PkbError, UnknownSymbol
+from pkbrokers_redis.errors import PkbError, SettingsError, UnknownSymbol
+from pkbrokers_redis.settings import Settings
 
 if TYPE_CHECKING:
     from telegram.ext import ExtBot
 
-    from pkbrokers_redis.bot.access import Access
     from pkbrokers_redis.bot.alerts.store import AlertStore
     from pkbrokers_redis.bot.charts import ChartPool
-    from pkbrokers_redis.bot.movers import Movers
+    from pkbrokers_redis.bot.commands_market import Movers
     from pkbrokers_redis.client.store import CandleStore
     from pkbrokers_redis.clock import Clock
     from pkbrokers_redis.keys import Keys
     from pkbrokers_redis.settings import Settings
+
+K = TypeVar("K")
+
+REFUSAL = "This bot serves a closed group. Please contact its operator."
+REFUSAL_EVERY_SECONDS = 3600.0
+SLOW_DOWN = "Too many commands at once: some were skipped. Please send them again more slowly."
+SLOW_DOWN_EVERY_SECONDS = 60.0  # a flood is not answered by a flood
+COMMANDS_BURST = 10  # at once, per chat
+COMMANDS_PER_MINUTE = 30  # on average, per chat
+CHATS_MAX = 10_000  # whose limits are kept in memory
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The allow-list of chats and operators.
+
+    An operator gets answers in a private chat. In a group only if the group is listed too, because all
+    members read the answer.
+    """
+
+    chats: frozenset[int]
+    admins: frozenset[int]
+
+    def is_admin(self, user_id: int) -> bool:
+        """Return whether the user is an operator."""
+        return user_id in self.admins
+
+    def is_allowed(self, chat_id: int, user_id: int, is_private: bool) -> bool:
+        """Return whether this user gets answers in this chat."""
+        return chat_id in self.chats or (is_private and user_id in self.admins)
+
+
+def access_of(settings: Settings) -> Access:
+    """Return the allow-list of the settings. Raise SettingsError for a malformed id."""
+    return Access(
+        _ids("PKB_TELEGRAM_CHATS", settings.telegram_chats),
+        _ids("PKB_TELEGRAM_ADMINS", settings.telegram_admins),
+    )
+
+
+def _ids(name: str, text: str) -> frozenset[int]:
+    words = [word for word in re.split(r"[\s,]+", text) if word]
+    if invalid := [word for word in words if not re.fullmatch(r"-?\d{1,18}", word)]:
+        raise SettingsError(
+            f"{name} holds {invalid[0][:40]!r}, which is not an id", "give numbers, comma-separated"
+        )
+    return frozenset(map(int, words))
+
+
+class Throttle(Generic[K]):
+    """Remembers when something last happened, by key. Beyond `keys_max` keys the oldest are forgotten."""
+
+    def __init__(self, keys_max: int = CHATS_MAX) -> None:
+        self._at: OrderedDict[K, float] = OrderedDict()
+        self._keys_max = keys_max
+
+    def is_due(self, key: K, now_s: float, every_seconds: float) -> bool:
+        """Return True at most once per `every_seconds` and key."""
+        if now_s - self._at.get(key, float("-inf")) < every_seconds:
+            return False
+        self._at[key] = now_s
+        self._at.move_to_end(key)
+        while len(self._at) > self._keys_max:
+            self._at.popitem(last=False)
+        return True
+
+
+class FloodLimit:
+    """A token bucket per chat: `burst` commands at once, `per_minute` on average."""
+
+    def __init__(self, burst: int, per_minute: float) -> None:
+        self._burst, self._per_second = float(burst), per_minute / 60
+        self._buckets: OrderedDict[int, tuple[float, float]] = OrderedDict()  # tokens, at second
+
+    def accept(self, chat_id: int, now_s: float) -> bool:
+        """Return whether one more command of this chat is answered."""
+        tokens, at = self._buckets.pop(chat_id, (self._burst, now_s))
+        tokens = min(self._burst, tokens + max(now_s - at, 0.0) * self._per_second)
+        is_accepted = tokens >= 1
+        self._buckets[chat_id] = (tokens - is_accepted, now_s)
+        while len(self._buckets) > CHATS_MAX:
+            self._buckets.popitem(last=False)
+        return is_accepted
+
 
 log = logs.get("bot")
 

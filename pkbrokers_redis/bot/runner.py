@@ -23,15 +23,13 @@ from telegram.error import InvalidToken, TelegramError
 from telegram.ext import Application, ExtBot
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.bot.access import access_of
-from pkbrokers_redis.bot.alerts.outbox import Outbox
-from pkbrokers_redis.bot.alerts.store import AlertStore
+from pkbrokers_redis.bot.alerts.store import AlertStore, Outbox
 from pkbrokers_redis.bot.alerts.worker import AlertWorker
 from pkbrokers_redis.bot.application import UPDATES_AT_ONCE_MAX, CommandRouter, build_application
 from pkbrokers_redis.bot.charts import ChartPool
 from pkbrokers_redis.bot.commands import COMMANDS
-from pkbrokers_redis.bot.context import Services
-from pkbrokers_redis.bot.movers import Movers
+from pkbrokers_redis.bot.commands_market import Movers
+from pkbrokers_redis.bot.context import Services, access_of
 from pkbrokers_redis.bot.operators import OperatorMonitor
 from pkbrokers_redis.bot.telegram_client import LONGEST_WAIT_SECONDS, UpdatePoller, make_bot, with_retries
 from pkbrokers_redis.client.store import CandleStore

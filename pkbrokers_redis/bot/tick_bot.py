@@ -17,7 +17,7 @@ from pydantic import SecretStr
 from telegram import Update
 
 from pkbrokers_redis.bot.application import CommandRouter
-from pkbrokers_redis.bot.movers import RANKINGS, Movers
+from pkbrokers_redis.bot.commands_market import RANKINGS, Movers
 from pkbrokers_redis.bot.runner import bot, make_services
 from pkbrokers_redis.bot.text import clock_time, money, table
 from pkbrokers_redis.client.store import CandleStore

@@ -27,8 +27,7 @@ from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import async_client_of
 from pkbrokers_redis.web.executor import REDIS_ERRORS, STREAMS_MAX, Route, Services, TooBusy
-from pkbrokers_redis.web.params import BadRequest, list_param
-from pkbrokers_redis.web.responses import StreamBody, TooSlow, candle_row
+from pkbrokers_redis.web.http import BadRequest, StreamBody, TooSlow, candle_row, list_param
 
 log = logs.get("web")
 

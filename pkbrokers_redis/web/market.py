@@ -13,8 +13,17 @@ from pkbrokers_redis.client.bulk import Bulk
 from pkbrokers_redis.store.instruments import search_instruments
 from pkbrokers_redis.store.rows import read_quote
 from pkbrokers_redis.web.executor import DOWNLOADS_MAX, Route, Services, TooBusy
-from pkbrokers_redis.web.params import BadRequest, flag_param, int_param, list_param, split_list, text_param
-from pkbrokers_redis.web.responses import candle_row, json_response, send_body
+from pkbrokers_redis.web.http import (
+    BadRequest,
+    candle_row,
+    flag_param,
+    int_param,
+    json_response,
+    list_param,
+    send_body,
+    split_list,
+    text_param,
+)
 
 SEARCH_RESULTS_MAX = 50
 ROWS_MAX = 400_000  # 30 MB of JSON

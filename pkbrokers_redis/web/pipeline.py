@@ -15,7 +15,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from pkbrokers_redis.runtime.cluster_state import ClusterState
 from pkbrokers_redis.runtime.health import Finding, counters, health_document, health_of
 from pkbrokers_redis.web.executor import Route, Services
-from pkbrokers_redis.web.responses import json_response
+from pkbrokers_redis.web.http import json_response
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HEALTH_WORDS = ("healthy", "degraded", "down")

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from pkbrokers_redis.bot.access import REFUSAL, SLOW_DOWN, Access, FloodLimit, Throttle, access_of
 from pkbrokers_redis.bot.application import CONFIRM_SECONDS
 from pkbrokers_redis.bot.commands import COMMANDS
+from pkbrokers_redis.bot.context import REFUSAL, SLOW_DOWN, Access, FloodLimit, Throttle, access_of
 from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.settings import Settings, load_settings
 from tests.bot.conftest import running_bot

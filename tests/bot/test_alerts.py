@@ -320,7 +320,7 @@ def test_malformed_stream_entries_and_hash_fields_are_skipped(
 def test_a_full_message_is_split_in_order(
     bot_settings: Settings, telegram: Telegram, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pkbrokers_redis.bot.alerts.outbox.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("pkbrokers_redis.bot.alerts.store.POLL_SECONDS", 0.05)
     for n in range(100):
         client.xadd(
             bot_settings.keys.bot_outbox(), {"chat": GROUP, "text": f"{n:03d} " + "x" * 96, "tick_ms": 0}

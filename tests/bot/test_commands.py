@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import redis
 
-from pkbrokers_redis.bot import file_delivery
+from pkbrokers_redis.bot import files
 from pkbrokers_redis.bot.commands import COMMANDS
 from pkbrokers_redis.bot.context import Command
 from pkbrokers_redis.files.manifest import Entry, update_manifest
@@ -268,8 +268,8 @@ def test_a_missing_file_is_made_with_progress(
         "import sys, time; time.sleep(0.3); "
         "from pkbrokers_redis.jobs.snapshots import snapshot; snapshot(sys.argv[-1])"
     )
-    monkeypatch.setattr(file_delivery, "SNAPSHOT_COMMAND", (sys.executable, "-c", code, "snapshot"))
-    monkeypatch.setattr("pkbrokers_redis.bot.file_delivery.PROGRESS_EVERY_SECONDS", 0.05)
+    monkeypatch.setattr(files, "SNAPSHOT_COMMAND", (sys.executable, "-c", code, "snapshot"))
+    monkeypatch.setattr("pkbrokers_redis.bot.files.PROGRESS_EVERY_SECONDS", 0.05)
     telegram.say(BOB, "/ticks")
     telegram.wait(lambda m: "making a new one" in m.text)
     sent = telegram.wait(lambda m: m.method == "sendDocument")
@@ -283,7 +283,7 @@ def test_a_snapshot_that_fails_is_one_line(
     import sys
 
     code = "import sys; print('pkb: the disk <is> full', file=sys.stderr); sys.exit(2)"
-    monkeypatch.setattr(file_delivery, "SNAPSHOT_COMMAND", (sys.executable, "-c", code))
+    monkeypatch.setattr(files, "SNAPSHOT_COMMAND", (sys.executable, "-c", code))
     telegram.say(BOB, "/ticks")
     assert telegram.wait(lambda m: "No snapshot could be made (the disk &lt;is&gt; full)" in m.text)
 
@@ -291,7 +291,7 @@ def test_a_snapshot_that_fails_is_one_line(
 def test_request_data_sends_the_files_that_exist(
     running: None, telegram: Telegram, bot_settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_delivery, "SNAPSHOT_COMMAND", ("false",))
+    monkeypatch.setattr(files, "SNAPSHOT_COMMAND", ("false",))
     put_file(bot_settings, "stock_data.db", "sqlite", b"x")
     telegram.say(ALICE, "/request_data")
     telegram.wait(lambda m: m.text == "2 of 4 files sent.")
@@ -370,7 +370,7 @@ def test_test_ticks_counts_entries(
     bot_settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("pkbrokers_redis.bot.commands_admin.COUNT_SECONDS", 0.3)
+    monkeypatch.setattr("pkbrokers_redis.bot.operators.COUNT_SECONDS", 0.3)
     telegram.say(ALICE, "/test_ticks")
     telegram.wait(lambda m: "Counting" in m.text)
     assert "no tick came" in telegram.wait(lambda m: "entries in" in m.text).text

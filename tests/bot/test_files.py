@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 import redis
 
-from pkbrokers_redis.bot.snapshot_index import FILE_KINDS, Snapshot, is_fresh, market_state
+from pkbrokers_redis.bot.files import FILE_KINDS, Snapshot, is_fresh, market_state
 from pkbrokers_redis.candles.calendar import KOLKATA, load_sessions
 from pkbrokers_redis.settings import Settings
 from tests.bot.conftest import running_bot
@@ -72,7 +72,7 @@ def test_after_hours_a_file_of_the_session_is_made_again(
     async def run_snapshot(_: Settings, snapshot: str) -> None:
         made.append(snapshot)
 
-    monkeypatch.setattr("pkbrokers_redis.bot.file_delivery.run_snapshot", run_snapshot)
+    monkeypatch.setattr("pkbrokers_redis.bot.files.run_snapshot", run_snapshot)
     put_day(client, bot_settings, INFY, 110.0)
     put_file(bot_settings, "ticks.json", "ticks", b"x", f"2026-11-20T{made_at}:00+05:30")
     shift = f"{at('20 16:00:00')},{time.time()},1.0"

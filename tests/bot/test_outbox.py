@@ -19,7 +19,7 @@ SUPERGROUP = -1_005_000
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pkbrokers_redis.bot.alerts.outbox.POLL_SECONDS", 0.05)
+    monkeypatch.setattr("pkbrokers_redis.bot.alerts.store.POLL_SECONDS", 0.05)
 
 
 def put(client: redis.Redis, settings: Settings, chat: int, *texts: str) -> None:

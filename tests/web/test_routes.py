@@ -16,7 +16,7 @@ from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.leases import announce
 from pkbrokers_redis.web import market
-from pkbrokers_redis.web.middleware import ROUTES
+from pkbrokers_redis.web.runner import ROUTES
 from tests.client.contract import INFY, OPEN_S, RELIANCE
 from tests.web.conftest import Serving, Web
 

@@ -17,9 +17,8 @@ import redis
 
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.settings import Settings, load_settings
-from pkbrokers_redis.web import closed, responses
-from pkbrokers_redis.web.middleware import ROUTES
-from pkbrokers_redis.web.runner import serve
+from pkbrokers_redis.web import closed, http
+from pkbrokers_redis.web.runner import ROUTES, serve
 from tests.client.contract import INFY, OPEN_S, RELIANCE, announce, row
 from tests.support import running_python, running_server, settings_env, wait_until
 from tests.topologies import free_ports
@@ -130,7 +129,7 @@ def test_a_follower_behind_the_trimmed_stream_gets_the_count_of_missed_candles(
 def test_a_client_that_does_not_read_is_disconnected_and_others_continue(
     web: Web, client: redis.Redis, store: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(responses, "WRITE_SECONDS_MAX", 2.0)
+    monkeypatch.setattr(http, "WRITE_SECONDS_MAX", 2.0)
     slow = socket.socket()
     slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     slow.connect((web.host, web.port))
