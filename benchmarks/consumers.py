@@ -111,7 +111,7 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 def _touch(provider: HighPerformanceDataProvider, n: int) -> None:
     buffer = next(iter(provider.mirror.memory.buffers["15m"].values()))
-    buffer.add(np.array([buffer.view(1)[0, 0], 1, 1, 1, n, 1, 0, 1], np.float64), 0)
+    buffer.add(np.array([buffer.last(1)[0][0, 0], 1, 1, 1, n, 1, 0, 1], np.float64), 0)
 
 
 def feed(link: Connection) -> None:

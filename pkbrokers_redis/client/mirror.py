@@ -12,7 +12,6 @@ read while it formed stays visible in between.
 
 from __future__ import annotations
 
-import heapq
 import math
 import os
 import threading
@@ -23,18 +22,9 @@ import redis
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles.model import Candle, find_interval
-from pkbrokers_redis.client.bulk import Bulk, read_bulk
+from pkbrokers_redis.client.bulk import Bulk, candles_of
 from pkbrokers_redis.client.follow import Follower
-from pkbrokers_redis.client.mirror_rows import (
-    NO_ROWS,
-    BufferKey,
-    Floats,
-    MirrorRows,
-    RowBuffer,
-    apply_entries,
-    moved_names,
-    refresh_currents,
-)
+from pkbrokers_redis.client.mirror_rows import NO_ROWS, BufferKey, Floats, MirrorRows, RowBuffer
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.clock import Backoff
 from pkbrokers_redis.errors import PkbError
@@ -69,8 +59,8 @@ class _ProcessState:
 class Mirror:
     """The last `count` candles of chosen instruments and intervals, in memory.
 
-    One mirror serves all threads of a process, and continues in a forked child process. The thread of `start`
-    and callers of `poll` write rows under `memory.lock`; reads take no lock that a slow Redis can hold.
+    One mirror serves all threads of a process, and continues in a forked child process. Reads take no lock
+    that a slow Redis can hold.
 
     Args:
         store: Where to read from.
@@ -103,7 +93,7 @@ class Mirror:
         self.store = store
         self.current_seconds = current_seconds
         self.resyncs = 0  # how often the mirror filled itself again
-        self.memory = MirrorRows(bytes_max)
+        self.memory = MirrorRows(store, bytes_max)
         self._active: dict[BufferKey, float] = {}  # (token, interval) → last read, monotonic seconds
         self._missed_before = 0  # by followers that were replaced
         self._wants_thread = False
@@ -117,7 +107,7 @@ class Mirror:
     def rows(
         self, symbol: str | int, interval: str, count: int = 100, include_current: bool = False
     ) -> Floats:
-        """Return a view of the last rows: nothing is copied, and the view never changes.
+        """Return the last rows. The array never changes; completed rows are a view, without a copy.
 
         Args:
             symbol: `NSE:INFY`, `INFY` or a token.
@@ -132,7 +122,7 @@ class Mirror:
             PkbError: The instrument or interval is not mirrored.
         """
         buffer = self._buffer(symbol, interval, include_current)
-        return NO_ROWS if buffer is None else buffer.view(count, include_current)
+        return NO_ROWS if buffer is None else buffer.last(count, include_current)[0]
 
     def many_rows(
         self, symbols: Sequence[str], interval: str, count: int = 100, include_current: bool = False
@@ -142,19 +132,18 @@ class Mirror:
         tokens = [self._token(symbol) for symbol in symbols]
         if include_current:
             self._refresh([(token, name) for token in tokens])
-        with self.memory.lock:
-            buffers = [self.memory.buffers[name].get(token) for token in tokens]
-            return [
-                (symbol, NO_ROWS if buffer is None else buffer.view(count, include_current))
-                for symbol, buffer in zip(symbols, buffers, strict=True)
-            ]
+        buffers = self.memory.buffers[name]
+        return [
+            (symbol, buffers[token].last(count, include_current)[0] if token in buffers else NO_ROWS)
+            for symbol, token in zip(symbols, tokens, strict=True)
+        ]
 
     def candles(
         self, symbol: str | int, interval: str, count: int = 100, include_current: bool = False
     ) -> list[Candle]:
         """Return what `CandleStore.get_candles` returns."""
         buffer = self._buffer(symbol, interval, include_current)
-        return [] if buffer is None else self.memory.candles(buffer, count, include_current)
+        return [] if buffer is None else candles_of(*buffer.last(count, include_current))
 
     def bulk(
         self,
@@ -184,7 +173,7 @@ class Mirror:
     @property
     def symbols(self) -> list[str]:
         """Return the mirrored instruments' names (`NSE:INFY`), sorted."""
-        tokens = {token for buffers in self.memory.buffers.values() for token in buffers}
+        tokens = {token for buffers in list(self.memory.buffers.values()) for token in list(buffers)}
         return sorted(symbol for _, symbol in self.memory.named(tokens))
 
     @property
@@ -206,7 +195,7 @@ class Mirror:
     @property
     def size_bytes(self) -> int:
         """Return the memory of the rows."""
-        return self.memory.size_bytes()
+        return self.memory.size_bytes
 
     # -- keeping current -------------------------------------------------------------------------
 
@@ -235,7 +224,7 @@ class Mirror:
                 to_read = [*memory.named(mirrored), *named]
             else:
                 to_read = [pair for pair in named if pair[0] not in mirrored]
-            self._fill(process, name, to_read, max(count, keep))
+            self._fill(name, to_read, max(count, keep))
             if texts is None:
                 memory.all_instruments.add(name)
             else:
@@ -313,15 +302,15 @@ class Mirror:
         began = time.monotonic()
         losses = follower.missed + follower.restarts
         entries, has_caught_up = follower.read_entries(block_seconds)  # without the lock: it may wait
+        if follower.missed + follower.restarts != losses:
+            self._resync(process)
+            return len(entries)
         with process.work:
-            if follower.missed + follower.restarts != losses:
-                self._resync(process)
-                return len(entries)
-            applied = apply_entries(self.store, self.memory, entries)
+            applied = self.memory.apply(entries)
             self._refresh_active()
             if began - process.names_at > NAMES_SECONDS:
                 process.names_at = began
-                self._follow_names(process)
+                self.memory.follow_names()
             if has_caught_up:  # the read returned everything announced before it began
                 process.complete_at = max(process.complete_at, began)
         return applied
@@ -340,27 +329,15 @@ class Mirror:
             self.resyncs += 1
             for name, buffers in list(self.memory.buffers.items()):
                 known = self.store.instruments() if name in self.memory.all_instruments else []
-                self._fill(process, name, [*self.memory.named(buffers), *known], self.memory.keep[name])
+                self._fill(name, [*self.memory.named(buffers), *known], self.memory.keep[name])
             process.needs_resync = False
             return follower
 
-    def _follow_names(self, process: _ProcessState) -> None:
-        """Mirror the tokens to which the master has moved mirrored names."""
-        moved = moved_names(self.store, self.memory)
-        for name, buffers in list(self.memory.buffers.items()) if moved else ():
-            to_read = [pair for token, pair in moved.items() if token in buffers and pair[0] not in buffers]
-            self._fill(process, name, to_read, self.memory.keep[name])
-        self.memory.rename(moved)
-
-    def _fill(self, process: _ProcessState, name: str, named: list[tuple[int, str]], keep: int) -> None:
+    def _fill(self, name: str, instruments: list[tuple[int, str]], keep: int) -> None:
         began = time.monotonic()
-        instruments = list(dict(named).items())
-        self.memory.check_size(name, {token for token, _ in instruments}, keep)
-        bulk = read_bulk(self.store.client, self.store.keys, instruments, name, keep)
-        self.store.tally.rows_refused += bulk.rows_refused
-        self.memory.replace(bulk, keep)
-        if process.complete_at == -math.inf:
-            process.complete_at = began
+        self.memory.fill(name, instruments, keep)
+        if self._process.complete_at == -math.inf:
+            self._process.complete_at = began
 
     def _interval(self, interval: str) -> str:
         if interval not in self.memory.buffers:
@@ -398,7 +375,7 @@ class Mirror:
         if not old or process.needs_resync or not process.work.acquire(timeout=REFRESH_WAIT_SECONDS):
             return  # Redis is unavailable or a large fill runs: an old candle is better than a late answer
         try:
-            refresh_currents(self.store, self.memory, old)
+            self.memory.refresh(old)
         except (redis.RedisError, OSError):
             process.needs_resync = True  # the read returns what memory holds; `lag_ms` shows its age
         finally:
@@ -415,14 +392,13 @@ class Mirror:
             elif now - buffer.current_at > self.current_seconds / 2:
                 due.append((buffer.current_at, key))
         if due:  # the oldest first; the rest is read when a caller needs it
-            refresh_currents(self.store, self.memory, [key for _, key in heapq.nsmallest(REFRESH_MAX, due)])
+            self.memory.refresh([key for _, key in sorted(due)[:REFRESH_MAX]])
 
     def _process_state(self) -> _ProcessState:
         """Return this process' state; a forked child creates its own and fills again."""
         if self._process.pid != os.getpid():
             self._process = _ProcessState()
             self._process.needs_resync = True
-            self.memory.lock = threading.RLock()
             if self._wants_thread:
                 self.start()
         return self._process

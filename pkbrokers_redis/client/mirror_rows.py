@@ -1,14 +1,9 @@
-"""The last candle rows of one instrument and interval: completed rows, then the candle being formed.
-
-Every change makes new arrays. So a view needs no copy when it is read, and never changes afterwards.
-
-The rows of a mirror in memory, and how rows enter it: bulk reads, announcements, current candles.
-"""
+"""The rows of a mirror in memory, and how rows enter it: bulk reads, announcements, current candles."""
 
 from __future__ import annotations
 
+import itertools
 import math
-import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -16,320 +11,270 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pkbrokers_redis.candles.model import CANDLE_FIELDS, Candle
-from pkbrokers_redis.client.bulk import Bulk, arrays_of, candles_of
-from pkbrokers_redis.client.follow import Fields
+from pkbrokers_redis.candles.model import CANDLE_FIELDS, FLAG_NAMES, Candle
+from pkbrokers_redis.client.bulk import Bulk, read_bulk
+from pkbrokers_redis.client.follow import Fields, parse_closed
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.store.errors import is_wrong_type
-from pkbrokers_redis.store.rows import parse_candle
+from pkbrokers_redis.store.rows import parse_candle, parse_candles
 from pkbrokers_redis.store.symbols import read_tokens
 
 Floats = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.int8]
+BufferKey = tuple[int, str]  # token, interval
 
 WIDTH = len(CANDLE_FIELDS)
 NO_ROWS: Floats = np.empty((0, WIDTH))
 NO_FLAGS: Flags = np.empty(0, np.int8)
+FLAG_CELLS = [np.array([code], np.int8) for code in range(len(FLAG_NAMES))]
+ROW_BYTES = WIDTH * 8
+SPARE_SHARE = 0.25  # of a buffer's rows: room behind them, so that most rows are appended without a copy
+BUFFERS_PER_PIPELINE = 500
+TAIL_ROWS = 3  # rows that can complete unread before they are announced: the grace's worth
 
 
 class RowBuffer:
-    """At most `keep` completed rows, and behind them the candle being formed, if there is one.
+    """At most `keep` completed rows of an instrument and interval, and the candle being formed, if any.
 
-    Readers need no lock: rows, flags and whether the last row is being formed are replaced together.
-    `version` rises with each change. `current_at` is when the current candle was last read, on the monotonic
-    clock (-inf for never). `tail_start` is the start of the current candle whose predecessors were last read.
+    One thread changes it; readers need no lock, and rows that were read never change: a row is appended
+    behind those that readers hold, and any other change makes new arrays. `version` rises with each change.
+    `current_at` is when the current candle was last read, on the monotonic clock.
     """
 
-    __slots__ = ("_state", "current_at", "keep", "tail_start", "version")
+    __slots__ = ("_completed", "_current", "current_at", "keep", "version")
 
     def __init__(self, keep: int, rows: Floats = NO_ROWS, flags: Flags | None = None) -> None:
         self.keep = keep
         self.version = 0
         self.current_at = -math.inf
-        self.tail_start = 0.0
-        first = max(len(rows) - keep, 0)
-        kept = rows[first:].copy()
-        self._state = kept, np.zeros(len(kept), np.int8) if flags is None else flags[first:].copy(), False
+        self._current: tuple[Floats, int] | None = None
+        flags = np.zeros(len(rows), np.int8) if flags is None else flags
+        # Rows, flags, and the range of them in use: one object, so that a reader sees one state.
+        self._completed = rows, flags, max(len(rows) - keep, 0), len(rows)
+        self._make_room()  # and copy: the caller's arrays may be large
 
-    def view(self, count: int, include_current: bool = False) -> Floats:
-        """Return the last rows, at most `count`, without a copy."""
-        rows, _, has_current = self._state
-        end = len(rows) - (has_current and not include_current)
-        return rows[max(end - count, 0) : end]
-
-    def view_flags(self, count: int, include_current: bool = False) -> Flags:
-        """Return the flags (index into FLAG_NAMES) of the rows of `view`."""
-        _, flags, has_current = self._state
-        end = len(flags) - (has_current and not include_current)
-        return flags[max(end - count, 0) : end]
+    def last(self, count: int, include_current: bool = False) -> tuple[Floats, Flags]:
+        """Return the last rows, at most `count`, and their flags (index into FLAG_NAMES)."""
+        current = self._current if include_current else None  # before the completed rows, which it joins
+        rows, flags, first, end = self._completed
+        if count < 1 or current is None or (end > first and current[0][0] <= rows[end - 1, 0]):
+            begin = max(first, end - max(count, 0))
+            return rows[begin:end], flags[begin:end]
+        row, flag = current
+        begin = max(first, end - count + 1)
+        return np.concatenate((rows[begin:end], row[None])), np.concatenate(
+            (flags[begin:end], FLAG_CELLS[flag])
+        )
 
     @property
     def size_bytes(self) -> int:
         """Return the memory of the rows."""
-        return self._state[0].nbytes
+        return self._completed[0].nbytes
 
     def add(self, row: Floats, flag: int) -> None:
         """Append a completed row, replace the one with the same start, or insert it between two rows."""
-        rows, flags, has_current = self._state
-        end = len(rows) - has_current
-        index = int(np.searchsorted(rows[:end, 0], row[0]))
-        is_replaced = index < end and rows[index, 0] == row[0]
-        if not is_replaced and index == 0 and end >= self.keep:
-            return  # older than all rows kept
-        if has_current and rows[end, 0] <= row[0]:  # the row is the current candle's last state, or later
-            rows, flags, has_current = rows[:end], flags[:end], False
-        self._replace(*_splice(rows, flags, index, index + is_replaced, row, flag), has_current)
+        rows, flags, first, end = self._completed
+        if first == end or row[0] > rows[end - 1, 0]:
+            if end == len(rows):
+                rows, flags, first, end = self._make_room()
+            rows[end], flags[end] = row, flag
+            self._completed = rows, flags, max(first, end + 1 - self.keep), end + 1
+        else:
+            index = first + int(np.searchsorted(rows[first:end, 0], row[0]))
+            is_replaced = rows[index, 0] == row[0]
+            if is_replaced and flags[index] == flag and _is_same(rows[index], row):
+                return
+            if not is_replaced and index == first and end - first >= self.keep:
+                return  # older than all rows kept
+            rows = np.concatenate((rows[first:index], row[None], rows[index + is_replaced : end]))
+            flags = np.concatenate((flags[first:index], FLAG_CELLS[flag], flags[index + is_replaced : end]))
+            self._completed = rows, flags, max(len(rows) - self.keep, 0), len(rows)
+        if self._current is not None and self._current[0][0] <= row[0]:
+            self._current = None  # after the row: no reader misses both
+        self.version += 1
 
-    def set_current(self, row: Floats | None, flag: int = 0) -> bool:
-        """Set the candle being formed (None for no candle); return whether its predecessors are unread.
+    def set_current(self, row: Floats | None, flag: int = 0) -> None:
+        """Set the candle being formed; None if there is none.
 
         A current candle that has a successor stays as a completed row until its announcement replaces it.
         """
-        rows, flags, has_current = self._state
-        end = len(rows) - has_current
-        before = float(rows[end, 0]) if has_current else 0.0
-        start = 0.0 if row is None else float(row[0])
-        if has_current and start != before:
-            end += row is None or start > before
-            rows, flags, has_current = rows[:end], flags[:end], False
-            self._replace(rows, flags, False)
-        is_newest = start > (rows[end - 1, 0] if end else 0.0)
-        if row is not None and is_newest and not (has_current and np.array_equal(rows[end], row)):
-            self._replace(*_splice(rows, flags, end, end + has_current, row, flag), True)
-        is_unread = start != self.tail_start
-        self.tail_start = start
-        return is_unread
+        before = self._current
+        if before is not None:
+            if row is not None and _is_same(before[0], row):
+                return
+            if row is None or row[0] > before[0][0]:
+                self.add(*before)
+        rows, _, first, end = self._completed
+        is_newest = row is not None and (first == end or row[0] > rows[end - 1, 0])
+        self._current = (row, flag) if row is not None and is_newest else None
+        self.version += before is not None or is_newest
 
-    def _replace(self, rows: Floats, flags: Flags, has_current: bool) -> None:
-        """Set the state, without the oldest rows beyond `keep`."""
-        dropped = max(len(rows) - has_current - self.keep, 0)
-        self._state = rows[dropped:], flags[dropped:], has_current
-        self.version += 1
-
-
-def _splice(
-    rows: Floats, flags: Flags, start: int, stop: int, row: Floats, flag: int
-) -> tuple[Floats, Flags]:
-    """Return new arrays with one row in place of rows `start` to `stop`."""
-    return (
-        np.concatenate((rows[:start], row[None], rows[stop:])),
-        np.concatenate((flags[:start], np.array([flag], np.int8), flags[stop:])),
-    )
+    def _make_room(self) -> tuple[Floats, Flags, int, int]:
+        """Copy the rows in use into arrays with spare rows behind them."""
+        rows, flags, first, end = self._completed
+        size = end - first
+        capacity = size + int(size * SPARE_SHARE) + 1
+        self._completed = np.empty((capacity, WIDTH)), np.zeros(capacity, np.int8), 0, size
+        self._completed[0][:size], self._completed[1][:size] = rows[first:end], flags[first:end]
+        return self._completed
 
 
-ROW_BYTES = WIDTH * 8
-SPARE_SHARE = 1.25  # of the rows' memory: replaced arrays that readers still hold
-BUFFERS_PER_PIPELINE = 500
-TAIL_ROWS = 3  # rows that can complete unread before they are announced: the grace's worth
-
-BufferKey = tuple[int, str]  # token, interval
+def _is_same(row: Floats, other: Floats) -> bool:
+    return row.tobytes() == other.tobytes()  # a missing open interest is NaN, which equals nothing
 
 
 class MirrorRows:
-    """Row buffers and names. `lock` is held while rows change: hold it to read several of one moment."""
+    """Row buffers and names of a store. One thread at a time changes them; any thread may read them."""
 
-    def __init__(self, bytes_max: int) -> None:
-        self.lock = threading.RLock()
+    def __init__(self, store: CandleStore, bytes_max: int) -> None:
         self.buffers: dict[str, dict[int, RowBuffer]] = {}  # interval → token → buffer
         self.keep: dict[str, int] = {}  # interval → rows kept of each instrument
         self.all_instruments: set[str] = set()  # intervals that mirror every instrument
         self.symbols: dict[int, str] = {}
         self.tokens: dict[str | int, int] = {}  # every spelling that callers use → token
+        self._store = store
         self._bytes_max = bytes_max
         self._last_bulk: tuple[Any, Bulk] | None = None
 
     def has(self, symbol: str | int, interval: str, count: int) -> bool:
         """Return whether `count` rows of it are mirrored, or all that exist."""
-        buffers = self.buffers.get(interval)
-        if buffers is None or self.tokens.get(symbol) not in buffers:
-            return False
-        return self.keep.get(interval, 0) >= count
+        is_mirrored = self.tokens.get(symbol) in self.buffers.get(interval, ())
+        return is_mirrored and self.keep.get(interval, 0) >= count
 
-    def buffer_of(self, token: int, interval: str, symbol: str = "") -> RowBuffer | None:
+    def named(self, tokens: Iterable[int]) -> list[tuple[int, str]]:
+        """Return (token, symbol) of mirrored instruments."""
+        return [(token, self.symbols[token]) for token in tokens]
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the memory of the rows."""
+        return sum(
+            buffer.size_bytes for buffers in list(self.buffers.values()) for buffer in list(buffers.values())
+        )
+
+    def bulk(self, tokens: Sequence[int], interval: str, count: int, include_current: bool) -> Bulk:
+        """Copy the last rows of these instruments; return the previous answer if nothing has changed."""
+        buffers = [self.buffers[interval].get(token) for token in tokens]
+        versions = [buffer.version if buffer else -1 for buffer in buffers]
+        state = interval, count, include_current, tokens, versions
+        if self._last_bulk is not None and self._last_bulk[0] == state:
+            return self._last_bulk[1]
+        parts = [buffer.last(count, include_current) if buffer else (NO_ROWS, NO_FLAGS) for buffer in buffers]
+        bulk = Bulk(
+            interval,
+            np.array(tokens, np.int64),
+            [self.symbols.get(token, str(token)) for token in tokens],
+            np.cumsum([0, *(len(rows) for rows, _ in parts)], dtype=np.int64),
+            np.concatenate([NO_ROWS, *(rows for rows, _ in parts)]),
+            np.concatenate([NO_FLAGS, *(flags for _, flags in parts)]),
+        )
+        self._last_bulk = state, bulk
+        return bulk
+
+    def fill(self, interval: str, instruments: Iterable[tuple[int, str]], keep: int) -> None:
+        """Read the last `keep` rows of each (token, symbol); they replace those of the same instruments.
+
+        Raises PkbError if the rows would exceed the bound, and redis-py's errors; then nothing changes.
+        """
+        named = dict(instruments)
+        self._check_size(interval, named.keys(), keep)
+        bulk = read_bulk(self._store.client, self._store.keys, list(named.items()), interval, keep)
+        self._store.tally.rows_refused += bulk.rows_refused
+        created = {
+            token: RowBuffer(keep, bulk.rows[first:end], bulk.flags[first:end])
+            for token, (first, end) in zip(named, itertools.pairwise(bulk.offsets.tolist()), strict=True)
+        }
+        for token, symbol in named.items():
+            self._add_name(token, symbol)
+        self.buffers[interval] = {**self.buffers.get(interval, {}), **created}
+        self.keep[interval] = keep  # after the rows: another thread may call `has`
+
+    def _check_size(self, interval: str, tokens: Iterable[int], keep: int) -> None:
+        replaced = self.buffers.get(interval, {})
+        new = set(tokens)
+        kept_bytes = self.size_bytes - sum(replaced[token].size_bytes for token in new if token in replaced)
+        if kept_bytes + len(new) * keep * ROW_BYTES * (1 + SPARE_SHARE) > self._bytes_max:
+            raise PkbError(
+                f"a mirror of {len(new):,} instruments × {keep} rows of {interval} would "
+                f"exceed {self._bytes_max / 2**20:,.0f} MB",
+                "mirror fewer instruments, intervals or rows, or raise bytes_max",
+            )
+
+    def apply(self, entries: Iterable[Fields]) -> int:
+        """Add announced rows to their buffers; return how many."""
+        added = 0
+        tokens = None if self.all_instruments else self.symbols.keys()
+        for fields in entries:
+            closed = parse_closed(fields, self._store.tally, tokens, self.buffers.keys())
+            buffer = closed and self._buffer_of(closed.token, closed.interval, closed.symbol)
+            if closed and buffer:
+                buffer.add(*_as_row(closed.candle))
+                added += 1
+        return added
+
+    def refresh(self, keys: Sequence[BufferKey]) -> None:
+        """Read the current candle of each (token, interval), and the rows completed before it.
+
+        Those rows may not be announced yet. Raises redis-py's errors.
+        """
+        store = self._store
+        for first in range(0, len(keys), BUFFERS_PER_PIPELINE):
+            chunk = keys[first : first + BUFFERS_PER_PIPELINE]
+            pipe = store.client.pipeline(transaction=False)
+            for token, interval in chunk:
+                pipe.hget(store.keys.current(token), interval)
+                pipe.lrange(store.keys.candles(token, interval), -TAIL_ROWS, -1)
+            replies = pipe.execute(raise_on_error=False)
+            now = time.monotonic()
+            for (token, interval), current, tail in zip(chunk, replies[::2], replies[1::2], strict=True):
+                error = next((reply for reply in (current, tail) if isinstance(reply, Exception)), None)
+                if error is not None and not is_wrong_type(error):
+                    raise error
+                buffer = self._buffer_of(token, interval)
+                if buffer is None:
+                    continue
+                for completed in parse_candles(tail) if isinstance(tail, list) else ():
+                    buffer.add(*_as_row(completed))
+                candle = parse_candle(current) if isinstance(current, bytes) else None
+                store.tally.rows_refused += current is not None and candle is None
+                row, flag = (None, 0) if candle is None else _as_row(candle)
+                buffer.set_current(row, flag)
+                buffer.current_at = now
+
+    def _buffer_of(self, token: int, interval: str, symbol: str = "") -> RowBuffer | None:
         """Return the buffer of an instrument; create it if the interval mirrors every instrument."""
-        buffers = self.buffers.get(interval)
-        if buffers is None:
-            return None
-        buffer = buffers.get(token)
-        if buffer is None and interval in self.all_instruments:
-            buffer = buffers[token] = RowBuffer(self.keep[interval])
-            self.add_name(token, symbol or str(token))
-        return buffer
+        buffers = self.buffers[interval]
+        if token not in buffers and interval in self.all_instruments:
+            buffers[token] = RowBuffer(self.keep[interval])
+            self._add_name(token, symbol or str(token))
+        return buffers.get(token)
 
-    def add_name(self, token: int, symbol: str) -> None:
+    def _add_name(self, token: int, symbol: str) -> None:
         """Let the instrument be found by its symbol, also without `NSE:`, and by its token."""
         self.symbols[token] = symbol
         for name in (token, str(token), symbol, symbol.removeprefix("NSE:")):
             self.tokens.setdefault(name, token)
 
-    def rename(self, moved: dict[int, tuple[int, str]]) -> None:
-        """Move symbols to other tokens (old token → new token, symbol); the old token keeps its number."""
-        with self.lock:
-            for name, token in self.tokens.items():
-                if token in moved and not str(name).isdecimal():
-                    self.tokens[name] = moved[token][0]
-            self.symbols.update({token: str(token) for token in moved})
-            for token, symbol in moved.values():
-                self.add_name(token, symbol)
+    def follow_names(self) -> None:
+        """Mirror the tokens to which the master has moved mirrored names; an old token keeps its number.
 
-    def named(self, tokens: Iterable[int]) -> list[tuple[int, str]]:
-        """Return `(token, symbol)` of each token."""
-        return [(token, self.symbols.get(token, str(token))) for token in tokens]
-
-    def replace(self, bulk: Bulk, keep: int) -> None:
-        """Create buffers of `keep` rows from a bulk; they replace those of the same instruments."""
-        interval, offsets = bulk.interval, bulk.offsets.tolist()
-        created = {
-            token: RowBuffer(
-                keep, bulk.rows[offsets[n] : offsets[n + 1]], bulk.flags[offsets[n] : offsets[n + 1]]
-            )
-            for n, token in enumerate(bulk.tokens.tolist())
-        }
-        with self.lock:
-            for token, symbol in zip(created, bulk.symbols, strict=True):
-                self.add_name(token, symbol)
-            self.buffers[interval] = {**self.buffers.get(interval, {}), **created}
-            self.keep[interval] = keep  # after the rows: `has` takes no lock
-
-    def check_size(self, interval: str, tokens: set[int], keep: int) -> None:
-        """Raise PkbError if buffers of `keep` rows of these instruments would exceed the bound."""
-        kept_bytes = sum(
-            buffer.size_bytes
-            for name, buffers in self.buffers.items()
-            for token, buffer in buffers.items()
-            if name != interval or token not in tokens
-        )
-        if kept_bytes + len(tokens) * keep * ROW_BYTES * SPARE_SHARE > self._bytes_max:
-            raise PkbError(
-                f"a mirror of {len(tokens):,} instruments × {keep} rows of {interval} would "
-                f"exceed {self._bytes_max / 2**20:,.0f} MB",
-                "mirror fewer instruments, intervals or rows, or raise bytes_max",
-            )
-
-    def size_bytes(self) -> int:
-        """Return the memory of the rows."""
-        with self.lock:
-            return sum(buffer.size_bytes for buffers in self.buffers.values() for buffer in buffers.values())
-
-    def candles(self, buffer: RowBuffer, count: int, include_current: bool) -> list[Candle]:
-        """Return a buffer's last rows as candles."""
-        with self.lock:
-            return candles_of(buffer.view(count, include_current), buffer.view_flags(count, include_current))
-
-    def bulk(self, tokens: Sequence[int], interval: str, count: int, include_current: bool) -> Bulk:
-        """Copy the last rows of these instruments; return the previous answer if nothing has changed."""
-        with self.lock:
-            buffers = [self.buffers[interval].get(token) for token in tokens]
-            versions = [buffer.version if buffer else -1 for buffer in buffers]
-            state = interval, count, include_current, tokens, versions
-            if self._last_bulk is not None and self._last_bulk[0] == state:
-                return self._last_bulk[1]
-            views = [buffer.view(count, include_current) if buffer else NO_ROWS for buffer in buffers]
-            flags = [buffer.view_flags(count, include_current) if buffer else NO_FLAGS for buffer in buffers]
-            bulk = Bulk(
-                interval,
-                np.array(tokens, np.int64),
-                [symbol for _, symbol in self.named(tokens)],
-                np.concatenate(([0], np.cumsum([len(view) for view in views], dtype=np.int64))),
-                np.concatenate(views or [NO_ROWS]),
-                np.concatenate(flags or [NO_FLAGS]),
-            )
-            self._last_bulk = state, bulk
-            return bulk
+        Raises redis-py's errors.
+        """
+        symbols = dict(self.symbols)
+        tokens = read_tokens(self._store.client, self._store.keys, list(symbols.values()))
+        moved = {old: tokens[name] for old, name in symbols.items() if tokens.get(name, old) != old}
+        for interval, buffers in list(self.buffers.items()) if moved else ():
+            new = [(token, symbols[old]) for old, token in moved.items() if old in buffers]
+            missing = [(token, symbol) for token, symbol in new if token not in buffers]
+            self.fill(interval, missing, self.keep[interval])
+        for name, token in list(self.tokens.items()):
+            if token in moved and not str(name).isdecimal():
+                self.tokens[name] = moved[token]
+        self.symbols.update({old: str(old) for old in moved})
+        for old, token in moved.items():
+            self._add_name(token, symbols[old])
 
 
-def apply_entries(store: CandleStore, memory: MirrorRows, entries: Sequence[Fields]) -> int:
-    """Add announced rows to their buffers; return how many. Count malformed entries in the store's tally."""
-    added = 0
-    with memory.lock:
-        for fields in entries:
-            try:
-                token, interval = int(fields[b"token"]), fields[b"interval"].decode()
-            except (KeyError, ValueError):
-                store.tally.rows_refused += 1
-                continue
-            if interval not in memory.buffers:
-                continue  # most of a stream, for a small mirror: no row is parsed for them
-            symbol = fields.get(b"symbol", b"").decode(errors="replace")
-            buffer = memory.buffer_of(token, interval, symbol)
-            if buffer is not None:
-                added += _add_row(store, buffer, fields.get(b"row", b""))
-    return added
-
-
-def refresh_currents(store: CandleStore, memory: MirrorRows, keys: Sequence[BufferKey]) -> None:
-    """Read the current candle of each (token, interval), and the rows completed before a new one.
-
-    Raises redis-py's errors.
-    """
-    for first in range(0, len(keys), BUFFERS_PER_PIPELINE):
-        chunk = keys[first : first + BUFFERS_PER_PIPELINE]
-        pipe = store.client.pipeline(transaction=False)
-        for token, interval in chunk:
-            pipe.hget(store.keys.current(token), interval)
-        replies = pipe.execute(raise_on_error=False)
-        now = time.monotonic()
-        replaced: list[BufferKey] = []
-        with memory.lock:
-            for (token, interval), reply in zip(chunk, replies, strict=True):
-                buffer = memory.buffer_of(token, interval)
-                if buffer is None:
-                    continue
-                if isinstance(reply, Exception) and not is_wrong_type(reply):
-                    raise reply
-                candle = parse_candle(reply) if isinstance(reply, bytes) else None
-                store.tally.rows_refused += reply is not None and candle is None
-                row, flag = (None, 0) if candle is None else _as_row(candle)
-                buffer.current_at = now
-                if buffer.set_current(row, flag):
-                    replaced.append((token, interval))
-        if replaced:
-            _read_tails(store, memory, replaced)
-
-
-def _read_tails(store: CandleStore, memory: MirrorRows, keys: Sequence[BufferKey]) -> None:
-    """Read the newest completed rows behind a new current candle.
-
-    They may not be announced yet, and what the mirror last saw of them was not their last tick.
-    """
-    pipe = store.client.pipeline(transaction=False)
-    for token, interval in keys:
-        pipe.lrange(store.keys.candles(token, interval), -TAIL_ROWS, -1)
-    replies: list[Any] = pipe.execute(raise_on_error=False)
-    with memory.lock:
-        for (token, interval), rows in zip(keys, replies, strict=True):
-            buffer = memory.buffer_of(token, interval)
-            if buffer is None or isinstance(rows, Exception):
-                continue
-            for text in rows:
-                _add_row(store, buffer, text)
-
-
-def _add_row(store: CandleStore, buffer: RowBuffer, text: bytes) -> int:
-    """Add a completed row's text; return 1, or 0 (counted) if it is no candle."""
-    candle = parse_candle(text)
-    if candle is None:
-        store.tally.rows_refused += 1
-        return 0
-    buffer.add(*_as_row(candle))
-    return 1
-
-
-def _as_row(candle: Candle) -> tuple[Any, int]:
-    rows, flags = arrays_of([candle])
-    return rows[0], int(flags[0])
-
-
-def moved_names(store: CandleStore, memory: MirrorRows) -> dict[int, tuple[int, str]]:
-    """Return mirrored token → (token, symbol): the token that the master now gives its symbol to.
-
-    Raises redis.RedisError.
-    """
-    symbols = dict(memory.symbols)
-    tokens = read_tokens(store.client, store.keys, list(symbols.values()))
-    return {
-        token: (tokens[symbol], symbol)
-        for token, symbol in symbols.items()
-        if tokens.get(symbol, token) != token
-    }
+def _as_row(candle: Candle) -> tuple[Floats, int]:
+    return np.array(candle[:WIDTH], np.float64), FLAG_NAMES.index(candle.flag)

@@ -135,7 +135,9 @@ def test_a_thread_keeps_the_mirror_current(store: CandleStore) -> None:
         assert prices(mirror, include_current=True) == [10, 11, 12]
         store.client.hset(store.keys.current(INFY), "5m", row(at(2), 13))
         memory = mirror.memory.buffers["5m"][INFY]
-        wait_until(lambda: memory.view(1, True)[0, 4] == 13, what="the thread to refresh the current candle")
+        wait_until(
+            lambda: memory.last(1, True)[0][0, 4] == 13, what="the thread to refresh the current candle"
+        )
         wait_until(lambda: mirror.lag_ms < 2_000, what="a current mirror")
     assert all(thread.name != "pkb-mirror" for thread in threading.enumerate())
 
