@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
-from pkbrokers_redis.candles.calendar import KOLKATA, TIME_MS_MAX, TIME_MS_MIN, Sessions
+from pkbrokers_redis.candles.calendar import KOLKATA, TIME_MS_MAX, TIME_MS_MIN, Day, Sessions
 from pkbrokers_redis.candles.model import Candle, Interval, bucket_end_s, bucket_start_s
 from pkbrokers_redis.client.follow import ENTRIES_PER_PAGE, newest_first, parse_closed
 from pkbrokers_redis.errors import PkbError
@@ -29,8 +29,7 @@ FLAG_WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class Announcement:
+class Announcement(NamedTuple):
     """One entry of the closed stream about the candle: its time (epoch ms), its `rev`, the row announced."""
 
     at_ms: int
@@ -50,8 +49,8 @@ class Explanation:
         has_older_ticks: Whether the stream reaches back to before the candle.
         sources: The ingest processes that sent the ticks.
         before, after: The nearest rows kept of the same interval.
-        baseline, day_volume: First and latest cumulative volume of `baseline_day` (epoch seconds), as the
-            aggregator knows them.
+        baseline, day_volume: First and latest cumulative volume of its day, as the aggregator knows them;
+            None on another day.
     """
 
     token: int
@@ -63,21 +62,19 @@ class Explanation:
     place: str
     schedule: str
     windows: tuple[tuple[int, int], ...]
-    is_in_session: bool
-    ticks: tuple[Tick, ...]
+    ticks: list[Tick]
     has_older_ticks: bool
-    sources: tuple[str, ...]
-    announcements: tuple[Announcement, ...]
+    sources: list[str]
+    announcements: list[Announcement]
     before: Candle | None
     after: Candle | None
-    baseline_day: int | None
     day_volume: float | None
     baseline: float | None
 
     @property
-    def revision(self) -> int | None:
-        """Return the highest revision announced that is still in the stream."""
-        return max((announcement.rev for announcement in self.announcements), default=None)
+    def is_in_session(self) -> bool:
+        """Return whether a part of the candle lies inside the trading hours."""
+        return any(opens < self.end * 1000 and self.start * 1000 < closes for opens, closes in self.windows)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields by name, and `lines`, for JSON."""
@@ -89,55 +86,53 @@ class Explanation:
             "ticks_in_stream": len(self.ticks),
             "first_tick": self.ticks[0]._asdict() if self.ticks else None,
             "last_tick": self.ticks[-1]._asdict() if self.ticks else None,
-            "sources": list(self.sources),
+            "sources": self.sources,
             "announcements": [
-                {"at_ms": announcement.at_ms, "rev": announcement.rev, "row": announcement.candle.as_dict()}
-                for announcement in self.announcements
+                {"at_ms": at_ms, "rev": rev, "row": row.as_dict()} for at_ms, rev, row in self.announcements
             ],
-            "windows_ms": [list(window) for window in self.windows],
+            "windows_ms": self.windows,
             "lines": self.lines(),
         }
 
     def lines(self) -> list[str]:
         """Return the explanation in sentences."""
-        announced = [_announcement_line(announcement) for announcement in self.announcements]
-        return [*self._row_lines(), *self._tick_lines(), *announced, *self._session_lines()]
+        lines = [self._why_no_row()] if self.row is None else self._row_lines(self.row)
+        for at_ms, rev, candle in self.announcements:
+            kind = f"amended, revision {rev}" if rev else "announced"
+            flag = f", {candle.flag}" if candle.flag else ""
+            facts = f"close {candle.close:g}, volume {candle.volume:g}{flag}"
+            lines.append(f"{kind} at {_time_of(at_ms)}: {facts}")
+        hours = ", ".join(f"{_time_of(opens)[:5]}–{_time_of(closes)[:5]}" for opens, closes in self.windows)
+        lines.append(f"session {self.schedule}: {hours or 'closed that day'}")
+        if self.baseline is not None:
+            before = f"of which {self.baseline:g} was traded before we watched"
+            lines.append(f"day's volume {self.day_volume:g}, {before}")
+        return lines
 
-    def _row_lines(self) -> list[str]:
-        if self.row is None:
-            if not self.is_in_session:
-                return ["no row: it lies outside the trading hours, whose trades update quotes only"]
-            if self.before is None and self.after is None:
-                return ["no row: nothing of this instrument and interval is kept"]
-            if self.before is None:
-                return ["no row: it is older than all that is kept, or we had not begun to watch"]
-            return ["no row: nothing traded in it, as far as we know (fill=True shows a flat one)"]
+    def _why_no_row(self) -> str:
+        if not self.is_in_session:
+            return "no row: it lies outside the trading hours, whose trades update quotes only"
+        if self.before is None and self.after is None:
+            return "no row: nothing of this instrument and interval is kept"
+        if self.before is None:
+            return "no row: it is older than all that is kept, or we had not begun to watch"
+        return "no row: nothing traded in it, as far as we know (fill=True shows a flat one)"
+
+    def _row_lines(self, row: Candle) -> list[str]:
         state = "complete" if self.announcements else "complete; its announcement is due, or trimmed"
         if self.place == "current":
             state = "still forming" if self.after is None else "forming"
-        ticks = f"{self.row.ticks} tick{'' if self.row.ticks == 1 else 's'} changed it"
-        return [f"{state}, {ticks}", FLAG_WORDS[self.row.flag]]
-
-    def _tick_lines(self) -> list[str]:
+        lines = [f"{state}, {row.ticks} tick{'' if row.ticks == 1 else 's'} changed it", FLAG_WORDS[row.flag]]
         if not self.ticks:
-            return ["its ticks are no longer in the stream"] if self.row is not None else []
-        first, last = self.ticks[0], self.ticks[-1]
+            return [*lines, "its ticks are no longer in the stream"]
         missing = "" if self.has_older_ticks else " (the stream does not reach back to its start)"
+        first, last = self.ticks[0], self.ticks[-1]
         return [
+            *lines,
             f"{len(self.ticks)} of its ticks are in the stream{missing}, from {', '.join(self.sources)}",
             f"first {_time_of(first.time_ms)} at {first.last_price:g}, last {_time_of(last.time_ms)} at "
             f"{last.last_price:g}, received {_time_of(last.at_ms)}",
         ]
-
-    def _session_lines(self) -> list[str]:
-        hours = ", ".join(f"{_time_of(opens)[:5]}–{_time_of(closes)[:5]}" for opens, closes in self.windows)
-        lines = [f"session {self.schedule}: {hours or 'closed that day'}"]
-        day = self.windows[0][0] // 1000 if self.windows else self.start
-        is_of_day = self.baseline_day is not None and _date_of(self.baseline_day) == _date_of(day)
-        if is_of_day and self.baseline is not None and self.day_volume is not None:
-            before = f"of which {self.baseline:g} was traded before we watched"
-            lines.append(f"day's volume {self.day_volume:g}, {before}")
-        return lines
 
 
 def explain_candle(
@@ -154,14 +149,13 @@ def explain_candle(
         )
     rows = store.get_candles(token, interval.name, interval.keep, include_current=True)
     current = store.get_current_candle(token, interval.name)
-    sessions, start = _bucket(store, token, interval, moment_s, {row.start for row in rows})
-    schedule = sessions.schedule_of(token)
-    day = sessions.day(schedule, moment_s * 1000)
+    sessions, day, start = _bucket(store, token, interval, moment_s, {row.start for row in rows})
     end = bucket_end_s(day, interval.seconds, start)
     row = next((row for row in rows if row.start == start), None)
     is_current = row is not None and current is not None and current.start == start
     ticks, sources, has_older_ticks = _read_ticks(store, token, start * 1000, end * 1000)
-    baseline_day, day_volume, baseline = _read_baseline(store, token)
+    opens_ms = day.windows[0][0] if day.windows else start * 1000
+    day_volume, baseline = _read_volumes(store, token, sessions, opens_ms)
     return Explanation(
         token=token,
         symbol=symbol,
@@ -170,16 +164,14 @@ def explain_candle(
         end=end,
         row=row,
         place="" if row is None else "current" if is_current else "list",
-        schedule=sessions.schedules[schedule],
+        schedule=sessions.schedules[sessions.schedule_of(token)],
         windows=day.windows,
-        is_in_session=any(opens < end * 1000 and start * 1000 < closes for opens, closes in day.windows),
         ticks=ticks,
         has_older_ticks=has_older_ticks,
         sources=sources,
         announcements=_read_announcements(store, token, interval.name, start),
         before=next((row for row in reversed(rows) if row.start < start), None),
         after=next((row for row in rows if row.start > start), None),
-        baseline_day=baseline_day,
         day_volume=day_volume,
         baseline=baseline,
     )
@@ -187,18 +179,18 @@ def explain_candle(
 
 def _bucket(
     store: CandleStore, token: int, interval: Interval, moment_s: int, starts: set[int]
-) -> tuple[Sessions, int]:
-    """Return the sessions whose grid the rows stand on, and the start of the bucket in that grid."""
-    buckets: list[tuple[Sessions, int]] = []
+) -> tuple[Sessions, Day, int]:
+    """Return the sessions whose grid the rows stand on, the day, and the start of the bucket in that grid."""
+    buckets: list[tuple[Sessions, Day, int]] = []
     for sessions in store.possible_sessions():
         day = sessions.day(sessions.schedule_of(token), moment_s * 1000)
-        buckets.append((sessions, bucket_start_s(day, interval.seconds, moment_s * 1000)))
-    return next((bucket for bucket in buckets if bucket[1] in starts), buckets[0])
+        buckets.append((sessions, day, bucket_start_s(day, interval.seconds, moment_s * 1000)))
+    return next((bucket for bucket in buckets if bucket[2] in starts), buckets[0])
 
 
 def _read_ticks(
     store: CandleStore, token: int, start_ms: int, end_ms: int
-) -> tuple[tuple[Tick, ...], tuple[str, ...], bool]:
+) -> tuple[list[Tick], list[str], bool]:
     """Return the instrument's ticks of that time, their sources, and whether the stream holds older ones."""
     key = store.keys.ticks(store.keys.shard_of(token))
     ticks: list[Tick] = []
@@ -211,12 +203,10 @@ def _read_ticks(
                 sources[fields.get(b"src", b"?").decode(errors="replace")] = None
             has_older |= tick.time_ms < start_ms
     ticks.sort(key=lambda tick: (tick.time_ms, tick.volume or 0, tick.at_ms))
-    return tuple(ticks), tuple(sources), has_older
+    return ticks, list(sources), has_older
 
 
-def _read_announcements(
-    store: CandleStore, token: int, interval: str, start: int
-) -> tuple[Announcement, ...]:
+def _read_announcements(store: CandleStore, token: int, interval: str, start: int) -> list[Announcement]:
     """Return what the closed stream holds about the candle, oldest first."""
     key = store.keys.closed(store.keys.shard_of(token))
     found: list[Announcement] = []
@@ -224,30 +214,22 @@ def _read_announcements(
         closed = parse_closed(fields, store.tally, (token,), (interval,))
         if closed is not None and closed.candle.start == start:
             found.append(Announcement(entry_id[0], closed.rev, closed.candle))
-    return tuple(reversed(found))
+    return found[::-1]
 
 
-def _read_baseline(store: CandleStore, token: int) -> tuple[int | None, float | None, float | None]:
-    """Return `(day, volume, baseline)` of the aggregator's state; its layout is private, so None is valid."""
+def _read_volumes(
+    store: CandleStore, token: int, sessions: Sessions, day_ms: int
+) -> tuple[float | None, float | None]:
+    """Return `(volume, baseline)` of the aggregator's state, whose layout is private: None is valid."""
     text: Any = store.client.hget(store.keys.state(store.keys.shard_of(token)), str(token))
     try:
-        day_s, volume, baseline = msgspec.json.decode(text or b"[]")[3:6]
-        return int(day_s), float(volume), float(baseline)
-    except (ValueError, TypeError):
-        return None, None, None
-
-
-def _announcement_line(announcement: Announcement) -> str:
-    candle = announcement.candle
-    kind = "announced" if announcement.rev == 0 else f"amended, revision {announcement.rev}"
-    flag = f", {candle.flag}" if candle.flag else ""
-    return f"{kind} at {_time_of(announcement.at_ms)}: close {candle.close:g}, volume {candle.volume:g}{flag}"
+        day_s, volume, baseline = map(float, msgspec.json.decode(text or b"[]")[3:6])
+        is_of_day = sessions.date_of(int(day_s) * 1000) == sessions.date_of(day_ms)
+    except (ValueError, TypeError, OverflowError):
+        return None, None
+    return (volume, baseline) if is_of_day else (None, None)
 
 
 def _time_of(time_ms: int) -> str:
     moment = datetime.fromtimestamp(time_ms / 1000, KOLKATA)
     return moment.strftime("%H:%M:%S") + (f".{moment.microsecond // 1000:03}" if moment.microsecond else "")
-
-
-def _date_of(time_s: int) -> str:
-    return datetime.fromtimestamp(time_s, KOLKATA).date().isoformat()

@@ -54,7 +54,7 @@ def test_an_amended_candle_shows_its_ticks_and_revisions(
     assert [each.last_price for each in found.ticks] == [100, 101, 99, 98.5]
     assert [(each.rev, each.candle.close) for each in found.announcements] == [(0, 99), (1, 98.5)]
     assert (
-        found.revision == 1
+        found.announcements[-1].rev == 1
         and len(found.sources) == 1
         and found.baseline == 1000
         and found.day_volume == 1050
@@ -69,7 +69,7 @@ def test_an_amended_candle_shows_its_ticks_and_revisions(
 @VALKEY
 def test_a_forming_candle_says_so(fed: InMemoryCandleStore, store: CandleStore) -> None:
     found = store.explain(INFY, "1h", OPEN_S + 3000)
-    assert found.place == "current" and found.start == OPEN_S and found.announcements == ()
+    assert found.place == "current" and found.start == OPEN_S and found.announcements == []
     assert found.lines()[0].startswith("still forming")
     assert json.loads(json.dumps(found.as_dict()))["ticks_in_stream"] == 6
 
@@ -168,4 +168,4 @@ def test_an_unreadable_moment_is_a_one_line_error(text: str) -> None:
 
 @VALKEY
 def test_ticks_of_another_instrument_are_not_shown(fed: InMemoryCandleStore, store: CandleStore) -> None:
-    assert store.explain(RELIANCE, "1m", OPEN_S).ticks == ()
+    assert store.explain(RELIANCE, "1m", OPEN_S).ticks == []
