@@ -9,10 +9,12 @@ its standard input.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
 import time
 
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
 
 from benchmarks.harness import INSTRUMENTS, tick_stream
 from pkbrokers_redis.kite.protocol import encode_full
@@ -43,7 +45,10 @@ async def feed(ticks: int, packets: int, ticks_per_second: float) -> None:
             await link.send(frame)
         print("done", time.monotonic() - began, flush=True)
         done.set()
-        await link.wait_closed()
+        with contextlib.suppress(ConnectionClosed):
+            while True:  # a slow pipeline must not take the end for a lost connection
+                await link.send(b"\0")
+                await asyncio.sleep(1)
 
     async with serve(client, "127.0.0.1", 0, compression=None, max_queue=None, ping_interval=None) as server:
         print(next(iter(server.sockets)).getsockname()[1], flush=True)
