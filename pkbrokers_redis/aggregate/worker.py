@@ -42,7 +42,7 @@ from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.clock import Backoff, market_clock
 from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.runtime.roles import now_ms as wall_ms
 from pkbrokers_redis.runtime.roles import open_store, worker_id
 from pkbrokers_redis.runtime.warmup import freeze_heap, warm_up

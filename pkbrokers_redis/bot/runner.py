@@ -35,7 +35,7 @@ from pkbrokers_redis.bot.telegram_client import LONGEST_WAIT_SECONDS, UpdatePoll
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import PkbError, SettingsError
-from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect, describe

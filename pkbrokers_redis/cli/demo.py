@@ -29,8 +29,7 @@ from pkbrokers_redis.cli.common import dump
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.runtime.health import check_volumes
-from pkbrokers_redis.runtime.signals import stop_on_signals
-from pkbrokers_redis.runtime.supervisor import RoleSpec, Supervisor, worker_argv
+from pkbrokers_redis.runtime.supervisor import RoleSpec, Supervisor, stop_on_signals, worker_argv
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.universe import universe

@@ -46,7 +46,7 @@ from pkbrokers_redis.runtime.health import (
     health_of,
     run_checks,
 )
-from pkbrokers_redis.runtime.signals import stop_on_signals
+from pkbrokers_redis.runtime.supervisor import stop_on_signals
 from pkbrokers_redis.settings import Settings, load_settings, unknown_names
 from pkbrokers_redis.store.connect import connect, describe, explain
 from pkbrokers_redis.store.functions import FUNCTION_NAMES

@@ -24,7 +24,7 @@ from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter
 from pkbrokers_redis.kite.rest import session_in, url_for
 from pkbrokers_redis.kite.websocket import ZerodhaWebSocketClient
 from pkbrokers_redis.runtime.roles import open_store
-from pkbrokers_redis.runtime.signals import stop_on_signals
+from pkbrokers_redis.runtime.supervisor import stop_on_signals
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.faults import Faults, parse_fault
 from pkbrokers_redis.simulator.kite import SimulatedKite

@@ -28,12 +28,11 @@ from pkbrokers_redis.ingest.feeds import (
     feed_figures,
     sessions_of,
 )
-from pkbrokers_redis.ingest.job_outbox import JobOutbox
-from pkbrokers_redis.ingest.outages import Outages
+from pkbrokers_redis.ingest.outages import JobOutbox, Outages
 from pkbrokers_redis.ingest.watchdog import TickActivity, Watchdog
 from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.kite.quotes import INTERVAL_MS
-from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.runtime.roles import RestartWatch, now_ms, open_store, worker_id
 from pkbrokers_redis.runtime.warmup import freeze_heap, warm_up_writer
 from pkbrokers_redis.settings import Settings

@@ -29,7 +29,7 @@ from pkbrokers_redis.candles.calendar import IST, Sessions, load_sessions
 from pkbrokers_redis.clock import Clock, market_clock
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.jobs.worker import RETRY_SECONDS, announce, use_market_timezone
-from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import leases

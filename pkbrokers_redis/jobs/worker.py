@@ -35,10 +35,9 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.candles.calendar import MARKET_TIMEZONE
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
-from pkbrokers_redis.runtime.signals import STOP_SIGNALS, ignore_signal
-from pkbrokers_redis.runtime.supervisor import PR_SET_PDEATHSIG
+from pkbrokers_redis.runtime.supervisor import PR_SET_PDEATHSIG, STOP_SIGNALS, ignore_signal
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import leases
 from pkbrokers_redis.store.connect import describe, explain

@@ -1,4 +1,10 @@
-"""The state of a running pipeline as Redis shows it; `health.py` checks it.
+"""Heartbeats of workers, and the lag of the aggregators behind the tick streams.
+
+    P:worker:<id>   hash, TTL 10 s: role host pid started_at shards ticks_total ticks_per_second lag_ms …
+
+A heartbeat is written every two seconds. Membership (`P:workers`) is separate: it goes with the leases.
+
+The state of a running pipeline as Redis shows it; `health.py` checks it.
 
 It is read in a few round trips, without SCAN: `P:workers` names the workers, `P:meta` the shards, the
 heartbeats of ingest the number of feeds. All ages are by Redis's clock.
@@ -6,17 +12,201 @@ heartbeats of ingest the number of feeds. All ages are by Redis's clock.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
+import msgspec
 import redis
 from redis.exceptions import NoPermissionError, ResponseError
 
-from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.runtime.heartbeat import TTL_SECONDS, Shard, owners_of, read_shards
+from pkbrokers_redis import logs
+from pkbrokers_redis.keys import AGGREGATOR_GROUP, Keys
 from pkbrokers_redis.store.cluster import cluster_of
+from pkbrokers_redis.store.streams import id_order
+
+log = logs.get("heartbeat")
+
+SHARDS_AT_ONCE = 256  # a pipeline's bound
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One tick stream, and the position of its aggregator."""
+
+    number: int
+    owner: str | None
+    entries: int  # in the stream
+    position: str  # the last id committed
+    lag_entries: int  # not committed yet
+    lag_ms: float  # age of the oldest of them
+    stream_bytes: int | None = None  # None unless requested
+
+
+def read_shards(
+    client: redis.Redis, keys: Keys, shards: Sequence[int], at_ms: float, *, stream_bytes: bool = False
+) -> list[Shard]:
+    """Return stream, owner and lag of shards; ages are relative to `at_ms`, epoch milliseconds."""
+    result: list[Shard] = []
+    for first in range(0, len(shards), SHARDS_AT_ONCE):
+        result += _read_shards(client, keys, shards[first : first + SHARDS_AT_ONCE], at_ms, stream_bytes)
+    return result
+
+
+def _read_shards(
+    client: redis.Redis, keys: Keys, shards: Sequence[int], at_ms: float, stream_bytes: bool
+) -> list[Shard]:
+    pipeline = client.pipeline(transaction=False)
+    for shard in shards:
+        pipeline.xlen(keys.ticks(shard))
+        pipeline.xinfo_groups(keys.ticks(shard))
+    sizes = pipeline.execute(raise_on_error=False)
+    groups = [_group(reply) for reply in sizes[1::2]]
+    # Then the oldest entry behind that position.
+    for shard, (position, _) in zip(shards, groups, strict=True):
+        pipeline.xrange(keys.ticks(shard), f"({position}", "+", count=1)
+    waiting = pipeline.execute(raise_on_error=False)
+    usage: list[Any] = [None] * len(shards)
+    if stream_bytes:
+        for shard in shards:
+            pipeline.memory_usage(keys.ticks(shard))
+        usage = pipeline.execute(raise_on_error=False)
+    owners = owners_of(client, [keys.lease(shard) for shard in shards])
+    result: list[Shard] = []
+    for n, shard in enumerate(shards):
+        entries = sizes[2 * n] if isinstance(sizes[2 * n], int) else 0
+        position, lag = groups[n]
+        oldest = waiting[n][0][0].decode() if isinstance(waiting[n], list) and waiting[n] else None
+        result.append(
+            Shard(
+                shard,
+                owners[n],
+                entries,
+                position,
+                0 if oldest is None else max(1, entries if lag is None else lag),
+                0.0 if oldest is None else max(0.0, at_ms - id_order(oldest)[0]),
+                usage[n] if isinstance(usage[n], int) else None,
+            )
+        )
+    return result
+
+
+def _group(reply: Any) -> tuple[str, int | None]:
+    """Return position and lag of the aggregators' group; no lag after an entry was deleted by hand."""
+    for group in reply if isinstance(reply, list) else ():
+        if group["name"] == AGGREGATOR_GROUP.encode():
+            return group["last-delivered-id"].decode(), group["lag"]
+    return "0-0", None
+
+
+def owners_of(client: redis.Redis, leases: Sequence[str]) -> list[str | None]:
+    """Return the owner of each lease, of shards or of feeds; None if it is free."""
+    pipeline = client.pipeline(transaction=False)
+    for key in leases:
+        pipeline.get(key)
+    replies = pipeline.execute(raise_on_error=False) if leases else []
+    return [reply.decode(errors="replace") if isinstance(reply, bytes) else None for reply in replies]
+
+
+def lag_figures(shards: Sequence[Shard]) -> dict[str, Any]:
+    """Return the lag fields of a heartbeat: `lag_entries` in all, `lag_ms` of the worst, `lags` by shard."""
+    return {
+        "lag_entries": sum(shard.lag_entries for shard in shards),
+        "lag_ms": round(max((shard.lag_ms for shard in shards), default=0.0)),
+        "lags": msgspec.json.encode(
+            {str(shard.number): [shard.lag_entries, round(shard.lag_ms)] for shard in shards}
+        ),
+    }
+
+
+EVERY_MS = 2_000
+TTL_SECONDS = 10
+
+
+class Heartbeat:
+    """Writes one worker's hash every two seconds. A refusal of Redis is logged once, an outage not at all.
+
+    Args:
+        keys: The store's keys.
+        role: The worker's role.
+        worker_id: Its unique id.
+        now_ms: When it started, epoch milliseconds.
+    """
+
+    def __init__(self, keys: Keys, role: str, worker_id: str, now_ms: float) -> None:
+        self._keys = keys
+        self.key = keys.worker(worker_id)
+        self._fixed = {
+            "role": role,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started_at": datetime.fromtimestamp(now_ms / 1000, UTC).isoformat(timespec="seconds"),
+        }
+        self._last_ms = now_ms
+        self._next_ms = now_ms
+        self._last_ticks = 0
+        self._refused = False  # by Redis, and logged
+
+    def due(self, now_ms: float) -> bool:
+        """Return whether a heartbeat is due: two seconds have passed, or the clock was set back."""
+        return not self._last_ms <= now_ms < self._next_ms
+
+    def beat(
+        self,
+        client: redis.Redis,
+        now_ms: float,
+        ticks_total: int,
+        figures: Mapping[str, Any],
+        shards: Sequence[int] = (),
+    ) -> None:
+        """Write the hash.
+
+        Args:
+            client: The store.
+            now_ms: The wall clock, epoch milliseconds.
+            ticks_total: Ticks so far; the rate is computed since the last heartbeat.
+            figures: Further fields.
+            shards: The shards whose lag is read from Redis and added.
+        """
+        passed_ms = now_ms - self._last_ms if now_ms >= self._last_ms else EVERY_MS
+        seconds = max(passed_ms / 1000, 0.001)
+        rate = (ticks_total - self._last_ticks) / seconds
+        self._last_ms, self._next_ms, self._last_ticks = now_ms, now_ms + EVERY_MS, ticks_total
+        fields: dict[Any, Any] = {
+            **self._fixed,
+            **figures,
+            "ticks_total": ticks_total,
+            "ticks_per_second": round(rate, 1),
+            "at": int(now_ms),
+        }
+        try:
+            if shards:
+                fields |= lag_figures(read_shards(client, self._keys, shards, now_ms))
+            pipeline = client.pipeline(transaction=True)
+            pipeline.hset(self.key, mapping=fields)
+            pipeline.expire(self.key, TTL_SECONDS)
+            pipeline.execute()
+        except (redis.ConnectionError, redis.TimeoutError):
+            pass  # the role itself reports an outage, and a missing heartbeat shows it
+        except redis.RedisError as error:
+            self._log_refusal(error)
+
+    def _log_refusal(self, error: redis.RedisError) -> None:
+        """Log once why Redis refuses the heartbeat: no permission, another type, out of memory."""
+        if not self._refused:
+            hint = f"look at it with `TYPE {self.key}`; the user needs HSET and EXPIRE on it (docs/acl.conf)"
+            log.warning("heartbeat_refused", key=self.key, reason=str(error)[:200], hint=hint)
+        self._refused = True
+
+    def end(self, client: redis.Redis) -> None:
+        """Delete the hash: the worker has stopped cleanly."""
+        with contextlib.suppress(redis.RedisError):  # it expires by itself
+            client.delete(self.key)
 
 
 @dataclass(frozen=True, slots=True)

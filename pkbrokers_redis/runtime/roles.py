@@ -30,8 +30,7 @@ from pkbrokers_redis.errors import (
 )
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.runtime.cluster_state import call_one_master
-from pkbrokers_redis.runtime.signals import stop_on_signals
-from pkbrokers_redis.runtime.supervisor import EXIT_TRY_AGAIN, EXIT_USER_ERROR, SUPERVISED
+from pkbrokers_redis.runtime.supervisor import EXIT_TRY_AGAIN, EXIT_USER_ERROR, SUPERVISED, stop_on_signals
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect, describe, explain
 from pkbrokers_redis.store.meta import ensure_meta

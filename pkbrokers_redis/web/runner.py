@@ -26,7 +26,7 @@ from aiohttp import web
 from pkbrokers_redis import logs
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError
-from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.runtime.roles import now_ms, worker_id
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect, describe

@@ -11,9 +11,9 @@ import redis
 
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.ingest.feeds import FeedLeases
-from pkbrokers_redis.ingest.job_outbox import JobOutbox
+from pkbrokers_redis.ingest.outages import JobOutbox
 from pkbrokers_redis.ingest.writer import FrameWriter
-from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.queue import open_queue

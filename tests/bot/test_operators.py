@@ -8,7 +8,7 @@ import pytest
 import redis
 
 from pkbrokers_redis.bot import operators
-from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.leases import announce
 from tests.bot.conftest import running_bot

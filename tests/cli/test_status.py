@@ -12,8 +12,8 @@ import redis
 
 from pkbrokers_redis.keys import AGGREGATOR_GROUP
 from pkbrokers_redis.runtime import health as status_module
+from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.runtime.health import longest_interval
-from pkbrokers_redis.runtime.heartbeat import Heartbeat
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import leases
 from pkbrokers_redis.store.functions import load_functions

@@ -17,11 +17,10 @@ import rq
 
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.errors import SettingsError
-from pkbrokers_redis.ingest import job_outbox, outages
+from pkbrokers_redis.ingest import outages
 from pkbrokers_redis.ingest.connections import FeedConnection, FeedLiveness, Outage
 from pkbrokers_redis.ingest.feeds import Feed
-from pkbrokers_redis.ingest.job_outbox import ORPHAN_MS, JobOutbox
-from pkbrokers_redis.ingest.outages import ADDED_MS, PENDING_MAX, Outages
+from pkbrokers_redis.ingest.outages import ADDED_MS, ORPHAN_MS, PENDING_MAX, JobOutbox, Outages
 from pkbrokers_redis.ingest.worker import Ingest
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.queue import open_queue
@@ -360,7 +359,7 @@ def test_while_rq_is_unavailable_requests_wait_in_the_outbox(
 def test_requests_are_bounded_and_the_rest_is_counted(
     make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(job_outbox, "JOBS_MAX", 3)
+    monkeypatch.setattr(outages, "JOBS_MAX", 3)
     worker = make_worker()
     for token in range(1, 6):
         worker.jobs.add(worker.client, "warm_start", {"tokens": [token]})
@@ -381,8 +380,8 @@ def test_a_malformed_request_is_dropped(make_worker: MakeWorker, text: bytes) ->
 def test_a_queue_that_can_never_be_reached_is_one_log_line(
     make_worker: MakeWorker, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(job_outbox, "SEND_SECONDS", 0.001)
-    monkeypatch.setattr(job_outbox, "RETRY_SECONDS_MAX", 0.002)
+    monkeypatch.setattr(outages, "SEND_SECONDS", 0.001)
+    monkeypatch.setattr(outages, "RETRY_SECONDS_MAX", 0.002)
     tries: list[float] = []
 
     def refuse() -> rq.Queue:

@@ -12,9 +12,15 @@ import redis
 from pkbrokers_redis.errors import MetaMismatch
 from pkbrokers_redis.keys import AGGREGATOR_GROUP
 from pkbrokers_redis.runtime import health
-from pkbrokers_redis.runtime.cluster_state import ClusterState, Server, Worker, read_cluster_state
+from pkbrokers_redis.runtime.cluster_state import (
+    ClusterState,
+    Heartbeat,
+    Server,
+    Shard,
+    Worker,
+    read_cluster_state,
+)
 from pkbrokers_redis.runtime.health import Check, Finding, check_jobs, check_master, health_of, run_checks
-from pkbrokers_redis.runtime.heartbeat import Heartbeat, Shard
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import leases
 from pkbrokers_redis.store.functions import load_functions

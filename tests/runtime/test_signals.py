@@ -10,12 +10,12 @@ import threading
 
 import pytest
 
-from pkbrokers_redis.runtime.signals import call_on_signals, ignore_signal, stop_on_signals
+from pkbrokers_redis.runtime.supervisor import call_on_signals, ignore_signal, stop_on_signals
 from tests.support import wait_until
 
 FLOOD = """
 import signal, sys, threading, time
-from pkbrokers_redis.runtime.signals import stop_on_signals
+from pkbrokers_redis.runtime.supervisor import stop_on_signals
 
 stop = threading.Event()
 with stop_on_signals(stop):

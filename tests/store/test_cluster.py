@@ -17,7 +17,7 @@ from pkbrokers_redis.client.replay import lag_entries
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError, RedisUnavailable, SettingsError
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import streams
 from pkbrokers_redis.store.cluster import Pipe

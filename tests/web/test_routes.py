@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import redis
 
-from pkbrokers_redis.runtime.heartbeat import Heartbeat
+from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.functions import load_functions
 from pkbrokers_redis.store.leases import announce
