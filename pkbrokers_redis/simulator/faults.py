@@ -75,11 +75,7 @@ class FaultOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 def parse_fault(text: str) -> dict[str, Any]:
     """Parse a fault of the command line: `429`, `mute,seconds=20`, `mute_some,tokens=1+2`.
 
-    Returns:
-        The arguments of `Faults.add`, `kind` among them.
-
-    Raises:
-        SettingsError: The kind or an option is unknown, or a value has the wrong type.
+    Returns the arguments of `Faults.add`. Raise SettingsError for an unknown kind or option.
     """
     kind, *parts = text.split(",")
     if kind not in KINDS:
@@ -131,15 +127,7 @@ class Faults:
         self._seed, self._random = seed, random.Random(seed)
 
     def add(self, kind: str, **options: Any) -> FaultOptions:
-        """Activate a fault.
-
-        Args:
-            kind: A key of `KINDS`.
-            options: Fields of `FaultOptions`.
-
-        Raises:
-            SettingsError: The kind is unknown, an option is out of range, or too many faults are active.
-        """
+        """Activate a fault; `options` are fields of `FaultOptions`. Raise SettingsError for invalid ones."""
         fault = FaultOptions(kind, **options)
         if kind not in KINDS:
             raise SettingsError(f"unknown fault {kind!r}", "choose one of " + ", ".join(KINDS))
@@ -196,12 +184,7 @@ class Faults:
         return None
 
     def damage(self, frame: bytes, delayed: list[bytes]) -> list[bytes]:
-        """Return the frames to send instead of one client's `frame`.
-
-        Args:
-            frame: The frame as the market made it.
-            delayed: The client's frames that `reorder` holds back until its next frame; changed in place.
-        """
+        """Return the frames to send instead of `frame`; `delayed` is what `reorder` kept of its client."""
         before, delayed[:] = list(delayed), []
         if not self._active:
             return [frame, *before]

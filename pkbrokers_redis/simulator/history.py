@@ -44,14 +44,7 @@ FIELDS: Final = 7  # START … OI
 
 
 class History:
-    """Records a market from now on, and returns candles of any time. Thread-safe.
-
-    Args:
-        market: The market; `record` reads its packets.
-        hours: When each instrument trades.
-        generator: The candles before `start_ms`.
-        start_ms: Market time of the start, epoch ms.
-    """
+    """Records a market since `start_ms`, and returns candles of any time. Thread-safe."""
 
     def __init__(
         self, market: Market, hours: TradingHours, generator: HistoryGenerator, start_ms: int
@@ -156,21 +149,10 @@ class History:
     def rows(
         self, token: int, interval: str, from_s: int, to_s: int, now_ms: float
     ) -> list[tuple[int, float, float, float, float, int, int]]:
-        """Return the candles that start within [from_s, to_s], the current one included.
+        """Return the candles that start within [from_s, to_s], oldest first, the current one included.
 
-        Args:
-            token: The instrument.
-            interval: Kite's name: `minute`, `3minute`, … `day`.
-            from_s: Epoch seconds.
-            to_s: Epoch seconds, inclusive.
-            now_ms: Market time, epoch ms.
-
-        Returns:
-            `(start, open, high, low, close, volume, oi)`, oldest first: start in epoch seconds (a day's is
-            its midnight), prices in rupees.
-
-        Raises:
-            KeyError: The token or the interval is unknown.
+        A row is `(start, open, high, low, close, volume, oi)`: start in epoch seconds (a day's is its
+        midnight), prices in rupees. `interval` is Kite's name.
         """
         row, seconds = self.market.row_of[token], SECONDS[interval]
         to_s = min(to_s, int(now_ms // 1000))

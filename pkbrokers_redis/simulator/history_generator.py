@@ -43,13 +43,7 @@ class Days(NamedTuple):
 
 
 class HistoryGenerator:
-    """Generates the days and minutes of a universe before the simulator began.
-
-    Args:
-        universe: The instruments.
-        hours: When each of them trades.
-        seed: The same seed, instrument and day give the same candles.
-    """
+    """Generates the days and minutes of a universe before the simulator began."""
 
     def __init__(self, universe: list[dict[str, Any]], hours: TradingHours, *, seed: int = 1) -> None:
         self.hours = hours

@@ -21,13 +21,12 @@ from pkbrokers_redis.candles.calendar import Sessions, load_sessions
 from pkbrokers_redis.clock import Clock
 from pkbrokers_redis.kite.capture import CaptureWriter
 from pkbrokers_redis.simulator.accounts import Accounts
-from pkbrokers_redis.simulator.control import add_control_routes
 from pkbrokers_redis.simulator.faults import Faults
 from pkbrokers_redis.simulator.history import History
 from pkbrokers_redis.simulator.history_generator import HistoryGenerator
 from pkbrokers_redis.simulator.login_pages import login_app
 from pkbrokers_redis.simulator.market import Market, TradingHours
-from pkbrokers_redis.simulator.rest import Limits, SimulatorState, rest_app
+from pkbrokers_redis.simulator.rest import Limits, SimulatorState, add_control_routes, rest_app
 from pkbrokers_redis.simulator.universe import InstrumentsCsv, expired_contracts
 from pkbrokers_redis.simulator.websocket_server import HEARTBEAT_SECONDS, ServerStats, SimulatorServer
 

@@ -70,16 +70,7 @@ def columns_of(universe: list[dict[str, Any]]) -> Columns:
 
 
 class TradingHours:
-    """When each instrument trades, and in which phase.
-
-    Args:
-        universe: The instruments.
-        sessions: The calendar.
-        around_the_clock: Whether `sessions` are those of PKB_SESSIONS=always: one a day, no pre-open.
-
-    Attributes:
-        schedule: The calendar's schedule of each row.
-    """
+    """When each instrument trades, and in which phase. `around_the_clock`: one session a day, no pre-open."""
 
     def __init__(
         self, universe: list[dict[str, Any]], sessions: Sessions, *, around_the_clock: bool = False
@@ -115,13 +106,7 @@ class TradingHours:
         return phase, since_s
 
     def inside(self, rows: Ints, times_s: Ints, now_ms: int) -> Flags:
-        """Return which trades lie in a session, so in a candle.
-
-        Args:
-            rows: The instrument of each trade.
-            times_s: The time of each trade, epoch seconds, of the same day as `now_ms`.
-            now_ms: Market time, epoch ms.
-        """
+        """Return which trades (row, epoch seconds on the day of `now_ms`) lie in a session."""
         inside = np.zeros(rows.size, bool)
         for schedule in self._used:
             of_schedule = self.schedule[rows] == schedule

@@ -75,14 +75,7 @@ def _json(status: int, content: dict[str, Any]) -> web.Response:
 
 
 def quote_of(market: Market, row: int, now_s: float, kind: str) -> dict[str, Any]:
-    """Return an instrument's last packet as an entry of Kite's quote API.
-
-    Args:
-        market: The simulated market.
-        row: The instrument's position in the market.
-        now_s: Market time, epoch seconds.
-        kind: `quote`, `ohlc` or `ltp`.
-    """
+    """Return a row's last packet as an entry of Kite's quote API; `kind` is `quote`, `ohlc` or `ltp`."""
     is_index = bool(market.is_index[row])
     packet = (market.index_packets if is_index else market.packets)[row]
     token = int(market.tokens[row])

@@ -7,24 +7,33 @@
     GET /instruments/historical/{token}/{interval}    ?from&to&oi&continuous
 
 `login_pages.py` serves the same routes under /oms for a web session. Orders are not simulated.
+The control API, loopback only:
+
+    GET, POST, DELETE /_sim/faults                    body of POST: `FaultOptions`; DELETE: ?kind=429
+    POST /_sim/expire                                 end every session; ?cut=1 disconnects the websockets too
+    POST /_sim/disconnect                             disconnect the websockets
+    GET /_sim/stats                                   counters
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any, Final, NamedTuple
 
+import msgspec
 from aiohttp import web
 
 from pkbrokers_redis.candles.calendar import IST
+from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.kite.history_api import local_text
 from pkbrokers_redis.simulator.accounts import Account, Accounts
-from pkbrokers_redis.simulator.faults import STATUS_KINDS, Faults
+from pkbrokers_redis.simulator.faults import STATUS_KINDS, FaultOptions, Faults
 from pkbrokers_redis.simulator.history import DAYS_MAX, History
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.responses import (
@@ -35,9 +44,11 @@ from pkbrokers_redis.simulator.responses import (
     success,
 )
 from pkbrokers_redis.simulator.universe import EXCHANGES, InstrumentsCsv
+from pkbrokers_redis.simulator.websocket_server import ServerStats
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Authenticate = Callable[[web.Request], Account]
+Action = Callable[[web.Request], Awaitable[Any]]
 
 CONTROL_PATH: Final = "/_sim/"
 BODY_BYTES_MAX = 2**20
@@ -181,13 +192,9 @@ async def _fault_response(faults: Faults, request: web.Request) -> web.Response 
 def add_market_data_routes(
     app: web.Application, state: SimulatorState, prefix: str, authenticate: Authenticate
 ) -> None:
-    """Add profile, instruments, quotes and history below `prefix`.
+    """Add profile, instruments, quotes and history below `prefix`: "" or `/oms`.
 
-    Args:
-        app: The application to extend.
-        state: What the routes read.
-        prefix: The path before every route, "" or `/oms`.
-        authenticate: Returns the account of a request, or raises KiteRefusal.
+    `authenticate` returns the account of a request, or raises KiteRefusal.
     """
     routes = _MarketDataRoutes(state, authenticate)
     for path, handler in (
@@ -347,3 +354,68 @@ def _margin() -> dict[str, Any]:
         "available": amounts | {"adhoc_margin": 0, "intraday_payin": 0},
         "utilised": dict.fromkeys(("debits", "exposure", "m2m_realised", "m2m_unrealised", "span"), 0),
     }
+
+
+# --- the control API, loopback only
+
+
+def add_control_routes(
+    app: web.Application,
+    state: SimulatorState,
+    stats: Callable[[], ServerStats],
+    disconnect_all: Callable[[], None],
+) -> None:
+    """Add the routes under /_sim/, for `pkb sim` and tests in other processes. Faults do not affect them."""
+    faults, accounts = state.faults, state.accounts
+
+    async def show_faults(request: web.Request) -> Any:
+        return faults.active()
+
+    async def add_fault(request: web.Request) -> Any:
+        try:
+            options = msgspec.json.decode(await request.read(), type=FaultOptions)
+            faults.add(**msgspec.structs.asdict(options))
+        except (msgspec.DecodeError, UnicodeError, PkbError) as error:
+            raise KiteRefusal(400, str(error)) from None
+        return faults.active()
+
+    async def clear_faults(request: web.Request) -> Any:
+        faults.clear(request.query.get("kind"))
+        return faults.active()
+
+    async def expire(request: web.Request) -> Any:
+        accounts.expire_all()
+        if request.query.get("cut") == "1":
+            disconnect_all()
+        return True
+
+    async def disconnect(request: web.Request) -> Any:
+        disconnect_all()
+        return True
+
+    async def counters(request: web.Request) -> Any:
+        logins = {"logins": accounts.logins, "exchanges": accounts.exchanges}
+        return asdict(stats()) | logins | {"struck": faults.struck}
+
+    for method, path, action in (
+        ("GET", "faults", show_faults),
+        ("POST", "faults", add_fault),
+        ("DELETE", "faults", clear_faults),
+        ("POST", "expire", expire),
+        ("POST", "disconnect", disconnect),
+        ("GET", "stats", counters),
+    ):
+        app.router.add_route(method, CONTROL_PATH + path, _local_only(action))
+
+
+def _local_only(action: Action) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        try:
+            is_local = ipaddress.ip_address(request.remote or "").is_loopback
+        except ValueError:
+            is_local = False
+        if not is_local:
+            raise KiteRefusal(404)
+        return success(await action(request))
+
+    return handler

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
@@ -25,57 +25,42 @@ _INSTRUMENT_LENGTH = {MODE_LTP: LTP, MODE_QUOTE: QUOTE, MODE_FULL: FULL}
 _INDEX_LENGTH = {MODE_LTP: LTP, MODE_QUOTE: INDEX_QUOTE, MODE_FULL: INDEX_FULL}
 
 
-@dataclass(frozen=True, slots=True)
-class Subscribe:
-    """Send ticks of these tokens, in quote mode at first."""
+class InvalidRequest(ValueError):
+    """Raised for a message that is none of Kite's requests; its text is that of the error frame."""
 
+
+class Request(NamedTuple):
+    """One of Kite's requests. `mode` is a value of `MODES` for the action `mode`, else `NONE`."""
+
+    action: str
     tokens: list[int]
+    mode: int = NONE
 
 
-@dataclass(frozen=True, slots=True)
-class Unsubscribe:
-    """Stop the ticks of these tokens."""
+def parse_request(message: bytes | str) -> Request:
+    """Parse one message of a client; tokens that are not numbers are ignored, as on Kite.
 
-    tokens: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class SetMode:
-    """Change the mode (a value of `MODES`) of subscribed tokens."""
-
-    mode: int
-    tokens: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class InvalidRequest:
-    """A message that is none of Kite's requests; `reason` is the text of the error frame."""
-
-    reason: str
-
-
-def parse_request(message: bytes | str) -> Subscribe | Unsubscribe | SetMode | InvalidRequest:
-    """Parse one message of a client. No message makes it raise.
-
-    Tokens that are not numbers are ignored, as on Kite.
+    Raises:
+        InvalidRequest: for any other message.
     """
     try:
         content = msgspec.json.decode(message)
     except (msgspec.DecodeError, UnicodeError, RecursionError):
-        return InvalidRequest("the message is not JSON")
+        raise InvalidRequest("the message is not JSON") from None
     if not isinstance(content, dict):
-        return InvalidRequest("the message is no object")
+        raise InvalidRequest("the message is no object")
     action, value = content.get("a"), content.get("v")
     if action == "mode":
         if not (isinstance(value, list) and len(value) == 2 and isinstance(value[1], list)):
-            return InvalidRequest("mode needs [mode, [tokens]]")
-        mode = MODES.get(value[0]) if isinstance(value[0], str) else None
-        return InvalidRequest("the mode is unknown") if mode is None else SetMode(mode, _tokens(value[1]))
+            raise InvalidRequest("mode needs [mode, [tokens]]")
+        if not isinstance(value[0], str) or value[0] not in MODES:
+            raise InvalidRequest("the mode is unknown")
+        return Request(action, _tokens(value[1]), MODES[value[0]])
     if action not in ("subscribe", "unsubscribe"):
-        return InvalidRequest("the action is unknown")
+        raise InvalidRequest("the action is unknown")
     if not isinstance(value, list):
-        return InvalidRequest(f"{action} needs a list of tokens")
-    return Subscribe(_tokens(value)) if action == "subscribe" else Unsubscribe(_tokens(value))
+        raise InvalidRequest(f"{action} needs a list of tokens")
+    return Request(action, _tokens(value))
 
 
 def _tokens(values: list[object]) -> list[int]:
@@ -86,14 +71,7 @@ def _tokens(values: list[object]) -> list[int]:
 def frames_for(
     market: Market, rows: Ints, modes: npt.NDArray[np.int8], packets_max: int = FRAME_PACKETS_MAX
 ) -> Iterator[bytes]:
-    """Yield the last packets of market rows as binary frames.
-
-    Args:
-        market: The simulated market.
-        rows: Market rows with a new packet.
-        modes: The client's mode of every market row; rows with `NONE` are left out.
-        packets_max: The most packets of one frame.
-    """
+    """Yield the last packets of market rows as binary frames, each row in its mode of `modes`."""
     rows = rows[modes[rows] != NONE]
     for start in range(0, len(rows), packets_max):
         part = rows[start : start + packets_max]

@@ -34,8 +34,6 @@ from pkbrokers_redis.simulator.subscriptions import (
     MODE_QUOTE,
     NONE,
     InvalidRequest,
-    SetMode,
-    Subscribe,
     frames_for,
     parse_request,
 )
@@ -170,12 +168,9 @@ class SimulatorServer:
         return sum(client.count for client in tuple(self._clients))
 
     def start(self) -> None:
-        """Serve in a thread of its own, and return when the port is open.
+        """Serve in a thread of its own, and return when the port is open. Raise SimulatorFailed.
 
         After `stop` it may start again: the same port, the same market.
-
-        Raises:
-            SimulatorFailed: The address cannot be used.
         """
         self._ready.clear()
         self._failure = None
@@ -316,15 +311,16 @@ class SimulatorServer:
             _abort(client)
 
     def _handle_request(self, client: _Client, message: bytes | str) -> None:
-        request = parse_request(message)
-        if isinstance(request, InvalidRequest):
-            self._send_error(client, request.reason)
+        try:
+            request = parse_request(message)
+        except InvalidRequest as error:
+            self._send_error(client, str(error))
             return
         market = self.market
         if market is None:
             return
         rows = np.array([row for row in map(market.row_of.get, request.tokens) if row is not None], np.int64)
-        if isinstance(request, Subscribe):
+        if request.action == "subscribe":
             fresh = rows[client.modes[rows] == NONE]
             room = TOKENS_PER_CONNECTION_MAX - client.count
             if len(fresh) > room:
@@ -332,7 +328,7 @@ class SimulatorServer:
                 fresh = fresh[:room]
             client.modes[fresh] = MODE_QUOTE
             self._send_rows(client, market, fresh)  # Kite sends the last tick after a subscribe
-        elif isinstance(request, SetMode):
+        elif request.action == "mode":
             client.modes[rows[client.modes[rows] != NONE]] = request.mode
         else:
             client.modes[rows] = NONE
@@ -386,13 +382,7 @@ class SimulatorServer:
 
 
 def steps_between(before_ms: int, now_ms: int, stride_ms: int) -> Iterator[int]:
-    """Yield the times to step through until now, epoch ms.
-
-    Args:
-        before_ms: The time of the last step.
-        now_ms: The time of the last step to make.
-        stride_ms: The conflation interval, so that a fast market skips none; 0: one step to `now_ms`.
-    """
+    """Yield the times (epoch ms) after `before_ms` until now, every `stride_ms`; 0: only `now_ms`."""
     if stride_ms > 0:
         now_ms = min(now_ms, before_ms + STEPS_MAX * stride_ms)
         yield from range(before_ms + stride_ms, now_ms, stride_ms)
