@@ -117,10 +117,6 @@ class Keys:
         """Return the key that holds a Telegram update that was handled."""
         return f"{self.prefix}:{{bot}}:update:{update_id}"
 
-    def bot_confirm(self, nonce: str) -> str:
-        """Return the key that holds an admin command that waits for its button."""
-        return f"{self.prefix}:{{bot}}:confirm:{nonce}"
-
     def bot_alerts(self) -> str:
         """Return the key that holds alert id → alert."""
         return f"{self.prefix}:{{bot}}:alerts"

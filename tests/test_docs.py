@@ -108,7 +108,6 @@ def test_every_key_of_the_code_is_in_the_key_table() -> None:
         keys.restart("ROLE"),
         keys.bot_lease(),
         keys.bot_update("W"),
-        keys.bot_confirm("W"),
         keys.bot_alerts(),
         keys.bot_alert_state(),
         keys.bot_position(),

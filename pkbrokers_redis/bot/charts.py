@@ -1,20 +1,14 @@
-"""Candlesticks with volume as a PNG: dark, without gaps for nights, readable on a phone.
-
-Drawn in a process of its own: matplotlib holds the interpreter for tenths of a second, and the loop that
-answers all chats, and the thread that watches the alerts, must not wait for it.
-"""
+"""Candlesticks with volume as a PNG: dark, without gaps for nights, readable on a phone."""
 
 from __future__ import annotations
 
 import io
-import multiprocessing
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
 from pkbrokers_redis.bot.text import clock_time, count, day_time, money, percent
+from pkbrokers_redis.candles.calendar import IST_SECONDS
 from pkbrokers_redis.candles.model import Candle
 
 if TYPE_CHECKING:
@@ -27,10 +21,19 @@ UP, DOWN, FLAT = "#26a69a", "#ef5350", "#8a94a3"
 TICKS_MAX = 6  # labels below the axis
 BODY_WIDTH = 0.7
 DAY_SECONDS = 86_400
+DRAWING = threading.Lock()  # matplotlib is not thread-safe
+
+
+def png(symbol: str, interval: str, candles: Sequence[Candle]) -> bytes:
+    """Return the picture of `draw`. It takes tenths of a second: call it in a thread."""
+    out = io.BytesIO()
+    with DRAWING:
+        draw(symbol, interval, candles).savefig(out, format="png", facecolor=BACKGROUND)
+    return out.getvalue()
 
 
 def draw(symbol: str, interval: str, candles: Sequence[Candle]) -> Figure:
-    """The figure: candle i stands at x = i, so that nights and holidays take no room.
+    """Return the figure: candle i stands at x = i, so that nights and holidays take no room.
 
     `candles` is not empty, in ascending order; the last may still be forming.
     """
@@ -44,16 +47,9 @@ def draw(symbol: str, interval: str, candles: Sequence[Candle]) -> Figure:
     _candles(prices, candles)
     _volumes(volumes, candles)
     _labels(prices, candles)
-    _times(volumes, candles)
-    _title(figure, symbol, interval, candles)
+    volumes.set_xticks(*_times(candles))
+    _title(figure, f"{symbol}  {interval}", candles)
     return figure
-
-
-def png(symbol: str, interval: str, candles: Sequence[Candle]) -> bytes:
-    """The picture of `draw`."""
-    out = io.BytesIO()
-    draw(symbol, interval, candles).savefig(out, format="png", facecolor=BACKGROUND)
-    return out.getvalue()
 
 
 def _style(axes: Axes) -> None:
@@ -62,8 +58,7 @@ def _style(axes: Axes) -> None:
     axes.set_axisbelow(True)
     axes.yaxis.tick_right()
     axes.tick_params(colors=INK, labelsize=11, length=0)
-    for side in axes.spines.values():
-        side.set_visible(False)
+    axes.spines[:].set_visible(False)
 
 
 def _colour(candle: Candle) -> str:
@@ -73,47 +68,23 @@ def _colour(candle: Candle) -> str:
 def _candles(axes: Axes, candles: Sequence[Candle]) -> None:
     places = range(len(candles))
     colours = [_colour(candle) for candle in candles]
-    axes.vlines(
-        places,
-        [c.low for c in candles],
-        [c.high for c in candles],
-        colors=colours,
-        linewidth=1.3,
-        label="wicks",
-    )
-    spread = max(c.high for c in candles) - min(c.low for c in candles)
-    spread = spread or abs(candles[-1].close) * 0.001 or 1.0
-    axes.bar(
-        places,
-        [c.close - c.open for c in candles],
-        BODY_WIDTH,
-        bottom=[c.open for c in candles],
-        color=colours,
-        # A body without height is still a line that one sees.
-        edgecolor=colours,
-        linewidth=1.0,
-        label="bodies",
-    )
-    low, high = min(c.low for c in candles), max(c.high for c in candles)
+    lows, highs = [c.low for c in candles], [c.high for c in candles]
+    axes.vlines(places, lows, highs, colors=colours, linewidth=1.3, label="wicks")
+    bodies, opens = [c.close - c.open for c in candles], [c.open for c in candles]
+    # The edge: a body without height is still a line that one sees.
+    axes.bar(places, bodies, BODY_WIDTH, bottom=opens, color=colours, edgecolor=colours, linewidth=1.0)
+    low, high = min(lows), max(highs)
+    spread = high - low or abs(candles[-1].close) * 0.001 or 1.0
     axes.set_ylim(low - 0.06 * spread, high + 0.08 * spread)
     axes.set_xlim(-1, len(candles) + 0.2)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.{_places(spread)}f}")
-
-
-def _places(spread: float) -> int:
-    return 0 if spread > 50 else 1 if spread > 5 else 2 if spread > 0.05 else 4
+    decimals = 0 if spread > 50 else 1 if spread > 5 else 2 if spread > 0.05 else 4
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.{decimals}f}")
 
 
 def _volumes(axes: Axes, candles: Sequence[Candle]) -> None:
-    axes.bar(
-        range(len(candles)),
-        [c.volume for c in candles],
-        BODY_WIDTH,
-        color=[_colour(candle) for candle in candles],
-        alpha=0.75,
-        label="volume",
-    )
-    axes.set_ylim(0, max((c.volume for c in candles), default=0) * 1.15 or 1)
+    volumes, colours = [c.volume for c in candles], [_colour(c) for c in candles]
+    axes.bar(range(len(candles)), volumes, BODY_WIDTH, color=colours, alpha=0.75)
+    axes.set_ylim(0, max(volumes) * 1.15 or 1)
     axes.yaxis.set_major_formatter(lambda value, _: _short(value))
     axes.locator_params(axis="y", nbins=3)
 
@@ -127,7 +98,7 @@ def _short(value: float) -> str:
 
 
 def _labels(axes: Axes, candles: Sequence[Candle]) -> None:
-    """The last price on the axis, the highest and the lowest beside their candles."""
+    """Write the last price on the axis, the highest and the lowest next to their candles."""
     last, n = candles[-1], len(candles)
     axes.axhline(last.close, color=_colour(last), linewidth=1.0, linestyle=(0, (4, 3)))
     axes.annotate(
@@ -146,101 +117,45 @@ def _labels(axes: Axes, candles: Sequence[Candle]) -> None:
     )
     top = max(range(n), key=lambda i: candles[i].high)
     bottom = min(range(n), key=lambda i: candles[i].low)
-    for place, price, offset, where in (
-        (top, candles[top].high, 4, "bottom"),
-        (bottom, candles[bottom].low, -4, "top"),
-    ):
-        side = "left" if place < 0.2 * n else "right" if place > 0.8 * n else "center"
+    for place, price, offset in ((top, candles[top].high, 4), (bottom, candles[bottom].low, -4)):
         axes.annotate(
             money(price),
             (place, price),
             xytext=(0, offset),
             textcoords="offset points",
-            ha=side,
-            va=where,
+            ha="left" if place < 0.2 * n else "right" if place > 0.8 * n else "center",
+            va="bottom" if offset > 0 else "top",
             fontsize=11,
             color=INK,
             annotation_clip=False,
         )
 
 
-def _times(axes: Axes, candles: Sequence[Candle]) -> None:
-    """Times in India; a date instead where a new day begins."""
-    n = len(candles)
-    step = max(1, -(-n // TICKS_MAX))
-    places = list(range(0, n, step))
-    days = [_day(candle) for candle in candles]
+def _times(candles: Sequence[Candle]) -> tuple[list[int], list[str]]:
+    """Return places and their times in India; a date where a new day begins, and for day candles."""
+    places = list(range(0, len(candles), -(-len(candles) // TICKS_MAX)))
+    days = [(candle.start + IST_SECONDS) // DAY_SECONDS for candle in candles]
+    is_daily = len(candles) > 1 and days[-1] - days[0] >= len(candles) - 1
     texts: list[str] = []
-    for i, place in enumerate(places):
-        start = candles[place].start
-        new_day = i == 0 or days[place] != days[places[i - 1]]
-        date = day_time(start)[:6]
-        if days[-1] - days[0] >= n - 1 and n > 1:
-            texts.append(date)  # day candles: no time of day says anything
+    day_before = None
+    for place in places:
+        start, date = candles[place].start, day_time(candles[place].start)[:6]
+        time_text = clock_time(start, seconds=False)
+        if is_daily:
+            texts.append(date)
         else:
-            texts.append(
-                f"{clock_time(start, seconds=False)}\n{date}" if new_day else clock_time(start, False)
-            )
-    axes.set_xticks(places, texts)
+            texts.append(time_text if days[place] == day_before else f"{time_text}\n{date}")
+        day_before = days[place]
+    return places, texts
 
 
-def _day(candle: Candle) -> int:
-    return (candle.start + 19_800) // DAY_SECONDS
-
-
-def _title(figure: Figure, symbol: str, interval: str, candles: Sequence[Candle]) -> None:
+def _title(figure: Figure, title: str, candles: Sequence[Candle]) -> None:
     first, last = candles[0], candles[-1]
     change = (last.close / first.open - 1) * 100 if first.open else None
-    figure.text(
-        0.03, 0.955, _plain(f"{symbol}  {interval}"), color=INK, fontsize=17, fontweight="bold", va="center"
+    details = (
+        f"{money(last.close)}  {percent(change)} since {day_time(first.start)} · "
+        f"volume {count(sum(c.volume for c in candles))}"
     )
-    figure.text(
-        0.03,
-        0.912,
-        _plain(
-            f"{money(last.close)}  {percent(change)} since {day_time(first.start)} · "
-            f"volume {count(sum(c.volume for c in candles))}"
-        ),
-        color=FAINT,
-        fontsize=11.5,
-        va="center",
-    )
-
-
-def _plain(text: str) -> str:
-    """matplotlib reads $ as the beginning of a formula."""
-    return text.replace("$", r"\$")
-
-
-class ChartPool:
-    """One drawing process, started with the first chart. A drawing that crashes it costs that chart only."""
-
-    def __init__(self) -> None:
-        self._pool: ProcessPoolExecutor | None = None
-        self._lock = threading.Lock()
-
-    def png(self, symbol: str, interval: str, candles: Sequence[Candle]) -> bytes:
-        """Blocks until it is drawn: call it in a thread."""
-        for last_try in (False, True):
-            pool = self._started()
-            try:
-                return pool.submit(png, symbol, interval, list(candles)).result()
-            except BrokenProcessPool:
-                self.close()
-                if last_try:
-                    raise
-        raise AssertionError("unreachable")
-
-    def close(self) -> None:
-        """End the process."""
-        with self._lock:
-            pool, self._pool = self._pool, None
-        if pool is not None:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-    def _started(self) -> ProcessPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                # Spawned: a fork would copy our threads' locks in whatever state they are.
-                self._pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
-            return self._pool
+    title = title.replace("$", r"\$")  # matplotlib reads $ as the beginning of a formula
+    figure.text(0.03, 0.955, title, color=INK, fontsize=17, fontweight="bold", va="center")
+    figure.text(0.03, 0.912, details, color=FAINT, fontsize=11.5, va="center")

@@ -1,13 +1,9 @@
-"""The day's movers of all instruments: gainers, losers, most active, most ticks.
-
-Read from day candles and quotes in two bulk reads, at most once in AGE_SECONDS_MAX for all users together.
-
-Commands that read the market: /quote, /watch, /chart, /candles, /gainers, /losers, /active, /top.
-"""
+"""Commands that read the market: /quote, /watch, /chart, /candles, /gainers, /losers, /active, /top."""
 
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -18,153 +14,42 @@ from typing import Any, NamedTuple
 import numpy as np
 import redis
 from telegram import Message
+from telegram.constants import ParseMode
 from telegram.error import TelegramError
 
-from pkbrokers_redis.bot.context import Command, CommandContext, UsageError, resolve_words, split_interval
+from pkbrokers_redis.bot.charts import DAY_SECONDS, png
+from pkbrokers_redis.bot.context import Command, CommandContext, UsageError, resolve_words
 from pkbrokers_redis.bot.files import deliver
+from pkbrokers_redis.bot.telegram_client import with_retries
 from pkbrokers_redis.bot.text import clock_time, count, day_time, duration, escape, money, percent, table
 from pkbrokers_redis.candles.calendar import IST_SECONDS
-from pkbrokers_redis.candles.model import Candle
+from pkbrokers_redis.candles.model import Candle, find_interval
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError
-
-AGE_SECONDS_MAX = 5.0
-QUOTES_PER_PIPELINE = 1_000
-DAY_SECONDS = 86_400
-CRORE = 1e7
-
-
-class Mover(NamedTuple):
-    """One instrument's day. `change` is percent from the previous close, None when that is unknown."""
-
-    symbol: str
-    price: float
-    change: float | None
-    volume: float
-    turnover: float  # rupees, at the last price
-    ticks: int
-
-
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """One way to rank movers: largest `key` first; a key of None leaves the instrument out."""
-
-    title: str
-    key: Callable[[Mover], float | None]
-    columns: dict[str, Callable[[Mover], str]]
-    rows: int = 10
-
-
-def _change(mover: Mover) -> float | None:
-    return mover.change if mover.volume else None
-
-
-def _crores(mover: Mover) -> str:
-    crores = mover.turnover / CRORE
-    return count(crores) if crores >= 1 else f"{crores:.2f}"
-
-
-def _price(mover: Mover) -> str:
-    return money(mover.price)
-
-
-def _percent(mover: Mover) -> str:
-    return percent(mover.change)
-
-
-RANKINGS = {
-    "gainers": Ranking("Gainers", _change, {"price": _price, "change": _percent}),
-    "losers": Ranking(
-        "Losers",
-        lambda m: None if (change := _change(m)) is None else -change,
-        {"price": _price, "change": _percent},
-    ),
-    "active": Ranking(
-        "Most active",
-        lambda m: m.turnover or None,
-        {"price": _price, "change": _percent, "₹ crore": _crores},
-    ),
-    "top": Ranking(
-        "Top by ticks today", lambda m: m.ticks, {"ticks": lambda m: count(m.ticks), "price": _price}, rows=20
-    ),
-}
-
-
-class Movers:
-    """The movers of a store. Methods block: call them in a thread."""
-
-    def __init__(self, store: CandleStore, monotonic: Callable[[], float] = time.monotonic) -> None:
-        self._store, self._monotonic = store, monotonic
-        self._lock = threading.Lock()
-        self._read_at = float("-inf")
-        self._movers: list[Mover] = []
-
-    def all(self) -> list[Mover]:
-        """Return every instrument that traded on the latest day of any."""
-        with self._lock:
-            if self._monotonic() - self._read_at > AGE_SECONDS_MAX:
-                self._movers = _read(self._store)
-                self._read_at = self._monotonic()
-            return self._movers
-
-    def ranked(self, ranking: Ranking, rows: int) -> list[Mover]:
-        """Return the first `rows` movers of a ranking."""
-        keyed = [(key, mover) for mover in self.all() if (key := ranking.key(mover)) is not None]
-        keyed.sort(key=lambda pair: pair[0], reverse=True)
-        return [mover for _, mover in keyed[:rows]]
-
-
-def _read(store: CandleStore) -> list[Mover]:
-    interval = "day" if "day" in store.intervals else store.intervals[-1]
-    bulk = store.bulk(None, interval, 1, include_current=True)
-    if not len(bulk):
-        return []
-    rows = bulk.rows[bulk.offsets[1:] - 1]
-    days = (rows[:, 0].astype(np.int64) + IST_SECONDS) // DAY_SECONDS
-    closes = _previous_closes(store, bulk.tokens.tolist())
-    movers: list[Mover] = []
-    for i in np.flatnonzero(days == days.max()).tolist():
-        price, volume, ticks = float(rows[i, 4]), float(rows[i, 5]), int(rows[i, 7])
-        previous = closes.get(int(bulk.tokens[i]))
-        change = (price / previous - 1) * 100 if previous else None
-        movers.append(Mover(bulk.symbols[i], price, change, volume, volume * price, ticks))
-    return movers
-
-
-def _previous_closes(store: CandleStore, tokens: Sequence[int]) -> dict[int, float]:
-    """Return token → the previous day's close from the quotes; without absent and malformed ones."""
-    closes: dict[int, float] = {}
-    for first in range(0, len(tokens), QUOTES_PER_PIPELINE):
-        chunk = tokens[first : first + QUOTES_PER_PIPELINE]
-        pipeline = store.client.pipeline(transaction=False)
-        for token in chunk:
-            pipeline.hget(store.keys.quote(token), "close")
-        replies: list[Any] = pipeline.execute(raise_on_error=False)
-        for token, reply in zip(chunk, replies, strict=True):
-            try:
-                closes[token] = float(reply)
-            except (TypeError, ValueError):
-                continue
-    return {token: close for token, close in closes.items() if close > 0}
-
 
 QUOTES_MAX = 20  # symbols of one /quote
 CHART_CANDLES = 90  # more are too thin on a phone
 TABLE_CANDLES = 12
 RANKING_ROWS_MAX = 50
+MOVERS_AGE_SECONDS_MAX = 5.0
+QUOTES_PER_PIPELINE = 1_000
+CRORE = 1e7
 WATCH_SYMBOLS_MAX = 5
 WATCHES_PER_CHAT_MAX = 3
 WATCH_EVERY_SECONDS = 5.0  # 12 edits a minute: Telegram allows a group 20 messages
 WATCH_SECONDS = 900.0
-STOP_BUTTON = (("Stop", "stop:"),)
+STOP_BUTTON = (("Stop", "stop"),)
 
 
 async def quote(context: CommandContext) -> None:
     """Send the latest quotes."""
+    await context.reply(await _quotes_text(context, await _resolve(context, "send /quote INFY TCS")))
+
+
+async def _resolve(context: CommandContext, example: str) -> list[tuple[int, str]]:
     if not context.words:
-        raise UsageError("which symbol?", "send /quote INFY or /quote INFY TCS")
-    tokens = await context.read(resolve_words, context.services.store, context.words)
-    await context.reply(await _quotes_text(context, tokens))
+        raise UsageError("which symbol?", example)
+    return await context.read(resolve_words, context.services.store, context.words)
 
 
 async def _quotes_text(context: CommandContext, tokens: list[tuple[int, str]]) -> str:
@@ -203,12 +88,10 @@ def _quote_time(fields: dict[str, Any]) -> str:
 
 async def watch(context: CommandContext) -> None:
     """Send quotes in a message that is updated for WATCH_SECONDS."""
-    if not context.words:
-        raise UsageError("which symbol?", "send /watch INFY")
+    tokens = await _resolve(context, "send /watch INFY")
     prefix = f"watch {context.chat_id} "
     if sum(name.startswith(prefix) for name in context.services.background) >= WATCHES_PER_CHAT_MAX:
         raise UsageError(f"this chat watches {WATCHES_PER_CHAT_MAX} messages already", "stop one of them")
-    tokens = await context.read(resolve_words, context.services.store, context.words)
     text = await _quotes_text(context, tokens)
     message = await context.reply(text, STOP_BUTTON)
     work = _update_quotes(context, tokens, message, text)
@@ -236,9 +119,12 @@ async def _update_quotes(
 
 
 async def _read_candles(context: CommandContext, rows: int) -> tuple[str, str, list[Candle]]:
-    """Return the symbol, the interval and the last candles that the words name."""
-    store = context.services.store
-    words, interval = await context.read(split_interval, store, context.words, "5m")
+    """Return the symbol, the interval and the last candles that the words name, by default of 5m."""
+    store, words = context.services.store, context.words
+    interval = "5m" if "5m" in store.intervals else store.intervals[0]
+    if len(words) > 1 and re.fullmatch(r"day|\d+[smhdw]", words[-1].lower()):
+        interval = find_interval(store.settings.intervals, words[-1].lower()).name
+        words = words[:-1]
     token, symbol = (await context.read(resolve_words, store, words))[0]
     candles = await context.read(store.get_candles, token, interval, rows, include_current=True)
     if not candles:
@@ -251,8 +137,11 @@ async def chart(context: CommandContext) -> None:
     if not context.words:
         raise UsageError("which symbol?", "send /chart INFY or /chart INFY 15m")
     symbol, interval, candles = await _read_candles(context, CHART_CANDLES)
-    png = await context.read(context.services.charts.png, symbol, interval, candles)
-    await context.photo(png, f"<b>{escape(symbol)}</b> {escape(interval)} · {money(candles[-1].close)}")
+    picture = await context.read(png, symbol, interval, candles)
+    caption = f"<b>{escape(symbol)}</b> {escape(interval)} · {money(candles[-1].close)}"
+    await with_retries(
+        context.bot.send_photo, context.chat_id, picture, caption=caption, parse_mode=ParseMode.HTML
+    )
 
 
 async def candles(context: CommandContext) -> None:
@@ -274,29 +163,149 @@ async def candles(context: CommandContext) -> None:
     await context.reply(f"<b>{escape(symbol)}</b> {escape(interval)}\n{shown}{note}")
 
 
+class Mover(NamedTuple):
+    """One instrument's day. `change` is percent from the previous close, None when that is unknown."""
+
+    symbol: str
+    price: float
+    change: float | None
+    volume: float
+    turnover: float  # rupees, at the last price
+    ticks: int
+
+
+class Movers:
+    """The day's movers of all instruments, read at most once in MOVERS_AGE_SECONDS_MAX. Methods block."""
+
+    def __init__(self, store: CandleStore) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._read_at = float("-inf")
+        self._movers: list[Mover] = []
+
+    def all(self) -> list[Mover]:
+        """Return every instrument that traded on the latest day of any."""
+        with self._lock:
+            if time.monotonic() - self._read_at > MOVERS_AGE_SECONDS_MAX:
+                self._movers = _read_movers(self._store)
+                self._read_at = time.monotonic()
+            return self._movers
+
+    def ranked(self, key: Callable[[Mover], float | None], rows: int) -> list[Mover]:
+        """Return the `rows` movers with the largest keys; a key of None leaves the instrument out."""
+        keyed = [(value, mover) for mover in self.all() if (value := key(mover)) is not None]
+        keyed.sort(key=lambda pair: pair[0], reverse=True)
+        return [mover for _, mover in keyed[:rows]]
+
+
+def _read_movers(store: CandleStore) -> list[Mover]:
+    interval = "day" if "day" in store.intervals else store.intervals[-1]
+    bulk = store.bulk(None, interval, 1, include_current=True)
+    if not len(bulk):
+        return []
+    rows = bulk.rows[bulk.offsets[1:] - 1]
+    days = (rows[:, 0].astype(np.int64) + IST_SECONDS) // DAY_SECONDS
+    closes = _previous_closes(store, bulk.tokens.tolist())
+    movers: list[Mover] = []
+    for i in np.flatnonzero(days == days.max()).tolist():
+        price, volume, ticks = float(rows[i, 4]), float(rows[i, 5]), int(rows[i, 7])
+        previous = closes.get(int(bulk.tokens[i]))
+        change = (price / previous - 1) * 100 if previous else None
+        movers.append(Mover(bulk.symbols[i], price, change, volume, volume * price, ticks))
+    return movers
+
+
+def _previous_closes(store: CandleStore, tokens: Sequence[int]) -> dict[int, float]:
+    """Return token → the previous day's close from the quotes; without absent and malformed ones."""
+    closes: dict[int, float] = {}
+    for first in range(0, len(tokens), QUOTES_PER_PIPELINE):
+        chunk = tokens[first : first + QUOTES_PER_PIPELINE]
+        pipeline = store.client.pipeline(transaction=False)
+        for token in chunk:
+            pipeline.hget(store.keys.quote(token), "close")
+        replies: list[Any] = pipeline.execute(raise_on_error=False)
+        for token, reply in zip(chunk, replies, strict=True):
+            try:
+                closes[token] = float(reply)
+            except (TypeError, ValueError):
+                continue
+    return {token: close for token, close in closes.items() if close > 0}
+
+
+def _crores(mover: Mover) -> str:
+    crores = mover.turnover / CRORE
+    return count(crores) if crores >= 1 else f"{crores:.2f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """One command that ranks movers: the largest `key` first, see `Movers.ranked`."""
+
+    does: str
+    title: str
+    key: Callable[[Mover], float | None]
+    columns: tuple[str, ...]  # of CELLS
+    rows: int = 10
+
+
+CELLS: dict[str, Callable[[Mover], str]] = {
+    "price": lambda mover: money(mover.price),
+    "change": lambda mover: percent(mover.change),
+    "₹ crore": _crores,
+    "ticks": lambda mover: count(mover.ticks),
+}
+RANKINGS = {
+    "gainers": Ranking(
+        "the largest gains since the previous close",
+        "Gainers",
+        lambda mover: mover.change if mover.volume else None,
+        ("price", "change"),
+    ),
+    "losers": Ranking(
+        "the largest losses since the previous close",
+        "Losers",
+        lambda mover: -mover.change if mover.volume and mover.change is not None else None,
+        ("price", "change"),
+    ),
+    "active": Ranking(
+        "the largest turnover today, in rupees",
+        "Most active",
+        lambda mover: mover.turnover or None,
+        ("price", "change", "₹ crore"),
+    ),
+    "top": Ranking(
+        "the instruments with the most ticks today",
+        "Top by ticks today",
+        lambda mover: mover.ticks,
+        ("ticks", "price"),
+        rows=20,
+    ),
+}
+
+
+def ranking_table(ranking: Ranking, movers: list[Mover]) -> str:
+    """Return movers as a table of HTML."""
+    cells = [
+        (mover.symbol.removeprefix("NSE:"), *(CELLS[column](mover) for column in ranking.columns))
+        for mover in movers
+    ]
+    return table(("", *ranking.columns), cells)
+
+
 def _ranking(name: str) -> Callable[[CommandContext], Awaitable[None]]:
     """Return the handler of one row of RANKINGS."""
     ranking = RANKINGS[name]
 
     async def handler(context: CommandContext) -> None:
-        rows = _row_count(context.words, ranking.rows)
-        movers = await context.read(context.services.movers.ranked, ranking, rows)
-        if not movers:
-            await context.reply("Nothing has been traded yet.")
-            return
-        cells = [
-            (mover.symbol.removeprefix("NSE:"), *(cell(mover) for cell in ranking.columns.values()))
-            for mover in movers
-        ]
-        await context.reply(f"<b>{ranking.title}</b>\n{table(('', *ranking.columns), cells)}")
+        rows = _row_count(context.words[0]) if context.words else ranking.rows
+        movers = await context.read(context.services.movers.ranked, ranking.key, rows)
+        shown = f"<b>{ranking.title}</b>\n{ranking_table(ranking, movers)}"
+        await context.reply(shown if movers else "Nothing has been traded yet.")
 
     return handler
 
 
-def _row_count(words: list[str], default: int) -> int:
-    if not words:
-        return default
-    word = words[0]
+def _row_count(word: str) -> int:
     if not (word.isascii() and word.isdecimal() and 1 <= int(word[:6]) <= RANKING_ROWS_MAX):
         raise UsageError(
             f"{word[:20]!r} is not a number from 1 to {RANKING_ROWS_MAX}", "send it without, or e.g. 20"
@@ -318,13 +327,5 @@ COMMANDS = [
     Command(
         "watch", "a quote that updates itself for 15 minutes", watch, "SYMBOL…", words_max=WATCH_SYMBOLS_MAX
     ),
-    *(
-        Command(name, does, _ranking(name), "[N]", words_max=1)
-        for name, does in (
-            ("gainers", "the largest gains since the previous close"),
-            ("losers", "the largest losses since the previous close"),
-            ("active", "the largest turnover today, in rupees"),
-            ("top", "the instruments with the most ticks today"),
-        )
-    ),
+    *(Command(name, ranking.does, _ranking(name), "[N]", words_max=1) for name, ranking in RANKINGS.items()),
 ]

@@ -1,13 +1,8 @@
-"""The snapshots in the files folder: which file a command sends, and when it is too old.
+"""Files for a chat: the newest snapshot, or a new one, as a zip in parts with a checksum.
 
-Read-only. Only the manifest counts: `pkb snapshot` writes it last, so the files that it names are complete.
-
-Files for a chat: the newest snapshot, or a new one, as a zip in parts with a checksum.
-
-A new snapshot is made by `pkb snapshot` in a process of its own: a file of 9,000 instruments shares neither
-the bot's memory nor its interpreter, and an error in it costs one answer.
-
-Commands that send files; `FILE_KINDS` says which.
+Only the manifest of the files folder counts: `pkb snapshot` writes it last, so the files that it names are
+complete. A new snapshot is made by `pkb snapshot` in a process of its own: a file of 9,000 instruments shares
+neither the bot's memory nor its interpreter, and an error in it costs one answer.
 """
 
 from __future__ import annotations
@@ -17,8 +12,8 @@ import os
 import sys
 import time
 import zipfile
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from fnmatch import fnmatch
@@ -41,47 +36,45 @@ from pkbrokers_redis.jobs.cron import Plan
 from pkbrokers_redis.settings import Settings, env_name
 from pkbrokers_redis.store.instruments import load_derivative_tokens
 
+CLOSED_AGE_SECONDS_MAX = 12 * 3600.0  # while the market is closed little changes
+LOOK_BACK_DAYS = 30  # no exchange is closed for longer
+CLOSING_SECONDS = 60.0  # after a close: until the last candles are complete
+PROGRESS_EVERY_SECONDS = 3.0  # one edit each time: Telegram allows a chat about one per second
+SNAPSHOT_SECONDS_MAX = 600.0
+SNAPSHOT_COMMAND = (sys.executable, "-c", "from pkbrokers_redis.cli.main import run; run()", "snapshot")
+
+
+class SnapshotFailed(PkbError):
+    """Raised when `pkb snapshot` fails; the message has its last line."""
+
 
 @dataclass(frozen=True, slots=True)
 class FileKind:
-    """What a command sends.
+    """What a command sends: the files of `pkb snapshot <snapshot>` that match `pattern`.
 
-    Attributes:
-        snapshot: The argument of `pkb snapshot` that makes it.
-        patterns: Which files of that snapshot are meant.
-        age_seconds_max: In market hours an older file is made again first.
-        is_folder: All files together, as one zip.
+    In market hours a file older than `age_seconds_max` is made again first. Of a folder all files are sent
+    together, as one zip.
     """
 
     title: str
     snapshot: str
-    patterns: tuple[str, ...]
+    pattern: str
     age_seconds_max: float
     is_folder: bool = False
 
 
 FILE_KINDS: dict[str, FileKind] = {
-    "ticks": FileKind("ticks.json", "ticks", ("ticks.json",), 60),
-    "db": FileKind("stock_data.db", "sqlite", ("stock_data.db",), 900),
-    "daily_pkl": FileKind("daily_candles.pkl", "pickle", ("stock_data_*.pkl",), 3600),
-    "intraday_pkl": FileKind("intraday_1m_candles.pkl", "pickle", ("intraday_stock_data_*.pkl",), 900),
-    "candles": FileKind("candles", "parquet", ("parquet/*.parquet",), 900, is_folder=True),
-    "instrument_history": FileKind("instrument_history.db", "sqlite", ("stock_data.db",), 3600),
+    "ticks": FileKind("ticks.json", "ticks", "ticks.json", 60),
+    "db": FileKind("stock_data.db", "sqlite", "stock_data.db", 900),
+    "daily_pkl": FileKind("daily_candles.pkl", "pickle", "stock_data_*.pkl", 3600),
+    "intraday_pkl": FileKind("intraday_1m_candles.pkl", "pickle", "intraday_stock_data_*.pkl", 900),
+    "candles": FileKind("candles", "parquet", "parquet/*.parquet", 900, is_folder=True),
+    "instrument_history": FileKind("instrument_history.db", "sqlite", "stock_data.db", 3600),
 }
-CLOSED_AGE_SECONDS_MAX = 12 * 3600.0  # while the market is closed little changes
-LOOK_BACK_DAYS = 30  # no exchange is closed for longer
-CLOSING_SECONDS = 60.0  # after a close: until the last candles are complete
+REQUEST_DATA = ("daily_pkl", "intraday_pkl", "db", "instrument_history")
 
 
-class MarketState(NamedTuple):
-    """Whether any streamed instrument trades, and the last close in epoch seconds (0 if unknown)."""
-
-    is_open: bool
-    closed_at: float
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """The newest file or files of a kind; `made_at` is market time, epoch seconds."""
 
     paths: tuple[Path, ...]
@@ -96,23 +89,27 @@ def newest(folder: Path, kind: FileKind) -> Snapshot | None:
     Raises:
         InputFileError: The manifest is damaged.
     """
-    dated: list[tuple[float, Path, int, int]] = []
+    found: list[Snapshot] = []
     for name, entry in read_manifest(folder).items():
-        if entry.kind != kind.snapshot or not any(fnmatch(name, pattern) for pattern in kind.patterns):
-            continue
         path = folder / name
-        if entry.bytes and path.is_file() and path.stat().st_size == entry.bytes:
-            dated.append(((entry.made_at_ms or 0.0) / 1000, path, entry.bytes, entry.rows))
-    if not dated:
+        is_meant = entry.kind == kind.snapshot and fnmatch(name, kind.pattern)
+        if is_meant and entry.bytes and path.is_file() and path.stat().st_size == entry.bytes:
+            found.append(Snapshot((path,), (entry.made_at_ms or 0.0) / 1000, entry.bytes, entry.rows))
+    if not found:
         return None
-    dated.sort()
-    chosen = dated if kind.is_folder else dated[-1:]
-    return Snapshot(
-        tuple(sorted(path for _, path, _, _ in chosen)),
-        dated[-1][0],
-        sum(size for _, _, size, _ in chosen),
-        sum(rows for *_, rows in chosen),
-    )
+    last = max(found, key=lambda each: (each.made_at, each.paths))
+    if not kind.is_folder:
+        return last
+    paths = sorted(each.paths[0] for each in found)
+    size_bytes, rows = sum(each.size_bytes for each in found), sum(each.rows for each in found)
+    return Snapshot(tuple(paths), last.made_at, size_bytes, rows)
+
+
+class MarketState(NamedTuple):
+    """Whether any streamed instrument trades, and the last close in epoch seconds (0 if unknown)."""
+
+    is_open: bool
+    closed_at: float
 
 
 def market_state(sessions: Sessions, schedules: Iterable[int], now_s: float) -> MarketState:
@@ -127,80 +124,17 @@ def market_state(sessions: Sessions, schedules: Iterable[int], now_s: float) -> 
     return MarketState(is_open, 0.0)
 
 
-def is_fresh(snapshot: Snapshot | None, kind: FileKind, now_s: float, market: MarketState) -> bool:
+def is_fresh(snapshot: Snapshot, kind: FileKind, now_s: float, market: MarketState) -> bool:
     """Return whether a snapshot can be sent as it is.
 
     While the market is open it must be younger than its kind's age; after that, made after the close.
     """
-    if snapshot is None:
-        return False
     if market.is_open:
         return now_s - snapshot.made_at <= kind.age_seconds_max
     return snapshot.made_at >= max(market.closed_at + CLOSING_SECONDS, now_s - CLOSED_AGE_SECONDS_MAX)
 
 
-PROGRESS_EVERY_SECONDS = 3.0  # one edit each time: Telegram allows a chat about one per second
-SNAPSHOT_SECONDS_MAX = 600.0
-SNAPSHOT_COMMAND = (sys.executable, "-c", "from pkbrokers_redis.cli.main import run; run()", "snapshot")
-
-
-class SnapshotFailed(PkbError):
-    """Raised when `pkb snapshot` fails; the message has its last line."""
-
-
-class NoFile(PkbError):
-    """Raised when there is no file to send, and a new snapshot did not contain it."""
-
-
-async def deliver(context: CommandContext, name: str) -> None:
-    """Send the file that FILE_KINDS calls `name`, with progress in the chat.
-
-    Raises:
-        SnapshotFailed, NoFile: There is no file to send.
-    """
-    kind = FILE_KINDS[name]
-    title = escape(kind.title)
-    settings = context.services.settings
-    progress = await context.reply(f"{title}: looking …")
-    snapshot = await _find(context, kind, progress)
-    await context.edit(progress, f"{title}: zipping {size(snapshot.size_bytes)} …")
-    with ExitStack() as stack:
-        zipping = zip_parts(
-            snapshot.paths, kind.title, settings.files_folder, settings.telegram_file_max_bytes
-        )
-        parts = await context.read(stack.enter_context, zipping)
-        await _send(context, title, snapshot, parts, progress)
-    await context.edit(progress, f"{title}: sent.")
-
-
-async def _find(context: CommandContext, kind: FileKind, progress: Message) -> Snapshot:
-    """Return a fresh snapshot, made now if necessary; an older one if that fails."""
-    folder = context.services.settings.files_folder
-    snapshot = await context.read(newest, folder, kind)
-    now_s = context.services.market() / 1000
-    if snapshot is not None and is_fresh(snapshot, kind, now_s, await context.read(_market, context, now_s)):
-        return snapshot
-    started = time.monotonic()
-    task = asyncio.create_task(run_snapshot(context.services.settings, kind.snapshot))
-    try:
-        while not (await asyncio.wait({task}, timeout=PROGRESS_EVERY_SECONDS))[0]:
-            seconds = duration(time.monotonic() - started)
-            await context.edit(progress, f"{escape(kind.title)}: making a new one … {seconds}")
-    finally:
-        task.cancel()  # when this command is cancelled
-    try:
-        task.result()
-    except PkbError:
-        if snapshot is None:
-            raise
-        return snapshot  # its caption shows its age
-    snapshot = await context.read(newest, folder, kind)
-    if snapshot is None:
-        raise NoFile(f"there is no {kind.title} yet", "try again once candles have been made (/status)")
-    return snapshot
-
-
-def _market(context: CommandContext, now_s: float) -> MarketState:
+def _read_market(context: CommandContext, now_s: float) -> MarketState:
     """Return the market of all streamed instruments; NSE's hours before the first tick."""
     settings, store = context.services.settings, context.services.store
     sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
@@ -210,77 +144,95 @@ def _market(context: CommandContext, now_s: float) -> MarketState:
     return market_state(sessions, schedules, now_s)
 
 
+async def deliver(context: CommandContext, name: str) -> None:
+    """Send the file that FILE_KINDS calls `name`, with progress. Raise PkbError when there is none."""
+    kind, settings = FILE_KINDS[name], context.services.settings
+    title = escape(kind.title)
+    progress = await context.reply(f"{title}: looking …")
+    snapshot = await _find(context, kind, progress)
+    await context.edit(progress, f"{title}: zipping {size(snapshot.size_bytes)} …")
+    with TemporaryDirectory(prefix="pkb-bot-", ignore_cleanup_errors=True) as folder:
+        target = Path(folder) / f"{kind.title}.zip"
+        digest, zipped_bytes = await context.read(_zip, target, snapshot.paths, settings.files_folder)
+        await _send(context, progress, snapshot, target, digest, zipped_bytes)
+    await context.edit(progress, f"{title}: sent.")
+
+
+async def _find(context: CommandContext, kind: FileKind, progress: Message) -> Snapshot:
+    """Return a fresh snapshot, made now if necessary; an older one if that fails."""
+    folder = context.services.settings.files_folder
+    snapshot = await context.read(newest, folder, kind)
+    now_s = context.services.market() / 1000
+    if snapshot is not None and is_fresh(
+        snapshot, kind, now_s, await context.read(_read_market, context, now_s)
+    ):
+        return snapshot
+    started = time.monotonic()
+    task = asyncio.create_task(run_snapshot(context.services.settings, kind.snapshot))
+    try:
+        while not (await asyncio.wait({task}, timeout=PROGRESS_EVERY_SECONDS))[0]:
+            seconds = duration(time.monotonic() - started)
+            await context.edit(progress, f"{escape(kind.title)}: making a new one … {seconds}")
+        task.result()
+    except PkbError:
+        if snapshot is None:
+            raise
+        return snapshot  # its caption shows its age
+    finally:
+        task.cancel()  # when this command is cancelled
+    snapshot = await context.read(newest, folder, kind)
+    if snapshot is None:
+        raise PkbError(f"there is no {kind.title} yet", "try again once candles have been made (/status)")
+    return snapshot
+
+
+def _zip(target: Path, paths: Sequence[Path], root: Path) -> tuple[str, int]:
+    """Zip files under their names relative to `root`; return the zip's sha256 and size."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+        for path in paths:
+            archive.write(path, path.name if len(paths) == 1 else str(path.relative_to(root)))
+    with target.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest(), target.stat().st_size
+
+
 async def _send(
-    context: CommandContext, title: str, snapshot: Snapshot, parts: ZipParts, progress: Message
+    context: CommandContext,
+    progress: Message,
+    snapshot: Snapshot,
+    target: Path,
+    digest: str,
+    zipped_bytes: int,
 ) -> None:
-    for number in range(1, parts.total + 1):
-        content = await context.read(parts.read, number)
-        part_note = ""
-        if parts.total > 1:
-            part_note = f", part {number} of {parts.total}"
-            await context.edit(progress, f"{title}: sending part {number} of {parts.total} …")
-        caption = (
-            f"{title}{part_note} · as of {day_time(snapshot.made_at)}\n"
-            f"{count(snapshot.rows)} rows, {size(snapshot.size_bytes)}, zipped {size(parts.size_bytes)}\n"
-            f"sha256 of the zip <code>{parts.sha256}</code>"
-        )
-        await with_retries(
-            lambda content=content, number=number, caption=caption: context.bot.send_document(  # type: ignore[misc]
+    """Send a zip in parts: `ticks.json.part01.zip`, so that `cat` with a `*` joins them in order."""
+    title, part_bytes_max = target.stem, context.services.settings.telegram_file_max_bytes
+    total = max(1, -(-zipped_bytes // part_bytes_max))
+    with target.open("rb") as file:
+        for number in range(1, total + 1):
+            name, part_note = target.name, ""
+            if total > 1:
+                name = f"{title}.part{number:0{max(2, len(str(total)))}d}.zip"
+                part_note = f", part {number} of {total}"
+                await context.edit(progress, f"{escape(title)}: sending part {number} of {total} …")
+            caption = (
+                f"{escape(title)}{part_note} · as of {day_time(snapshot.made_at)}\n"
+                f"{count(snapshot.rows)} rows, {size(snapshot.size_bytes)}, zipped {size(zipped_bytes)}\n"
+                f"sha256 of the zip <code>{digest}</code>"
+            )
+            content = await context.read(file.read, part_bytes_max)
+            await with_retries(
+                context.bot.send_document,
                 context.chat_id,
                 content,
-                filename=parts.part_name(number),
+                filename=name,
                 caption=caption,
                 parse_mode=ParseMode.HTML,
             )
-        )
-    if parts.total > 1:
-        stem = escape(parts.name.removesuffix(".zip"))
+    if total > 1:
+        stem = escape(title)
         await context.reply(
-            f"To join the {parts.total} parts: <code>cat {stem}.part*.zip &gt; {stem}.zip</code>, "
+            f"To join the {total} parts: <code>cat {stem}.part*.zip &gt; {stem}.zip</code>, "
             f"then compare <code>sha256sum {stem}.zip</code> with the captions."
         )
-
-
-@dataclass(frozen=True, slots=True)
-class ZipParts:
-    """A zip on disk, sent in parts of at most `part_bytes_max`. `name` is its file name in the chat."""
-
-    path: Path
-    name: str
-    size_bytes: int
-    sha256: str
-    part_bytes_max: int
-
-    @property
-    def total(self) -> int:
-        """Return the number of parts."""
-        return max(1, -(-self.size_bytes // self.part_bytes_max))
-
-    def part_name(self, number: int) -> str:
-        """Return `ticks.json.zip`, or `ticks.json.part01.zip`: `cat` with a `*` joins them in order."""
-        if self.total == 1:
-            return self.name
-        digits = max(2, len(str(self.total)))
-        return f"{self.name.removesuffix('.zip')}.part{number:0{digits}d}.zip"
-
-    def read(self, number: int) -> bytes:
-        """Return the content of a part, counted from 1."""
-        with self.path.open("rb") as file:
-            file.seek((number - 1) * self.part_bytes_max)
-            return file.read(self.part_bytes_max)
-
-
-@contextmanager
-def zip_parts(paths: Sequence[Path], title: str, root: Path, part_bytes_max: int) -> Iterator[ZipParts]:
-    """Zip files into a temporary folder that is deleted afterwards. Names inside are relative to `root`."""
-    with TemporaryDirectory(prefix="pkb-bot-") as folder:
-        target = Path(folder) / "snapshot.zip"
-        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
-            for path in paths:
-                archive.write(path, path.name if len(paths) == 1 else str(path.relative_to(root)))
-        with target.open("rb") as file:
-            digest = file_digest(file, "sha256").hexdigest()
-        yield ZipParts(target, f"{title}.zip", target.stat().st_size, digest, part_bytes_max)
 
 
 async def run_snapshot(settings: Settings, snapshot: str) -> None:
@@ -307,9 +259,10 @@ async def run_snapshot(settings: Settings, snapshot: str) -> None:
                 process.kill()
             await process.wait()
     if process.returncode:
-        lines = [line for line in stderr.decode(errors="replace").splitlines() if line.strip()]
-        last = lines[-1].removeprefix("pkb: ") if lines else f"exit code {process.returncode}"
-        raise SnapshotFailed(f"no snapshot could be made ({last[:300]})", "`pkb snapshot` shows the cause")
+        lines = stderr.decode(errors="replace").split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), f"exit code {process.returncode}")
+        reason = last.removeprefix("pkb: ")[:300]
+        raise SnapshotFailed(f"no snapshot could be made ({reason})", "`pkb snapshot` shows the cause")
 
 
 def _environment(settings: Settings) -> dict[str, str]:
@@ -320,20 +273,10 @@ def _environment(settings: Settings) -> dict[str, str]:
     env: dict[str, str] = {}
     for name, field in Settings.model_fields.items():
         value = getattr(settings, name)
-        if value is None or (value == field.default and field.default is not None):
-            continue
-        env[env_name(name)] = value.get_secret_value() if hasattr(value, "get_secret_value") else str(value)
+        if value is not None and (value != field.default or field.default is None):
+            secret = getattr(value, "get_secret_value", None)
+            env[env_name(name)] = str(value if secret is None else secret())
     return env
-
-
-REQUEST_DATA = ("daily_pkl", "intraday_pkl", "db", "instrument_history")
-
-
-def _deliver(name: str) -> Callable[[CommandContext], Awaitable[None]]:
-    async def handler(context: CommandContext) -> None:
-        await deliver(context, name)
-
-    return handler
 
 
 async def request_data(context: CommandContext) -> None:
@@ -346,6 +289,13 @@ async def request_data(context: CommandContext) -> None:
         except PkbError as error:
             await context.reply(f"/{name}: {escape(str(error))}")
     await context.reply(f"{sent} of {len(REQUEST_DATA)} files sent.")
+
+
+def _deliver(name: str) -> Callable[[CommandContext], Awaitable[None]]:
+    async def handler(context: CommandContext) -> None:
+        await deliver(context, name)
+
+    return handler
 
 
 COMMANDS = [

@@ -1,9 +1,9 @@
-"""Messages to the operators (PKB_TELEGRAM_ADMINS): one when a problem begins or gets worse, one when it ends.
+"""What operators see: problems as messages, and /status, /token, /refresh_token, /restart, /test_ticks.
+
+PKB_TELEGRAM_ADMINS get one message when a problem begins or gets worse, and one when it ends.
 
 P:{bot}:troubles   hash   check → {"level", "what", "since"}: problems that were reported, so that a restart
                           does not report them again
-
-Commands that show and operate the pipeline: /status, /token, /refresh_token, /restart, /test_ticks.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, Literal
 
 import msgspec
@@ -21,7 +22,7 @@ from telegram.error import TelegramError
 from telegram.ext import ExtBot
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.bot.alerts.worker import AlertWorker, FeedMonitor
+from pkbrokers_redis.bot.alerts.worker import FeedMonitor
 from pkbrokers_redis.bot.context import Command, CommandContext, Services
 from pkbrokers_redis.bot.files import FILE_KINDS, newest
 from pkbrokers_redis.bot.telegram_client import with_retries
@@ -52,6 +53,7 @@ SILENT_SECONDS_MAX = 60.0
 DISK_PART_MAX = 0.9
 DISK_FREE_BYTES_MIN = 2**30
 SYMBOLS = {"ok": "✅", "warn": "⚠️", "fail": "❌"}
+COUNT_SECONDS = 10.0  # of /test_ticks
 ROLES_IN_HEALTH = {"ingest", "aggregate"}  # whose heartbeats runtime/health.py judges
 
 
@@ -112,77 +114,70 @@ def _disk(settings: Settings) -> Finding:
 
 def _jobs(services: Services) -> Finding:
     """Judge the list of failed jobs, on the jobs' Redis if there is one."""
-    client, settings = services.client, services.settings
-    if settings.rq_redis_url is not None:
-        try:
-            client = services.jobs_client = services.jobs_client or connect_queue(settings)
-        except PkbError as error:
-            return Finding("jobs", "warn", error.message, error.hint)
+    settings = services.settings
     try:
-        failed: Any = client.zcard(FAILED_JOBS)
+        if services.jobs_client is None:
+            services.jobs_client = (
+                services.client if settings.rq_redis_url is None else connect_queue(settings)
+            )
+        failed: Any = services.jobs_client.zcard(FAILED_JOBS)
+    except PkbError as error:
+        return Finding("jobs", "warn", error.message, error.hint)
     except redis.ConnectionError:
-        if client is services.client:
-            raise
-        return Finding(
-            "jobs", "warn", "the jobs' Redis does not answer", "start it, or correct PKB_RQ_REDIS_URL"
-        )
+        hint = "start it, or correct PKB_RQ_REDIS_URL"
+        return Finding("jobs", "warn", "the jobs' Redis does not answer", hint)
     return check_jobs(int(failed))
 
 
 class OperatorMonitor:
-    """Checks the pipeline every CHECK_EVERY_SECONDS and reports what changed."""
+    """Checks the pipeline every CHECK_EVERY_SECONDS and reports what changed. It needs operators."""
 
-    def __init__(self, bot: ExtBot[Any], services: Services, worker: AlertWorker) -> None:
-        self._bot, self._services, self._worker = bot, services, worker
-        self._feed = FeedMonitor(services.settings)
-        self._checks_failed: dict[str, int] = {}  # check → failures in a row
+    def __init__(self, bot: ExtBot[Any], services: Services, feed: FeedMonitor) -> None:
+        self._bot, self._services, self._feed = bot, services, feed
+        self._failures: dict[str, int] = {}  # check → failures in a row
 
     async def run(self) -> None:
         """Check until cancelled."""
         while True:
             await asyncio.sleep(CHECK_EVERY_SECONDS)
-            if self._services.access.admins:
-                await self._check_once()
+            try:
+                _, findings = await asyncio.to_thread(check_pipeline, self._services)
+                findings += self._silent_feed()
+                await self._report_changes(_worst_by_check(findings))
+            except (redis.RedisError, PkbError, OSError) as error:
+                log.warning("check_failed", reason=type(error).__name__)
 
-    async def _check_once(self) -> None:
-        try:
-            _, findings = await asyncio.to_thread(check_pipeline, self._services)
-            findings += self._silent_feed()
-            reported = await asyncio.to_thread(self._load_reported)
-        except (redis.RedisError, PkbError, OSError) as error:
-            log.warning("check_failed", reason=type(error).__name__)
-            return
-        problems = _worst_by_check(findings)
-        self._checks_failed = {check: self._checks_failed.get(check, 0) + 1 for check in problems}
+    def _silent_feed(self) -> Iterator[Finding]:
+        silent = self._feed.silent_seconds
+        if min(silent, self._feed.open_seconds()) > SILENT_SECONDS_MAX:
+            what = f"no tick came for {duration(silent)}, and the market is open"
+            yield Finding("feed", "fail", what, "/test_ticks, /restart")
+
+    async def _report_changes(self, problems: dict[str, Finding]) -> None:
+        client, key = self._services.client, self._services.keys.bot_troubles()
+        reported = await asyncio.to_thread(self._load_reported)
+        self._failures = {check: self._failures.get(check, 0) + 1 for check in problems}
         for check, finding in problems.items():
             known = reported.get(check)
             is_news = known is None or (known.level != "fail" and finding.level == "fail")
-            if not is_news or self._checks_failed[check] < CHECKS_BEFORE_REPORT:
+            if not is_news or self._failures[check] < CHECKS_BEFORE_REPORT:
                 continue
             text = f"{SYMBOLS[finding.level]} <b>{escape(check)}</b>: {escape(finding.message)}"
-            text += f"\n{escape(finding.hint)}" if finding.hint else ""
             since = time.time() if known is None else known.since
-            if await self._report(text):
-                await self._save(check, Problem(finding.level, finding.message, since))
+            if await self._report(f"{text}\n{escape(finding.hint)}".strip()):
+                problem = Problem(finding.level, finding.message, since)
+                await asyncio.to_thread(client.hset, key, check, msgspec.json.encode(problem))
         for check in reported.keys() - problems.keys():
             lasted = duration(time.time() - reported[check].since)
             if await self._report(f"✅ <b>{escape(check)}</b>: recovered after {lasted}"):
-                await self._save(check, None)
-
-    def _silent_feed(self) -> Iterator[Finding]:
-        silent = self._worker.silent_seconds
-        if silent > SILENT_SECONDS_MAX and self._feed.open_seconds() > SILENT_SECONDS_MAX:
-            what = f"no tick came for {duration(silent)}, and the market is open"
-            yield Finding("feed", "fail", what, "/test_ticks, /restart")
+                await asyncio.to_thread(client.hdel, key, check)
 
     async def _report(self, html: str) -> bool:
         """Send to every operator; return False when Telegram accepted it for none of them."""
         is_accepted = False
         for admin in sorted(self._services.access.admins):
             try:
-                await with_retries(
-                    lambda admin=admin: self._bot.send_message(admin, html, parse_mode=ParseMode.HTML)  # type: ignore[misc]
-                )
+                await with_retries(self._bot.send_message, admin, html, parse_mode=ParseMode.HTML)
                 is_accepted = True
             except TelegramError as error:  # Forbidden: this operator never wrote to the bot
                 log.warning("report_failed", admin=admin, reason=type(error).__name__)
@@ -192,21 +187,9 @@ class OperatorMonitor:
         cells: Any = self._services.client.hgetall(self._services.keys.bot_troubles())
         problems: dict[str, Problem] = {}
         for check, text in cells.items():
-            try:
+            with suppress(msgspec.DecodeError, UnicodeDecodeError):  # malformed: it is reported again
                 problems[check.decode()] = msgspec.json.decode(text, type=Problem)
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                continue  # malformed: it is reported again
         return problems
-
-    async def _save(self, check: str, problem: Problem | None) -> None:
-        client, key = self._services.client, self._services.keys.bot_troubles()
-        try:
-            if problem is None:
-                await asyncio.to_thread(client.hdel, key, check)
-            else:
-                await asyncio.to_thread(client.hset, key, check, msgspec.json.encode(problem))
-        except redis.RedisError as error:
-            log.warning("report_not_saved", check=check, reason=type(error).__name__)
 
 
 def _worst_by_check(findings: Iterable[Finding]) -> dict[str, Finding]:
@@ -215,9 +198,6 @@ def _worst_by_check(findings: Iterable[Finding]) -> dict[str, Finding]:
         if finding.level != "ok" and (finding.check not in worst or finding.level == "fail"):
             worst[finding.check] = finding
     return worst
-
-
-COUNT_SECONDS = 10.0  # of /test_ticks
 
 
 async def status(context: CommandContext) -> None:

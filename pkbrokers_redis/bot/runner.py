@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -26,14 +26,19 @@ from pkbrokers_redis import logs
 from pkbrokers_redis.bot.alerts.store import AlertStore, Outbox
 from pkbrokers_redis.bot.alerts.worker import AlertWorker
 from pkbrokers_redis.bot.application import UPDATES_AT_ONCE_MAX, CommandRouter, build_application
-from pkbrokers_redis.bot.charts import ChartPool
 from pkbrokers_redis.bot.commands import COMMANDS
 from pkbrokers_redis.bot.commands_market import Movers
 from pkbrokers_redis.bot.context import Services, access_of
 from pkbrokers_redis.bot.operators import OperatorMonitor
-from pkbrokers_redis.bot.telegram_client import LONGEST_WAIT_SECONDS, UpdatePoller, make_bot, with_retries
+from pkbrokers_redis.bot.telegram_client import (
+    FIRST_WAIT_SECONDS,
+    LONGEST_WAIT_SECONDS,
+    UpdatePoller,
+    make_bot,
+    with_retries,
+)
 from pkbrokers_redis.client.store import CandleStore
-from pkbrokers_redis.clock import market_clock
+from pkbrokers_redis.clock import Backoff, market_clock
 from pkbrokers_redis.errors import PkbError, SettingsError
 from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
@@ -47,7 +52,8 @@ log = logs.get("bot")
 
 LEASE_SECONDS = 10.0
 RENEW_EVERY_SECONDS = 2.0
-STALE_PART = 0.6  # of the lease time without a renewal: this process stops before another may start
+STOP_BEFORE_END_SECONDS = 4.0  # of a lease that is not renewed: this process stops before another starts
+TRY_EVERY_SECONDS = 1.0  # of a process that waits for the lease
 DRAIN_SECONDS_MAX = 5.0  # for answers in progress, and for alerts in the outbox
 STOP_POLL_SECONDS = 0.1
 REDIS_SECONDS_MAX = 10.0  # a Redis that does not answer in this time counts as unavailable
@@ -82,14 +88,13 @@ def make_services(
         access_of(settings),
         market_clock(settings),
         AlertStore(client, settings.keys),
-        ChartPool(),
         Movers(store),
         alerts_changed,
     )
 
 
 class _BotProcess:
-    """One process of the role. `_hold_lease` decides whether it answers."""
+    """One process of the role. The lease decides whether it answers."""
 
     def __init__(self, settings: Settings, client: redis.Redis) -> None:
         self._settings, self._client = settings, client
@@ -97,44 +102,42 @@ class _BotProcess:
         self._heart = Heartbeat(settings.keys, "bot", self._name, now_ms())
         self._bot: ExtBot[Any] = make_bot(settings)
         self._lease = LeaderLease(client, settings.keys.bot_lease(), self._name, LEASE_SECONDS)
-        self._figures: dict[str, Any] = {"answers": 0}
-        self._read_figures: Callable[[], dict[str, Any]] = dict
+        self._figures: Callable[[], dict[str, Any]] = lambda: {"answers": 0}
 
     async def run(self, stop: threading.Event) -> None:
-        """Wait for the lease, and answer while this process holds it, until `stop`."""
+        """Answer while this process holds the lease, until `stop`."""
         log.info("started", store=describe(self._settings), api=self._settings.telegram_api_url)
-        stopped = asyncio.create_task(_wait_for(stop))
-        beats = asyncio.create_task(self._beat())
-        try:
-            await self._until(stopped, self._initialize())
-            while not stopped.done():
-                if await self._hold_lease():
-                    await self._until(stopped, self._answer())
-                else:
-                    await asyncio.wait({stopped}, timeout=1.0)
-        finally:
-            for task in (beats, stopped):
-                task.cancel()
-            await asyncio.gather(beats, stopped, return_exceptions=True)
-            with suppress(redis.RedisError):
-                await asyncio.to_thread(self._leave)
-            with suppress(Exception):
-                await self._bot.shutdown()
-        log.info("stopped", **self._figures)
+        tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._answer_in_turn())]
+        while not stop.is_set() and not tasks[1].done():
+            await asyncio.wait({tasks[1]}, timeout=STOP_POLL_SECONDS)
+        for task in tasks:
+            task.cancel()
+        _, ended = await asyncio.gather(*tasks, return_exceptions=True)
+        with suppress(redis.RedisError):
+            await asyncio.to_thread(self._leave)
+        with suppress(Exception):
+            await self._bot.shutdown()
+        if isinstance(ended, Exception):
+            raise ended
+        log.info("stopped", **self._figures())
 
-    async def _until(self, stopped: asyncio.Task[None], work: Coroutine[Any, Any, None]) -> None:
-        """Run `work` until it ends or the process is stopped. Raise what it raises."""
-        task = asyncio.create_task(work)
-        await asyncio.wait({stopped, task}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            task.result()
-            return
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+    async def _answer_in_turn(self) -> None:
+        """Wait for the lease and answer while it is held, again and again, until cancelled."""
+        await self._initialize()
+        while True:
+            try:
+                is_held = await asyncio.to_thread(self._lease.acquire)
+            except (redis.RedisError, PkbError) as error:
+                log.warning("redis_unavailable", reason=type(error).__name__)
+                is_held = False
+            if is_held:
+                await self._answer()
+            else:
+                await asyncio.sleep(TRY_EVERY_SECONDS)
 
     async def _initialize(self) -> None:
         """Call getMe until Telegram answers. Raise SettingsError for a refused token."""
-        wait_seconds = 0.5
+        backoff = Backoff(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS)
         while True:
             try:
                 await with_retries(self._bot.initialize)
@@ -146,8 +149,7 @@ class _BotProcess:
                 ) from None
             except TelegramError as error:
                 log.warning("telegram_unavailable", reason=type(error).__name__)
-            await asyncio.sleep(wait_seconds)
-            wait_seconds = min(wait_seconds * 2, LONGEST_WAIT_SECONDS)
+            await asyncio.sleep(backoff.next())
 
     async def _answer(self) -> None:
         """Do everything that only the lease's holder does; return when the lease is lost."""
@@ -156,81 +158,60 @@ class _BotProcess:
         reader = await asyncio.to_thread(
             connect, settings, for_reading=True, socket_timeout_seconds=REDIS_SECONDS_MAX
         )
-        store = CandleStore(settings, reader)
         outbox = Outbox(self._bot, self._client, settings.keys, access_of(settings).chats)
         worker = AlertWorker(
             lambda: connect(settings, for_reading=False, socket_timeout_seconds=REDIS_SECONDS_MAX),
             settings,
             on_fired=lambda: loop.call_soon_threadsafe(outbox.wake),
         )
-        services = make_services(settings, self._client, store, worker.reload)
+        services = make_services(settings, self._client, CandleStore(settings, reader), worker.reload)
         router = CommandRouter(services)
         application = build_application(self._bot, router)
         await application.initialize()
         await application.start()
         poller = UpdatePoller(self._bot, self._client, settings.keys, _accept_into(application))
-        monitor = OperatorMonitor(self._bot, services, worker)
-        self._read_figures = lambda: {
+        self._figures = lambda: {
             "answers": 1,
             "telegram": "up" if poller.is_available else "unavailable",
             **poller.counts,
             **router.counts,
             **worker.counts,
         }
-        tasks = [
-            asyncio.create_task(work)
-            for work in (self._keep_lease(), poller.run(), outbox.run(), monitor.run())
-        ]
+        works = [self._keep_lease(), poller.run(), outbox.run()]
+        if services.access.admins:
+            works.append(OperatorMonitor(self._bot, services, worker.feed).run())
+        tasks = [asyncio.create_task(work) for work in works]
         menu = asyncio.create_task(self._publish_menu())
         worker.start()
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
-                if task.exception() is not None:
-                    log.error("bot_failed", exc_info=task.exception())
+                task.result()
         finally:
-            # First no further updates, then the answers in progress, then the rest.
             for task in (*tasks, menu):
                 task.cancel()
             await asyncio.gather(*tasks, menu, return_exceptions=True)
-            stopping = asyncio.create_task(application.stop())
-            if not (await asyncio.wait({stopping}, timeout=DRAIN_SECONDS_MAX))[0]:
-                router.cancel()
-            await asyncio.gather(stopping, return_exceptions=True)
+            with suppress(TimeoutError):  # then the answers in progress have been cancelled
+                await asyncio.wait_for(application.stop(), DRAIN_SECONDS_MAX)
             await asyncio.to_thread(worker.stop)
             with suppress(TelegramError, redis.RedisError, TimeoutError):
                 await asyncio.wait_for(outbox.flush(), DRAIN_SECONDS_MAX)
             await services.close()
-            self._figures, self._read_figures = self._read_figures(), dict
-            store.close()
+            last = self._figures()
+            self._figures = lambda: {**last, "answers": 0}
             reader.close()
         log.info("lease_released")
 
-    async def _hold_lease(self) -> bool:
-        """Take or renew the lease. Return False when another process has it or Redis is unavailable."""
-        try:
-            return await asyncio.to_thread(self._lease.acquire)
-        except (redis.RedisError, PkbError) as error:
-            log.warning("redis_unavailable", reason=type(error).__name__)
-            return False
-
     async def _keep_lease(self) -> None:
         """Renew the lease; return when another process has it, or when it is about to expire."""
-        while True:
+        while self._lease.remaining_seconds > STOP_BEFORE_END_SECONDS:
             await asyncio.sleep(RENEW_EVERY_SECONDS)
-            if await self._hold_lease():
-                continue
-            is_stale = self._lease.remaining_seconds < (1 - STALE_PART) * LEASE_SECONDS
-            if is_stale or await asyncio.to_thread(self._has_other_holder):
-                log.warning("lease_lost", reason="not renewed in time" if is_stale else "taken by another")
-                return
-
-    def _has_other_holder(self) -> bool:
-        try:
-            holder: Any = self._client.get(self._settings.keys.bot_lease())
-        except redis.RedisError:
-            return False
-        return holder is not None and holder != self._name.encode()
+            try:
+                if not await asyncio.to_thread(self._lease.acquire):
+                    break
+            except (redis.RedisError, PkbError) as error:
+                log.warning("redis_unavailable", reason=type(error).__name__)
+        log.warning("lease_lost", remaining_seconds=round(self._lease.remaining_seconds, 1))
 
     async def _publish_menu(self) -> None:
         """Publish the menu of commands that Telegram's apps show. Everything works without it."""
@@ -247,9 +228,8 @@ class _BotProcess:
             await asyncio.sleep(RENEW_EVERY_SECONDS)
 
     def _beat_once(self) -> None:
-        self._figures = self._read_figures() or {"answers": 0}
         announce(self._client, self._settings.keys, "bot", self._name)
-        self._heart.beat(self._client, now_ms(), 0, self._figures)
+        self._heart.beat(self._client, now_ms(), 0, self._figures())
 
     def _leave(self) -> None:
         self._lease.release()
@@ -267,8 +247,3 @@ def _accept_into(application: Application[Any, Any, Any, Any, Any, Any]) -> Call
             await asyncio.sleep(STOP_POLL_SECONDS)
 
     return accept
-
-
-async def _wait_for(stop: threading.Event) -> None:
-    while not stop.is_set():  # noqa: ASYNC110  a signal handler sets it, in whichever thread
-        await asyncio.sleep(STOP_POLL_SECONDS)

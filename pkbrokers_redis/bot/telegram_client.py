@@ -10,22 +10,23 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import redis
 from telegram import Update
-from telegram.error import BadRequest, Conflict, NetworkError, RetryAfter, TelegramError, TimedOut
+from telegram.error import BadRequest, Conflict, NetworkError, TelegramError, TimedOut
 from telegram.ext import AIORateLimiter, ExtBot
 from telegram.request import HTTPXRequest
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.clock import Backoff
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings
 
 log = logs.get("bot")
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 TRIES = 4
@@ -37,8 +38,7 @@ ANSWER_SECONDS_MAX = 30.0  # generous: a request that is given up may have been 
 UPLOAD_SECONDS_MAX = 300.0
 POLL_SECONDS = 25  # how long Telegram holds a getUpdates without news
 CLAIM_SECONDS = 2 * 86_400  # Telegram keeps updates for one day
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
-CONFLICT_WAIT_SECONDS = 2.0
+FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0  # between requests while Telegram is unavailable
 KINDS = ["message", "callback_query"]
 # What python-telegram-bot raises for an answer that is not as documented.
 MALFORMED_ANSWER = (AttributeError, LookupError, TypeError, ValueError)
@@ -52,7 +52,7 @@ def _is_transient(error: BaseException) -> bool:
     return isinstance(error, NetworkError) and not isinstance(error, (BadRequest, TimedOut))
 
 
-async def with_retries(request: Callable[[], Awaitable[T]]) -> T:
+async def with_retries(request: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
     """Return the request's answer, after up to TRIES tries. Raise TelegramError."""
     async for attempt in AsyncRetrying(
         retry=retry_if_exception(_is_transient),
@@ -62,7 +62,7 @@ async def with_retries(request: Callable[[], Awaitable[T]]) -> T:
     ):
         with attempt:
             try:
-                return await request()
+                return await request(*args, **kwargs)
             except MALFORMED_ANSWER as error:
                 raise TelegramError(f"malformed answer ({type(error).__name__})") from error
     raise AssertionError("unreachable: the last attempt raises")
@@ -114,32 +114,23 @@ class UpdatePoller:
 
     async def run(self) -> None:
         """Poll until cancelled. No answer of Telegram ends it."""
-        wait_seconds = FIRST_WAIT_SECONDS
+        backoff = Backoff(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS)
         while True:
             offset = self._offset
             try:
                 raw = await self._fetch()
-                if not self.is_available:
-                    log.info("telegram_recovered")
-                    self.is_available = True
+                self._log_availability(None)
                 await self._accept_all(raw)
-                if self._offset != offset:
-                    wait_seconds = FIRST_WAIT_SECONDS
-                    continue
-                # Nothing was confirmed, so the next answer can come at once, and the same.
-                if raw == []:
-                    wait_seconds = FIRST_WAIT_SECONDS
-            except RetryAfter as error:
-                after: Any = error.retry_after  # seconds, or a timedelta by a switch of the library
-                wait_seconds = after.total_seconds() if isinstance(after, timedelta) else float(after)
+                if raw == [] or self._offset != offset:
+                    backoff.reset()
             except (TelegramError, *MALFORMED_ANSWER) as error:
-                self._log_unavailable(error)
-                if isinstance(error, Conflict):
-                    wait_seconds = max(wait_seconds, CONFLICT_WAIT_SECONDS)
+                self._log_availability(error)
             except redis.RedisError as error:
                 log.warning("redis_unavailable", reason=type(error).__name__)
-            await asyncio.sleep(wait_seconds)
-            wait_seconds = min(wait_seconds * 2, LONGEST_WAIT_SECONDS)
+            if (
+                self._offset == offset
+            ):  # nothing was confirmed: the next answer can come at once, and the same
+                await asyncio.sleep(backoff.next())
 
     async def _fetch(self) -> Any:
         """Return the raw updates."""
@@ -150,23 +141,20 @@ class UpdatePoller:
         )
 
     async def _accept_all(self, raw: Any) -> None:
-        """Claim and accept each update; a cancellation waits for the one in progress."""
         for cells in raw if isinstance(raw, list) else [raw]:
             task = asyncio.ensure_future(self._accept_one(cells))
             try:
                 await asyncio.shield(task)
-            except asyncio.CancelledError:
+            finally:  # a cancellation waits for the update that is being claimed
                 await asyncio.gather(task, return_exceptions=True)
-                raise
 
     async def _accept_one(self, cells: Any) -> None:
         update_id = cells.get("update_id") if isinstance(cells, dict) else None
         if type(update_id) is not int:
             self._count_malformed(cells)
             return
-        if not await asyncio.to_thread(self._claim, update_id):
-            self.counts["repeated"] += 1
-        else:
+        key = self._keys.bot_update(str(update_id))
+        if await asyncio.to_thread(self._client.set, key, 1, nx=True, ex=CLAIM_SECONDS):
             self.counts["updates"] += 1
             try:
                 update = Update.de_json(cells, self._bot)
@@ -174,10 +162,9 @@ class UpdatePoller:
                 self._count_malformed(cells)
             else:
                 await self._accept(update)
+        else:
+            self.counts["repeated"] += 1
         self._offset = update_id + 1
-
-    def _claim(self, update_id: int) -> bool:
-        return bool(self._client.set(self._keys.bot_update(str(update_id)), 1, nx=True, ex=CLAIM_SECONDS))
 
     def _count_malformed(self, cells: Any) -> None:
         self.counts["malformed"] += 1
@@ -185,9 +172,14 @@ class UpdatePoller:
         if self._logged.first(str(names)):
             log.warning("update_malformed", fields=names)
 
-    def _log_unavailable(self, error: Exception) -> None:
-        if self.is_available:
-            self.is_available = False
-            event = "telegram_conflict" if isinstance(error, Conflict) else "telegram_unavailable"
-            hint = "stop the other bot that uses this token" if isinstance(error, Conflict) else ""
-            log.warning(event, reason=type(error).__name__, hint=hint)
+    def _log_availability(self, error: Exception | None) -> None:
+        """Log when Telegram becomes unavailable, and when it recovers."""
+        if self.is_available == (error is None):
+            return
+        self.is_available = error is None
+        if error is None:
+            log.info("telegram_recovered")
+        elif isinstance(error, Conflict):
+            log.warning("telegram_conflict", hint="stop the other bot that uses this token")
+        else:
+            log.warning("telegram_unavailable", reason=type(error).__name__)

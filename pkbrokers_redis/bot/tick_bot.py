@@ -112,7 +112,7 @@ class PKTickBot:
     def get_top_ticks_formatted(self, limit: int = 20) -> str | None:
         """Return the table of /top as HTML; None when nothing has been traded."""
         with CandleStore(self._settings) as store:
-            movers = Movers(store).ranked(RANKINGS["top"], limit)
+            movers = Movers(store).ranked(RANKINGS["top"].key, limit)
         if not movers:
             return None
         rows = [(mover.symbol.removeprefix("NSE:"), str(mover.ticks), money(mover.price)) for mover in movers]

@@ -12,7 +12,6 @@ pkb_members       workers                         list the living workers of a r
 pkb_limit_take    limit                           reserve the next request slot of a rate limit
 pkb_limit_block   limit                           keep a rate limit closed for a while (429)
 pkb_limit_closed  limit                           return whether a rate limit is closed
-pkb_alert_commit  position, state, alerts, outbox write all changes of the bot's alerts, or none
 pkb_migrate       state                           rename the state fields of schema 1
 
 All times are Redis's own (TIME, PX), so that the clocks of the hosts do not matter. ]]
@@ -326,51 +325,6 @@ local function limit_closed(keys)
   return blocked > now_us() and 1 or 0
 end
 
---[[ Write how far the alerts' reader read, what the alerts remember, and the messages that follow from it.
-
-KEYS  1 P:{bot}:position     hash    rev, shard → stream id
-      2 P:{bot}:alert_state  hash    alert → what it remembers
-      3 P:{bot}:alerts       hash    alert → its definition
-      4 P:{bot}:outbox       stream  messages to send
-
-ARGV  1 rev       commits before this one
-      2 cap       MAXLEN of the outbox
-      3…          sections. Each is a count, followed by so many of:
-                    position  shard id
-                    state     alert state      '' removes the alert
-                    message   chat text tick_ms
-
-Returns 1, or 0 when another process has committed since `rev` was read. ]]
-local function alert_commit(keys, args)
-  local position, state, alerts, outbox = keys[1], keys[2], keys[3], keys[4]
-  if (redis.call('HGET', position, 'rev') or '0') ~= args[1] then return 0 end
-  redis.call('HINCRBY', position, 'rev', 1)
-  local i = 3
-  local function count()
-    i = i + 1
-    return tonumber(args[i - 1])
-  end
-  for _ = 1, count() do
-    redis.call('HSET', position, args[i], args[i + 1])
-    i = i + 2
-  end
-  for _ = 1, count() do
-    if args[i + 1] == '' then
-      redis.call('HDEL', state, args[i])
-      redis.call('HDEL', alerts, args[i])
-    else
-      redis.call('HSET', state, args[i], args[i + 1])
-    end
-    i = i + 2
-  end
-  for _ = 1, count() do
-    redis.call('XADD', outbox, 'MAXLEN', '~', args[2], '*', 'chat', args[i], 'text', args[i + 1],
-      'tick_ms', args[i + 2])
-    i = i + 3
-  end
-  return 1
-end
-
 -- Rename the fields `<token>:marks` of schema 1 to `<token>:candles`. KEYS state. Returns how many.
 local function migrate(keys)
   local renamed, fields = 0, redis.call('HGETALL', keys[1])
@@ -394,5 +348,4 @@ redis.register_function{function_name = 'pkb_members', callback = members, flags
 redis.register_function('pkb_limit_take', limit_take)
 redis.register_function('pkb_limit_block', limit_block)
 redis.register_function{function_name = 'pkb_limit_closed', callback = limit_closed, flags = {'no-writes'}}
-redis.register_function('pkb_alert_commit', alert_commit)
 redis.register_function('pkb_migrate', migrate)

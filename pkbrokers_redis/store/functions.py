@@ -25,7 +25,6 @@ Function = Literal[
     "limit_take",
     "limit_block",
     "limit_closed",
-    "alert_commit",
     "migrate",
 ]
 

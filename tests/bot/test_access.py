@@ -7,9 +7,10 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from pkbrokers_redis.bot.application import CONFIRM_SECONDS
+from pkbrokers_redis.bot import application
+from pkbrokers_redis.bot.application import REFUSAL, SLOW_DOWN, FloodLimit
 from pkbrokers_redis.bot.commands import COMMANDS
-from pkbrokers_redis.bot.context import REFUSAL, SLOW_DOWN, Access, FloodLimit, Throttle, access_of
+from pkbrokers_redis.bot.context import Access, access_of
 from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.settings import Settings, load_settings
 from tests.bot.conftest import running_bot
@@ -40,12 +41,12 @@ def test_a_chats_flood_limit_refills_with_time() -> None:
     assert limit.accept(1, 1.0) and not limit.accept(1, 1.0)
 
 
-def test_a_throttle_forgets_its_oldest_keys() -> None:
-    throttle: Throttle[int] = Throttle(keys_max=2)
-    assert throttle.is_due(1, 0.0, 10) and not throttle.is_due(1, 9.0, 10) and throttle.is_due(1, 10.0, 10)
-    throttle.is_due(2, 11.0, 10)
-    throttle.is_due(3, 12.0, 10)
-    assert throttle.is_due(1, 12.5, 10), "the oldest key was forgotten"
+def test_a_flood_limit_forgets_its_oldest_chats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(application, "CHATS_MAX", 2)
+    limit = FloodLimit(burst=1, per_minute=1)
+    assert limit.accept(1, 0.0) and not limit.accept(1, 1.0)
+    assert limit.accept(2, 2.0) and limit.accept(3, 3.0)
+    assert limit.accept(1, 4.0), "the oldest chat was forgotten"
 
 
 @valkey
@@ -121,13 +122,15 @@ def test_a_button_works_once_and_only_for_the_user_who_sent_the_command(
 
 @valkey
 def test_a_button_expires(
-    running: None, telegram: Telegram, client: redis.Redis, bot_settings: Settings
+    running: None,
+    telegram: Telegram,
+    client: redis.Redis,
+    bot_settings: Settings,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    question = telegram.ask(ALICE, "/restart")
-    [key] = client.keys(bot_settings.keys.bot_confirm("*"))
-    assert 0 < client.ttl(key) <= CONFIRM_SECONDS
-    client.delete(key)  # as its TTL does
-    telegram.press(question, "Yes")
+    assert application.CONFIRM_SECONDS == 60
+    monkeypatch.setattr(application, "CONFIRM_SECONDS", -1)
+    telegram.press(telegram.ask(ALICE, "/restart"), "Yes")
     wait_until(lambda: any("expired" in answer.get("text", "") for answer in telegram.answered))
     assert not client.exists(bot_settings.keys.restart("ingest"))
 

@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 
 from pkbrokers_redis.bot.alerts.rules import (
     FORMS,
-    RULES,
     USAGE,
-    WORDS,
     Alert,
     Kind,
     Watch,
@@ -86,8 +84,9 @@ def test_every_kind_has_words_a_rule_and_a_line_in_the_docs(kind: Kind) -> None:
     page = (Path(__file__).parents[2] / "docs" / "bot.md").read_text(encoding="utf-8")
     alerts = page.partition("## Alerts")[2].partition("Alerts are evaluated")[0]
     typed = {"1550"} if kind == "cross" else {*FORMS[kind].words}  # a bare price is crossed
-    assert WORDS[FORMS[kind].words[0]] == kind
-    assert kind in RULES, f"{kind} has no rule"
+    number = f" {FORMS[kind].minimum}" if FORMS[kind].maximum else ""
+    symbol = "" if kind == "feed" else "INFY "
+    assert parse(f"{symbol}{FORMS[kind].words[0]}{number}".split()).kind == kind
     for text in (USAGE, alerts):
         assert typed & set(re.findall(r"[\w.]+", text)), f"{kind} is not explained"
 

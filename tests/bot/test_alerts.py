@@ -154,10 +154,10 @@ def test_a_closed_market_is_not_a_silent_feed(client: redis.Redis, bot_settings:
     closed = FeedMonitor(settings, lambda: now[0])
     now[0] = 500.0
     alert = Alert(1, BOB, BOB, 0, "", "feed", 30.0, False, 0.0)
-    assert closed.check([Watch(alert)]) == []
+    assert closed.check(Watch(alert)) is None
     open_ = FeedMonitor(bot_settings, lambda: now[0])
     now[0] = 1000.0
-    assert len(open_.check([Watch(alert)])) == 1
+    assert open_.check(Watch(alert))
 
 
 # --- exactly once

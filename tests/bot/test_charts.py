@@ -8,7 +8,7 @@ import pytest
 import redis
 from matplotlib import image
 
-from pkbrokers_redis.bot.charts import BACKGROUND, DOWN, FLAT, UP, ChartPool, draw, png
+from pkbrokers_redis.bot.charts import BACKGROUND, DOWN, FLAT, UP, draw, png
 from pkbrokers_redis.candles.model import Candle
 from pkbrokers_redis.settings import Settings
 from tests.bot.telegram import BOB, Telegram
@@ -93,17 +93,3 @@ def test_a_chart_is_sent_as_a_picture_of_redis_rows(
     candles = [Candle(OPEN_S + n * 300, 99 + n, 101 + n, 98 + n, 100 + n, 10, None, 1) for n in range(5)]
     assert sent.content == png("NSE:INFY", "5m", candles), "the very rows of Redis, to the pixel"
     assert "no 15m candles" in telegram.ask(BOB, "/chart INFY 15m").text
-
-
-def test_a_drawing_process_that_died_is_replaced() -> None:
-    import os
-    import signal
-
-    pool = ChartPool()
-    try:
-        assert pool.png("NSE:INFY", "5m", OVERNIGHT)[:4] == b"\x89PNG"
-        assert pool._pool is not None
-        os.kill(next(iter(pool._pool._processes)), signal.SIGKILL)
-        assert pool.png("NSE:INFY", "5m", OVERNIGHT)[:4] == b"\x89PNG"
-    finally:
-        pool.close()

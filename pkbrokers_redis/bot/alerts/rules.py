@@ -22,7 +22,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 
@@ -38,40 +38,12 @@ USAGE = (
     "add `once`"
 )
 PRICE_MIN, PRICE_MAX = 0.0001, 1e9
-FEED_SECONDS = 30.0  # of `/alert feed` without a number
 MINUTE_MS = 60_000
 DAY_MS = 86_400_000
 MINUTES_AVERAGED = 20
 MINUTES_NEEDED = 5  # with fewer minutes there is no average to compare with
 PULLBACK_PART = 0.0025
 ROUNDING_PART = 1e-9  # 102.00 is 2 % above 100.00 in spite of binary fractions
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How one kind is typed: `SYMBOL word number`, or `SYMBOL word` where `maximum` is 0.
-
-    `describe` turns the number into the text after the symbol. `unit` may follow the typed number.
-    """
-
-    words: tuple[str, ...]
-    describe: Callable[[float], str]
-    minimum: float = 0.0
-    maximum: float = 0.0
-    unit: str = ""
-
-
-FORMS: dict[Kind, Form] = {
-    "above": Form(("above", "over", ">", ">="), lambda price: f"above {money(price)}", PRICE_MIN, PRICE_MAX),
-    "below": Form(("below", "under", "<", "<="), lambda price: f"below {money(price)}", PRICE_MIN, PRICE_MAX),
-    "cross": Form(("cross", "crosses", "at"), lambda price: f"crosses {money(price)}", PRICE_MIN, PRICE_MAX),
-    "move": Form(("move", "moves"), lambda percent: f"moves {percent:g} %", 0.05, 100.0, "%"),
-    "volume": Form(("volume",), lambda times: f"volume {times:g}×", 1.1, 1000.0, "x"),
-    "high": Form(("high",), lambda _: "new day high"),
-    "low": Form(("low",), lambda _: "new day low"),
-    "feed": Form(("feed",), lambda seconds: f"feed silent for {count(seconds)} s", 5.0, 3600.0, "s"),
-}
-WORDS = {word: kind for kind, form in FORMS.items() for word in form.words}
 
 
 class ParsedAlert(msgspec.Struct, frozen=True):
@@ -105,46 +77,6 @@ class Alert(msgspec.Struct, frozen=True):
         return FORMS[self.kind].describe(self.value) + (", once" if self.once else "")
 
 
-def parse(words: Sequence[str]) -> ParsedAlert:
-    """Return the alert that the words after `/alert` describe. Raise UsageError when they do not."""
-    rest = list(words)
-    once = len(rest) > 1 and rest[-1].lower() == "once"
-    if once:
-        rest.pop()
-    if rest and rest[0].lower() == "feed" and len(rest) <= 2:
-        return ParsedAlert("", "feed", _number(rest[1], "feed") if len(rest) == 2 else FEED_SECONDS, once)
-    # Symbols can have blanks (NIFTY 50), so the condition is at the end.
-    kind = WORDS.get(rest[-2].lower()) if len(rest) >= 3 else None
-    if kind is not None and kind != "feed" and FORMS[kind].maximum:
-        return ParsedAlert(" ".join(rest[:-2]), kind, _number(rest[-1], kind), once)
-    if len(rest) >= 2:
-        symbol, last = " ".join(rest[:-1]), rest[-1].lower()
-        if (word := WORDS.get(last)) is not None and not FORMS[word].maximum:
-            return ParsedAlert(symbol, word, 0.0, once)
-        if last.endswith("%"):
-            return ParsedAlert(symbol, "move", _number(last, "move"), once)
-        if joined := re.fullmatch(r"([<>])=?(.+)", last):
-            return ParsedAlert(symbol, WORDS[joined[1]], _number(joined[2], WORDS[joined[1]]), once)
-        if word is None:
-            return ParsedAlert(symbol, "cross", _number(last, "cross"), once)
-    raise UsageError("that is not an alert", USAGE)
-
-
-def _number(text: str, kind: Kind) -> float:
-    """Return `1,600.50`, `2%`, `5x` or `30s` as a number within the kind's bounds. Raise UsageError."""
-    form = FORMS[kind]
-    plain = text.lower().replace(",", "").replace("₹", "")
-    if form.unit:
-        plain = plain.removesuffix(form.unit).removesuffix("×")
-    try:
-        value = abs(float(plain)) if form.unit == "%" else float(plain)  # -2% moves as far as 2%
-    except ValueError:
-        value = math.nan
-    if not form.minimum <= value <= form.maximum:
-        raise UsageError(f"{text[:20]!r} is not a number from {form.minimum:g} to {form.maximum:g}", USAGE)
-    return value
-
-
 class AlertTick(NamedTuple):
     """The fields of a tick that rules use; a missing day high or low is NaN."""
 
@@ -156,11 +88,10 @@ class AlertTick(NamedTuple):
 
 
 class Rule(msgspec.Struct, array_like=True):
-    """What an alert remembers, as a JSON array: `[time_ms, volume, …]` of the last tick, then by kind."""
+    """What an alert remembers, as a JSON array: time and volume of the last tick, then by kind."""
 
-    START: ClassVar[tuple[Any, ...]]
-    time_ms: float
-    volume: float
+    time_ms: float = 0.0
+    volume: float = 0.0
 
     @abstractmethod
     def apply(self, alert: Alert, tick: AlertTick) -> str | None:
@@ -170,9 +101,8 @@ class Rule(msgspec.Struct, array_like=True):
 class Level(Rule, array_like=True):
     """above, below, cross: on which side of the level the last price was."""
 
-    START = (0.0, 0.0, False, False)
-    was_below: bool
-    was_above: bool
+    was_below: bool = False
+    was_above: bool = False
 
     def apply(self, alert: Alert, tick: AlertTick) -> str | None:
         price, level, kind = tick.price, alert.value, alert.kind
@@ -188,8 +118,7 @@ class Level(Rule, array_like=True):
 class Move(Rule, array_like=True):
     """move: the reference price, 0 before the first tick."""
 
-    START = (0.0, 0.0, 0.0)
-    reference: float
+    reference: float = 0.0
 
     def apply(self, alert: Alert, tick: AlertTick) -> str | None:
         reference = self.reference
@@ -206,11 +135,10 @@ class Move(Rule, array_like=True):
 class Volume(Rule, array_like=True):
     """volume: the running minute, and the volumes of finished minutes."""
 
-    START = (0.0, 0.0, -1, 0.0, False, [])
-    minute: int
-    volume_at_start: float
-    has_fired: bool
-    finished_minutes: list[float]
+    minute: int = -1
+    volume_at_start: float = 0.0
+    has_fired: bool = False
+    finished_minutes: list[float] = msgspec.field(default_factory=list)
 
     def apply(self, alert: Alert, tick: AlertTick) -> str | None:
         minute = int(tick.time_ms // MINUTE_MS)
@@ -249,10 +177,9 @@ class Volume(Rule, array_like=True):
 class Extreme(Rule, array_like=True):
     """high, low: the day's extreme so far."""
 
-    START = (0.0, 0.0, -1, 0.0, True)
-    day: int
-    extreme: float
-    is_armed: bool
+    day: int = -1
+    extreme: float = 0.0
+    is_armed: bool = True
 
     def apply(self, alert: Alert, tick: AlertTick) -> str | None:
         sign = 1.0 if alert.kind == "high" else -1.0
@@ -273,17 +200,81 @@ class Extreme(Rule, array_like=True):
         return None
 
 
-class FeedSilence(msgspec.Struct, array_like=True):
+class FeedSilence(Rule, array_like=True):
     """feed: whether the silence was reported. No tick decides it, see `worker.py`."""
 
-    START: ClassVar[tuple[Any, ...]] = (False,)
-    is_reported: bool
+    is_reported: bool = False
+
+    def apply(self, alert: Alert, tick: AlertTick) -> str | None:
+        return None
 
 
-RULES: dict[Kind, type[Level | Move | Volume | Extreme | FeedSilence]] = {
-    "above": Level, "below": Level, "cross": Level, "move": Move, "volume": Volume,
-    "high": Extreme, "low": Extreme, "feed": FeedSilence,
-}  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How one kind is typed: `SYMBOL word number`, or `SYMBOL word` where `maximum` is 0.
+
+    `describe` turns the number into the text after the symbol. `unit` may follow the typed number.
+    """
+
+    rule: type[Rule]
+    words: tuple[str, ...]
+    describe: Callable[[float], str]
+    minimum: float = 0.0
+    maximum: float = 0.0
+    unit: str = ""
+
+
+def _level(words: tuple[str, ...]) -> Form:
+    return Form(Level, words, lambda price: f"{words[0]} {money(price)}", PRICE_MIN, PRICE_MAX)
+
+
+FORMS: dict[Kind, Form] = {
+    "above": _level(("above", "over", ">=", ">")),
+    "below": _level(("below", "under", "<=", "<")),
+    "cross": _level(("crosses", "cross", "at")),
+    "move": Form(Move, ("moves", "move"), lambda percent: f"moves {percent:g} %", 0.05, 100.0, "%"),
+    "volume": Form(Volume, ("volume",), lambda times: f"volume {times:g}×", 1.1, 1000.0, "x"),
+    "high": Form(Extreme, ("high",), lambda _: "new day high"),
+    "low": Form(Extreme, ("low",), lambda _: "new day low"),
+    "feed": Form(FeedSilence, ("feed",), lambda s: f"feed silent for {count(s)} s", 5.0, 3600.0, "s"),
+}
+WORDS = {word: kind for kind, form in FORMS.items() if form.maximum for word in form.words if kind != "feed"}
+# Symbols can have blanks (NIFTY 50), so the condition is at the end.
+NUMBERED = re.compile(rf"(.+?) (?:({'|'.join(WORDS)}) ?)?(\S+)", re.IGNORECASE)
+EXTREME = re.compile(r"(.+) (high|low)", re.IGNORECASE)
+FEED = re.compile(r"feed(?: (\S+))?", re.IGNORECASE)
+
+
+def parse(words: Sequence[str]) -> ParsedAlert:
+    """Return the alert that the words after `/alert` describe. Raise UsageError when they do not."""
+    once = bool(words) and words[-1].lower() == "once"
+    text = " ".join(words[:-1] if once else words)
+    kind: Kind
+    if match := FEED.fullmatch(text):
+        symbol, kind, number = "", "feed", match[1] or "30"
+    elif match := EXTREME.fullmatch(text):
+        return ParsedAlert(match[1], "high" if match[2].lower() == "high" else "low", 0.0, once)
+    elif match := NUMBERED.fullmatch(text):
+        symbol, word, number = match.groups()
+        kind = WORDS[word.lower()] if word else "move" if number.endswith("%") else "cross"
+    else:
+        raise UsageError("that is not an alert", USAGE)
+    return ParsedAlert(symbol, kind, _number(number, kind), once)
+
+
+def _number(text: str, kind: Kind) -> float:
+    """Return `1,600.50`, `2%`, `5x` or `30s` as a number within the kind's bounds. Raise UsageError."""
+    form = FORMS[kind]
+    plain = text.lower().replace(",", "").replace("₹", "")
+    if form.unit:
+        plain = plain.removesuffix(form.unit).removesuffix("×")
+    try:
+        value = abs(float(plain)) if form.unit == "%" else float(plain)  # -2% moves as far as 2%
+    except ValueError:
+        value = math.nan
+    if not form.minimum <= value <= form.maximum:
+        raise UsageError(f"{text[:20]!r} is not a number from {form.minimum:g} to {form.maximum:g}", USAGE)
+    return value
 
 
 class Watch:
@@ -291,13 +282,13 @@ class Watch:
 
     def __init__(self, alert: Alert, state: Sequence[Any] = ()) -> None:
         """Resume from a state of Redis; start fresh when there is none or it is malformed."""
-        rule = RULES[alert.kind]
+        rule = FORMS[alert.kind].rule
         self.alert = alert
         self.is_dirty = not state
         try:
-            self.memory = msgspec.convert(list(state or rule.START), rule)
+            self.memory = msgspec.convert(list(state), rule)
         except msgspec.ValidationError:
-            self.memory = msgspec.convert(list(rule.START), rule)
+            self.memory = rule()
 
     def state(self) -> list[Any]:
         """Return what to store in Redis."""
@@ -309,8 +300,6 @@ class Watch:
     ) -> str | None:
         """Apply one tick; return a sentence when the alert fires. A missing field is NaN."""
         memory = self.memory
-        if isinstance(memory, FeedSilence):
-            return None
         if math.isnan(volume):  # an index has no volume
             volume = memory.volume
         if time_ms < memory.time_ms or (time_ms == memory.time_ms and volume < memory.volume):
@@ -324,19 +313,14 @@ class Watch:
 def first_state(alert: Alert, quote: dict[str, Any], minute_volumes: Sequence[float]) -> list[Any]:
     """Return an alert's state with the current quote as its first tick, so that the next tick can cross.
 
-    Args:
-        quote: Fields as in `P:{S}:quote:<token>`. Without a price or time the result is empty, and the
-            alert starts with the first tick.
-        minute_volumes: Volumes of the last completed minutes, oldest first.
+    It is empty when `quote` (of `get_quote`) has no price or time. `minute_volumes` are those of the last
+    completed minutes, oldest first.
     """
-    price, volume = quote.get("last_price"), quote.get("volume") or 0
-    time_ms = _quote_time(quote)
+    price, volume, time_ms = quote.get("last_price"), quote.get("volume") or 0, _quote_time(quote)
     if not isinstance(price, float) or not isinstance(volume, int) or not time_ms:
         return []
     watch = Watch(alert)
-    high, low = (
-        value if isinstance(value := quote.get(name), float) else math.nan for name in ("high", "low")
-    )
+    high, low = (cell if isinstance(cell := quote.get(name), float) else math.nan for name in ("high", "low"))
     watch.tick(price, float(volume), high, low, time_ms)
     if isinstance(watch.memory, Volume):
         watch.memory.finished_minutes = [float(traded) for traded in minute_volumes][-MINUTES_AVERAGED:]
@@ -350,13 +334,10 @@ def trade_time(time_ms: float, received_ms: float) -> float:
 
 
 def _quote_time(quote: dict[str, Any]) -> float:
-    """Return the time of the quote's trade, epoch ms, as in tick rows; 0 when unknown.
-
-    An index has no last trade, and modes `ltp` and `quote` have only the receive time.
-    """
-    received = _parse_time(quote.get("received_at"))
-    stated = _parse_time(quote.get("last_trade_time")) or _parse_time(quote.get("exchange_time"))
-    return trade_time(stated or received, received)
+    """Return the time of the quote's trade, else of its receipt, epoch ms; 0 when unknown."""
+    names = ("received_at", "last_trade_time", "exchange_time")
+    received, traded, exchange = (_parse_time(quote.get(name)) for name in names)
+    return trade_time(traded or exchange or received, received)
 
 
 def _parse_time(text: Any) -> float:

@@ -1,4 +1,4 @@
-"""Alerts in Redis.
+"""Alerts in Redis, and their messages on the way to Telegram.
 
     P:{bot}:alerts        hash     <id> → alert, `next` → the last id
     P:{bot}:alert_state   hash     <id> → what the alert remembers (`rules.Watch.state`)
@@ -8,12 +8,6 @@
 The worker writes position, states and messages in one transaction, and only if no other process has committed
 since (`rev`). After any crash the next worker resumes from a consistent checkpoint: ticks that it reads again
 lead to the same crossings, which were not sent yet.
-
-From `P:{bot}:outbox` to Telegram: what waits for one chat is sent as one message.
-
-A message leaves the outbox after Telegram has accepted it. Only a crash between those two moments can show
-it twice; none is lost while fewer than OUTBOX_MAX wait. A message that Telegram refuses for good is dropped
-and logged.
 """
 
 from __future__ import annotations
@@ -30,8 +24,9 @@ from telegram.ext import ExtBot
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.bot.alerts.rules import Alert
-from pkbrokers_redis.bot.telegram_client import with_retries
+from pkbrokers_redis.bot.telegram_client import FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS, with_retries
 from pkbrokers_redis.bot.text import MESSAGE_CHARS_MAX
+from pkbrokers_redis.clock import Backoff
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
 
@@ -39,6 +34,8 @@ log = logs.get("bot")
 
 ALERTS_PER_CHAT_MAX = 250
 OUTBOX_MAX = 10_000  # messages that wait for Telegram; beyond it the oldest are dropped
+MESSAGES_PER_READ = 2 * OUTBOX_MAX  # all of them: Redis trims by whole nodes, so there can be more
+POLL_SECONDS = 5.0  # without a wake-up: messages that another process left
 NEXT, REV = b"next", b"rev"
 
 
@@ -60,12 +57,7 @@ class Checkpoint(NamedTuple):
 
 
 class AlertStore:
-    """The alerts of all chats. Methods block: call them in a thread.
-
-    Example:
-        >>> AlertStore(client, settings.keys).of_chat(1001)  # doctest: +SKIP
-        []
-    """
+    """The alerts of all chats. Methods block: call them in a thread."""
 
     def __init__(self, client: redis.Redis, keys: Keys) -> None:
         self._client, self._keys = client, keys
@@ -77,11 +69,7 @@ class AlertStore:
         return [alert for alert in self._decode(cells) if alert.chat_id == chat_id]
 
     def add(self, alert: Alert, state: Sequence[Any]) -> Alert:
-        """Store an alert under a new id and return it with the id.
-
-        Raises:
-            PkbError: The chat has ALERTS_PER_CHAT_MAX alerts.
-        """
+        """Store an alert under a new id and return it with the id. Raise PkbError at ALERTS_PER_CHAT_MAX."""
         if len(self.of_chat(alert.chat_id)) >= ALERTS_PER_CHAT_MAX:
             raise PkbError(
                 f"this chat has {ALERTS_PER_CHAT_MAX} alerts", "remove one with /alert remove NUMBER"
@@ -103,8 +91,7 @@ class AlertStore:
         pipeline = self._client.pipeline(transaction=True)
         pipeline.hdel(self._keys.bot_alerts(), *names)
         pipeline.hdel(self._keys.bot_alert_state(), *names)
-        removed, _ = pipeline.execute()
-        return int(removed)
+        return int(pipeline.execute()[0])
 
     def load(self) -> Checkpoint:
         """Return everything that the worker resumes from. A malformed state is an empty list."""
@@ -127,14 +114,9 @@ class AlertStore:
         states: Mapping[int, Sequence[Any] | None],
         notifications: Sequence[Notification],
     ) -> bool:
-        """Write positions, states and messages in one transaction.
+        """Write positions, states and messages in one transaction; None as a state deletes the alert.
 
-        Args:
-            rev: The number of the commit that these changes are based on.
-            states: None as a state deletes the alert.
-
-        Returns:
-            False, and nothing is written, when another process has committed after `rev`.
+        Return False, and write nothing, when another process has committed after `rev`.
         """
         keys = self._keys
         with self._client.pipeline(transaction=True) as pipeline:
@@ -182,21 +164,13 @@ def _decode_state(text: bytes) -> list[Any]:
         return []
 
 
-POLL_SECONDS = 5.0  # without a wake-up: messages that another process left
-MESSAGES_PER_READ = 2 * OUTBOX_MAX  # all of them: Redis trims by whole nodes, so there can be more
-FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
-
-
-class _Message(NamedTuple):
-    """The entries of one chat that are sent as one message."""
-
-    entry_ids: list[bytes]
-    chat_id: int
-    html: str
-
-
 class Outbox:
-    """Sends until cancelled. `chats` are the ids of PKB_TELEGRAM_CHATS."""
+    """Sends what waits for a chat, joined, in order; `chats` are the ids of PKB_TELEGRAM_CHATS.
+
+    An entry leaves the outbox after Telegram has accepted it. Only a crash between those two moments can show
+    it twice; none is lost while fewer than OUTBOX_MAX wait. What Telegram refuses for good is dropped and
+    logged.
+    """
 
     def __init__(self, bot: ExtBot[Any], client: redis.Redis, keys: Keys, chats: Collection[int]) -> None:
         self._bot, self._client, self._key, self._chats = bot, client, keys.bot_outbox(), chats
@@ -208,22 +182,21 @@ class Outbox:
 
     async def run(self) -> None:
         """Send what waits, whenever something was added, until cancelled."""
-        wait_seconds = FIRST_WAIT_SECONDS
+        backoff = Backoff(FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS)
         while True:
+            self._added.clear()
+            try:
+                await self.flush()
+                backoff.reset()
+            except (TelegramError, redis.RedisError) as error:
+                log.warning("alerts_delayed", reason=type(error).__name__)
+                await asyncio.sleep(backoff.next())
+                continue
             try:
                 async with asyncio.timeout(POLL_SECONDS):
                     await self._added.wait()
             except TimeoutError:
                 pass
-            self._added.clear()
-            try:
-                await self.flush()
-                wait_seconds = FIRST_WAIT_SECONDS
-            except (TelegramError, redis.RedisError) as error:
-                log.warning("alerts_delayed", reason=type(error).__name__)
-                await asyncio.sleep(wait_seconds)
-                wait_seconds = min(wait_seconds * 2, LONGEST_WAIT_SECONDS)
-                self._added.set()
 
     async def flush(self) -> None:
         """Send everything, chats in parallel; a chat that fails does not delay other chats.
@@ -231,51 +204,43 @@ class Outbox:
         Raises:
             TelegramError, redis.RedisError: What one chat's message failed with, after all others were sent.
         """
-        failed: dict[int, BaseException] = {}
-        while messages := await asyncio.to_thread(self._read, frozenset(failed)):
-            results = await asyncio.gather(*map(self._send, messages), return_exceptions=True)
-            failed |= {
-                message.chat_id: result
-                for message, result in zip(messages, results, strict=True)
-                if isinstance(result, BaseException)
-            }
-        for error in failed.values():
-            raise error
-
-    def _read(self, excluded_chats: Collection[int]) -> list[_Message]:
-        """Return the next message of every chat that is not excluded."""
-        entries: Any = self._client.xrange(self._key, count=MESSAGES_PER_READ)
-        messages: dict[int, _Message] = {}
-        full = set(excluded_chats)  # the rest of a full message keeps its order for the next round
+        waiting: dict[int, list[tuple[bytes, str]]] = {}
+        entries: Any = await asyncio.to_thread(self._client.xrange, self._key, count=MESSAGES_PER_READ)
         for entry_id, fields in entries:
             try:
-                chat_id, html = int(fields[b"chat"]), fields[b"text"].decode()
+                waiting.setdefault(int(fields[b"chat"]), []).append((entry_id, fields[b"text"].decode()))
             except (KeyError, ValueError):
-                self._client.xdel(self._key, entry_id)  # malformed
-                continue
-            message = messages.get(chat_id, _Message([], chat_id, ""))
-            joined = f"{message.html}\n{html}" if message.html else html
-            if chat_id in full or (message.entry_ids and len(joined) > MESSAGE_CHARS_MAX):
-                full.add(chat_id)
-                continue
-            messages[chat_id] = _Message([*message.entry_ids, entry_id], chat_id, joined)
-        return list(messages.values())
+                await asyncio.to_thread(self._client.xdel, self._key, entry_id)  # malformed
+        sent = await asyncio.gather(
+            *(self._send(chat_id, texts) for chat_id, texts in waiting.items()), return_exceptions=True
+        )
+        for result in sent:
+            if isinstance(result, BaseException):
+                raise result
 
-    async def _send(self, message: _Message) -> None:
-        try:
+    async def _send(self, chat_id: int, waiting: list[tuple[bytes, str]]) -> None:
+        """Send one chat's entries, as many in a message as it holds. Raise at the first that fails."""
+        while waiting:
+            number, html = 1, waiting[0][1]
+            for _, text in waiting[1:]:
+                if len(html) + 1 + len(text) > MESSAGE_CHARS_MAX:
+                    break
+                number, html = number + 1, f"{html}\n{text}"
             try:
-                await self._post(message.chat_id, message.html)
-            except ChatMigrated as error:
-                if error.new_chat_id not in self._chats:
-                    raise
-                await self._post(error.new_chat_id, message.html)
-        except (BadRequest, ChatMigrated, Forbidden) as error:
-            # Blocked, deleted, or moved to an id that the settings do not name: refused forever.
-            reason = f"{type(error).__name__}: {error}"
-            log.warning("alert_refused", chat=message.chat_id, reason=reason)
-        await asyncio.to_thread(self._client.xdel, self._key, *message.entry_ids)
+                await self._post(chat_id, html)
+            except (BadRequest, ChatMigrated, Forbidden) as error:
+                # Blocked, deleted, or moved to an id that the settings do not name: refused forever.
+                log.warning("alert_refused", chat=chat_id, reason=f"{type(error).__name__}: {error}")
+            await asyncio.to_thread(self._client.xdel, self._key, *(entry for entry, _ in waiting[:number]))
+            waiting = waiting[number:]
 
     async def _post(self, chat_id: int, html: str) -> None:
-        await with_retries(
-            lambda: self._bot.send_message(chat_id, html[:MESSAGE_CHARS_MAX], parse_mode=ParseMode.HTML)
-        )
+        """Send a message, to a moved group's new id if the settings name that."""
+        try:
+            await with_retries(
+                self._bot.send_message, chat_id, html[:MESSAGE_CHARS_MAX], parse_mode=ParseMode.HTML
+            )
+        except ChatMigrated as error:
+            if error.new_chat_id not in self._chats:
+                raise
+            await self._post(error.new_chat_id, html)

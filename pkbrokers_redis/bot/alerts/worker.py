@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -50,10 +50,9 @@ COMMIT_EVERY_SECONDS = 1.0  # without a crossing; bounds what is read again afte
 RELOAD_EVERY_SECONDS = 5.0  # finds alerts that another process set
 RETRY_SECONDS = 1.0
 JOIN_SECONDS_MAX = 10.0
-FEED_CHECK_SECONDS = 0.5
 EQUITY_TOKEN = 1  # segment NSE: its trading hours decide whether silence is a problem
 
-COLUMNS = [LAST_PRICE, VOLUME, DAY_HIGH, DAY_LOW, TIME_MS, AT_MS]
+COLUMNS = [TOKEN, LAST_PRICE, VOLUME, DAY_HIGH, DAY_LOW, TIME_MS, AT_MS]
 
 
 class FeedMonitor:
@@ -64,13 +63,12 @@ class FeedMonitor:
         self._market = market_clock(settings)
         self._sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
         self._schedule = self._sessions.schedule_of(EQUITY_TOKEN)
-        self._started_at = self._checked_at = monotonic()
-        self._tick_at: float | None = None
+        self._started_at = self._tick_at = monotonic()
 
     @property
     def silent_seconds(self) -> float:
         """Return the seconds since the last tick, or since the start without one."""
-        return self._monotonic() - (self._started_at if self._tick_at is None else self._tick_at)
+        return self._monotonic() - self._tick_at
 
     def received(self) -> None:
         """Record that ticks arrived."""
@@ -84,29 +82,19 @@ class FeedMonitor:
                 return self._market.real_seconds(now_ms - opens)
         return 0.0
 
-    def check(self, watches: list[Watch]) -> list[Notification]:
-        """Return messages for `/alert feed` watches whose feed became silent or recovered."""
-        now = self._monotonic()
-        if not watches or now - self._checked_at < FEED_CHECK_SECONDS:
-            return []
-        self._checked_at = now
-        silent, is_open_for = self.silent_seconds, self.open_seconds()
-        notifications: list[Notification] = []
-        for watch in watches:
-            alert, memory = watch.alert, watch.memory
-            if not isinstance(memory, FeedSilence):
-                continue
-            has_recovered = memory.is_reported and self._tick_at is not None and silent < alert.value
-            is_silent = not memory.is_reported and min(silent, is_open_for) >= alert.value
-            if not (has_recovered or is_silent):
-                continue
-            memory.is_reported, watch.is_dirty = is_silent, True
-            text = "✅ Ticks come again"
-            if is_silent:
-                text = f"🔔 No tick for {duration(silent)} in an open market"
-            when = clock_time(self._market() / 1000)
-            notifications.append(Notification(alert.chat_id, f"{text} ({when}, alert {alert.id})", 0))
-        return notifications
+    def check(self, watch: Watch) -> str | None:
+        """Return a sentence when the feed of an `/alert feed` became silent, or recovered."""
+        memory, seconds = watch.memory, watch.alert.value
+        if not isinstance(memory, FeedSilence):
+            return None
+        silent = self.silent_seconds
+        has_recovered = memory.is_reported and self._tick_at > self._started_at and silent < seconds
+        is_silent = not memory.is_reported and min(silent, self.open_seconds()) >= seconds
+        if not (has_recovered or is_silent):
+            return None
+        memory.is_reported, watch.is_dirty = is_silent, True
+        text = f"🔔 No tick for {duration(silent)} in an open market" if is_silent else "✅ Ticks come again"
+        return f"{text} ({clock_time(self._market() / 1000)}, alert {watch.alert.id})"
 
 
 class AlertWorker:
@@ -118,28 +106,17 @@ class AlertWorker:
     """
 
     def __init__(
-        self,
-        connect: Callable[[], redis.Redis],
-        settings: Settings,
-        *,
-        on_fired: Callable[[], object],
-        monotonic: Callable[[], float] = time.monotonic,
+        self, connect: Callable[[], redis.Redis], settings: Settings, *, on_fired: Callable[[], object]
     ) -> None:
-        self._connect, self._keys = connect, settings.keys
-        self._on_fired, self._monotonic = on_fired, monotonic
+        self._connect, self._keys, self._on_fired = connect, settings.keys, on_fired
         self._trusts_tick_time = settings.clock != "wall"
         self.counts: Counter[str] = Counter(alert_ticks=0, alerts_fired=0)
         self._logged = logs.Once()
         self._decoder = EntryDecoder(self.counts, self._log_malformed)
-        self._feed = FeedMonitor(settings, monotonic)
+        self.feed = FeedMonitor(settings)
         self._stop = threading.Event()
         self._changed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
-
-    @property
-    def silent_seconds(self) -> float:
-        """Return the seconds since the last tick of any instrument."""
-        return self._feed.silent_seconds
 
     def start(self) -> None:
         """Start the thread."""
@@ -158,13 +135,12 @@ class AlertWorker:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                client = self._connect()
-                reader = StreamReader(client)
-                try:
-                    self._follow(client, reader)
-                finally:
-                    reader.close()
-                    client.close()
+                with self._connect() as client:
+                    reader = StreamReader(client)
+                    try:
+                        self._follow(AlertStore(client, self._keys), client, reader)
+                    finally:
+                        reader.close()
             except (redis.RedisError, PkbError, OSError) as error:
                 log.warning("alerts_interrupted", reason=f"{type(error).__name__}: {error}"[:200])
                 self._stop.wait(RETRY_SECONDS)
@@ -172,33 +148,36 @@ class AlertWorker:
                 log.exception("alerts_failed")
                 self._stop.wait(RETRY_SECONDS)
 
-    def _follow(self, client: redis.Redis, reader: StreamReader) -> None:
+    def _follow(self, store: AlertStore, client: redis.Redis, reader: StreamReader) -> None:
         """Read from the last checkpoint until `stop`, or until another process commits."""
-        store = AlertStore(client, self._keys)
         # The ends come first: an alert that is set after them misses no tick.
         ends = _stream_ends(client, self._keys)
         watches = _Watches(self._keys, store.load(), ends)
-        loaded_at = self._monotonic()
-        committed_at = float("-inf")  # the start position is committed at once
+        loaded_at, committed_at = time.monotonic(), float("-inf")  # the start position is committed at once
         batches: list[Batch] = []
         while True:
             is_last = self._stop.is_set()
             # After the read and before the evaluation: a chat that got "Alert 3" gets every tick after that.
-            if self._changed.is_set() or self._monotonic() - loaded_at > RELOAD_EVERY_SECONDS:
+            if self._changed.is_set() or time.monotonic() - loaded_at > RELOAD_EVERY_SECONDS:
                 self._changed.clear()
-                watches.update(store.load())
-                loaded_at = self._monotonic()
-            notifications = self._evaluate(batches, watches)
-            notifications += self._feed.check(watches.of_feed)
-            watches.delete_fired_feed()
-            if notifications or is_last or self._monotonic() - committed_at > COMMIT_EVERY_SECONDS:
-                if not watches.commit(store, notifications):
-                    log.warning("commit_refused", reason="another process has committed")
+                if not watches.commit(store, []):
                     return
-                committed_at = self._monotonic()
+                watches = _Watches(self._keys, store.load(), watches.positions)
+                loaded_at = time.monotonic()
+            notifications = self._evaluate(batches, watches)
+            for watch in watches.of_feed:
+                if text := self.feed.check(watch):
+                    notifications.append(Notification(watch.alert.chat_id, text, 0))
+                    watches.fired(watch)
+            if notifications or is_last or time.monotonic() - committed_at > COMMIT_EVERY_SECONDS:
+                if not watches.commit(store, notifications):
+                    return
+                committed_at = time.monotonic()
                 if notifications:
                     self.counts["alerts_fired"] += len(notifications)
                     self._on_fired()
+                if watches.deleted:
+                    self._changed.set()  # to load the rest
             if is_last:
                 return
             if not any(len(entries) == ENTRIES_PER_READ for _, entries in batches):
@@ -206,7 +185,7 @@ class AlertWorker:
             positions = {self._keys.ticks(shard): entry for shard, entry in watches.positions.items()}
             batches = reader.read(positions, ENTRIES_PER_READ, BLOCK_MS)
             if batches:
-                self._feed.received()
+                self.feed.received()
 
     def _evaluate(self, batches: list[Batch], watches: _Watches) -> list[Notification]:
         """Return what fired. Shards without alerts are not even decoded."""
@@ -223,24 +202,18 @@ class AlertWorker:
 
     def _evaluate_ticks(self, ticks: TickArray, watches: _Watches) -> list[Notification]:
         """Return what fired. A tick that the aggregator refuses fires nothing and is not remembered."""
-        places = np.searchsorted(watches.tokens, ticks[:, TOKEN])
-        places[places == len(watches.tokens)] = 0
-        chosen = np.flatnonzero(watches.tokens[places] == ticks[:, TOKEN])
-        chosen = chosen[np.array([not is_invalid(tick) for tick in ticks[chosen]], bool)]
-        rows = ticks[chosen][:, COLUMNS].tolist()
-        self.counts["alert_ticks"] += len(rows)
+        ticks = ticks[np.isin(ticks[:, TOKEN], watches.tokens)]
+        ticks = ticks[np.array([not is_invalid(tick) for tick in ticks], bool)]
+        self.counts["alert_ticks"] += len(ticks)
         notifications: list[Notification] = []
-        for place, (price, volume, high, low, time_ms, at_ms) in zip(
-            places[chosen].tolist(), rows, strict=True
-        ):
+        for token, price, volume, high, low, time_ms, at_ms in ticks[:, COLUMNS].tolist():
             tick_ms = time_ms if self._trusts_tick_time else trade_time(time_ms, at_ms)
-            for watch in watches.by_place[place]:
+            for watch in watches.by_token[int(token)]:
                 event = watch.tick(price, volume, high, low, tick_ms)
-                alert = watch.alert
-                if event is not None and alert.id not in watches.deleted:
-                    notifications.append(Notification(alert.chat_id, _sentence(alert, event, tick_ms), at_ms))
-                    if alert.once:
-                        watches.deleted.add(alert.id)
+                if event is not None and watch.alert.id not in watches.deleted:
+                    text = _sentence(watch.alert, event, tick_ms)
+                    notifications.append(Notification(watch.alert.chat_id, text, at_ms))
+                    watches.fired(watch)
         return notifications
 
     def _log_malformed(self, event: str, place: str, **evidence: Any) -> None:
@@ -249,61 +222,42 @@ class AlertWorker:
 
 
 class _Watches:
-    """The alerts in memory, indexed by instrument, and the position in each stream."""
+    """The alerts of a checkpoint in memory, by instrument, and the position in each stream."""
 
-    def __init__(self, keys: Keys, checkpoint: Checkpoint, ends: dict[int, str]) -> None:
-        self._keys, self._rev = keys, checkpoint.rev
-        self._written = checkpoint.positions
-        self.positions = {shard: checkpoint.positions.get(shard, end) for shard, end in ends.items()}
-        self.deleted: set[int] = set()  # alert ids to delete with the next commit
-        self._by_id: dict[int, Watch] = {}
-        self.update(checkpoint)
-
-    def update(self, checkpoint: Checkpoint) -> None:
-        """Take over the current set of alerts; known ones keep what they remember in memory."""
-        alerts = {alert.id: alert for alert in checkpoint.alerts if alert.id not in self.deleted}
+    def __init__(self, keys: Keys, checkpoint: Checkpoint, starts: dict[int, str]) -> None:
+        """Resume from the checkpoint; a stream that it does not name is read from `starts`."""
+        self._rev, self._committed = checkpoint.rev, checkpoint.positions
+        self.positions = starts | checkpoint.positions
+        watches = [Watch(alert, checkpoint.states.get(alert.id, ())) for alert in checkpoint.alerts]
         # A state without an alert: the chat removed it while a commit was under way.
-        self.deleted |= checkpoint.states.keys() - alerts.keys()
-        self._by_id = {
-            number: self._by_id.get(number) or Watch(alert, checkpoint.states.get(number, ()))
-            for number, alert in alerts.items()
-        }
-        self._index()
+        self.deleted = checkpoint.states.keys() - {watch.alert.id for watch in watches}
+        self.by_token: defaultdict[int, list[Watch]] = defaultdict(list)
+        for watch in watches:
+            self.by_token[watch.alert.token].append(watch)
+        self.of_feed = self.by_token.pop(0, [])
+        self.tokens = np.array(list(self.by_token), np.float64)  # as ticks have them
+        self.shards = {keys.shard_of(token) for token in self.by_token}
+        self._watches = watches
 
-    def _index(self) -> None:
-        by_token: dict[int, list[Watch]] = {}
-        for watch in self._by_id.values():
-            by_token.setdefault(watch.alert.token, []).append(watch)
-        self.of_feed = by_token.pop(0, [])
-        self.tokens = np.array(sorted(by_token), np.float64)  # as ticks have them
-        self.by_place = [by_token[token] for token in sorted(by_token)]
-        self.shards = {self._keys.shard_of(token) for token in by_token}
-
-    def delete_fired_feed(self) -> None:
-        """Delete `/alert feed … once` after it fired."""
-        for watch in self.of_feed:
-            if watch.alert.once and isinstance(watch.memory, FeedSilence) and watch.memory.is_reported:
-                self.deleted.add(watch.alert.id)
+    def fired(self, watch: Watch) -> None:
+        """Delete an alert that was to fire `once`, with the next commit."""
+        if watch.alert.once:
+            self.deleted.add(watch.alert.id)
 
     def commit(self, store: AlertStore, notifications: list[Notification]) -> bool:
         """Write what changed since the last commit. Return False when another process has committed."""
-        changed = {n: watch for n, watch in self._by_id.items() if watch.is_dirty and n not in self.deleted}
-        states: dict[int, list[Any] | None] = {n: watch.state() for n, watch in changed.items()}
+        changed = [watch for watch in self._watches if watch.is_dirty and watch.alert.id not in self.deleted]
+        states: dict[int, list[Any] | None] = {watch.alert.id: watch.state() for watch in changed}
         states |= dict.fromkeys(self.deleted)
-        moved = {s: entry for s, entry in self.positions.items() if self._written.get(s) != entry}
-        if not (states or moved or notifications):
+        if not (states or notifications or self.positions != self._committed):
             return True
-        if not store.commit(self._rev, moved, states, notifications):
+        if not store.commit(self._rev, self.positions, states, notifications):
+            log.warning("commit_refused", reason="another process has committed")
             return False
         self._rev += 1
-        self._written = dict(self.positions)
-        for watch in changed.values():
+        self._committed = dict(self.positions)
+        for watch in changed:
             watch.is_dirty = False
-        if self.deleted:
-            for number in self.deleted:
-                self._by_id.pop(number, None)
-            self.deleted = set()
-            self._index()
         return True
 
 
