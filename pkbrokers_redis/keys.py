@@ -210,7 +210,6 @@ KEY_TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("P:restart:<role>", "string", "bot", "TTL"),
     ("P:{bot}:lease", "string", "bot", "TTL"),
     ("P:{bot}:update:<id>", "string", "bot", "TTL"),
-    ("P:{bot}:confirm:<id>", "string", "bot", "TTL"),
     ("P:{bot}:alerts", "hash", "bot", "permanent"),
     ("P:{bot}:alert_state", "hash", "bot", "permanent"),
     ("P:{bot}:position", "hash", "bot", "permanent"),
