@@ -1,13 +1,10 @@
-"""The table of the bot's commands, in the order of /help; and /start, /help, /alert.
-
-docs/adding.md shows how to add a command.
-"""
+"""The table of the bot's commands, and /alert, /start, /help. docs/adding.md shows how to add one."""
 
 from __future__ import annotations
 
 import time
 
-from pkbrokers_redis.bot import commands_market, files, operators
+from pkbrokers_redis.bot import commands_market, files, operators  # noqa: F401  they add their commands
 from pkbrokers_redis.bot.alerts.rules import (
     MINUTES_AVERAGED,
     USAGE,
@@ -16,14 +13,22 @@ from pkbrokers_redis.bot.alerts.rules import (
     first_state,
     parse,
 )
-from pkbrokers_redis.bot.context import Command, CommandContext, UsageError, resolve_word
-from pkbrokers_redis.bot.text import MESSAGE_CHARS_MAX, escape
+from pkbrokers_redis.bot.context import COMMANDS, CommandContext, command, resolve_word
+from pkbrokers_redis.bot.text import escape
+from pkbrokers_redis.errors import PkbError
 
-LIST_CHARS_MAX = MESSAGE_CHARS_MAX - 200  # leaves room for the last line
+__all__ = ["COMMANDS"]
+
+LIST_ROWS_MAX = 50  # fit into a message
 
 
+@command(
+    "alert",
+    "get a message on a price, a move, volume, a day's high or low, a silent feed",
+    "[SYMBOL CONDITION | remove N]",
+    words_max=30,
+)
 async def alert(context: CommandContext) -> None:
-    """Set an alert, or list or remove this chat's alerts."""
     first = context.words[0].lower() if context.words else "list"
     if first == "list":
         await _list(context)
@@ -37,9 +42,8 @@ async def _add(context: CommandContext) -> None:
     stored = await context.read(_store, context, parse(context.words))
     context.services.alerts_changed()
     name = f"<b>{escape(stored.symbol)}</b> " if stored.symbol else ""
-    await context.reply(
-        f"Alert {stored.id}: {name}{escape(stored.condition)}. /alert lists this chat's alerts."
-    )
+    condition = escape(stored.condition)
+    await context.reply(f"Alert {stored.id}: {name}{condition}. /alert lists this chat's alerts.")
 
 
 def _store(context: CommandContext, parsed: ParsedAlert) -> Alert:
@@ -62,14 +66,12 @@ async def _list(context: CommandContext) -> None:
     if not alerts:
         await context.reply(f"This chat has no alerts. Set one:\n{escape(USAGE)}")
         return
-    lines: list[str] = []
-    room = LIST_CHARS_MAX
-    for row in alerts:
-        line = f"{row.id}  <b>{escape(row.symbol or 'feed')}</b> {escape(row.condition)}"
-        if (room := room - len(line) - 1) < 0:
-            lines.append(f"… and {len(alerts) - len(lines)} more")
-            break
-        lines.append(line)
+    lines = [
+        f"{row.id}  <b>{escape(row.symbol or 'feed')}</b> {escape(row.condition)}"
+        for row in alerts[:LIST_ROWS_MAX]
+    ]
+    if len(alerts) > LIST_ROWS_MAX:
+        lines.append(f"… and {len(alerts) - LIST_ROWS_MAX} more")
     await context.reply("\n".join(lines) + "\n/alert remove NUMBER, or all")
 
 
@@ -81,9 +83,7 @@ async def _remove(context: CommandContext) -> None:
     elif words and all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
         chosen = set(map(int, words))
     else:
-        raise UsageError(
-            "which one?", "send /alert remove NUMBER (as /alert lists them), or /alert remove all"
-        )
+        raise PkbError("which one?", "send /alert remove NUMBER, or /alert remove all")
     removed = await context.read(context.services.alerts.remove, sorted(chosen & existing))
     context.services.alerts_changed()
     missing = sorted(chosen - existing)
@@ -91,8 +91,8 @@ async def _remove(context: CommandContext) -> None:
     await context.reply(f"{removed} removed.{note}")
 
 
+@command("start", "say hello", words_max=5)  # a deep link sends words with it
 async def start(context: CommandContext) -> None:
-    """Say what this bot is."""
     await context.reply(
         "📊 <b>The market in a chat.</b>\n"
         "/quote INFY TCS – the latest quotes\n"
@@ -103,36 +103,17 @@ async def start(context: CommandContext) -> None:
     )
 
 
+@command("help", "list the commands, or explain one", "[COMMAND]", words_max=1)
 async def help_(context: CommandContext) -> None:
-    """List all commands, or explain one."""
     if context.words:
         name = context.words[0].lstrip("/").lower()
-        command = COMMANDS.get(name)
-        if command is None:
-            raise UsageError(f"there is no /{name}", "/help lists all")
-        audience = " Operators only." if command.for_admins else ""
-        await context.reply(f"<code>{escape(command.usage)}</code>\n{escape(command.does)}.{audience}")
+        row = COMMANDS.get(name)
+        if row is None:
+            raise PkbError(f"there is no /{name}", "/help lists all")
+        audience = " Operators only." if row.for_admins else ""
+        await context.reply(f"<code>{escape(row.usage)}</code>\n{escape(row.does)}.{audience}")
         return
-    shown = [command for command in COMMANDS.values() if context.is_admin or not command.for_admins]
-    lines = [f"{escape(command.usage)} – {escape(command.does)}" for command in shown]
+    shown = [row for row in COMMANDS.values() if context.is_admin or not row.for_admins]
+    lines = [f"{escape(row.usage)} – {escape(row.does)}" for row in shown]
     note = "SYMBOL is INFY (NSE), BSE:INFY, an index name or a token. Large files come in parts."
     await context.reply("\n".join(lines) + f"\n\n{note}")
-
-
-COMMANDS: dict[str, Command] = {
-    command.name: command
-    for command in (
-        Command("start", "say hello", start, words_max=5),  # a deep link sends words with it
-        Command("help", "list the commands, or explain one", help_, "[COMMAND]", words_max=1),
-        *commands_market.COMMANDS,
-        Command(
-            "alert",
-            "get a message on a price, a move, volume, a day's high or low, a silent feed",
-            alert,
-            "[SYMBOL CONDITION | remove N]",
-            words_max=30,
-        ),
-        *files.COMMANDS,
-        *operators.COMMANDS,
-    )
-}

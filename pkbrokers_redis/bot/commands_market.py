@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from telegram.constants import ParseMode
 from telegram.error import TelegramError
 
 from pkbrokers_redis.bot.charts import DAY_SECONDS, png
-from pkbrokers_redis.bot.context import Command, CommandContext, UsageError, resolve_words
+from pkbrokers_redis.bot.context import CommandContext, command, resolve_words
 from pkbrokers_redis.bot.files import deliver
 from pkbrokers_redis.bot.telegram_client import with_retries
 from pkbrokers_redis.bot.text import clock_time, count, day_time, duration, escape, money, percent, table
@@ -31,7 +30,6 @@ QUOTES_MAX = 20  # symbols of one /quote
 CHART_CANDLES = 90  # more are too thin on a phone
 TABLE_CANDLES = 12
 RANKING_ROWS_MAX = 50
-MOVERS_AGE_SECONDS_MAX = 5.0
 QUOTES_PER_PIPELINE = 1_000
 CRORE = 1e7
 WATCH_SYMBOLS_MAX = 5
@@ -41,14 +39,14 @@ WATCH_SECONDS = 900.0
 STOP_BUTTON = (("Stop", "stop"),)
 
 
+@command("quote", "the latest quotes", "SYMBOL…", words_max=QUOTES_MAX)
 async def quote(context: CommandContext) -> None:
-    """Send the latest quotes."""
     await context.reply(await _quotes_text(context, await _resolve(context, "send /quote INFY TCS")))
 
 
 async def _resolve(context: CommandContext, example: str) -> list[tuple[int, str]]:
     if not context.words:
-        raise UsageError("which symbol?", example)
+        raise PkbError("which symbol?", example)
     return await context.read(resolve_words, context.services.store, context.words)
 
 
@@ -86,12 +84,12 @@ def _quote_time(fields: dict[str, Any]) -> str:
     return ""
 
 
+@command("watch", "a quote that updates itself for 15 minutes", "SYMBOL…", words_max=WATCH_SYMBOLS_MAX)
 async def watch(context: CommandContext) -> None:
-    """Send quotes in a message that is updated for WATCH_SECONDS."""
     tokens = await _resolve(context, "send /watch INFY")
     prefix = f"watch {context.chat_id} "
     if sum(name.startswith(prefix) for name in context.services.background) >= WATCHES_PER_CHAT_MAX:
-        raise UsageError(f"this chat watches {WATCHES_PER_CHAT_MAX} messages already", "stop one of them")
+        raise PkbError(f"this chat watches {WATCHES_PER_CHAT_MAX} messages already", "stop one of them")
     text = await _quotes_text(context, tokens)
     message = await context.reply(text, STOP_BUTTON)
     work = _update_quotes(context, tokens, message, text)
@@ -132,10 +130,10 @@ async def _read_candles(context: CommandContext, rows: int) -> tuple[str, str, l
     return symbol, interval, candles
 
 
+@command("chart", "a candlestick picture with volume", "SYMBOL [INTERVAL]", words_max=6)
 async def chart(context: CommandContext) -> None:
-    """Send candlesticks with volume as a picture."""
     if not context.words:
-        raise UsageError("which symbol?", "send /chart INFY or /chart INFY 15m")
+        raise PkbError("which symbol?", "send /chart INFY or /chart INFY 15m")
     symbol, interval, candles = await _read_candles(context, CHART_CANDLES)
     picture = await context.read(png, symbol, interval, candles)
     caption = f"<b>{escape(symbol)}</b> {escape(interval)} · {money(candles[-1].close)}"
@@ -144,8 +142,14 @@ async def chart(context: CommandContext) -> None:
     )
 
 
+@command(
+    "candles",
+    "all candles as Parquet files, or the last of one instrument",
+    "[SYMBOL [INTERVAL]]",
+    words_max=6,
+    is_slow=True,
+)
 async def candles(context: CommandContext) -> None:
-    """Send the last candles of one instrument as a table; all candles as files without a symbol."""
     if not context.words:
         await deliver(context, "candles")
         return
@@ -174,28 +178,11 @@ class Mover(NamedTuple):
     ticks: int
 
 
-class Movers:
-    """The day's movers of all instruments, read at most once in MOVERS_AGE_SECONDS_MAX. Methods block."""
-
-    def __init__(self, store: CandleStore) -> None:
-        self._store = store
-        self._lock = threading.Lock()
-        self._read_at = float("-inf")
-        self._movers: list[Mover] = []
-
-    def all(self) -> list[Mover]:
-        """Return every instrument that traded on the latest day of any."""
-        with self._lock:
-            if time.monotonic() - self._read_at > MOVERS_AGE_SECONDS_MAX:
-                self._movers = _read_movers(self._store)
-                self._read_at = time.monotonic()
-            return self._movers
-
-    def ranked(self, key: Callable[[Mover], float | None], rows: int) -> list[Mover]:
-        """Return the `rows` movers with the largest keys; a key of None leaves the instrument out."""
-        keyed = [(value, mover) for mover in self.all() if (value := key(mover)) is not None]
-        keyed.sort(key=lambda pair: pair[0], reverse=True)
-        return [mover for _, mover in keyed[:rows]]
+def ranked_movers(store: CandleStore, ranking: Ranking, rows: int) -> list[Mover]:
+    """Return the first `rows` movers of a ranking. It reads all instruments: call it in a thread."""
+    keyed = [(value, mover) for mover in _read_movers(store) if (value := ranking.key(mover)) is not None]
+    keyed.sort(key=lambda pair: pair[0], reverse=True)
+    return [mover for _, mover in keyed[:rows]]
 
 
 def _read_movers(store: CandleStore) -> list[Mover]:
@@ -239,7 +226,7 @@ def _crores(mover: Mover) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """One command that ranks movers: the largest `key` first, see `Movers.ranked`."""
+    """One command that ranks movers: the largest `key` first; a key of None leaves the instrument out."""
 
     does: str
     title: str
@@ -292,40 +279,22 @@ def ranking_table(ranking: Ranking, movers: list[Mover]) -> str:
     return table(("", *ranking.columns), cells)
 
 
-def _ranking(name: str) -> Callable[[CommandContext], Awaitable[None]]:
-    """Return the handler of one row of RANKINGS."""
-    ranking = RANKINGS[name]
-
+def _add_command(name: str, ranking: Ranking) -> None:
+    @command(name, ranking.does, "[N]", words_max=1)
     async def handler(context: CommandContext) -> None:
         rows = _row_count(context.words[0]) if context.words else ranking.rows
-        movers = await context.read(context.services.movers.ranked, ranking.key, rows)
+        movers = await context.read(ranked_movers, context.services.store, ranking, rows)
         shown = f"<b>{ranking.title}</b>\n{ranking_table(ranking, movers)}"
         await context.reply(shown if movers else "Nothing has been traded yet.")
 
-    return handler
+
+for _name, _row in RANKINGS.items():
+    _add_command(_name, _row)
 
 
 def _row_count(word: str) -> int:
     if not (word.isascii() and word.isdecimal() and 1 <= int(word[:6]) <= RANKING_ROWS_MAX):
-        raise UsageError(
+        raise PkbError(
             f"{word[:20]!r} is not a number from 1 to {RANKING_ROWS_MAX}", "send it without, or e.g. 20"
         )
     return int(word)
-
-
-COMMANDS = [
-    Command("quote", "the latest quotes", quote, "SYMBOL…", words_max=QUOTES_MAX),
-    Command("chart", "a candlestick picture with volume", chart, "SYMBOL [INTERVAL]", words_max=6),
-    Command(
-        "candles",
-        "all candles as Parquet files, or the last of one instrument",
-        candles,
-        "[SYMBOL [INTERVAL]]",
-        words_max=6,
-        is_slow=True,
-    ),
-    Command(
-        "watch", "a quote that updates itself for 15 minutes", watch, "SYMBOL…", words_max=WATCH_SYMBOLS_MAX
-    ),
-    *(Command(name, ranking.does, _ranking(name), "[N]", words_max=1) for name, ranking in RANKINGS.items()),
-]

@@ -7,27 +7,22 @@ import re
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import redis
 from telegram import InlineKeyboardButton, InlineKeyboardMarkup, LinkPreviewOptions, Message
 from telegram.constants import ParseMode
 from telegram.error import BadRequest
+from telegram.ext import ExtBot
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.bot.alerts.store import AlertStore
 from pkbrokers_redis.bot.telegram_client import with_retries
 from pkbrokers_redis.bot.text import MESSAGE_CHARS_MAX
+from pkbrokers_redis.client.store import CandleStore
+from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import PkbError, SettingsError, UnknownSymbol
 from pkbrokers_redis.settings import Settings
-
-if TYPE_CHECKING:
-    from telegram.ext import ExtBot
-
-    from pkbrokers_redis.bot.alerts.store import AlertStore
-    from pkbrokers_redis.bot.commands_market import Movers
-    from pkbrokers_redis.client.store import CandleStore
-    from pkbrokers_redis.clock import Clock
-    from pkbrokers_redis.keys import Keys
 
 log = logs.get("bot")
 
@@ -36,14 +31,6 @@ T = TypeVar("T")
 
 BACKGROUND_MAX = 200  # background tasks of all chats; beyond it a command is refused
 Buttons = Sequence[tuple[str, str]]  # label, and the data that a press sends (64 bytes at most)
-
-
-class UsageError(PkbError):
-    """Raised when a command gets arguments that it does not understand."""
-
-
-class NotFound(PkbError):
-    """Raised for an unknown symbol; the hint names the nearest ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,25 +70,26 @@ def _ids(name: str, text: str) -> frozenset[int]:
     return frozenset(map(int, words))
 
 
-@dataclass
 class Services:
-    """What all commands share. `store`, `client` and `alerts` block: use `CommandContext.read`."""
+    """What all commands share. `store`, `client` and `alerts` block: use `CommandContext.read`.
 
-    settings: Settings
-    client: redis.Redis
-    store: CandleStore
-    access: Access
-    market: Clock
-    alerts: AlertStore
-    movers: Movers
-    alerts_changed: Callable[[], None] = lambda: None
-    jobs_client: redis.Redis | None = None  # for PKB_RQ_REDIS_URL
-    background: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    `alerts_changed` is called after a chat changed its alerts.
+    """
 
-    @property
-    def keys(self) -> Keys:
-        """Return the store's key names."""
-        return self.settings.keys
+    def __init__(
+        self,
+        settings: Settings,
+        client: redis.Redis,
+        store: CandleStore,
+        alerts_changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.settings, self.keys = settings, settings.keys
+        self.client, self.store = client, store
+        self.access = access_of(settings)
+        self.market = market_clock(settings)
+        self.alerts, self.alerts_changed = AlertStore(client, settings.keys), alerts_changed
+        self.jobs_client: redis.Redis | None = None  # connected when first used
+        self.background: dict[str, asyncio.Task[None]] = {}
 
     def start(self, name: str, work: Coroutine[Any, Any, None]) -> bool:
         """Run a background task. Return False when one of that name, or BACKGROUND_MAX tasks, run already."""
@@ -178,26 +166,21 @@ class CommandContext:
             )
 
 
+Handler = Callable[[CommandContext], Awaitable[None]]
+
+
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One row of the command table.
-
-    Attributes:
-        does: What it does, for /help and for Telegram's menu.
-        arguments: The arguments as /help shows them. More words than `words_max` are refused.
-        for_admins: Only PKB_TELEGRAM_ADMINS may use it.
-        question: What the user must confirm by a button first; "" for none.
-        is_slow: It runs in the background, one at a time per chat, while the chat's other commands go on.
-    """
+    """One row of the command table, see `command`."""
 
     name: str
     does: str
-    handler: Callable[[CommandContext], Awaitable[None]]
-    arguments: str = ""
-    words_max: int = 0
-    for_admins: bool = False
-    question: str = ""
-    is_slow: bool = False
+    handler: Handler
+    arguments: str
+    words_max: int
+    for_admins: bool
+    question: str
+    is_slow: bool
 
     @property
     def usage(self) -> str:
@@ -205,19 +188,49 @@ class Command:
         return f"/{self.name} {self.arguments}".strip()
 
     def check(self, words: list[str]) -> None:
-        """Raise UsageError for more words than the command takes."""
+        """Raise PkbError for more words than the command takes."""
         if len(words) > self.words_max:
             reason = "does not understand all of that" if self.words_max else "takes no arguments"
-            raise UsageError(f"/{self.name} {reason}", f"send {self.usage}")
+            raise PkbError(f"/{self.name} {reason}", f"send {self.usage}")
+
+
+COMMANDS: dict[str, Command] = {}
+"""The commands of all imported modules, in the order of /help."""
+
+
+def command(
+    name: str,
+    does: str,
+    arguments: str = "",
+    *,
+    words_max: int = 0,
+    for_admins: bool = False,
+    question: str = "",
+    is_slow: bool = False,
+) -> Callable[[Handler], Handler]:
+    """Return a decorator that adds a handler to COMMANDS.
+
+    Args:
+        does: What it does, for /help and for Telegram's menu.
+        arguments: The arguments as /help shows them. More words than `words_max` are refused.
+        for_admins: Only PKB_TELEGRAM_ADMINS may use it.
+        question: What the user must confirm by a button first; "" for none.
+        is_slow: It runs in the background, one at a time per chat, while the chat's other commands go on.
+    """
+
+    def add(handler: Handler) -> Handler:
+        row = Command(name, does, handler, arguments, words_max, for_admins, question, is_slow)
+        COMMANDS[name] = row
+        return handler
+
+    return add
 
 
 def resolve_words(store: CandleStore, words: Sequence[str]) -> list[tuple[int, str]]:
-    """Return `(token, symbol)` of each word, or of all words as one symbol (`NIFTY 50`). Raise NotFound."""
+    """Return `(token, symbol)` of each word, or of all words as one symbol (`NIFTY 50`)."""
     try:
         instruments = [resolve_word(store, word) for word in words]
-    except NotFound:
-        if len(words) < 2:
-            raise
+    except PkbError:
         with suppress(UnknownSymbol):
             return [store.resolve(" ".join(words))]
         raise
@@ -225,14 +238,13 @@ def resolve_words(store: CandleStore, words: Sequence[str]) -> list[tuple[int, s
 
 
 def resolve_word(store: CandleStore, text: str) -> tuple[int, str]:
-    """Return `(token, "NSE:INFY")`. Raise NotFound with the nearest symbols."""
+    """Return `(token, "NSE:INFY")`. Raise PkbError with the nearest symbols."""
     try:
         return store.resolve(text.strip(" ,;").lstrip("$#"))
     except UnknownSymbol as error:
         nearest = " or ".join(name.removeprefix("NSE:") for name in error.nearest)
-        raise NotFound(
-            f"{text[:40]}?", f"did you mean {nearest}?" if nearest else "there is no such symbol"
-        ) from None
+        hint = f"did you mean {nearest}?" if nearest else "there is no such symbol"
+        raise PkbError(f"{text[:40]}?", hint) from None
 
 
 def _keyboard(buttons: Buttons) -> InlineKeyboardMarkup | None:

@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import zipfile
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,7 +26,7 @@ from telegram import Message
 from telegram.constants import ParseMode
 
 from pkbrokers_redis.bot.alerts.worker import EQUITY_TOKEN
-from pkbrokers_redis.bot.context import Command, CommandContext
+from pkbrokers_redis.bot.context import CommandContext, command
 from pkbrokers_redis.bot.telegram_client import with_retries
 from pkbrokers_redis.bot.text import count, day_time, duration, escape, size
 from pkbrokers_redis.candles.calendar import Sessions, load_sessions
@@ -279,6 +279,20 @@ def _environment(settings: Settings) -> dict[str, str]:
     return env
 
 
+def _add_command(name: str, does: str) -> None:
+    @command(name, does, is_slow=True)
+    async def handler(context: CommandContext) -> None:
+        await deliver(context, name)
+
+
+_add_command("ticks", "the latest day of every instrument as ticks.json")
+_add_command("db", "all candles as an SQLite file")
+_add_command("daily_pkl", "daily candles as a pickle")
+_add_command("intraday_pkl", "1-minute candles as a pickle")
+_add_command("instrument_history", "the history of all instruments as an SQLite file")
+
+
+@command("request_data", "all files, one after the other", for_admins=True, is_slow=True)
 async def request_data(context: CommandContext) -> None:
     """Send all files that another instance needs; a missing one does not stop the rest."""
     sent = 0
@@ -289,25 +303,3 @@ async def request_data(context: CommandContext) -> None:
         except PkbError as error:
             await context.reply(f"/{name}: {escape(str(error))}")
     await context.reply(f"{sent} of {len(REQUEST_DATA)} files sent.")
-
-
-def _deliver(name: str) -> Callable[[CommandContext], Awaitable[None]]:
-    async def handler(context: CommandContext) -> None:
-        await deliver(context, name)
-
-    return handler
-
-
-COMMANDS = [
-    *(
-        Command(name, does, _deliver(name), is_slow=True)
-        for name, does in (
-            ("ticks", "the latest day of every instrument as ticks.json"),
-            ("db", "all candles as an SQLite file"),
-            ("daily_pkl", "daily candles as a pickle"),
-            ("intraday_pkl", "1-minute candles as a pickle"),
-            ("instrument_history", "the history of all instruments as an SQLite file"),
-        )
-    ),
-    Command("request_data", "all files, one after the other", request_data, for_admins=True, is_slow=True),
-]

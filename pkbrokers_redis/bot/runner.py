@@ -23,11 +23,10 @@ from telegram.error import InvalidToken, TelegramError
 from telegram.ext import Application, ExtBot
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.bot.alerts.store import AlertStore, Outbox
+from pkbrokers_redis.bot.alerts.store import Outbox
 from pkbrokers_redis.bot.alerts.worker import AlertWorker
 from pkbrokers_redis.bot.application import UPDATES_AT_ONCE_MAX, CommandRouter, build_application
 from pkbrokers_redis.bot.commands import COMMANDS
-from pkbrokers_redis.bot.commands_market import Movers
 from pkbrokers_redis.bot.context import Services, access_of
 from pkbrokers_redis.bot.operators import OperatorMonitor
 from pkbrokers_redis.bot.telegram_client import (
@@ -38,7 +37,7 @@ from pkbrokers_redis.bot.telegram_client import (
     with_retries,
 )
 from pkbrokers_redis.client.store import CandleStore
-from pkbrokers_redis.clock import Backoff, market_clock
+from pkbrokers_redis.clock import Backoff
 from pkbrokers_redis.errors import PkbError, SettingsError
 from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
@@ -72,25 +71,6 @@ def bot(settings: Settings, stop: threading.Event) -> None:
     load_functions(client)
     settings = adopt_meta(client, settings)
     asyncio.run(_BotProcess(settings, client).run(stop))
-
-
-def make_services(
-    settings: Settings,
-    client: redis.Redis,
-    store: CandleStore,
-    alerts_changed: Callable[[], None] = lambda: None,
-) -> Services:
-    """Return what commands work with. `alerts_changed` is called after a chat changed its alerts."""
-    return Services(
-        settings,
-        client,
-        store,
-        access_of(settings),
-        market_clock(settings),
-        AlertStore(client, settings.keys),
-        Movers(store),
-        alerts_changed,
-    )
 
 
 class _BotProcess:
@@ -164,7 +144,7 @@ class _BotProcess:
             settings,
             on_fired=lambda: loop.call_soon_threadsafe(outbox.wake),
         )
-        services = make_services(settings, self._client, CandleStore(settings, reader), worker.reload)
+        services = Services(settings, self._client, CandleStore(settings, reader), worker.reload)
         router = CommandRouter(services)
         application = build_application(self._bot, router)
         await application.initialize()

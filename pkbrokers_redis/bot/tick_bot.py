@@ -17,8 +17,9 @@ from pydantic import SecretStr
 from telegram import Update
 
 from pkbrokers_redis.bot.application import CommandRouter
-from pkbrokers_redis.bot.commands_market import RANKINGS, Movers
-from pkbrokers_redis.bot.runner import bot, make_services
+from pkbrokers_redis.bot.commands_market import RANKINGS, ranked_movers
+from pkbrokers_redis.bot.context import Services
+from pkbrokers_redis.bot.runner import bot
 from pkbrokers_redis.bot.text import clock_time, money, table
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.clock import market_clock
@@ -112,7 +113,7 @@ class PKTickBot:
     def get_top_ticks_formatted(self, limit: int = 20) -> str | None:
         """Return the table of /top as HTML; None when nothing has been traded."""
         with CandleStore(self._settings) as store:
-            movers = Movers(store).ranked(RANKINGS["top"].key, limit)
+            movers = ranked_movers(store, RANKINGS["top"], limit)
         if not movers:
             return None
         rows = [(mover.symbol.removeprefix("NSE:"), str(mover.ticks), money(mover.price)) for mover in movers]
@@ -128,4 +129,4 @@ class PKTickBot:
     def _router(self) -> CommandRouter:
         client = connect(self._settings)
         store = CandleStore(self._settings, client)
-        return CommandRouter(make_services(store.settings, client, store))
+        return CommandRouter(Services(store.settings, client, store))

@@ -21,7 +21,7 @@ from pkbrokers_redis.bot.alerts.rules import (
     first_state,
     parse,
 )
-from pkbrokers_redis.bot.context import UsageError
+from pkbrokers_redis.errors import PkbError
 
 NAN = math.nan
 T0 = 1_767_584_700_000  # 2026-01-05 09:15 in Kolkata
@@ -74,7 +74,7 @@ def test_an_alert_is_parsed(text: str, symbol: str, kind: str, value: float, onc
      "INFY move 0%", "INFY volume 1x", "feed 1", "feed 99999", "INFY above 1e99"],
 )  # fmt: skip
 def test_an_invalid_alert_is_refused_with_the_usage(text: str) -> None:
-    with pytest.raises(UsageError) as caught:
+    with pytest.raises(PkbError) as caught:
         parse(text.split())
     assert "above 1600" in caught.value.hint
 

@@ -26,10 +26,10 @@ from typing import Any, Literal, NamedTuple
 
 import msgspec
 
-from pkbrokers_redis.bot.context import UsageError
 from pkbrokers_redis.bot.text import count, money, percent
 from pkbrokers_redis.candles.calendar import IST_MS
 from pkbrokers_redis.candles.model import FUTURE_MAX_MS, TIME_MAX_MS, TIME_MIN_MS
+from pkbrokers_redis.errors import PkbError
 
 Kind = Literal["above", "below", "cross", "move", "volume", "high", "low", "feed"]
 
@@ -246,7 +246,7 @@ FEED = re.compile(r"feed(?: (\S+))?", re.IGNORECASE)
 
 
 def parse(words: Sequence[str]) -> ParsedAlert:
-    """Return the alert that the words after `/alert` describe. Raise UsageError when they do not."""
+    """Return the alert that the words after `/alert` describe. Raise PkbError when they do not."""
     once = bool(words) and words[-1].lower() == "once"
     text = " ".join(words[:-1] if once else words)
     kind: Kind
@@ -258,12 +258,12 @@ def parse(words: Sequence[str]) -> ParsedAlert:
         symbol, word, number = match.groups()
         kind = WORDS[word.lower()] if word else "move" if number.endswith("%") else "cross"
     else:
-        raise UsageError("that is not an alert", USAGE)
+        raise PkbError("that is not an alert", USAGE)
     return ParsedAlert(symbol, kind, _number(number, kind), once)
 
 
 def _number(text: str, kind: Kind) -> float:
-    """Return `1,600.50`, `2%`, `5x` or `30s` as a number within the kind's bounds. Raise UsageError."""
+    """Return `1,600.50`, `2%`, `5x` or `30s` as a number within the kind's bounds. Raise PkbError."""
     form = FORMS[kind]
     plain = text.lower().replace(",", "").replace("₹", "")
     if form.unit:
@@ -273,7 +273,7 @@ def _number(text: str, kind: Kind) -> float:
     except ValueError:
         value = math.nan
     if not form.minimum <= value <= form.maximum:
-        raise UsageError(f"{text[:20]!r} is not a number from {form.minimum:g} to {form.maximum:g}", USAGE)
+        raise PkbError(f"{text[:20]!r} is not a number from {form.minimum:g} to {form.maximum:g}", USAGE)
     return value
 
 
