@@ -107,7 +107,7 @@ def run(alerts: int, instruments: int, rate: float, seconds: float) -> Result:
             PKB_TELEGRAM_CHATS=",".join(map(str, CHATS)),
         )
         with running("bot", env) as process:
-            wait_for("the bot", lambda: client.exists(settings.keys.bot_position()))
+            wait_for("the bot", lambda: client.hexists(settings.keys.bot_position(), "0"))
             cpu, began = cpu_seconds(process), time.monotonic()
             jumped, ticks = feed(client, settings, chosen, instruments, rate, seconds)
             fed = time.monotonic() - began

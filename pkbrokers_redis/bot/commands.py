@@ -13,7 +13,7 @@ from pkbrokers_redis.bot.alerts.rules import (
     first_state,
     parse,
 )
-from pkbrokers_redis.bot.context import COMMANDS, CommandContext, command, resolve_word
+from pkbrokers_redis.bot.context import COMMANDS, Command, CommandContext, resolve_word
 from pkbrokers_redis.bot.text import escape
 from pkbrokers_redis.errors import PkbError
 
@@ -22,7 +22,7 @@ __all__ = ["COMMANDS"]
 LIST_ROWS_MAX = 50  # fit into a message
 
 
-@command(
+@Command(
     "alert",
     "get a message on a price, a move, volume, a day's high or low, a silent feed",
     "[SYMBOL CONDITION | remove N]",
@@ -40,7 +40,6 @@ async def alert(context: CommandContext) -> None:
 
 async def _add(context: CommandContext) -> None:
     stored = await context.read(_store, context, parse(context.words))
-    context.services.alerts_changed()
     name = f"<b>{escape(stored.symbol)}</b> " if stored.symbol else ""
     condition = escape(stored.condition)
     await context.reply(f"Alert {stored.id}: {name}{condition}. /alert lists this chat's alerts.")
@@ -85,13 +84,12 @@ async def _remove(context: CommandContext) -> None:
     else:
         raise PkbError("which one?", "send /alert remove NUMBER, or /alert remove all")
     removed = await context.read(context.services.alerts.remove, sorted(chosen & existing))
-    context.services.alerts_changed()
     missing = sorted(chosen - existing)
     note = f" This chat has no alert {', '.join(map(str, missing))}." if missing else ""
     await context.reply(f"{removed} removed.{note}")
 
 
-@command("start", "say hello", words_max=5)  # a deep link sends words with it
+@Command("start", "say hello", words_max=5)  # a deep link sends words with it
 async def start(context: CommandContext) -> None:
     await context.reply(
         "📊 <b>The market in a chat.</b>\n"
@@ -103,7 +101,7 @@ async def start(context: CommandContext) -> None:
     )
 
 
-@command("help", "list the commands, or explain one", "[COMMAND]", words_max=1)
+@Command("help", "list the commands, or explain one", "[COMMAND]", words_max=1)
 async def help_(context: CommandContext) -> None:
     if context.words:
         name = context.words[0].lstrip("/").lower()

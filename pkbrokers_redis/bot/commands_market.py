@@ -17,7 +17,7 @@ from telegram.constants import ParseMode
 from telegram.error import TelegramError
 
 from pkbrokers_redis.bot.charts import DAY_SECONDS, png
-from pkbrokers_redis.bot.context import CommandContext, command, resolve_words
+from pkbrokers_redis.bot.context import Command, CommandContext, resolve_words
 from pkbrokers_redis.bot.files import deliver
 from pkbrokers_redis.bot.telegram_client import with_retries
 from pkbrokers_redis.bot.text import clock_time, count, day_time, duration, escape, money, percent, table
@@ -39,7 +39,7 @@ WATCH_SECONDS = 900.0
 STOP_BUTTON = (("Stop", "stop"),)
 
 
-@command("quote", "the latest quotes", "SYMBOL…", words_max=QUOTES_MAX)
+@Command("quote", "the latest quotes", "SYMBOL…", words_max=QUOTES_MAX)
 async def quote(context: CommandContext) -> None:
     await context.reply(await _quotes_text(context, await _resolve(context, "send /quote INFY TCS")))
 
@@ -84,7 +84,7 @@ def _quote_time(fields: dict[str, Any]) -> str:
     return ""
 
 
-@command("watch", "a quote that updates itself for 15 minutes", "SYMBOL…", words_max=WATCH_SYMBOLS_MAX)
+@Command("watch", "a quote that updates itself for 15 minutes", "SYMBOL…", words_max=WATCH_SYMBOLS_MAX)
 async def watch(context: CommandContext) -> None:
     tokens = await _resolve(context, "send /watch INFY")
     prefix = f"watch {context.chat_id} "
@@ -130,7 +130,7 @@ async def _read_candles(context: CommandContext, rows: int) -> tuple[str, str, l
     return symbol, interval, candles
 
 
-@command("chart", "a candlestick picture with volume", "SYMBOL [INTERVAL]", words_max=6)
+@Command("chart", "a candlestick picture with volume", "SYMBOL [INTERVAL]", words_max=6)
 async def chart(context: CommandContext) -> None:
     if not context.words:
         raise PkbError("which symbol?", "send /chart INFY or /chart INFY 15m")
@@ -142,7 +142,7 @@ async def chart(context: CommandContext) -> None:
     )
 
 
-@command(
+@Command(
     "candles",
     "all candles as Parquet files, or the last of one instrument",
     "[SYMBOL [INTERVAL]]",
@@ -280,7 +280,7 @@ def ranking_table(ranking: Ranking, movers: list[Mover]) -> str:
 
 
 def _add_command(name: str, ranking: Ranking) -> None:
-    @command(name, ranking.does, "[N]", words_max=1)
+    @Command(name, ranking.does, "[N]", words_max=1)
     async def handler(context: CommandContext) -> None:
         rows = _row_count(context.words[0]) if context.words else ranking.rows
         movers = await context.read(ranked_movers, context.services.store, ranking, rows)

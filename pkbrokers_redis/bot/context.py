@@ -71,23 +71,14 @@ def _ids(name: str, text: str) -> frozenset[int]:
 
 
 class Services:
-    """What all commands share. `store`, `client` and `alerts` block: use `CommandContext.read`.
+    """What all commands share. `store`, `client` and `alerts` block: use `CommandContext.read`."""
 
-    `alerts_changed` is called after a chat changed its alerts.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        client: redis.Redis,
-        store: CandleStore,
-        alerts_changed: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, settings: Settings, client: redis.Redis, store: CandleStore) -> None:
         self.settings, self.keys = settings, settings.keys
         self.client, self.store = client, store
         self.access = access_of(settings)
         self.market = market_clock(settings)
-        self.alerts, self.alerts_changed = AlertStore(client, settings.keys), alerts_changed
+        self.alerts = AlertStore(client, settings.keys)
         self.jobs_client: redis.Redis | None = None  # connected when first used
         self.background: dict[str, asyncio.Task[None]] = {}
 
@@ -166,21 +157,33 @@ class CommandContext:
             )
 
 
-Handler = Callable[[CommandContext], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Command:
-    """One row of the command table, see `command`."""
+    """One command; it decorates its handler, which adds it to COMMANDS.
+
+    Attributes:
+        does: What it does, for /help and for Telegram's menu.
+        arguments: The arguments as /help shows them. More words than `words_max` are refused.
+        for_admins: Only PKB_TELEGRAM_ADMINS may use it.
+        question: What the user must confirm by a button first; "" for none.
+        is_slow: It runs in the background, one at a time per chat, while the chat's other commands go on.
+    """
 
     name: str
     does: str
-    handler: Handler
-    arguments: str
-    words_max: int
-    for_admins: bool
-    question: str
-    is_slow: bool
+    arguments: str = ""
+    words_max: int = 0
+    for_admins: bool = False
+    question: str = ""
+    is_slow: bool = False
+    handler: Callable[[CommandContext], Awaitable[None]] = field(init=False)
+
+    def __call__(
+        self, handler: Callable[[CommandContext], Awaitable[None]]
+    ) -> Callable[[CommandContext], Awaitable[None]]:
+        self.handler = handler
+        COMMANDS[self.name] = self
+        return handler
 
     @property
     def usage(self) -> str:
@@ -194,36 +197,7 @@ class Command:
             raise PkbError(f"/{self.name} {reason}", f"send {self.usage}")
 
 
-COMMANDS: dict[str, Command] = {}
-"""The commands of all imported modules, in the order of /help."""
-
-
-def command(
-    name: str,
-    does: str,
-    arguments: str = "",
-    *,
-    words_max: int = 0,
-    for_admins: bool = False,
-    question: str = "",
-    is_slow: bool = False,
-) -> Callable[[Handler], Handler]:
-    """Return a decorator that adds a handler to COMMANDS.
-
-    Args:
-        does: What it does, for /help and for Telegram's menu.
-        arguments: The arguments as /help shows them. More words than `words_max` are refused.
-        for_admins: Only PKB_TELEGRAM_ADMINS may use it.
-        question: What the user must confirm by a button first; "" for none.
-        is_slow: It runs in the background, one at a time per chat, while the chat's other commands go on.
-    """
-
-    def add(handler: Handler) -> Handler:
-        row = Command(name, does, handler, arguments, words_max, for_admins, question, is_slow)
-        COMMANDS[name] = row
-        return handler
-
-    return add
+COMMANDS: dict[str, Command] = {}  # of all imported modules, in the order of /help
 
 
 def resolve_words(store: CandleStore, words: Sequence[str]) -> list[tuple[int, str]]:

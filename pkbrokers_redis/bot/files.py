@@ -26,7 +26,7 @@ from telegram import Message
 from telegram.constants import ParseMode
 
 from pkbrokers_redis.bot.alerts.worker import EQUITY_TOKEN
-from pkbrokers_redis.bot.context import CommandContext, command
+from pkbrokers_redis.bot.context import Command, CommandContext
 from pkbrokers_redis.bot.telegram_client import with_retries
 from pkbrokers_redis.bot.text import count, day_time, duration, escape, size
 from pkbrokers_redis.candles.calendar import Sessions, load_sessions
@@ -280,7 +280,7 @@ def _environment(settings: Settings) -> dict[str, str]:
 
 
 def _add_command(name: str, does: str) -> None:
-    @command(name, does, is_slow=True)
+    @Command(name, does, is_slow=True)
     async def handler(context: CommandContext) -> None:
         await deliver(context, name)
 
@@ -292,7 +292,7 @@ _add_command("intraday_pkl", "1-minute candles as a pickle")
 _add_command("instrument_history", "the history of all instruments as an SQLite file")
 
 
-@command("request_data", "all files, one after the other", for_admins=True, is_slow=True)
+@Command("request_data", "all files, one after the other", for_admins=True, is_slow=True)
 async def request_data(context: CommandContext) -> None:
     """Send all files that another instance needs; a missing one does not stop the rest."""
     sent = 0

@@ -23,7 +23,7 @@ from telegram.ext import ExtBot
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.bot.alerts.worker import FeedMonitor
-from pkbrokers_redis.bot.context import CommandContext, Services, command
+from pkbrokers_redis.bot.context import Command, CommandContext, Services
 from pkbrokers_redis.bot.files import FILE_KINDS, newest
 from pkbrokers_redis.bot.telegram_client import with_retries
 from pkbrokers_redis.bot.text import count, day_time, duration, escape, size
@@ -200,7 +200,7 @@ def _worst_by_check(findings: Iterable[Finding]) -> dict[str, Finding]:
     return worst
 
 
-@command("status", "the pipeline's health, workers and files")
+@Command("status", "the pipeline's health, workers and files")
 async def status(context: CommandContext) -> None:
     """Send the pipeline's health as `pkb status` has it, the workers, and the age of the files."""
     cluster, findings = await context.read(check_pipeline, context.services)
@@ -229,7 +229,7 @@ def _files_text(context: CommandContext) -> str:
     return "\n".join(f"/{name}: {size(found.size_bytes)}, {day_time(found.made_at)}" for name, found in found)
 
 
-@command("token", "the Kite session's age and expiry, never the token", for_admins=True)
+@Command("token", "the Kite session's age and expiry, never the token", for_admins=True)
 async def token(context: CommandContext) -> None:
     """Send the Kite session's age and expiry. It never sends the token: a chat is not a safe place."""
     await context.reply(await context.read(_session_text, context))
@@ -252,7 +252,7 @@ def _session_text(context: CommandContext) -> str:
     return "\n".join(lines)
 
 
-@command(
+@Command(
     "refresh_token",
     "log in at Kite again; all processes get the session",
     for_admins=True,
@@ -281,7 +281,7 @@ async def _log_in(context: CommandContext) -> None:
     await context.edit(progress, "Logged in at Kite.")
 
 
-@command(
+@Command(
     "restart",
     "log in again and restart the ingest workers",
     for_admins=True,
@@ -298,7 +298,7 @@ async def restart(context: CommandContext) -> None:
     await context.reply("The ingest workers restart within seconds. /status shows them.")
 
 
-@command("test_ticks", "count the ticks that arrive for ten seconds", for_admins=True, is_slow=True)
+@Command("test_ticks", "count the ticks that arrive for ten seconds", for_admins=True, is_slow=True)
 async def count_ticks(context: CommandContext) -> None:
     """Count the entries that arrive in COUNT_SECONDS. It starts no feed of its own, unlike upstream."""
     progress = await context.reply(f"Counting ticks for {COUNT_SECONDS:.0f} s …")

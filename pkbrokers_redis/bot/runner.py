@@ -144,7 +144,7 @@ class _BotProcess:
             settings,
             on_fired=lambda: loop.call_soon_threadsafe(outbox.wake),
         )
-        services = Services(settings, self._client, CandleStore(settings, reader), worker.reload)
+        services = Services(settings, self._client, CandleStore(settings, reader))
         router = CommandRouter(services)
         application = build_application(self._bot, router)
         await application.initialize()

@@ -69,7 +69,9 @@ class Reader:
     def __enter__(self) -> AlertWorker:
         self.worker.start()
         with connect(self._settings) as client:
-            wait_until(lambda: client.exists(self._settings.keys.bot_position()), what="the first commit")
+            wait_until(
+                lambda: client.hexists(self._settings.keys.bot_position(), "0"), what="the first commit"
+            )
         return self.worker
 
     def __exit__(self, *_: object) -> None:
@@ -254,7 +256,7 @@ def test_killed_processes_report_every_crossing_once(
     levels = [101.0, 102.0, 103.0, 104.0]
     for prices in (levels[:2], levels[2:]):
         with running_python("-m", "workers.bot", env=settings_env(bot_settings)):
-            wait_until(lambda: client.exists(bot_settings.keys.bot_position()), timeout_seconds=40)
+            wait_until(lambda: client.hexists(bot_settings.keys.bot_position(), "0"), timeout_seconds=40)
             for price in prices:
                 tick(client, bot_settings, 99.0)
                 tick(client, bot_settings, price)

@@ -2,12 +2,12 @@
 
     P:{bot}:alerts        hash     <id> → alert, `next` → the last id
     P:{bot}:alert_state   hash     <id> → what the alert remembers (`rules.Watch.state`)
-    P:{bot}:position      hash     <shard> → last tick entry read, `rev` → number of the last commit
+    P:{bot}:position      hash     <shard> → last tick entry read, `rev` → number of the last change
     P:{bot}:outbox        stream   messages for Telegram: chat, text, tick_ms
 
-The worker writes position, states and messages in one transaction, and only if no other process has committed
-since (`rev`). After any crash the next worker resumes from a consistent checkpoint: ticks that it reads again
-lead to the same crossings, which were not sent yet.
+The worker writes position, states and messages in one transaction, and only if neither a chat nor another
+process has changed anything since it loaded (`rev`). If not, and after any crash, a worker resumes from a
+consistent checkpoint: ticks that it reads again lead to the same crossings, which were not sent yet.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class AlertStore:
         if state:
             pipeline.hset(self._keys.bot_alert_state(), str(stored.id), msgspec.json.encode(state))
         pipeline.hset(self._keys.bot_alerts(), str(stored.id), msgspec.json.encode(stored))
+        pipeline.hincrby(self._keys.bot_position(), "rev", 1)
         pipeline.execute()
         return stored
 
@@ -91,6 +92,7 @@ class AlertStore:
         pipeline = self._client.pipeline(transaction=True)
         pipeline.hdel(self._keys.bot_alerts(), *names)
         pipeline.hdel(self._keys.bot_alert_state(), *names)
+        pipeline.hincrby(self._keys.bot_position(), "rev", 1)
         return int(pipeline.execute()[0])
 
     def load(self) -> Checkpoint:
@@ -116,7 +118,7 @@ class AlertStore:
     ) -> bool:
         """Write positions, states and messages in one transaction; None as a state deletes the alert.
 
-        Return False, and write nothing, when another process has committed after `rev`.
+        Return False, and write nothing, when the alerts were changed after `rev`.
         """
         keys = self._keys
         with self._client.pipeline(transaction=True) as pipeline:
@@ -124,6 +126,8 @@ class AlertStore:
             stored: Any = pipeline.hget(keys.bot_position(), "rev")
             if int(stored or 0) != rev:
                 return False
+            if not (positions or states or notifications):
+                return True
             pipeline.multi()
             written: dict[Any, Any] = {**positions, "rev": rev + 1}
             pipeline.hset(keys.bot_position(), mapping=written)

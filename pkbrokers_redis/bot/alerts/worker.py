@@ -47,7 +47,6 @@ ENTRIES_PER_READ = 500  # of each stream
 BLOCK_MS = 200
 PAUSE_SECONDS = 0.1  # between two reads: a busy feed is read in batches, not entry by entry
 COMMIT_EVERY_SECONDS = 1.0  # without a crossing; bounds what is read again after a crash
-RELOAD_EVERY_SECONDS = 5.0  # finds alerts that another process set
 RETRY_SECONDS = 1.0
 JOIN_SECONDS_MAX = 10.0
 EQUITY_TOKEN = 1  # segment NSE: its trading hours decide whether silence is a problem
@@ -100,7 +99,7 @@ class FeedMonitor:
 class AlertWorker:
     """Reads the streams in a thread of its own, from `start` until `stop`.
 
-    `reload` and `stop` may be called from any thread. `on_fired` runs in the worker's thread after a commit
+    `stop` may be called from any thread. `on_fired` runs in the worker's thread after a commit
     with messages. `counts` has `alert_ticks` (of instruments with alerts), `alerts_fired`, and the
     decoder's counters.
     """
@@ -115,7 +114,6 @@ class AlertWorker:
         self._decoder = EntryDecoder(self.counts, self._log_malformed)
         self.feed = FeedMonitor(settings)
         self._stop = threading.Event()
-        self._changed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="alerts", daemon=True)
 
     def start(self) -> None:
@@ -128,17 +126,16 @@ class AlertWorker:
         if self._thread.ident is not None:
             self._thread.join(JOIN_SECONDS_MAX)
 
-    def reload(self) -> None:
-        """Load the alerts again before the next ticks are evaluated."""
-        self._changed.set()
-
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
                 with self._connect() as client:
-                    reader = StreamReader(client)
+                    reader, store = StreamReader(client), AlertStore(client, self._keys)
+                    # The ends come first: an alert that is set after them misses no tick.
+                    ends = _stream_ends(client, self._keys)
                     try:
-                        self._follow(AlertStore(client, self._keys), client, reader)
+                        while not self._stop.is_set():
+                            self._follow(store, reader, ends)
                     finally:
                         reader.close()
             except (redis.RedisError, PkbError, OSError) as error:
@@ -148,22 +145,17 @@ class AlertWorker:
                 log.exception("alerts_failed")
                 self._stop.wait(RETRY_SECONDS)
 
-    def _follow(self, store: AlertStore, client: redis.Redis, reader: StreamReader) -> None:
-        """Read from the last checkpoint until `stop`, or until another process commits."""
-        # The ends come first: an alert that is set after them misses no tick.
-        ends = _stream_ends(client, self._keys)
+    def _follow(self, store: AlertStore, reader: StreamReader, ends: dict[int, str]) -> None:
+        """Read from the last checkpoint until `stop`, or until a chat or another process changes something.
+
+        Then the ticks after the checkpoint are read again, with the new set of alerts.
+        """
         watches = _Watches(self._keys, store.load(), ends)
-        loaded_at, committed_at = time.monotonic(), float("-inf")  # the start position is committed at once
+        committed_at = float("-inf")  # the start position is committed at once
         batches: list[Batch] = []
-        while True:
+        is_last = False
+        while not is_last:
             is_last = self._stop.is_set()
-            # After the read and before the evaluation: a chat that got "Alert 3" gets every tick after that.
-            if self._changed.is_set() or time.monotonic() - loaded_at > RELOAD_EVERY_SECONDS:
-                self._changed.clear()
-                if not watches.commit(store, []):
-                    return
-                watches = _Watches(self._keys, store.load(), watches.positions)
-                loaded_at = time.monotonic()
             notifications = self._evaluate(batches, watches)
             for watch in watches.of_feed:
                 if text := self.feed.check(watch):
@@ -177,9 +169,7 @@ class AlertWorker:
                     self.counts["alerts_fired"] += len(notifications)
                     self._on_fired()
                 if watches.deleted:
-                    self._changed.set()  # to load the rest
-            if is_last:
-                return
+                    return  # to load the rest
             if not any(len(entries) == ENTRIES_PER_READ for _, entries in batches):
                 self._stop.wait(PAUSE_SECONDS)
             positions = {self._keys.ticks(shard): entry for shard, entry in watches.positions.items()}
@@ -224,20 +214,18 @@ class AlertWorker:
 class _Watches:
     """The alerts of a checkpoint in memory, by instrument, and the position in each stream."""
 
-    def __init__(self, keys: Keys, checkpoint: Checkpoint, starts: dict[int, str]) -> None:
-        """Resume from the checkpoint; a stream that it does not name is read from `starts`."""
+    def __init__(self, keys: Keys, checkpoint: Checkpoint, ends: dict[int, str]) -> None:
+        """Resume from the checkpoint; a stream that it does not name is read from its end."""
         self._rev, self._committed = checkpoint.rev, checkpoint.positions
-        self.positions = starts | checkpoint.positions
-        watches = [Watch(alert, checkpoint.states.get(alert.id, ())) for alert in checkpoint.alerts]
-        # A state without an alert: the chat removed it while a commit was under way.
-        self.deleted = checkpoint.states.keys() - {watch.alert.id for watch in watches}
+        self.positions = ends | checkpoint.positions
+        self.deleted: set[int] = set()  # ids of alerts that fired `once`
+        self._watches = [Watch(alert, checkpoint.states.get(alert.id, ())) for alert in checkpoint.alerts]
         self.by_token: defaultdict[int, list[Watch]] = defaultdict(list)
-        for watch in watches:
+        for watch in self._watches:
             self.by_token[watch.alert.token].append(watch)
         self.of_feed = self.by_token.pop(0, [])
         self.tokens = np.array(list(self.by_token), np.float64)  # as ticks have them
         self.shards = {keys.shard_of(token) for token in self.by_token}
-        self._watches = watches
 
     def fired(self, watch: Watch) -> None:
         """Delete an alert that was to fire `once`, with the next commit."""
@@ -245,16 +233,16 @@ class _Watches:
             self.deleted.add(watch.alert.id)
 
     def commit(self, store: AlertStore, notifications: list[Notification]) -> bool:
-        """Write what changed since the last commit. Return False when another process has committed."""
-        changed = [watch for watch in self._watches if watch.is_dirty and watch.alert.id not in self.deleted]
+        """Write what changed since the last commit. Return False when something else changed in Redis."""
+        changed = [watch for watch in self._watches if watch.is_dirty]
         states: dict[int, list[Any] | None] = {watch.alert.id: watch.state() for watch in changed}
         states |= dict.fromkeys(self.deleted)
-        if not (states or notifications or self.positions != self._committed):
-            return True
-        if not store.commit(self._rev, self.positions, states, notifications):
-            log.warning("commit_refused", reason="another process has committed")
+        moved = {
+            shard: entry for shard, entry in self.positions.items() if self._committed.get(shard) != entry
+        }
+        if not store.commit(self._rev, moved, states, notifications):
             return False
-        self._rev += 1
+        self._rev += bool(moved or states or notifications)
         self._committed = dict(self.positions)
         for watch in changed:
             watch.is_dirty = False
