@@ -61,7 +61,6 @@ def build_application(bot: ExtBot[Any], router: CommandRouter) -> Application[An
     application: Application[Any, Any, Any, Any, Any, Any] = builder.build()
     application.add_handler(MessageHandler(filters.COMMAND, router.on_command))
     application.add_handler(CallbackQueryHandler(router.on_button))
-    application.add_error_handler(router.on_error)
     return application
 
 
@@ -146,11 +145,6 @@ class CommandRouter:
         # A button shows a clock until its press is answered; nothing else depends on the answer.
         with suppress(TelegramError):
             await query.get_bot().answer_callback_query(query.id, text or None)
-
-    async def on_error(self, _: object, context: Any) -> None:
-        """Log what a handler raised. A command's own error is answered in the chat instead."""
-        self.counts["failed"] += 1
-        log.error("update_failed", exc_info=context.error)
 
     def _context(
         self, source: Message | CallbackQuery, chat: Chat, user_id: int, words: list[str]

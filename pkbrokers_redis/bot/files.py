@@ -12,7 +12,7 @@ import os
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,10 +26,10 @@ from telegram import Message
 from telegram.constants import ParseMode
 
 from pkbrokers_redis.bot.alerts.worker import EQUITY_TOKEN
-from pkbrokers_redis.bot.context import Command, CommandContext
+from pkbrokers_redis.bot.context import Command, CommandContext, Services
 from pkbrokers_redis.bot.telegram_client import with_retries
 from pkbrokers_redis.bot.text import count, day_time, duration, escape, size
-from pkbrokers_redis.candles.calendar import Sessions, load_sessions
+from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.files.manifest import read_manifest
 from pkbrokers_redis.jobs.cron import Plan
@@ -105,43 +105,31 @@ def newest(folder: Path, kind: FileKind) -> Snapshot | None:
     return Snapshot(tuple(paths), last.made_at, size_bytes, rows)
 
 
-class MarketState(NamedTuple):
-    """Whether any streamed instrument trades, and the last close in epoch seconds (0 if unknown)."""
+def is_fresh(snapshot: Snapshot, kind: FileKind, plan: Plan, now_s: float) -> bool:
+    """Return whether a snapshot can be sent as it is, at `now_s` of market time.
 
-    is_open: bool
-    closed_at: float
-
-
-def market_state(sessions: Sessions, schedules: Iterable[int], now_s: float) -> MarketState:
-    """Return the state of the market with these trading hours at `now_s` (epoch seconds)."""
-    plan, now_ms = Plan(sessions, schedules), int(now_s * 1000)
-    today = sessions.date_of(now_ms)
-    is_open = any(opens <= now_ms < closes for opens, closes in plan.windows(today))
-    for days in range(LOOK_BACK_DAYS):
-        ended = [closes for _, closes in plan.windows(today - timedelta(days)) if closes <= now_ms]
-        if ended:
-            return MarketState(is_open, ended[-1] / 1000)
-    return MarketState(is_open, 0.0)
-
-
-def is_fresh(snapshot: Snapshot, kind: FileKind, now_s: float, market: MarketState) -> bool:
-    """Return whether a snapshot can be sent as it is.
-
-    While the market is open it must be younger than its kind's age; after that, made after the close.
+    While any instrument trades it must be younger than its kind's age; after that, made after the close.
     """
-    if market.is_open:
+    now_ms = int(now_s * 1000)
+    today = plan.sessions.date_of(now_ms)
+    windows = [window for days in range(LOOK_BACK_DAYS) for window in plan.windows(today - timedelta(days))]
+    if any(opens <= now_ms < closes for opens, closes in windows):
         return now_s - snapshot.made_at <= kind.age_seconds_max
-    return snapshot.made_at >= max(market.closed_at + CLOSING_SECONDS, now_s - CLOSED_AGE_SECONDS_MAX)
+    closed_s = max((closes for _, closes in windows if closes <= now_ms), default=0) / 1000
+    return snapshot.made_at >= max(closed_s + CLOSING_SECONDS, now_s - CLOSED_AGE_SECONDS_MAX)
 
 
-def _read_market(context: CommandContext, now_s: float) -> MarketState:
-    """Return the market of all streamed instruments; NSE's hours before the first tick."""
-    settings, store = context.services.settings, context.services.store
+def _newest_fresh(services: Services, kind: FileKind) -> tuple[Snapshot | None, bool]:
+    """Return the newest snapshot, and whether it can be sent as it is."""
+    settings, store = services.settings, services.store
+    snapshot = newest(settings.files_folder, kind)
+    if snapshot is None:
+        return None, False
     sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
     derivatives = load_derivative_tokens(store.client, store.keys)
     tokens = store.tokens_seen() or {EQUITY_TOKEN}
     schedules = {sessions.schedule_of(token, token in derivatives) for token in tokens}
-    return market_state(sessions, schedules, now_s)
+    return snapshot, is_fresh(snapshot, kind, Plan(sessions, schedules), services.market() / 1000)
 
 
 async def deliver(context: CommandContext, name: str) -> None:
@@ -160,12 +148,8 @@ async def deliver(context: CommandContext, name: str) -> None:
 
 async def _find(context: CommandContext, kind: FileKind, progress: Message) -> Snapshot:
     """Return a fresh snapshot, made now if necessary; an older one if that fails."""
-    folder = context.services.settings.files_folder
-    snapshot = await context.read(newest, folder, kind)
-    now_s = context.services.market() / 1000
-    if snapshot is not None and is_fresh(
-        snapshot, kind, now_s, await context.read(_read_market, context, now_s)
-    ):
+    snapshot, can_be_sent = await context.read(_newest_fresh, context.services, kind)
+    if snapshot is not None and can_be_sent:
         return snapshot
     started = time.monotonic()
     task = asyncio.create_task(run_snapshot(context.services.settings, kind.snapshot))
@@ -180,7 +164,7 @@ async def _find(context: CommandContext, kind: FileKind, progress: Message) -> S
         return snapshot  # its caption shows its age
     finally:
         task.cancel()  # when this command is cancelled
-    snapshot = await context.read(newest, folder, kind)
+    snapshot = await context.read(newest, context.services.settings.files_folder, kind)
     if snapshot is None:
         raise PkbError(f"there is no {kind.title} yet", "try again once candles have been made (/status)")
     return snapshot

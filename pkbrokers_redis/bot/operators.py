@@ -11,9 +11,9 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import redis
@@ -29,12 +29,14 @@ from pkbrokers_redis.bot.telegram_client import with_retries
 from pkbrokers_redis.bot.text import count, day_time, duration, escape, size
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.kite.rest import session_in
-from pkbrokers_redis.runtime.cluster_state import ClusterState, read_cluster_state, read_workers
+from pkbrokers_redis.kite.session import SessionManager
+from pkbrokers_redis.runtime.cluster_state import ClusterState, read_cluster_state
 from pkbrokers_redis.runtime.health import (
     BEAT_AGE_MS_MAX,
     FAILED_JOBS,
     STATUS_CHECKS,
     Finding,
+    Level,
     check_jobs,
     health_of,
     run_checks,
@@ -42,7 +44,7 @@ from pkbrokers_redis.runtime.health import (
 from pkbrokers_redis.runtime.roles import request_restart
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.auth import load_session
-from pkbrokers_redis.store.connect import describe
+from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.queue import connect_queue
 
 log = logs.get("operators")
@@ -66,11 +68,7 @@ class Problem(msgspec.Struct):
 
 
 def check_pipeline(services: Services) -> tuple[ClusterState, list[Finding]]:
-    """Return the pipeline's state and all findings, those of this module included. Blocks.
-
-    Raises:
-        redis.RedisError, PkbError: Redis is unavailable.
-    """
+    """Return the pipeline's state and all findings, those of this module included. It blocks."""
     client, settings = services.client, services.settings
     cluster = read_cluster_state(client, settings.keys, describe(settings, for_reading=True))
     findings = run_checks(cluster, STATUS_CHECKS)
@@ -101,15 +99,15 @@ def _session(client: redis.Redis, settings: Settings) -> Finding:
 
 def _disk(settings: Settings) -> Finding:
     """Judge the disk of PKB_DATA_DIR, which holds the spool, snapshots and the embedded server."""
-    folder = settings.data_dir
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
+    folder = next(
+        each for each in (settings.data_dir, *settings.data_dir.absolute().parents) if each.exists()
+    )
     usage = shutil.disk_usage(folder)
-    if usage.used > DISK_PART_MAX * usage.total and usage.free < DISK_FREE_BYTES_MIN * 10:
-        level: Literal["warn", "fail"] = "fail" if usage.free < DISK_FREE_BYTES_MIN else "warn"
-        what = f"{size(usage.free)} are free on the disk of PKB_DATA_DIR"
-        return Finding("disk", level, what, "delete files there")
-    return Finding("disk", "ok", f"{usage.free / 1e9:,.0f} GB free")
+    if usage.free >= 10 * DISK_FREE_BYTES_MIN or usage.used <= DISK_PART_MAX * usage.total:
+        return Finding("disk", "ok", f"{usage.free / 1e9:,.0f} GB free")
+    level: Level = "fail" if usage.free < DISK_FREE_BYTES_MIN else "warn"
+    what = f"{size(usage.free)} are free on the disk of PKB_DATA_DIR"
+    return Finding("disk", level, what, "delete files there")
 
 
 def _jobs(services: Services) -> Finding:
@@ -117,9 +115,8 @@ def _jobs(services: Services) -> Finding:
     settings = services.settings
     try:
         if services.jobs_client is None:
-            services.jobs_client = (
-                services.client if settings.rq_redis_url is None else connect_queue(settings)
-            )
+            own = settings.rq_redis_url is not None
+            services.jobs_client = connect_queue(settings) if own else services.client
         failed: Any = services.jobs_client.zcard(FAILED_JOBS)
     except PkbError as error:
         return Finding("jobs", "warn", error.message, error.hint)
@@ -143,7 +140,9 @@ class OperatorMonitor:
             try:
                 _, findings = await asyncio.to_thread(check_pipeline, self._services)
                 findings += self._silent_feed()
-                await self._report_changes(_worst_by_check(findings))
+                # Of two findings of a check the worse one counts: "warn" before "fail".
+                findings.sort(key=lambda finding: finding.level, reverse=True)
+                await self._report_changes({each.check: each for each in findings if each.level != "ok"})
             except (redis.RedisError, PkbError, OSError) as error:
                 log.warning("check_failed", reason=type(error).__name__)
 
@@ -192,41 +191,26 @@ class OperatorMonitor:
         return problems
 
 
-def _worst_by_check(findings: Iterable[Finding]) -> dict[str, Finding]:
-    worst: dict[str, Finding] = {}
-    for finding in findings:
-        if finding.level != "ok" and (finding.check not in worst or finding.level == "fail"):
-            worst[finding.check] = finding
-    return worst
-
-
 @Command("status", "the pipeline's health, workers and files")
 async def status(context: CommandContext) -> None:
     """Send the pipeline's health as `pkb status` has it, the workers, and the age of the files."""
-    cluster, findings = await context.read(check_pipeline, context.services)
-    files = await context.read(_files_text, context)
-    parts = [_health_text(findings), _workers_text(cluster), files]
-    await context.reply("\n\n".join(filter(None, parts)))
+    await context.reply(await context.read(_status_text, context.services))
 
 
-def _health_text(findings: list[Finding]) -> str:
-    lines = [f"{SYMBOLS[row.level]} {escape(row.check)}: {escape(row.message)}" for row in findings]
-    return f"<b>The pipeline is {health_of(findings)}.</b>\n" + "\n".join(lines)
-
-
-def _workers_text(cluster: ClusterState) -> str:
-    lines = []
+def _status_text(services: Services) -> str:
+    cluster, findings = check_pipeline(services)
+    lines = [f"<b>The pipeline is {health_of(findings)}.</b>"]
+    lines += [f"{SYMBOLS[row.level]} {escape(row.check)}: {escape(row.message)}" for row in findings]
+    lines.append("")
     for worker in cluster.workers:
         rate = worker.number("ticks_per_second")
         age = "dead" if worker.age_ms is None else f"alive {duration(worker.age_ms / 1000)} ago"
         lines.append(f"{escape(worker.role)}: {age}" + (f", {count(rate)} ticks/s" if rate else ""))
+    lines.append("")
+    for name, kind in FILE_KINDS.items():
+        if found := newest(services.settings.files_folder, kind):
+            lines.append(f"/{name}: {size(found.size_bytes)}, {day_time(found.made_at)}")
     return "\n".join(lines)
-
-
-def _files_text(context: CommandContext) -> str:
-    folder = context.services.settings.files_folder
-    found = [(name, snapshot) for name, kind in FILE_KINDS.items() if (snapshot := newest(folder, kind))]
-    return "\n".join(f"/{name}: {size(found.size_bytes)}, {day_time(found.made_at)}" for name, found in found)
 
 
 @Command("token", "the Kite session's age and expiry, never the token", for_admins=True)
@@ -238,10 +222,10 @@ async def token(context: CommandContext) -> None:
 def _session_text(context: CommandContext) -> str:
     services = context.services
     session = load_session(services.client, services.keys)
-    if session is None:
-        if session_in(services.settings) is not None:
-            return "The session comes from the settings; its age is unknown. /refresh_token makes a new one."
+    if session is None and session_in(services.settings) is None:
         return "There is no Kite session. /refresh_token makes one."
+    if session is None:
+        return "The session comes from the settings; its age is unknown. /refresh_token makes a new one."
     kind = "access token" if session.kind == "access_token" else "web session"
     now = time.time()
     lines = [f"Kite session ({kind}{', ' + escape(session.user_id) if session.user_id else ''})"]
@@ -267,12 +251,9 @@ async def refresh_token(context: CommandContext) -> None:
 
 async def _log_in(context: CommandContext) -> None:
     """Log in and share the session. Raise as `SessionManager.log_in`."""
+    settings = context.services.settings
 
     def log_in() -> None:
-        from pkbrokers_redis.kite.session import SessionManager
-        from pkbrokers_redis.store.connect import connect
-
-        settings = context.services.settings
         with connect(settings) as client:
             SessionManager(settings, lambda: client).log_in()
 
@@ -302,34 +283,24 @@ async def restart(context: CommandContext) -> None:
 async def count_ticks(context: CommandContext) -> None:
     """Count the entries that arrive in COUNT_SECONDS. It starts no feed of its own, unlike upstream."""
     progress = await context.reply(f"Counting ticks for {COUNT_SECONDS:.0f} s …")
-    before, started = await context.read(_entries_added, context), time.monotonic()
+    before = await context.read(_entries_added, context.services)
     await asyncio.sleep(COUNT_SECONDS)
-    after, seconds = await context.read(_entries_added, context), time.monotonic() - started
-    added = {shard: total - before.get(shard, 0) for shard, total in after.items()}
-    frames = sum(added.values())
-    summary = "ticks arrive." if frames else "no tick came."
-    lines = [f"{count(frames)} entries in {seconds:.0f} s: {summary}"]
-    workers = await context.read(
-        read_workers, context.services.client, context.services.keys, time.time() * 1000
-    )
-    lines += [
-        f"{escape(worker.id)}: {count(worker.number('ticks_per_second'))} ticks/s"
-        for worker in workers
-        if worker.role == "ingest"
-    ]
-    silent = sorted(shard for shard, number in added.items() if not number)
-    if frames and silent:
-        lines.append(f"Nothing on shard {', '.join(map(str, silent))}.")
-    if not frames:
-        lines.append("/status shows the cause, /restart logs in again and restarts the feed.")
-    await context.edit(progress, "\n".join(lines))
+    after = await context.read(_entries_added, context.services)
+    added = [later - earlier for earlier, later in zip(before, after, strict=True)]
+    text = f"{count(sum(added))} entries in {COUNT_SECONDS:.0f} s: "
+    if not any(added):
+        text += "no tick came.\n/status shows the cause, /restart logs in again and restarts the feed."
+    elif silent := [str(shard) for shard, number in enumerate(added) if not number]:
+        text += f"ticks arrive, but nothing on shard {', '.join(silent)}."
+    else:
+        text += "ticks arrive on every shard."
+    await context.edit(progress, text)
 
 
-def _entries_added(context: CommandContext) -> dict[int, int]:
-    """Return shard → entries ever added to its tick stream."""
-    keys, client = context.services.keys, context.services.client
-    pipeline = client.pipeline(transaction=False)
-    for shard in range(keys.shards):
-        pipeline.xinfo_stream(keys.ticks(shard))
+def _entries_added(services: Services) -> list[int]:
+    """Return the number of entries ever added to the tick stream of each shard."""
+    pipeline = services.client.pipeline(transaction=False)
+    for shard in range(services.keys.shards):
+        pipeline.xinfo_stream(services.keys.ticks(shard))
     replies: list[Any] = pipeline.execute(raise_on_error=False)
-    return {n: int(info["entries-added"]) for n, info in enumerate(replies) if isinstance(info, dict)}
+    return [int(info["entries-added"]) if isinstance(info, dict) else 0 for info in replies]

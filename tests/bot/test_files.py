@@ -8,8 +8,9 @@ from datetime import datetime
 import pytest
 import redis
 
-from pkbrokers_redis.bot.files import FILE_KINDS, Snapshot, is_fresh, market_state
+from pkbrokers_redis.bot.files import FILE_KINDS, Snapshot, is_fresh
 from pkbrokers_redis.candles.calendar import KOLKATA, load_sessions
+from pkbrokers_redis.jobs.cron import Plan
 from pkbrokers_redis.settings import Settings
 from tests.bot.conftest import running_bot
 from tests.bot.telegram import BOB, Telegram
@@ -48,13 +49,14 @@ def test_a_file_is_sent_as_it_is_until_its_content_can_have_changed(
     token: int, name: str, made: str, asked: str, is_sent: bool
 ) -> None:
     sessions = load_sessions("market")
-    market = market_state(sessions, {sessions.schedule_of(NSE), sessions.schedule_of(token)}, at(asked))
-    assert is_fresh(Snapshot((), at(made), 1, 1), FILE_KINDS[name], at(asked), market) == is_sent
+    plan = Plan(sessions, {sessions.schedule_of(NSE), sessions.schedule_of(token)})
+    assert is_fresh(Snapshot((), at(made), 1, 1), FILE_KINDS[name], plan, at(asked)) == is_sent
 
 
 def test_a_market_that_never_closes_is_open() -> None:
     sessions = load_sessions("always")
-    assert market_state(sessions, {0}, at("21 00:00:00")).is_open
+    midnight = at("21 00:00:00")
+    assert is_fresh(Snapshot((), midnight - 59, 1, 1), FILE_KINDS["ticks"], Plan(sessions, {0}), midnight)
 
 
 @pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
