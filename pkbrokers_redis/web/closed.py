@@ -22,12 +22,12 @@ from aiohttp import web
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles.model import find_interval
-from pkbrokers_redis.client.follow import AsyncFollower, ClosedCandle, FollowOptions
+from pkbrokers_redis.client.follow import AsyncFollower, FollowOptions
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import async_client_of
 from pkbrokers_redis.web.executor import REDIS_ERRORS, STREAMS_MAX, Route, Services, TooBusy
-from pkbrokers_redis.web.http import BadRequest, StreamBody, TooSlow, candle_row, list_param
+from pkbrokers_redis.web.http import BadRequest, StreamBody, candle_row, list_param
 
 log = logs.get("web")
 
@@ -50,7 +50,7 @@ async def closed(request: web.Request, services: Services) -> web.StreamResponse
     except PkbError as error:  # the position is invalid
         await client.aclose()
         raise BadRequest(error.message, error.hint) from None
-    stream = StreamBody(request, "text/event-stream; charset=utf-8")
+    stream = StreamBody(request, services, "text/event-stream; charset=utf-8")
     # A task of its own: cancelling it must not cancel aiohttp's task, nor the other way round.
     task = asyncio.create_task(_send_events(follower, stream, services))
     services.streams.add(task)
@@ -95,9 +95,9 @@ async def _send_events(follower: AsyncFollower, stream: StreamBody, services: Se
                 # An id without data advances the client's Last-Event-ID and shows nothing.
                 await stream.send(f": nothing closed\nid: {follower.position}\n\n".encode())
             else:
-                await stream.send(_event("closed", _closed_data(candle), candle.position))
-    except TooSlow:
-        services.counts["streams_dropped"] += 1
+                names = ("token", "symbol", "interval", "rev")
+                data = {name: getattr(candle, name) for name in names} | {"row": candle_row(candle.candle)}
+                await stream.send(_event("closed", data, candle.position))
     except ConnectionError:
         pass  # the client has disconnected
 
@@ -106,16 +106,6 @@ def _event(kind: str, data: Any, position: str = "") -> bytes:
     """Return one event with its JSON in one line."""
     id_line = f"id: {position}\n" if position else ""
     return f"{id_line}event: {kind}\ndata: ".encode() + msgspec.json.encode(data) + b"\n\n"
-
-
-def _closed_data(candle: ClosedCandle) -> dict[str, Any]:
-    return {
-        "token": candle.token,
-        "symbol": candle.symbol,
-        "interval": candle.interval,
-        "row": candle_row(candle.candle),
-        "rev": candle.rev,
-    }
 
 
 def _resolve(

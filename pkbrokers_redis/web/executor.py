@@ -9,11 +9,10 @@ A request beyond these bounds gets 503, so that memory and the load on Redis sta
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -42,35 +41,31 @@ class TooBusy(PkbError):
 
 
 class Executor:
-    """A bounded thread pool for blocking reads: `await executor(store.get_quote, "INFY")`."""
+    """A bounded thread pool for one event loop's blocking reads: `await quick(store.get_quote, "INFY")`."""
 
     def __init__(self, name: str, threads: int, waiting_max: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix=f"web-{name}")
+        self._pending: set[asyncio.Future[Any]] = set()
         self._pending_max = threads + waiting_max
-        self._pending = 0
-        self._lock = threading.Lock()
 
     async def __call__(self, read: Callable[..., T], *arguments: Any) -> T:
-        """Run `read` in a thread and return its result.
+        """Return what `read` returns. Raise TooBusy for a full queue, or after READ_SECONDS_MAX."""
+        if len(self._pending) >= self._pending_max:
+            raise TooBusy("too many requests at once", "try again in a moment")
+        future = asyncio.get_running_loop().run_in_executor(self._pool, read, *arguments)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        done, _ = await asyncio.wait(
+            {future}, timeout=READ_SECONDS_MAX
+        )  # the thread itself cannot be stopped
+        if not done:
+            raise TooBusy("the store does not answer in time", "try again in a moment")
+        return future.result()
 
-        Raises:
-            TooBusy: The queue is full, or the read took longer than READ_SECONDS_MAX.
-        """
-        with self._lock:
-            if self._pending >= self._pending_max:
-                raise TooBusy("too many requests at once", "try again in a moment")
-            self._pending += 1
-        future = self._pool.submit(read, *arguments)
-        future.add_done_callback(self._finished)
-        try:
-            async with asyncio.timeout(READ_SECONDS_MAX):
-                return await asyncio.wrap_future(future)
-        except TimeoutError:
-            raise TooBusy("the store does not answer in time", "try again in a moment") from None
-
-    def _finished(self, _: Future[Any]) -> None:
-        with self._lock:
-            self._pending -= 1
+    def _finished(self, future: asyncio.Future[Any]) -> None:
+        self._pending.discard(future)
+        if not future.cancelled():
+            future.exception()  # seen, also where the request no longer waits
 
     def close(self) -> None:
         """Stop the threads; reads that still wait do not start."""
@@ -119,7 +114,7 @@ class Services:
         """Return the counters for the heartbeat."""
         return {**self.counts, "streams": len(self.streams), "downloads": self.downloads}
 
-    async def end_streams(self) -> None:
+    async def end_streams(self, _: web.Application) -> None:
         """End the event streams of all clients."""
         streams = list(self.streams)
         for stream in streams:
@@ -141,7 +136,7 @@ class Route:
     """
 
     path: str
-    handler: Callable[[web.Request, Services], Any]
+    handler: Callable[..., Any]  # of the request, and of `services`
     example: str
     is_open: bool = False
     is_long: bool = False

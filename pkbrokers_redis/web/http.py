@@ -1,7 +1,4 @@
-"""URL parameters of the routes: each value is checked, and each limit is stated in the error.
-
-Responses: JSON, one-line errors, and large or endless bodies with a bounded buffer per client.
-"""
+"""URL parameters, each checked; responses: JSON, one-line errors, bodies with a bounded buffer per client."""
 
 from __future__ import annotations
 
@@ -14,18 +11,15 @@ import msgspec
 from aiohttp import web
 
 from pkbrokers_redis.candles.model import CANDLE_FIELDS, Candle
-from pkbrokers_redis.errors import (
-    PkbError,
-    RedisUnavailable,
-    RedisUnsuitable,
-    UnknownInterval,
-    UnknownSymbol,
-)
+from pkbrokers_redis.errors import PkbError, RedisUnavailable, RedisUnsuitable, UnknownInterval, UnknownSymbol
 from pkbrokers_redis.web.executor import REDIS_ERRORS, Services, TooBusy
 
 COUNT_MAX = 5_000  # rows per instrument
 SYMBOLS_MAX = 500  # per request
 TEXT_MAX = 60  # letters of a symbol or of a search text
+WRITE_SECONDS_MAX = 10.0  # a client that reads nothing for so long is disconnected
+SEND_BUFFER_BYTES = 256 * 1024  # kernel buffer per client; asyncio adds 64 KiB
+CHUNK_BYTES = 128 * 1024
 
 
 class BadRequest(PkbError):
@@ -33,11 +27,7 @@ class BadRequest(PkbError):
 
 
 def int_param(request: web.Request, name: str, default: int, maximum: int = COUNT_MAX) -> int:
-    """Return `?name=50` as an integer from 1 to `maximum`.
-
-    Raises:
-        BadRequest: The value is not such an integer.
-    """
+    """Return `?name=50` as an integer from 1 to `maximum`. Raise BadRequest."""
     text = request.query.get(name, str(default))
     number = int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
     if not 1 <= number <= maximum:
@@ -46,7 +36,7 @@ def int_param(request: web.Request, name: str, default: int, maximum: int = COUN
 
 
 def flag_param(request: web.Request, name: str) -> bool:
-    """Return `?name=1` as a boolean; 0 and an absent parameter are False. Raise BadRequest otherwise."""
+    """Return `?name=1` as a boolean; 0 and an absent parameter are False. Raise BadRequest."""
     text = request.query.get(name, "0")
     if text not in ("0", "1"):
         raise BadRequest(f"{name} is neither 0 nor 1", f"write {name}=1")
@@ -54,7 +44,7 @@ def flag_param(request: web.Request, name: str) -> bool:
 
 
 def text_param(request: web.Request, name: str, default: str = "") -> str:
-    """Return a short word or phrase. Raise BadRequest when it is too long."""
+    """Return a short word or phrase. Raise BadRequest."""
     return _checked_length(name, request.query.get(name, default).strip())
 
 
@@ -75,15 +65,6 @@ def _checked_length(name: str, text: str) -> str:
     if len(text) > TEXT_MAX:
         raise BadRequest(f"{name}: {text[:20]!r}… is too long", f"send at most {TEXT_MAX} letters")
     return text
-
-
-WRITE_SECONDS_MAX = 10.0  # a client that reads nothing for so long is disconnected
-SEND_BUFFER_BYTES = 256 * 1024  # kernel buffer per client; asyncio adds 64 KiB
-CHUNK_BYTES = 128 * 1024
-
-
-class TooSlow(Exception):
-    """Raised when a client read nothing for WRITE_SECONDS_MAX; its connection is closed."""
 
 
 def json_response(value: Any, status: int = 200) -> web.Response:
@@ -123,8 +104,10 @@ def error_response(error: BaseException, services: Services) -> web.Response:
 class StreamBody:
     """A body that is sent as fast as its client reads. At most SEND_BUFFER_BYTES wait per client."""
 
-    def __init__(self, request: web.Request, content_type: str, length: int | None = None) -> None:
-        self._request = request
+    def __init__(
+        self, request: web.Request, services: Services, content_type: str, length: int | None = None
+    ) -> None:
+        self._request, self._services = request, services
         self.response = web.StreamResponse(headers={"Content-Type": content_type})
         self.response.content_length = length
 
@@ -137,30 +120,12 @@ class StreamBody:
         await self.response.prepare(self._request)
 
     async def send(self, data: bytes) -> None:
-        """Return when most of `data` is sent.
-
-        Raises:
-            TooSlow: The client read nothing for WRITE_SECONDS_MAX.
-            ConnectionError: The client has disconnected.
-        """
+        """Return when most of `data` is sent. Raise ConnectionError when the client is gone, or too slow."""
         try:
             async with asyncio.timeout(WRITE_SECONDS_MAX):
                 await self.response.write(data)
         except TimeoutError:
+            self._services.counts["streams_dropped"] += 1
             if self._request.transport is not None:
                 self._request.transport.abort()
-            raise TooSlow from None
-
-
-async def send_body(request: web.Request, services: Services, body: bytes, content_type: str) -> Any:
-    """Send a large body in chunks."""
-    stream = StreamBody(request, content_type, len(body))
-    await stream.start()
-    try:
-        for first in range(0, len(body), CHUNK_BYTES):
-            await stream.send(body[first : first + CHUNK_BYTES])
-    except TooSlow:
-        services.counts["streams_dropped"] += 1
-    except ConnectionError:
-        pass  # the client has disconnected
-    return stream.response
+            raise ConnectionError("the client does not read") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -14,13 +15,14 @@ from pkbrokers_redis.store.instruments import search_instruments
 from pkbrokers_redis.store.rows import read_quote
 from pkbrokers_redis.web.executor import DOWNLOADS_MAX, Route, Services, TooBusy
 from pkbrokers_redis.web.http import (
+    CHUNK_BYTES,
     BadRequest,
+    StreamBody,
     candle_row,
     flag_param,
     int_param,
     json_response,
     list_param,
-    send_body,
     split_list,
     text_param,
 )
@@ -99,7 +101,12 @@ async def bulk(request: web.Request, services: Services) -> Any:
     services.downloads += 1
     try:
         body = await services.heavy(_read_bulk, services, symbols, interval, count, current, form)
-        return await send_body(request, services, body, JSON if form == "json" else ARROW)
+        stream = StreamBody(request, services, JSON if form == "json" else ARROW, len(body))
+        await stream.start()
+        with suppress(ConnectionError):  # the client has disconnected
+            for first in range(0, len(body), CHUNK_BYTES):
+                await stream.send(body[first : first + CHUNK_BYTES])
+        return stream.response
     finally:
         services.downloads -= 1
 
@@ -130,17 +137,12 @@ def _bulk_json(result: Bulk) -> bytes:
 
 
 def _json_columns(result: Bulk) -> list[list[Any]]:
-    """Return the fields of all rows; whole numbers are integers, NaN is None."""
+    """Return the fields of all rows; whole numbers are integers, NaN becomes null."""
     columns = []
     for i, name in enumerate(CANDLE_FIELDS):
-        values = result.rows[:, i]
-        cells = values.tolist()
+        cells = result.rows[:, i].tolist()
         if name in INTEGER_FIELDS:
-            is_null = np.isnan(values)
-            if is_null.any():
-                cells = [None if null else cell for cell, null in zip(cells, is_null.tolist(), strict=True)]
-            if np.array_equal(values[~is_null], np.trunc(values[~is_null])):
-                cells = [None if cell is None else int(cell) for cell in cells]
+            cells = [int(cell) if cell.is_integer() else cell for cell in cells]
         columns.append(cells)
     return columns
 

@@ -1,11 +1,8 @@
-"""The aiohttp application: the route table, and what happens around every request.
+"""The role `web` as a process, and what happens around every request. Any number may run.
 
 The middleware checks the token, turns errors into responses, sets headers, and logs. A log line has the
-method, the path and the status, never the query, which can hold the token.
-
-The role `web` as a process. Any number may run; no other role needs it.
-
-It reads. It writes only its heartbeat, and it also serves when its Redis user may not write even that.
+method, the path and the status, never the query, which can hold the token. The role writes only its
+heartbeat, and it also serves when its Redis user may not write even that.
 """
 
 from __future__ import annotations
@@ -18,6 +15,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import redis
@@ -38,6 +36,11 @@ from pkbrokers_redis.web.http import error_response, json_response
 log = logs.get("web")
 
 ROUTES: tuple[Route, ...] = (*pipeline.ROUTES, *market.ROUTES, *closed.ROUTES)
+REDIS_SECONDS_MAX = 3.0  # a Redis that does not answer in this time counts as unavailable
+BEAT_SECONDS = 2.0
+STOP_POLL_SECONDS = 0.1
+SHUTDOWN_SECONDS_MAX = 1.0  # for responses in progress; event streams end at once
+KEEPALIVE_SECONDS_MAX = 30.0  # an idle connection
 PATH_SHOWN_MAX = 120
 
 HEADERS = {
@@ -57,17 +60,10 @@ def make_app(services: Services) -> web.Application:
     """Return the application that serves ROUTES, by GET only."""
     app = web.Application(middlewares=[_make_middleware(services)])
     for route in ROUTES:
-        app.router.add_get(route.path, _bind(route, services), allow_head=not route.is_long)
+        handler = partial(route.handler, services=services)
+        app.router.add_get(route.path, handler, allow_head=not route.is_long)
     app.on_response_prepare.append(_add_headers)
     return app
-
-
-def _bind(route: Route, services: Services) -> Handler:
-    async def handle(request: web.Request) -> web.StreamResponse:
-        response: web.StreamResponse = await route.handler(request, services)
-        return response
-
-    return handle
 
 
 def _make_middleware(services: Services) -> Any:
@@ -130,21 +126,9 @@ def _has_token(request: web.Request, token: str) -> bool:
     return hmac.compare_digest(given.encode(errors="replace"), token.encode())
 
 
-REDIS_SECONDS_MAX = 3.0  # a Redis that does not answer in this time counts as unavailable
-BEAT_SECONDS = 2.0
-STOP_POLL_SECONDS = 0.1
-SHUTDOWN_SECONDS_MAX = 1.0  # for responses in progress; event streams end at once
-KEEPALIVE_SECONDS_MAX = 30.0  # an idle connection
-
-
 def serve(settings: Settings, stop: threading.Event) -> None:
-    """Serve on PKB_WEB_HOST and PKB_WEB_PORT until `stop` is set.
-
-    Raises:
-        PkbError: The address cannot be listened on.
-    """
-    client = connect(settings, for_reading=True, socket_timeout_seconds=REDIS_SECONDS_MAX)
-    with client:
+    """Serve on PKB_WEB_HOST and PKB_WEB_PORT until `stop` is set. Raise PkbError when that is impossible."""
+    with connect(settings, for_reading=True, socket_timeout_seconds=REDIS_SECONDS_MAX) as client:
         asyncio.run(_serve(settings, client, stop))
 
 
@@ -152,10 +136,7 @@ async def _serve(settings: Settings, client: redis.Redis, stop: threading.Event)
     services = Services(settings, CandleStore(settings, client))
     app = make_app(services)
 
-    async def end_streams(_: web.Application) -> None:
-        await services.end_streams()
-
-    app.on_shutdown.append(end_streams)
+    app.on_shutdown.append(services.end_streams)
     runner = web.AppRunner(
         app,
         access_log=None,  # the middleware logs without queries
