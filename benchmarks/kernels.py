@@ -16,6 +16,7 @@ from benchmarks.harness import INSTRUMENTS, Row, machine, private_store, tick_st
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.candles.codec import tick_texts
 from pkbrokers_redis.candles.model import DEFAULT_INTERVALS, TickArray
+from pkbrokers_redis.candles.rules import apply_ticks
 from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.kite.protocol import encode_full, parse_frame
@@ -75,7 +76,7 @@ def rules(n: int = 1_000_000) -> Row:
 
     def run() -> None:
         book = ShardState(DEFAULT_INTERVALS, sessions, event_clock=True, instruments=INSTRUMENTS)
-        assert book.apply(ticks, 0, ends, n) == n
+        assert apply_ticks(book, ticks, 0, ends, n) == n
 
     measured = n / best(run)
     reference = dicts_per_second(ticks[: n // 10])
@@ -96,7 +97,7 @@ def commit_text(n: int = 200_000) -> Row:
     def run() -> None:
         for first in range(0, n, batch):
             part = ticks[first : first + batch]
-            book.apply(part, 0, np.array([len(part)]), n)
+            apply_ticks(book, part, 0, np.array([len(part)]), n)
             book.collect()
 
     return Row(

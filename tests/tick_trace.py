@@ -23,8 +23,7 @@ import pkbrokers_redis
 from pkbrokers_redis.aggregate.worker import Aggregator
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.ingest.buffer import FrameBuffer
-from pkbrokers_redis.ingest.worker import forward
-from pkbrokers_redis.ingest.writer import FrameWriter
+from pkbrokers_redis.ingest.writer import FrameWriter, forward
 from pkbrokers_redis.kite.protocol import encode_full
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect

@@ -35,7 +35,7 @@ from pkbrokers_redis.candles.amend import (
     flag_outage,
     lists_in_reach,
 )
-from pkbrokers_redis.candles.changeset import Changes
+from pkbrokers_redis.candles.codec import Changes
 from pkbrokers_redis.candles.model import find_interval
 from pkbrokers_redis.candles.rows import CandleList
 from pkbrokers_redis.errors import UnknownInterval

@@ -18,12 +18,12 @@ import numpy as np
 import redis
 from redis.exceptions import ResponseError
 
-from pkbrokers_redis.candles import changeset as ch
+from pkbrokers_redis.candles import codec
 from pkbrokers_redis.candles.amend import amend_rows
-from pkbrokers_redis.candles.changeset import Changes
-from pkbrokers_redis.candles.codec import read_tick_entries, recover_ticks
+from pkbrokers_redis.candles.codec import Changes, read_tick_entries, recover_ticks
 from pkbrokers_redis.candles.model import AT_MS, FLAG_NAMES, TickArray, bucket_end_s
 from pkbrokers_redis.candles.rows import flag_for, start_of
+from pkbrokers_redis.candles.rules import apply_ticks
 from pkbrokers_redis.candles.state import LateTick, ShardState
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import Pipe
@@ -234,10 +234,10 @@ class ChangesetBuilder:
         first, self._size = self._size, self._size + len(row)
         self._text.append(row)
         if put:
-            self._ops.append([ch.PUT, i, k, first, self._size, 0])
+            self._ops.append([codec.PUT, i, k, first, self._size, 0])
         token, interval = int(self._state.tokens[i]), self._state.intervals[k].name
         revision = 0 if is_new else self._revisions.next(token, interval, start)
-        self._ops.append([ch.CLOSED, i, k, first, self._size, revision])
+        self._ops.append([codec.CLOSED, i, k, first, self._size, revision])
 
     def replace_list(self, i: int, k: int, rows: list[bytes]) -> None:
         """Replace a whole list."""
@@ -256,7 +256,7 @@ def collect(client: redis.Redis, keys: Keys, state: ShardState, revisions: Revis
     changes = state.collect()
     tokens = state.tokens
     for op in changes.ops:
-        if op[0] == ch.REVISION:
+        if op[0] == codec.REVISION:
             revisions.remember(int(tokens[op[1]]), state.intervals[op[2]].name, op[3], op[5])
     ticks = list(state.late_ticks())
     if not ticks:
@@ -289,7 +289,9 @@ def _stored_rows(
     except ResponseError:
         stored = []  # a key of another type: the commit reports it
     place = state.index(tick.token), tick.interval
-    put = [changes.text[op[3] : op[4]] for op in changes.ops if op[0] == ch.PUT and (op[1], op[2]) == place]
+    put = [
+        changes.text[op[3] : op[4]] for op in changes.ops if op[0] == codec.PUT and (op[1], op[2]) == place
+    ]
     return {start: row for row in (*stored, *put) if (start := start_of(row)) is not None}
 
 
@@ -378,7 +380,7 @@ class ShardWorker:
             size += len(entry.ticks)
         ends = np.cumsum([len(rows) for rows in batch])
         rows = np.concatenate(batch)
-        applied = self.state.apply(rows, 0, ends, dirty_max)
+        applied = apply_ticks(self.state, rows, 0, ends, dirty_max)
         # `apply` stops where an entry ends: all entries that end there or before are applied.
         done = int(np.searchsorted(ends, applied, side="right"))
         sources = {  # ascending within a source but for its repeats, so that the last one counts

@@ -37,7 +37,9 @@ from pkbrokers_redis.aggregate.shard import (
     state_counts,
 )
 from pkbrokers_redis.candles.calendar import Sessions, load_sessions
-from pkbrokers_redis.candles.changeset import Changes, Scratch
+from pkbrokers_redis.candles.codec import Changes, Scratch
+from pkbrokers_redis.candles.open_candles import close_candles
+from pkbrokers_redis.candles.rules import invalid_ticks
 from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.clock import Backoff, market_clock
 from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
@@ -275,7 +277,8 @@ class Aggregator:
         self.counts["repeated_entries"] += applied.repeated
         self._log_invalid_ticks(worker, applied)
         # Close by the wall clock only what no waiting entry can still change.
-        worker.state.close_due(worker.applied_until_ms, worker.state.dirty + CLOSE_MAX)
+        if worker.state.is_due(worker.applied_until_ms):
+            close_candles(worker.state, worker.applied_until_ms, worker.state.dirty + CLOSE_MAX)
         changes = collect(self._client, self._keys, worker.state, worker.revisions)
         if changes.ops or applied.move.id != worker.cursor.id:
             commits.append((worker, applied.move, changes))
@@ -470,7 +473,7 @@ class Aggregator:
         counts = worker.state.counts()
         news = [name for name in INVALID_TICKS if counts[name] and name not in worker.logged]
         if news and applied.batch is not None:
-            for name, tick in worker.state.invalid_ticks(applied.batch).items():
+            for name, tick in invalid_ticks(worker.state, applied.batch).items():
                 worker.logged.add(name)
                 place = self._keys.ticks(worker.shard)
                 self._log_once(f"{name}_tick", place, tick=str(tick)[:EVIDENCE_BYTES])

@@ -26,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 
 from pkbrokers_redis.candles import columns as col
-from pkbrokers_redis.candles.arrays import find, touch
 from pkbrokers_redis.candles.calendar import Day
 from pkbrokers_redis.candles.model import (
     FLAG_BACKFILLED,
@@ -65,7 +64,7 @@ from pkbrokers_redis.candles.rows import (
     write_candle,
 )
 from pkbrokers_redis.candles.rules import absorb_off_session
-from pkbrokers_redis.candles.state import LateTick, ShardState
+from pkbrokers_redis.candles.state import LateTick, ShardState, find, touch
 
 
 class Amended(NamedTuple):

@@ -1,4 +1,4 @@
-"""The recent candles of one instrument and interval: finding, opening and completing them.
+"""The recent candles of one instrument and interval: finding, opening and closing them.
 
 Row 0 is the newest candle, open or complete. The others are complete, newer before older.
 """
@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from pkbrokers_redis.candles import columns as col
-from pkbrokers_redis.candles.arrays import Floats, ShardArrays, touch
 from pkbrokers_redis.candles.compiled import compiled, internal
 from pkbrokers_redis.candles.model import DAY_HIGH, FLAG_GAP, FLAG_PARTIAL, FLAG_WHOLE, VOLUME
+from pkbrokers_redis.candles.state import Floats, ShardArrays, ShardState, touch
 
 
 @internal
@@ -135,3 +135,54 @@ def count_on_from(shard: ShardArrays, i: int, day_s: int, volume: float) -> None
             candle[col.VOL_END] = volume
             candle[col.DIRTY] = 1.0
             touch(shard, i, 2)
+
+
+# -- rule 5: closing -----------------------------------------------------------------------------
+
+
+@compiled
+def close_due(shard: ShardArrays, clock_ms: float, grace_ms: float, dirty_max: int) -> bool:
+    """Rule 5: complete and announce every candle whose end + grace has passed. Return False if some are left.
+
+    A pass over all instruments may take several calls: it stops when `dirty_max` instruments changed, and
+    CLOSE_CURSOR says where the next call resumes. Each pass computes NEXT_DUE again.
+    """
+    scalars, candles = shard.scalars, shard.candles
+    first = int(scalars[col.CLOSE_CURSOR])
+    if first == 0:
+        if clock_ms < scalars[col.NEXT_DUE]:
+            return True
+        scalars[col.NEXT_DUE] = np.inf
+    for i in range(first, int(scalars[col.INSTRUMENTS])):
+        for k in range(shard.seconds.size):
+            for s in range(candles.shape[2] - 1, -1, -1):
+                if candles[i, k, s, col.START] == 0 or candles[i, k, s, col.REV] >= 0:
+                    continue
+                due = candles[i, k, s, col.END] * 1000 + grace_ms
+                if due > clock_ms:
+                    scalars[col.NEXT_DUE] = min(scalars[col.NEXT_DUE], due)
+                    continue
+                if shard.is_dirty[i] == 0 and scalars[col.DIRTY_SIZE] >= dirty_max:
+                    if i == 0:  # CLOSE_CURSOR 0 means that no pass is under way
+                        scalars[col.NEXT_DUE] = due
+                    scalars[col.CLOSE_CURSOR] = i
+                    return False
+                candles[i, k, s, col.REV] = 0.0
+                candles[i, k, s, col.ANNOUNCE] = 1.0
+                candles[i, k, s, col.COMPLETE] = 1.0
+                touch(shard, i, 2)
+    scalars[col.CLOSE_CURSOR] = 0
+    return True
+
+
+def close_candles(state: ShardState, now_ms: float, dirty_max: int) -> bool:
+    """Complete and announce the candles whose end and grace have passed.
+
+    Args:
+        now_ms: The wall clock; ignored with the event clock.
+        dirty_max: Stop once so many instruments changed; the next call resumes there.
+
+    Returns:
+        True if no due candle is left.
+    """
+    return bool(close_due(state.arrays, state.clock_ms(now_ms), state.grace_ms, dirty_max))

@@ -13,11 +13,10 @@ import msgspec
 import numpy as np
 
 from pkbrokers_redis.candles import columns as col
-from pkbrokers_redis.candles.arrays import Floats, touch
 from pkbrokers_redis.candles.calendar import Day
 from pkbrokers_redis.candles.model import FLAG_GAP, FLAG_NAMES, FLAG_PARTIAL
 from pkbrokers_redis.candles.open_candles import flag_of
-from pkbrokers_redis.candles.state import ShardState
+from pkbrokers_redis.candles.state import Floats, ShardState, touch
 
 Row = list[float | int | str | None]
 START, OPEN, HIGH, LOW, CLOSE, VOLUME, OI, TICKS, FLAG = range(9)

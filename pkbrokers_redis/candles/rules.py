@@ -10,7 +10,7 @@ the neighbours in time of a late tick, between which a hidden extreme may lie.
     3. outside the windows       `_apply_off_session`, `absorb_off_session`
     4. repeats                   `_find_news`, `_find_place`
     5. each interval's candle    `_apply_to_candles`: `open_candle`, `_merge`, `_include_extreme`
-    6. closing                   `close_due`
+    6. closing                   `open_candles.close_due`
 
 The kernels return a reason when they need something of Python (`NEED_DAY`, `FULL`, …). Python then calls
 them again where they stopped. They run uncompiled, too (NUMBA_DISABLE_JIT=1). NaN is unequal to itself:
@@ -22,7 +22,6 @@ from __future__ import annotations
 import numpy as np
 
 from pkbrokers_redis.candles import columns as col
-from pkbrokers_redis.candles.arrays import Floats, Ints, ShardArrays, add, find_day, touch
 from pkbrokers_redis.candles.compiled import compiled, inlined, internal
 from pkbrokers_redis.candles.model import (
     AT_MS,
@@ -39,6 +38,7 @@ from pkbrokers_redis.candles.model import (
     TOKEN,
     TOKEN_MAX,
     VOLUME,
+    TickArray,
 )
 from pkbrokers_redis.candles.open_candles import (
     count_on_from,
@@ -47,6 +47,7 @@ from pkbrokers_redis.candles.open_candles import (
     open_candle,
     raise_vol_start,
 )
+from pkbrokers_redis.candles.state import Floats, Ints, ShardArrays, ShardState, add, find_day, touch
 
 Extremes = tuple[float, float, float, float, float, float]
 
@@ -530,39 +531,49 @@ def apply(
     return col.DONE, n
 
 
-# -- rule 5: closing -----------------------------------------------------------------------------
+# -- a batch of ticks ----------------------------------------------------------------------------
 
 
-@compiled
-def close_due(shard: ShardArrays, clock_ms: float, grace_ms: float, dirty_max: int) -> bool:
-    """Rule 5: complete and announce every candle whose end + grace has passed. Return False if some are left.
+def apply_ticks(state: ShardState, ticks: TickArray, first: int, ends: Ints, dirty_max: int) -> int:
+    """Apply the rules to `ticks[first:]`, as far as one commit may go.
 
-    A pass over all instruments may take several calls: it stops when `dirty_max` instruments changed, and
-    CLOSE_CURSOR says where the next call resumes. Each pass computes NEXT_DUE again.
+    Args:
+        ticks: float64[n, 10], columns as in `model`.
+        first: Row to start at.
+        ends: Row indices at which stream entries end, ascending.
+        dirty_max: Stop at the next entry's end once so many instruments changed.
+
+    Returns:
+        The index of the first tick that was not applied; `len(ticks)` if all were.
     """
-    scalars, candles = shard.scalars, shard.candles
-    first = int(scalars[col.CLOSE_CURSOR])
-    if first == 0:
-        if clock_ms < scalars[col.NEXT_DUE]:
-            return True
-        scalars[col.NEXT_DUE] = np.inf
-    for i in range(first, int(scalars[col.INSTRUMENTS])):
-        for k in range(shard.seconds.size):
-            for s in range(candles.shape[2] - 1, -1, -1):
-                if candles[i, k, s, col.START] == 0 or candles[i, k, s, col.REV] >= 0:
-                    continue
-                due = candles[i, k, s, col.END] * 1000 + grace_ms
-                if due > clock_ms:
-                    scalars[col.NEXT_DUE] = min(scalars[col.NEXT_DUE], due)
-                    continue
-                if shard.is_dirty[i] == 0 and scalars[col.DIRTY_SIZE] >= dirty_max:
-                    if i == 0:  # CLOSE_CURSOR 0 means that no pass is under way
-                        scalars[col.NEXT_DUE] = due
-                    scalars[col.CLOSE_CURSOR] = i
-                    return False
-                candles[i, k, s, col.REV] = 0.0
-                candles[i, k, s, col.ANNOUNCE] = 1.0
-                candles[i, k, s, col.COMPLETE] = 1.0
-                touch(shard, i, 2)
-    scalars[col.CLOSE_CURSOR] = 0
-    return True
+    while True:
+        reason, first = apply(
+            state.arrays, ticks, first, ends, dirty_max, state.grace_ms, not state.event_clock
+        )
+        if reason == col.NEED_DAY:
+            state.add_day(int(_time_of(state, ticks[first])))
+        elif reason == col.FULL:
+            state.grow(2 * len(state.arrays.tokens))
+        elif reason == col.LOG_FULL:
+            state.grow_logs()
+        else:
+            return first
+
+
+def _time_of(state: ShardState, tick: Floats) -> float:
+    """Return the time a tick counts for: its own, or the receive time where the rules clamp it."""
+    at = tick[AT_MS]
+    if not state.event_clock and at >= TIME_MIN_MS and tick[TIME_MS] > at + FUTURE_MAX_MS:
+        return float(at)
+    return float(tick[TIME_MS])
+
+
+def invalid_ticks(state: ShardState, ticks: TickArray) -> dict[str, list[float]]:
+    """Return the first tick of each irregular kind, by the name of its count: evidence for a log."""
+    found: dict[str, list[float]] = {}
+    for tick in ticks:
+        if is_invalid(tick):
+            found.setdefault("invalid", tick.tolist())
+        elif _time_of(state, tick) != tick[TIME_MS]:
+            found.setdefault("future_clamped", tick.tolist())
+    return found

@@ -1,8 +1,8 @@
-"""The candles of one shard in memory: owns the arrays, runs the rules, hands out what changed.
+"""The candles of one shard in memory: its arrays, and how to find an instrument or a day in them.
 
-    state.apply(ticks, 0, ends, dirty_max)   # apply the rules; nothing is written
-    state.close_due(now_ms, dirty_max)       # close the candles whose time has passed
-    changes = state.collect()                # rows and state as text, for one atomic commit
+    apply_ticks(state, ticks, 0, ends, dirty_max)   # the rules (`rules.py`); nothing is written
+    close_candles(state, now_ms, dirty_max)         # close the candles whose time has passed
+    changes = state.collect()                       # rows and state as text, for one atomic commit
 
 When a commit fails, the state in memory is ahead of Redis: discard it and restore a new one.
 """
@@ -14,23 +14,20 @@ from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
-from pkbrokers_redis.candles import changeset, rules
+from pkbrokers_redis.candles import codec
 from pkbrokers_redis.candles import columns as col
-from pkbrokers_redis.candles.arrays import Floats, Ints, ShardArrays, add, find
 from pkbrokers_redis.candles.calendar import Sessions
-from pkbrokers_redis.candles.changeset import NO_CHANGES, Changes
+from pkbrokers_redis.candles.codec import NO_CHANGES, Changes
+from pkbrokers_redis.candles.compiled import compiled
 from pkbrokers_redis.candles.model import (
-    AT_MS,
-    FUTURE_MAX_MS,
     LAST_PRICE,
     LAST_QUANTITY,
     OI,
-    TIME_MIN_MS,
     TIME_MS,
     VOLUME,
     Interval,
-    TickArray,
     bucket_end_s,
     bucket_start_s,
 )
@@ -39,6 +36,95 @@ WINDOWS_START = 2  # trading windows of one day: the closing auction makes two
 DAYS_START = 8
 LOG_START = 4096
 _NO_TICK = np.full(col.TICK_STATE_WIDTH, np.nan)
+
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+class ShardArrays(NamedTuple):
+    """All arrays of one shard; allocated and grown by `ShardState`.
+
+    N instruments, I intervals, S recent candles of each, D calendar days, C schedules, W windows a day.
+    """
+
+    tokens: Ints  # [N]
+    table: Ints  # [M] open-addressed hash table of tokens: instrument index + 1, 0 is free
+    inst: Floats  # [N, INST_WIDTH] what is known of each instrument
+    window: Floats  # [N, WINDOW_MAX, TICK_STATE_WIDTH] its recent ticks, newest first
+    candles: Floats  # [N, I, S, CANDLE_WIDTH] its recent candles, newest first; the first may be open
+    in_current: Ints  # [N, I] 1 where Redis holds the interval in `P:{S}:current:<token>`
+    schedule: Ints  # [N] index into the calendar's schedules
+    schedule_of_segment: Ints  # [2, 256] without and with derivatives
+    derivatives: Ints  # tokens of stocks that have futures or options, ascending
+    seconds: Ints  # [I] length of each interval, 0 for the day
+    day_ms: Ints  # [D, 2] local midnight to the next one
+    anchor_s: Ints  # [D, C] first open: where the buckets begin
+    close_s: Ints  # [D, C] last close
+    windows: Ints  # [D, C, W, 2] open and close in ms; 0 0 where there is none
+    scalars: Floats  # see col.WATERMARK …
+    counts: Ints  # see col.C_TICKS …
+    dirty: Ints  # [N] instruments changed since the last collect, in order
+    is_dirty: Ints  # [N] 1 the instrument changed, 2 also the stored state of its candles
+    evicted: Floats  # [E, EVICTED_WIDTH] candles that left `candles` since the last collect
+    late: Floats  # [L, LATE_TICK_WIDTH] ticks older than all candles; START and VOL_START of the oldest then
+
+
+@compiled
+def touch(shard: ShardArrays, i: int, level: int) -> None:
+    """Mark an instrument as changed."""
+    if shard.is_dirty[i] == 0:
+        n = int(shard.scalars[col.DIRTY_SIZE])
+        shard.dirty[n] = i
+        shard.scalars[col.DIRTY_SIZE] = n + 1
+    if shard.is_dirty[i] < level:
+        shard.is_dirty[i] = level
+
+
+@compiled
+def find(shard: ShardArrays, token: int) -> int:
+    """The instrument's index, or -1 - (its free place in the hash table)."""
+    mask = shard.table.size - 1
+    place = (token ^ (token >> 8)) & mask
+    while True:
+        i = int(shard.table[place]) - 1
+        if i < 0:
+            return -1 - place
+        if shard.tokens[i] == token:
+            return i
+        place = (place + 1) & mask
+
+
+@compiled
+def add(shard: ShardArrays, token: int) -> int:
+    """The instrument's index, new or known; -1 when the tables are full."""
+    i = find(shard, token)
+    if i >= 0:
+        return i
+    place = -1 - i
+    i = int(shard.scalars[col.INSTRUMENTS])
+    if i >= shard.tokens.size:
+        return -1
+    shard.scalars[col.INSTRUMENTS] = i + 1
+    shard.table[place] = i + 1
+    shard.tokens[i] = token
+    nearest = np.searchsorted(shard.derivatives, token)
+    has_derivatives = nearest < shard.derivatives.size and shard.derivatives[nearest] == token
+    shard.schedule[i] = shard.schedule_of_segment[1 if has_derivatives else 0, token & 0xFF]
+    return i
+
+
+@compiled
+def find_day(shard: ShardArrays, time_ms: float) -> int:
+    """Index of the calendar day that holds the time, or -1. Neighbouring ticks share a day."""
+    d = int(shard.scalars[col.LAST_DAY])
+    if shard.day_ms[d, 0] <= time_ms < shard.day_ms[d, 1]:
+        return d
+    for d in range(int(shard.scalars[col.DAYS])):
+        if shard.day_ms[d, 0] <= time_ms < shard.day_ms[d, 1]:
+            shard.scalars[col.LAST_DAY] = d
+            return d
+    return -1
 
 
 class LateTick(NamedTuple):
@@ -60,7 +146,7 @@ class ShardState:
 
     Example:
         >>> state = ShardState(DEFAULT_INTERVALS, load_sessions("market"))
-        >>> state.apply(ticks, 0, np.array([len(ticks)]), dirty_max=1000)
+        >>> apply_ticks(state, ticks, 0, np.array([len(ticks)]), dirty_max=1000)
         >>> changes = state.collect()
     """
 
@@ -73,7 +159,7 @@ class ShardState:
         event_clock: bool = False,
         instruments: int = 256,
         derivatives: Collection[int] = (),
-        scratch: changeset.Scratch | None = None,
+        scratch: codec.Scratch | None = None,
     ) -> None:
         """Create an empty state.
 
@@ -94,7 +180,7 @@ class ShardState:
         # the open candle, the completed ones that a tick within the grace can still reach, and one more
         self.depth = 2 + int(grace_seconds // shortest)
         self.arrays = self._allocate(instruments, derivatives)
-        self._scratch = scratch or changeset.Scratch()
+        self._scratch = scratch or codec.Scratch()
 
     def _allocate(self, instruments: int, derivatives: Collection[int]) -> ShardArrays:
         intervals, schedules = len(self.intervals), len(self.sessions.schedules)
@@ -173,56 +259,13 @@ class ShardState:
 
     # -- ticks and time --------------------------------------------------------------------------
 
-    def apply(self, ticks: TickArray, first: int, ends: Ints, dirty_max: int) -> int:
-        """Apply the rules to `ticks[first:]`, as far as one commit may go.
-
-        Args:
-            ticks: float64[n, 10], columns as in `model`.
-            first: Row to start at.
-            ends: Row indices at which stream entries end, ascending.
-            dirty_max: Stop at the next entry's end once so many instruments changed.
-
-        Returns:
-            The index of the first tick that was not applied; `len(ticks)` if all were.
-        """
-        while True:
-            reason, first = rules.apply(
-                self.arrays, ticks, first, ends, dirty_max, self.grace_ms, not self.event_clock
-            )
-            if reason == col.NEED_DAY:
-                self._add_day(int(self._time_of(ticks[first])))
-            elif reason == col.FULL:
-                self._grow(2 * len(self.arrays.tokens))
-            elif reason == col.LOG_FULL:
-                self._grow_logs()
-            else:
-                return first
-
-    def _time_of(self, tick: Floats) -> float:
-        """Return the time a tick counts for: its own, or the receive time where the rules clamp it."""
-        at = tick[AT_MS]
-        if not self.event_clock and at >= TIME_MIN_MS and tick[TIME_MS] > at + FUTURE_MAX_MS:
-            return float(at)
-        return float(tick[TIME_MS])
-
-    def close_due(self, now_ms: float, dirty_max: int) -> bool:
-        """Complete and announce the candles whose end and grace have passed.
-
-        Args:
-            now_ms: The wall clock; ignored with the event clock.
-            dirty_max: Stop once so many instruments changed; the next call resumes there.
-
-        Returns:
-            True if no due candle is left.
-        """
-        clock = self.clock_ms(now_ms)
-        if clock < self.next_due_ms:
-            return True  # as the kernel would say, without the cost of a call
-        return bool(rules.close_due(self.arrays, clock, self.grace_ms, dirty_max))
-
     def clock_ms(self, now_ms: float) -> float:
         """Return the time by which candles close: the watermark, or the wall clock if that is later."""
         return self.watermark_ms if self.event_clock else max(self.watermark_ms, now_ms)
+
+    def is_due(self, now_ms: float) -> bool:
+        """Return whether a candle must be closed now."""
+        return self.clock_ms(now_ms) >= self.next_due_ms
 
     def collect(self) -> Changes:
         """Return all changes since the last collect as text; from now on they count as written."""
@@ -245,22 +288,12 @@ class ShardState:
                 int(b.tokens[i]), k, start, price, quantity, volume, oi, float(record[-1]), int(record[-2])
             )
 
-    def invalid_ticks(self, ticks: TickArray) -> dict[str, list[float]]:
-        """Return the first tick of each irregular kind, by the name of its count: evidence for a log."""
-        found: dict[str, list[float]] = {}
-        for tick in ticks:
-            if rules.is_invalid(tick):
-                found.setdefault("invalid", tick.tolist())
-            elif self._time_of(tick) != tick[TIME_MS]:
-                found.setdefault("future_clamped", tick.tolist())
-        return found
-
     # -- instruments -----------------------------------------------------------------------------
 
     def index(self, token: int) -> int:
         """Return the index of an instrument, added if it is new."""
         while (i := int(add(self.arrays, token))) < 0:
-            self._grow(2 * len(self.arrays.tokens))
+            self.grow(2 * len(self.arrays.tokens))
         return i
 
     def forget(self, token: int) -> None:
@@ -372,14 +405,14 @@ class ShardState:
         if b.candles[i, k, -1, col.START]:
             n = int(b.scalars[col.EVICTED_SIZE])
             if n >= len(b.evicted):
-                self._grow_logs()
+                self.grow_logs()
                 b = self.arrays
             b.evicted[n, 0], b.evicted[n, 1], b.evicted[n, 2:] = i, k, b.candles[i, k, -1]
             b.scalars[col.EVICTED_SIZE] = n + 1
         b.candles[i, k, 1:] = b.candles[i, k, :-1].copy()
         b.candles[i, k, 0] = 0.0
 
-    def _add_day(self, time_ms: int) -> None:
+    def add_day(self, time_ms: int) -> None:
         """Add the calendar day that holds `time_ms`, for every schedule."""
         b = self.arrays
         d = int(b.scalars[col.DAYS])
@@ -398,7 +431,7 @@ class ShardState:
                 b.windows[d, schedule, w] = window
         b.scalars[col.DAYS] = d + 1
 
-    def _grow(self, size: int) -> None:
+    def grow(self, size: int) -> None:
         b = self.arrays
         names = ("tokens", "inst", "window", "candles", "in_current", "schedule", "dirty", "is_dirty")
         self.arrays = b = b._replace(
@@ -408,7 +441,7 @@ class ShardState:
         for i in range(len(self)):
             b.table[-1 - find(b, int(b.tokens[i]))] = i + 1
 
-    def _grow_logs(self) -> None:
+    def grow_logs(self) -> None:
         b = self.arrays
         self.arrays = b._replace(
             evicted=_grown(b.evicted, 2 * len(b.evicted)), late=_grown(b.late, 2 * len(b.late))

@@ -30,13 +30,12 @@ from pkbrokers_redis.client.trade_files import TradeFile, days_of, frames_of, re
 from pkbrokers_redis.errors import InputFileError
 from pkbrokers_redis.keys import AGGREGATOR_GROUP, Keys
 from pkbrokers_redis.kite.capture import KIND_BINARY, MAGIC, read_capture
-from pkbrokers_redis.kite.protocol import parse_frame
-from pkbrokers_redis.kite.quotes import PendingQuotes
+from pkbrokers_redis.kite.protocol import parse_frame, quote_fields
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import Pipe
 from pkbrokers_redis.store.streams import id_order
 from pkbrokers_redis.store.symbols import load_symbols, save_instruments
-from pkbrokers_redis.store.tick_writer import TickWriter
+from pkbrokers_redis.store.tick_writer import PendingQuotes, TickWriter
 
 log = logs.get("replay")
 
@@ -96,7 +95,7 @@ class Replay:
         self._now_ms = now_ms
         symbols = load_symbols(self._client, self._keys)
         self._tokens = {name: token for token, name in symbols.items()}
-        self._quotes = PendingQuotes(settings.keys, symbols)
+        self._quotes = PendingQuotes(settings.keys, symbols, quote_fields)
         self._writer = TickWriter(connect, settings, quotes=self._quotes)
         self._began = monotonic()
         self._first_ms: float | None = None
@@ -124,7 +123,7 @@ class Replay:
             if kind != KIND_BINARY:
                 continue
             parsed = parse_frame(frame, at_ms)
-            self._quotes.add(frame, parsed, at_ms)
+            self._quotes.add(frame, parsed.tokens.tolist(), parsed.offsets, parsed.lengths, at_ms)
             batches = [self._writer.number(parsed.ticks, at_ms)] if len(parsed.ticks) else []
             self._writer.write(batches, self._now_ms(), self._stop)
             self._count(len(parsed.ticks))

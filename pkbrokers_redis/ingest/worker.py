@@ -30,50 +30,23 @@ from pkbrokers_redis.ingest.feeds import (
 )
 from pkbrokers_redis.ingest.outages import JobOutbox, Outages
 from pkbrokers_redis.ingest.watchdog import TickActivity, Watchdog
-from pkbrokers_redis.ingest.writer import FrameWriter
-from pkbrokers_redis.kite.quotes import INTERVAL_MS
+from pkbrokers_redis.ingest.writer import FrameWriter, forward, forward_all
 from pkbrokers_redis.runtime.cluster_state import Heartbeat
-from pkbrokers_redis.runtime.roles import RestartWatch, now_ms, open_store, worker_id
+from pkbrokers_redis.runtime.roles import RestartWatch, open_store, worker_id
+from pkbrokers_redis.runtime.roles import now_ms as machine_ms
 from pkbrokers_redis.runtime.warmup import freeze_heap, warm_up_writer
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.instrument_list import instrument_list, list_version
 from pkbrokers_redis.store.instruments import load_derivative_tokens
 from pkbrokers_redis.store.queue import open_queue
+from pkbrokers_redis.store.tick_writer import QUOTE_INTERVAL_MS
 
 log = logs.get("ingest")
 
-FRAMES_PER_WRITE = 64
-IDLE_SECONDS = 0.2
-QUOTES_WAIT_SECONDS = 0.005  # between slices of quotes while no frame arrives
 HEARTBEAT_SECONDS = 0.5
 DRAIN_SECONDS_MAX = 5.0  # of sending what is left after a stop; the rest waits on disk
 WRITER_SECONDS_MAX = 5.0  # for a reply of Redis; then frames are kept
-
-
-def wall_ms() -> float:
-    """Return the machine's clock in epoch ms: for writing, whatever the market's time is."""
-    return time.time() * 1000
-
-
-def forward(
-    buffer: FrameBuffer, writer: FrameWriter, stop: threading.Event, wait_seconds: float
-) -> int | None:
-    """Write the oldest frames; return how many, or None when stopped and Redis does not take them."""
-    frames = buffer.peek(FRAMES_PER_WRITE, wait_seconds)
-    if not writer.write(writer.parse(frames), int(wall_ms()), stop):
-        return None
-    buffer.acknowledge(frames)
-    return len(frames)
-
-
-def forward_all(buffer: FrameBuffer, writer: FrameWriter, stop: threading.Event) -> bool:
-    """Forward frames until `stop` is set. Returns whether Redis took the last ones."""
-    written: int | None = 0
-    while not stop.is_set():
-        wait_seconds = QUOTES_WAIT_SECONDS if len(writer.quotes) else IDLE_SECONDS
-        written = forward(buffer, writer, stop, wait_seconds)
-    return written is not None
 
 
 class Ingest:
@@ -149,7 +122,7 @@ class Ingest:
             self._calendar, self.activity, self.connections, self.outages, now_ms=now_ms, speed=speed
         )
         name = worker_id or self.writer.source
-        self.leases = FeedLeases(connect_leases, keys, name, settings.lease_seconds, self, now_ms=wall_ms)
+        self.leases = FeedLeases(connect_leases, keys, name, settings.lease_seconds, self, now_ms=machine_ms)
 
     @property
     def feeds(self) -> list[Feed]:
@@ -260,7 +233,7 @@ class Ingest:
     def _write_last_quotes(self, deadline: float) -> None:
         """Write the newest packets, which may still wait for their half second."""
         while len(self.writer.quotes) and time.monotonic() < deadline:
-            if not self.writer.write([], int(wall_ms()) + INTERVAL_MS, self._stop):
+            if not self.writer.write([], int(machine_ms()) + QUOTE_INTERVAL_MS, self._stop):
                 return
 
     def figures(self) -> dict[str, Any]:
@@ -348,10 +321,10 @@ def run_ingest(settings: Settings, stop: threading.Event, *, restartable: bool =
     restart = RestartWatch(client, settings.keys, "ingest")
     worker = make_ingest(settings, client, name, stop)
     warm_up_writer()
-    heart = Heartbeat(settings.keys, "ingest", name, now_ms())
+    heart = Heartbeat(settings.keys, "ingest", name, machine_ms())
 
     def beat() -> None:
-        if heart.due(at := now_ms()):
+        if heart.due(at := machine_ms()):
             heart.beat(client, at, worker.writer.counts["ticks"], worker.figures())
             if worker.writer.counts["ticks"]:  # every kernel has run by now
                 freeze_heap()

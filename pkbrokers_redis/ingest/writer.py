@@ -6,21 +6,25 @@ frame → parse_frame → float64[n, 10] ──► tick batch (JSON rows on the 
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import redis
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.ingest.buffer import Frame
+from pkbrokers_redis.ingest.buffer import Frame, FrameBuffer
 from pkbrokers_redis.ingest.watchdog import TickActivity
-from pkbrokers_redis.kite.protocol import ParsedFrame, parse_frame
-from pkbrokers_redis.kite.quotes import PendingQuotes
+from pkbrokers_redis.kite.protocol import ParsedFrame, parse_frame, quote_fields
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.tick_writer import TickBatch, TickWriter
+from pkbrokers_redis.store.tick_writer import PendingQuotes, TickBatch, TickWriter
 
 log = logs.get("ingest")
 
+FRAMES_PER_WRITE = 64
+IDLE_SECONDS = 0.2  # how long to wait for a frame
+QUOTES_WAIT_SECONDS = 0.005  # the same while quotes wait
 EVIDENCE_BYTES = 64  # of a malformed frame, for the log
 EVIDENCE_TOKENS = 5  # of unknown instruments, for the log
 
@@ -48,7 +52,7 @@ class FrameWriter(TickWriter):
             only_known: drop and count ticks of tokens that are not in `symbols`.
             activity: records when each instrument of this source ticks.
         """
-        self.quotes = PendingQuotes(settings.keys, symbols)
+        self.quotes = PendingQuotes(settings.keys, symbols, quote_fields)
         super().__init__(connect, settings, source=source, quotes=self.quotes)
         self._known = frozenset(symbols) if only_known else None
         self._activity = activity
@@ -79,9 +83,11 @@ class FrameWriter(TickWriter):
             if parsed.unknown or parsed.truncated or parsed.trailing:
                 self._count_malformed(frame, parsed)
             if source == self.source:  # another process may stream a dead one's instruments by now
-                if self._known is not None and not self._known.issuperset(parsed.tokens.tolist()):
+                tokens = parsed.tokens.tolist()
+                if self._known is not None and not self._known.issuperset(tokens):
                     parsed = self._without_unknown(parsed)
-                self.quotes.add(frame, parsed, at_ms)
+                    tokens = parsed.tokens.tolist()
+                self.quotes.add(frame, tokens, parsed.offsets, parsed.lengths, at_ms)
                 if self._activity is not None:
                     self._activity.note(parsed.tokens, parsed.ticks, at_ms)
             if len(parsed.ticks):
@@ -112,3 +118,23 @@ class FrameWriter(TickWriter):
                 truncated=parsed.truncated, trailing_bytes=parsed.trailing,
                 starts_with=frame[:EVIDENCE_BYTES].hex(),
             )  # fmt: skip
+
+
+def forward(
+    buffer: FrameBuffer, writer: FrameWriter, stop: threading.Event, wait_seconds: float
+) -> int | None:
+    """Write the oldest frames; return how many, or None when stopped and Redis does not take them."""
+    frames = buffer.peek(FRAMES_PER_WRITE, wait_seconds)
+    if not writer.write(writer.parse(frames), int(time.time() * 1000), stop):
+        return None
+    buffer.acknowledge(frames)
+    return len(frames)
+
+
+def forward_all(buffer: FrameBuffer, writer: FrameWriter, stop: threading.Event) -> bool:
+    """Forward frames until `stop` is set. Returns whether Redis took the last ones."""
+    written: int | None = 0
+    while not stop.is_set():
+        wait_seconds = QUOTES_WAIT_SECONDS if len(writer.quotes) else IDLE_SECONDS
+        written = forward(buffer, writer, stop, wait_seconds)
+    return written is not None

@@ -17,7 +17,9 @@ from pkbrokers_redis.candles.amend import HistoryRows, Outage, apply_history, fl
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.candles.codec import read_tick_entries, tick_texts
 from pkbrokers_redis.candles.model import AT_MS, BATCH_WIDTH, TIME_MS, TOKEN, Interval
+from pkbrokers_redis.candles.open_candles import close_candles
 from pkbrokers_redis.candles.rows import CandleList
+from pkbrokers_redis.candles.rules import apply_ticks
 from pkbrokers_redis.candles.state import ShardState
 
 _NOON_MS = 1_767_335_400_000  # 2026-01-02 12:00 in Kolkata
@@ -34,8 +36,8 @@ def warm_up(intervals: Sequence[Interval]) -> None:
     state = ShardState(intervals, load_sessions("always"), event_clock=True)
     ticks, _, _ = read_tick_entries(_TICKS)
     ticks[:, AT_MS] = ticks[:, TIME_MS]
-    state.apply(ticks, 0, np.arange(1, len(ticks) + 1), len(ticks))
-    state.close_due(0.0, len(ticks))  # the first minutes are over by the last one's tick
+    apply_ticks(state, ticks, 0, np.arange(1, len(ticks) + 1), len(ticks))
+    close_candles(state, 0.0, len(ticks))  # the first minutes are over by the last one's tick
     flag_outage(state, Outage([int(ticks[0, TOKEN])], _NOON_MS, _NOON_MS + 1))  # repairs use the kernels, too
     if state.base_interval >= 0:
         minute: list[float | int | str | None] = [_NOON_MS // 1000, 100.0, 101.0, 99.0, 100.0, 1.0, None]

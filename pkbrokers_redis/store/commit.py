@@ -14,8 +14,8 @@ from typing import Any
 import redis
 from redis.exceptions import ResponseError
 
-from pkbrokers_redis.candles import changeset as ch
-from pkbrokers_redis.candles.changeset import Changes
+from pkbrokers_redis.candles import codec
+from pkbrokers_redis.candles.codec import Changes
 from pkbrokers_redis.candles.model import TOKEN_MAX
 from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable
@@ -161,25 +161,25 @@ def commit_args(
     current_of, count_at = -1, 0
     for kind, i, k, first, last, rev in changes.ops:
         token = int(tokens[i])
-        if kind == ch.CURRENT:
+        if kind == codec.CURRENT:
             if current_of != i:
                 current_of, count_at = i, len(currents) + 1
                 current_count += 1
                 currents += (token, 0)
             currents[count_at] += 1
             currents += (names[k], text[first:last])
-        elif kind == ch.INST_STATE:
+        elif kind == codec.INST_STATE:
             fields += (token, text[first:last])
-        elif kind == ch.CANDLES_STATE:
+        elif kind == codec.CANDLES_STATE:
             fields += (f"{token}:candles", text[first:last])
-        elif kind == ch.PUT:
+        elif kind == codec.PUT:
             row = text[first:last]
             upsert_count += 1
             upserts += (token, names[k], row[1 : row.index(b",")], keeps[k], row)
-        elif kind == ch.CLOSED:
+        elif kind == codec.CLOSED:
             closed_count += 1
             closed += (token, symbol_of(token), names[k], text[first:last], rev)
-        elif kind == ch.DROP:
+        elif kind == codec.DROP:
             drop_count += 1
             drops += (token, names[k])
     for name, value in extra_state.items():

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pkbrokers_redis.candles import changeset as ch
+from pkbrokers_redis.candles import codec
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.candles.columns import WINDOW_MAX
 from pkbrokers_redis.candles.model import parse_intervals
+from pkbrokers_redis.candles.open_candles import close_candles
+from pkbrokers_redis.candles.rules import apply_ticks
 from pkbrokers_redis.candles.state import ShardState
 
 TOKEN = 408065  # NSE:INFY
@@ -66,39 +68,39 @@ class Market:
         size = batch or len(ticks)
         for first in range(0, len(ticks), size):
             part = array[first : first + size]
-            assert self.book.apply(part, 0, np.array([len(part)]), 10_000) == len(part)
+            assert apply_ticks(self.book, part, 0, np.array([len(part)]), 10_000) == len(part)
             self.commit()
         return self
 
     def close(self, second: float) -> Self:
         """The wall clock says `second` seconds after 09:15."""
         self.book.event_clock = False
-        self.book.close_due((OPEN + second) * 1000, 10_000)
+        close_candles(self.book, (OPEN + second) * 1000, 10_000)
         self.book.event_clock = True
         self.commit(close=False)
         return self
 
     def commit(self, close: bool = True) -> None:
         if close:
-            self.book.close_due(0, 10_000)
+            close_candles(self.book, 0, 10_000)
         changes = self.book.collect()
         for kind, i, k, first, last, rev in changes.ops:
             token = int(self.book.tokens[i])
             name = self.book.intervals[k].name
             text = changes.text[first:last]
-            if kind == ch.PUT:
+            if kind == codec.PUT:
                 row = msgspec.json.decode(text)
                 rows = self.lists.setdefault((token, name), {})
                 rows[row[0]] = row
-            elif kind == ch.CURRENT:
+            elif kind == codec.CURRENT:
                 self.current.setdefault(token, {})[name] = msgspec.json.decode(text)
-            elif kind == ch.DROP:
+            elif kind == codec.DROP:
                 del self.current[token][name]
-            elif kind == ch.CLOSED:
+            elif kind == codec.CLOSED:
                 self.closed.append((name, msgspec.json.decode(text)[0], rev))
-            elif kind == ch.INST_STATE:
+            elif kind == codec.INST_STATE:
                 self.state[str(token)] = text
-            elif kind == ch.CANDLES_STATE:
+            elif kind == codec.CANDLES_STATE:
                 self.state[f"{token}:candles"] = text
 
     def rows(self, interval: str, token: int = TOKEN) -> list[list[Any]]:

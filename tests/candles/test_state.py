@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from pkbrokers_redis.candles.calendar import load_sessions
-from pkbrokers_redis.candles.changeset import CLOSED
+from pkbrokers_redis.candles.codec import CLOSED
 from pkbrokers_redis.candles.model import parse_intervals
+from pkbrokers_redis.candles.open_candles import close_candles
+from pkbrokers_redis.candles.rules import apply_ticks
 from pkbrokers_redis.candles.state import ShardState
 from tests.candles.test_rules import DAY, OPEN, Market
 
@@ -53,10 +55,10 @@ def test_closing_resumes_where_the_last_call_stopped_and_visits_every_instrument
         at = (OPEN + second) * 1000
         rows = [[token, 100, 1, volume, *[np.nan] * 4, at, at] for token in tokens]
         ticks = np.array(rows, float)
-        assert state.apply(ticks, 0, np.array([100]), 1000) == 100
+        assert apply_ticks(state, ticks, 0, np.array([100]), 1000) == 100
     state.collect()
     now_ms, closed = (OPEN + 63) * 1000.0, []
-    while not state.close_due(now_ms, 32):
+    while not close_candles(state, now_ms, 32):
         assert state.next_due_ms == 0.0
         closed.append([op[1] for op in state.collect().ops if op[0] == CLOSED])
     closed.append([op[1] for op in state.collect().ops if op[0] == CLOSED])

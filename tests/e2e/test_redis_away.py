@@ -21,8 +21,7 @@ import redis
 from pkbrokers_redis.aggregate.worker import Aggregator
 from pkbrokers_redis.client.replay import lag_entries
 from pkbrokers_redis.ingest.buffer import FrameBuffer
-from pkbrokers_redis.ingest.worker import forward_all
-from pkbrokers_redis.ingest.writer import FrameWriter
+from pkbrokers_redis.ingest.writer import FrameWriter, forward_all
 from pkbrokers_redis.kite.protocol import encode_full
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.market import Market

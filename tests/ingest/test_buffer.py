@@ -27,7 +27,8 @@ from pkbrokers_redis.ingest.buffer import (
     FrameBuffer,
     Spool,
 )
-from pkbrokers_redis.ingest.worker import Ingest, forward
+from pkbrokers_redis.ingest.worker import Ingest
+from pkbrokers_redis.ingest.writer import forward
 from pkbrokers_redis.kite.protocol import encode_frame, encode_packet
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect

@@ -10,9 +10,9 @@ import pytest
 import redis
 
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.kite.protocol import encode_frame, encode_packet, parse_frame
-from pkbrokers_redis.kite.quotes import INTERVAL_MS, QUOTES_PER_CALL, PendingQuotes
+from pkbrokers_redis.kite.protocol import encode_frame, encode_packet, parse_frame, quote_fields
 from pkbrokers_redis.store.cluster import Pipe
+from pkbrokers_redis.store.tick_writer import QUOTE_INTERVAL_MS, QUOTES_PER_CALL, PendingQuotes
 
 KEYS = Keys("pkb", 8)
 INFY, NIFTY, USDINR = 408065, 256265, 1201 << 8 | 3
@@ -36,12 +36,13 @@ class Board:
 
     def __init__(self, client: redis.Redis) -> None:
         self.client = client
-        self.board = PendingQuotes(KEYS, {INFY: "NSE:INFY", NIFTY: "NSE:NIFTY 50"})
+        self.board = PendingQuotes(KEYS, {INFY: "NSE:INFY", NIFTY: "NSE:NIFTY 50"}, quote_fields)
         self.now_ms = AT_MS
 
     def note(self, *packets: bytes, at_ms: int = AT_MS) -> None:
         frame = encode_frame(packets)
-        self.board.add(frame, parse_frame(frame, at_ms), at_ms)
+        parsed = parse_frame(frame, at_ms)
+        self.board.add(frame, parsed.tokens.tolist(), parsed.offsets, parsed.lengths, at_ms)
 
     def write(self) -> list[str]:
         """One round: what was written."""
@@ -124,7 +125,7 @@ def test_an_instrument_is_written_twice_a_second_at_most(board: Board) -> None:
     board.note(encode_packet("ltp", INFY, last_price=100.0))
     board.write()
     board.note(encode_packet("ltp", INFY, last_price=101.0))
-    board.now_ms += INTERVAL_MS - 1
+    board.now_ms += QUOTE_INTERVAL_MS - 1
     assert board.write() == []
     board.now_ms += 1
     assert len(board.write()) == 1

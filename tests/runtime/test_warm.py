@@ -9,6 +9,8 @@ import sys
 FIRST_MINUTES = """
 import gc, sys
 import numpy as np
+from pkbrokers_redis.candles.open_candles import close_candles
+from pkbrokers_redis.candles.rules import apply_ticks
 from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.candles.model import DEFAULT_INTERVALS
 from pkbrokers_redis.candles.calendar import load_sessions
@@ -28,8 +30,8 @@ for minute in range(5):
     ticks[:, 0] = 256 * np.arange(1, 21)
     ticks[:, 1], ticks[:, 3], ticks[:, 5], ticks[:, 6] = 100 + minute, 10 * minute, 99, 110
     ticks[:, 8] = ticks[:, 9] = at_ms = 1_784_691_900_000.0 + 60_000 * minute
-    taken = book.apply(ticks, 0, np.array([20]), 500)
-    book.close_due(at_ms + 59_000, book.dirty + 32)
+    taken = apply_ticks(book, ticks, 0, np.array([20]), 500)
+    close_candles(book, at_ms + 59_000, book.dirty + 32)
     changes = book.collect()
 freeze_heap()
 print(taken, len(changes.ops) > 20, len(before) > 3, compiled() - before, gc.get_freeze_count() > 50_000)
