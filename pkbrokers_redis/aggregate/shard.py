@@ -289,9 +289,8 @@ def _stored_rows(
     except ResponseError:
         stored = []  # a key of another type: the commit reports it
     place = state.index(tick.token), tick.interval
-    put = [
-        changes.text[op[3] : op[4]] for op in changes.ops if op[0] == codec.PUT and (op[1], op[2]) == place
-    ]
+    puts = (op for op in changes.ops if op[0] == codec.PUT and (op[1], op[2]) == place)
+    put = [changes.text[op[3] : op[4]] for op in puts]
     return {start: row for row in (*stored, *put) if (start := start_of(row)) is not None}
 
 
