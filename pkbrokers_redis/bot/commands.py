@@ -76,16 +76,14 @@ async def _list(context: CommandContext) -> None:
 
 async def _remove(context: CommandContext) -> None:
     words = [word.strip("#,").lower() for word in context.words[1:]]
-    existing = {row.id for row in await context.read(context.services.alerts.of_chat, context.chat_id)}
-    if words == ["all"]:
-        chosen = existing
-    elif words and all(word.isascii() and word.isdecimal() and len(word) < 10 for word in words):
-        chosen = set(map(int, words))
-    else:
+    if words != ["all"] and not (words and all(map(str.isdecimal, words))):
         raise PkbError("which one?", "send /alert remove NUMBER, or /alert remove all")
-    removed = await context.read(context.services.alerts.remove, sorted(chosen & existing))
-    missing = sorted(chosen - existing)
-    note = f" This chat has no alert {', '.join(map(str, missing))}." if missing else ""
+    alerts = context.services.alerts
+    mine = {str(row.id): row.id for row in await context.read(alerts.of_chat, context.chat_id)}
+    chosen = list(mine) if words == ["all"] else words
+    removed = await context.read(alerts.remove, [mine[word] for word in chosen if word in mine])
+    missing = [word for word in chosen if word not in mine]
+    note = f" This chat has no alert {', '.join(missing)}." if missing else ""
     await context.reply(f"{removed} removed.{note}")
 
 

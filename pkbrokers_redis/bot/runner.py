@@ -39,12 +39,11 @@ from pkbrokers_redis.bot.telegram_client import (
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.clock import Backoff
 from pkbrokers_redis.errors import PkbError, SettingsError
-from pkbrokers_redis.runtime.cluster_state import Heartbeat
-from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
+from pkbrokers_redis.runtime.roles import keep_heartbeat, open_store, worker_id
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.functions import load_functions
-from pkbrokers_redis.store.leases import LeaderLease, announce, leave
+from pkbrokers_redis.store.leases import LeaderLease
 from pkbrokers_redis.store.meta import adopt_meta
 
 log = logs.get("bot")
@@ -79,7 +78,6 @@ class _BotProcess:
     def __init__(self, settings: Settings, client: redis.Redis) -> None:
         self._settings, self._client = settings, client
         self._name = worker_id("bot")
-        self._heart = Heartbeat(settings.keys, "bot", self._name, now_ms())
         self._bot: ExtBot[Any] = make_bot(settings)
         self._lease = LeaderLease(client, settings.keys.bot_lease(), self._name, LEASE_SECONDS)
         self._figures: Callable[[], dict[str, Any]] = lambda: {"answers": 0}
@@ -87,14 +85,17 @@ class _BotProcess:
     async def run(self, stop: threading.Event) -> None:
         """Answer while this process holds the lease, until `stop`."""
         log.info("started", store=describe(self._settings), api=self._settings.telegram_api_url)
-        tasks = [asyncio.create_task(self._beat()), asyncio.create_task(self._answer_in_turn())]
-        while not stop.is_set() and not tasks[1].done():
-            await asyncio.wait({tasks[1]}, timeout=STOP_POLL_SECONDS)
-        for task in tasks:
+        beats = asyncio.create_task(
+            keep_heartbeat(self._client, self._settings.keys, "bot", self._name, lambda: self._figures())
+        )
+        answers = asyncio.create_task(self._answer_in_turn())
+        while not stop.is_set() and not answers.done():
+            await asyncio.wait({answers}, timeout=STOP_POLL_SECONDS)
+        for task in (answers, beats):
             task.cancel()
-        _, ended = await asyncio.gather(*tasks, return_exceptions=True)
+        ended, _ = await asyncio.gather(answers, beats, return_exceptions=True)
         with suppress(redis.RedisError):
-            await asyncio.to_thread(self._leave)
+            await asyncio.to_thread(self._lease.release)
         with suppress(Exception):
             await self._bot.shutdown()
         if isinstance(ended, Exception):
@@ -199,22 +200,6 @@ class _BotProcess:
             await self._bot.set_my_commands(
                 [BotCommand(command.name, command.does[:256]) for command in COMMANDS.values()]
             )
-
-    async def _beat(self) -> None:
-        """Write the heartbeat until cancelled."""
-        while True:
-            with suppress(redis.RedisError):
-                await asyncio.to_thread(self._beat_once)
-            await asyncio.sleep(RENEW_EVERY_SECONDS)
-
-    def _beat_once(self) -> None:
-        announce(self._client, self._settings.keys, "bot", self._name)
-        self._heart.beat(self._client, now_ms(), 0, self._figures())
-
-    def _leave(self) -> None:
-        self._lease.release()
-        leave(self._client, self._settings.keys, "bot", self._name)
-        self._heart.end(self._client)
 
 
 def _accept_into(application: Application[Any, Any, Any, Any, Any, Any]) -> Callable[[object], Any]:

@@ -8,7 +8,6 @@ none of them.
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,18 +24,6 @@ from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
-
-Handler = Callable[["PKTickBot", Update, Any], Awaitable[None]]
-
-
-def _handler(*names: str) -> Handler:
-    """Return a coroutine method that answers the commands `names`."""
-
-    async def handler(self: PKTickBot, update: Update, context: Any) -> None:
-        await self._router.on_command(update, context)
-
-    handler.__doc__ = f"Answer {' and '.join('/' + name for name in names)}."
-    return handler
 
 
 class PKTickBot:
@@ -91,21 +78,13 @@ class PKTickBot:
         """End `run`, from another thread."""
         self._stop.set()
 
-    start = _handler("start")
-    help_command = _handler("help")
-    status = _handler("status")
-    top_ticks = _handler("top")
-    send_token = _handler("token")
-    send_refreshed_token = _handler("refresh_token")
-    restart_watcher = _handler("restart")
-    test_ticks = _handler("test_ticks")
-    send_zipped_ticks = _handler("ticks")
-    send_zipped_db = _handler("db")
-    send_zipped_instrument_history = _handler("instrument_history")
-    send_daily_pkl = _handler("daily_pkl")
-    send_intraday_pkl = _handler("intraday_pkl")
-    send_candles = _handler("candles")
-    request_data = _handler("request_data")
+    async def start(self, update: Update, context: Any) -> None:
+        """Answer the command of an update. Upstream has a handler for each command; here they are one."""
+        await self._router.on_command(update, context)
+
+    help_command = status = top_ticks = send_token = send_refreshed_token = restart_watcher = start
+    test_ticks = send_zipped_ticks = send_zipped_db = send_zipped_instrument_history = start
+    send_daily_pkl = send_intraday_pkl = send_candles = request_data = start
 
     async def handle_document_received(self, update: Update, context: Any) -> None:
         """Do nothing: received files are not downloaded."""

@@ -6,13 +6,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,10 +31,11 @@ from pkbrokers_redis.errors import (
     UnknownSymbol,
 )
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.runtime.cluster_state import call_one_master
+from pkbrokers_redis.runtime.cluster_state import EVERY_MS, Heartbeat, call_one_master
 from pkbrokers_redis.runtime.supervisor import EXIT_TRY_AGAIN, EXIT_USER_ERROR, SUPERVISED, stop_on_signals
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect, describe, explain
+from pkbrokers_redis.store.leases import announce, leave
 from pkbrokers_redis.store.meta import ensure_meta
 
 Role = Callable[[Settings, threading.Event], None]
@@ -99,6 +102,31 @@ def run_role(role: Role, arguments: Sequence[str] = ()) -> int:
             may_pass = SUPERVISED in os.environ and not isinstance(error, USER_ERRORS)
             return EXIT_TRY_AGAIN if may_pass or isinstance(error, RestartRequested) else EXIT_USER_ERROR
     return 0
+
+
+async def keep_heartbeat(
+    client: redis.Redis, keys: Keys, role: str, name: str, figures: Callable[[], Mapping[str, Any]]
+) -> None:
+    """Announce an asyncio role and write its heartbeat until cancelled, then delete both."""
+    heart = Heartbeat(keys, role, name, now_ms())
+
+    def beat() -> None:
+        with suppress(redis.ResponseError):  # no worker has loaded the functions yet; the heartbeat suffices
+            announce(client, keys, role, name, may_load=False)
+        heart.beat(client, now_ms(), 0, figures())
+
+    def end() -> None:
+        leave(client, keys, role, name)
+        heart.end(client)
+
+    try:
+        while True:
+            with suppress(PkbError, redis.RedisError):
+                await asyncio.to_thread(beat)
+            await asyncio.sleep(EVERY_MS / 1000)
+    finally:
+        with suppress(PkbError, redis.RedisError):
+            await asyncio.to_thread(end)
 
 
 def redis_time_ms(client: redis.Redis) -> float:

@@ -14,7 +14,6 @@ import os
 import threading
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -24,11 +23,9 @@ from aiohttp import web
 from pkbrokers_redis import logs
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError
-from pkbrokers_redis.runtime.cluster_state import Heartbeat
-from pkbrokers_redis.runtime.roles import now_ms, worker_id
+from pkbrokers_redis.runtime.roles import keep_heartbeat, worker_id
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect, describe
-from pkbrokers_redis.store.leases import announce, leave
 from pkbrokers_redis.web import closed, market, pipeline
 from pkbrokers_redis.web.executor import REDIS_ERRORS, Route, Services
 from pkbrokers_redis.web.http import error_response, json_response
@@ -37,7 +34,6 @@ log = logs.get("web")
 
 ROUTES: tuple[Route, ...] = (*pipeline.ROUTES, *market.ROUTES, *closed.ROUTES)
 REDIS_SECONDS_MAX = 3.0  # a Redis that does not answer in this time counts as unavailable
-BEAT_SECONDS = 2.0
 STOP_POLL_SECONDS = 0.1
 SHUTDOWN_SECONDS_MAX = 1.0  # for responses in progress; event streams end at once
 KEEPALIVE_SECONDS_MAX = 30.0  # an idle connection
@@ -151,7 +147,11 @@ async def _serve(settings: Settings, client: redis.Redis, stop: threading.Event)
         log.info("started", store=describe(settings, for_reading=True), url=url)
         if settings.web_token is None and not _is_loopback(settings.web_host):
             log.warning("token_missing", host=settings.web_host, hint="set PKB_WEB_TOKEN")
-        beats = asyncio.create_task(_beat(services, client, url))
+        beats = asyncio.create_task(
+            keep_heartbeat(
+                client, settings.keys, "web", worker_id("web"), lambda: {**services.figures(), "url": url}
+            )
+        )
         while not stop.is_set():  # noqa: ASYNC110  a signal handler sets it, in whichever thread
             await asyncio.sleep(STOP_POLL_SECONDS)
     finally:
@@ -178,30 +178,6 @@ async def _listen(runner: web.AppRunner, settings: Settings) -> str:
     address = runner.addresses[0]
     shown_host = f"[{address[0]}]" if ":" in address[0] else address[0]
     return f"http://{shown_host}:{address[1]}"
-
-
-async def _beat(services: Services, client: redis.Redis, url: str) -> None:
-    """Write the heartbeat until cancelled, then delete it."""
-    keys, name = services.settings.keys, worker_id("web")
-    heart = Heartbeat(keys, "web", name, now_ms())
-
-    def beat() -> None:
-        with suppress(redis.ResponseError):  # no worker has loaded the functions yet; the heartbeat suffices
-            announce(client, keys, "web", name, may_load=False)
-        heart.beat(client, now_ms(), 0, {**services.figures(), "url": url})
-
-    def end() -> None:
-        leave(client, keys, "web", name)
-        heart.end(client)
-
-    try:
-        while True:
-            with suppress(PkbError, redis.RedisError):
-                await asyncio.to_thread(beat)
-            await asyncio.sleep(BEAT_SECONDS)
-    finally:
-        with suppress(PkbError, redis.RedisError):
-            await asyncio.to_thread(end)
 
 
 def _is_loopback(host: str) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import redis
@@ -37,6 +37,8 @@ OUTBOX_MAX = 10_000  # messages that wait for Telegram; beyond it the oldest are
 MESSAGES_PER_READ = 2 * OUTBOX_MAX  # all of them: Redis trims by whole nodes, so there can be more
 POLL_SECONDS = 5.0  # without a wake-up: messages that another process left
 NEXT, REV = b"next", b"rev"
+
+T = TypeVar("T")
 
 
 class Notification(NamedTuple):
@@ -66,7 +68,7 @@ class AlertStore:
     def of_chat(self, chat_id: int) -> list[Alert]:
         """Return a chat's alerts, by id."""
         cells: Any = self._client.hgetall(self._keys.bot_alerts())
-        return [alert for alert in self._decode(cells) if alert.chat_id == chat_id]
+        return [alert for _, alert in sorted(self._decode(cells, Alert).items()) if alert.chat_id == chat_id]
 
     def add(self, alert: Alert, state: Sequence[Any]) -> Alert:
         """Store an alert under a new id and return it with the id. Raise PkbError at ALERTS_PER_CHAT_MAX."""
@@ -96,7 +98,7 @@ class AlertStore:
         return int(pipeline.execute()[0])
 
     def load(self) -> Checkpoint:
-        """Return everything that the worker resumes from. A malformed state is an empty list."""
+        """Return everything that the worker resumes from."""
         pipeline = self._client.pipeline(transaction=True)
         pipeline.hgetall(self._keys.bot_position())
         pipeline.hgetall(self._keys.bot_alert_state())
@@ -105,8 +107,8 @@ class AlertStore:
         return Checkpoint(
             int(position.get(REV, 0)),
             {int(shard): entry.decode() for shard, entry in position.items() if shard.isdigit()},
-            {int(name): _decode_state(text) for name, text in states.items() if name.isdigit()},
-            self._decode(alerts),
+            self._decode(states, list[Any]),
+            list(self._decode(alerts, Alert).values()),
         )
 
     def commit(
@@ -146,26 +148,17 @@ class AlertStore:
                 return False
             return True
 
-    def _decode(self, cells: dict[bytes, bytes]) -> list[Alert]:
-        """Return the alerts, by id. A malformed one is logged once and left out."""
-        alerts: list[Alert] = []
+    def _decode(self, cells: dict[bytes, bytes], kind: type[T]) -> dict[int, T]:
+        """Return id → value. A malformed one is logged once and left out."""
+        values: dict[int, T] = {}
         for name, text in cells.items():
-            if name == NEXT:
-                continue
             try:
-                alerts.append(msgspec.json.decode(text, type=Alert))
-            except msgspec.DecodeError as error:
-                if self._malformed.first(name):
-                    reason = str(error)[:120]
-                    log.warning("alert_malformed", id=name.decode(errors="replace"), reason=reason)
-        return sorted(alerts, key=lambda alert: alert.id)
-
-
-def _decode_state(text: bytes) -> list[Any]:
-    try:
-        return msgspec.json.decode(text, type=list[Any])
-    except msgspec.DecodeError:
-        return []
+                if name != NEXT:
+                    values[int(name)] = msgspec.json.decode(text, type=kind)
+            except (ValueError, msgspec.DecodeError) as error:
+                if self._malformed.first((kind, name)):
+                    log.warning("alert_malformed", id=name.decode(errors="replace"), reason=str(error)[:120])
+        return values
 
 
 class Outbox:
