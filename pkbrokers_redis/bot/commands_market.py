@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, NamedTuple
@@ -30,7 +30,6 @@ QUOTES_MAX = 20  # symbols of one /quote
 CHART_CANDLES = 90  # more are too thin on a phone
 TABLE_CANDLES = 12
 RANKING_ROWS_MAX = 50
-QUOTES_PER_PIPELINE = 1_000
 CRORE = 1e7
 WATCH_SYMBOLS_MAX = 5
 WATCHES_PER_CHAT_MAX = 3
@@ -186,37 +185,27 @@ def ranked_movers(store: CandleStore, ranking: Ranking, rows: int) -> list[Mover
 
 
 def _read_movers(store: CandleStore) -> list[Mover]:
+    """Return every instrument that traded on the latest day of any, by its day candle and its quote."""
     interval = "day" if "day" in store.intervals else store.intervals[-1]
     bulk = store.bulk(None, interval, 1, include_current=True)
     if not len(bulk):
         return []
     rows = bulk.rows[bulk.offsets[1:] - 1]
     days = (rows[:, 0].astype(np.int64) + IST_SECONDS) // DAY_SECONDS
-    closes = _previous_closes(store, bulk.tokens.tolist())
+    places = np.flatnonzero(days == days.max()).tolist()
+    pipeline = store.client.pipeline(transaction=False)
+    for i in places:
+        pipeline.hget(store.keys.quote(int(bulk.tokens[i])), "close")
+    closes: list[Any] = pipeline.execute(raise_on_error=False)
     movers: list[Mover] = []
-    for i in np.flatnonzero(days == days.max()).tolist():
+    for i, close in zip(places, closes, strict=True):
         price, volume, ticks = float(rows[i, 4]), float(rows[i, 5]), int(rows[i, 7])
-        previous = closes.get(int(bulk.tokens[i]))
-        change = (price / previous - 1) * 100 if previous else None
+        try:
+            change = (price / float(close) - 1) * 100
+        except (TypeError, ValueError, ZeroDivisionError):  # absent or malformed
+            change = None
         movers.append(Mover(bulk.symbols[i], price, change, volume, volume * price, ticks))
     return movers
-
-
-def _previous_closes(store: CandleStore, tokens: Sequence[int]) -> dict[int, float]:
-    """Return token → the previous day's close from the quotes; without absent and malformed ones."""
-    closes: dict[int, float] = {}
-    for first in range(0, len(tokens), QUOTES_PER_PIPELINE):
-        chunk = tokens[first : first + QUOTES_PER_PIPELINE]
-        pipeline = store.client.pipeline(transaction=False)
-        for token in chunk:
-            pipeline.hget(store.keys.quote(token), "close")
-        replies: list[Any] = pipeline.execute(raise_on_error=False)
-        for token, reply in zip(chunk, replies, strict=True):
-            try:
-                closes[token] = float(reply)
-            except (TypeError, ValueError):
-                continue
-    return {token: close for token, close in closes.items() if close > 0}
 
 
 def _crores(mover: Mover) -> str:

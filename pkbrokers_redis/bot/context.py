@@ -55,18 +55,16 @@ class Access:
 
 def access_of(settings: Settings) -> Access:
     """Return the allow-list of the settings. Raise SettingsError for a malformed id."""
-    return Access(
-        _ids("PKB_TELEGRAM_CHATS", settings.telegram_chats),
-        _ids("PKB_TELEGRAM_ADMINS", settings.telegram_admins),
-    )
+    chats = _ids("PKB_TELEGRAM_CHATS", settings.telegram_chats)
+    return Access(chats, _ids("PKB_TELEGRAM_ADMINS", settings.telegram_admins))
 
 
 def _ids(name: str, text: str) -> frozenset[int]:
-    words = [word for word in re.split(r"[\s,]+", text) if word]
-    if invalid := [word for word in words if not re.fullmatch(r"-?\d{1,18}", word)]:
-        raise SettingsError(
-            f"{name} holds {invalid[0][:40]!r}, which is not an id", "give numbers, comma-separated"
-        )
+    words = text.replace(",", " ").split()
+    for word in words:
+        if not re.fullmatch(r"-?\d{1,18}", word):
+            message = f"{name} holds {word[:40]!r}, which is not an id"
+            raise SettingsError(message, "give numbers, comma-separated")
     return frozenset(map(int, words))
 
 
@@ -112,15 +110,7 @@ class Services:
 
 @dataclass
 class CommandContext:
-    """One command of one user in one chat; `words` are its arguments.
-
-    Example:
-        async def spread(context: CommandContext) -> None:
-            store = context.services.store
-            token, symbol = await context.read(resolve_word, store, context.words[0])
-            quote = await context.read(store.get_quote, token)
-            await context.reply(f"{escape(symbol)} {money(quote['high'] - quote['low'])}")
-    """
+    """One command of one user in one chat; `words` are its arguments."""
 
     bot: ExtBot[Any]
     services: Services
@@ -157,6 +147,9 @@ class CommandContext:
             )
 
 
+Handler = Callable[[CommandContext], Awaitable[None]]
+
+
 @dataclass
 class Command:
     """One command; it decorates its handler, which adds it to COMMANDS.
@@ -176,11 +169,9 @@ class Command:
     for_admins: bool = False
     question: str = ""
     is_slow: bool = False
-    handler: Callable[[CommandContext], Awaitable[None]] = field(init=False)
+    handler: Handler = field(init=False)
 
-    def __call__(
-        self, handler: Callable[[CommandContext], Awaitable[None]]
-    ) -> Callable[[CommandContext], Awaitable[None]]:
+    def __call__(self, handler: Handler) -> Handler:
         self.handler = handler
         COMMANDS[self.name] = self
         return handler
@@ -222,8 +213,5 @@ def resolve_word(store: CandleStore, text: str) -> tuple[int, str]:
 
 
 def _keyboard(buttons: Buttons) -> InlineKeyboardMarkup | None:
-    if not buttons:
-        return None
-    return InlineKeyboardMarkup(
-        [[InlineKeyboardButton(label, callback_data=data) for label, data in buttons]]
-    )
+    row = [InlineKeyboardButton(label, callback_data=data) for label, data in buttons]
+    return InlineKeyboardMarkup([row]) if row else None

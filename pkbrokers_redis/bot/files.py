@@ -84,11 +84,7 @@ class Snapshot(NamedTuple):
 
 
 def newest(folder: Path, kind: FileKind) -> Snapshot | None:
-    """Return the newest file of a kind, or all files of a folder kind; None when there is none.
-
-    Raises:
-        InputFileError: The manifest is damaged.
-    """
+    """Return the newest file of a kind, or all files of a folder kind; None when there is none."""
     found: list[Snapshot] = []
     for name, entry in read_manifest(folder).items():
         path = folder / name

@@ -58,11 +58,7 @@ REDIS_SECONDS_MAX = 10.0  # a Redis that does not answer in this time counts as 
 
 
 def bot(settings: Settings, stop: threading.Event) -> None:
-    """Answer in Telegram until `stop` is set.
-
-    Raises:
-        SettingsError: There is no token, Telegram refuses it, or a chat id is malformed.
-    """
+    """Answer in Telegram until `stop` is set. Raise SettingsError for a refused token or a malformed id."""
     if settings.telegram_token is None:
         raise SettingsError("there is no bot token", "set PKB_TELEGRAM_TOKEN (from @BotFather)")
     access_of(settings)
@@ -80,7 +76,7 @@ class _BotProcess:
         self._name = worker_id("bot")
         self._bot: ExtBot[Any] = make_bot(settings)
         self._lease = LeaderLease(client, settings.keys.bot_lease(), self._name, LEASE_SECONDS)
-        self._figures: Callable[[], dict[str, Any]] = lambda: {"answers": 0}
+        self._figures: Callable[[], dict[str, Any]] = dict
 
     async def run(self, stop: threading.Event) -> None:
         """Answer while this process holds the lease, until `stop`."""
@@ -152,7 +148,6 @@ class _BotProcess:
         await application.start()
         poller = UpdatePoller(self._bot, self._client, settings.keys, _accept_into(application))
         self._figures = lambda: {
-            "answers": 1,
             "telegram": "up" if poller.is_available else "unavailable",
             **poller.counts,
             **router.counts,
@@ -161,25 +156,26 @@ class _BotProcess:
         works = [self._keep_lease(), poller.run(), outbox.run()]
         if services.access.admins:
             works.append(OperatorMonitor(self._bot, services, worker.feed).run())
-        tasks = [asyncio.create_task(work) for work in works]
-        menu = asyncio.create_task(self._publish_menu())
+        tasks: list[asyncio.Task[Any]] = [asyncio.create_task(work) for work in works]
+        # Telegram's apps show it as a menu; everything works without it.
+        menu = [BotCommand(command.name, command.does[:256]) for command in COMMANDS.values()]
+        published = asyncio.create_task(self._bot.set_my_commands(menu))
         worker.start()
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
-            for task in (*tasks, menu):
+            tasks.append(published)
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*tasks, menu, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             with suppress(TimeoutError):  # then the answers in progress have been cancelled
                 await asyncio.wait_for(application.stop(), DRAIN_SECONDS_MAX)
             await asyncio.to_thread(worker.stop)
             with suppress(TelegramError, redis.RedisError, TimeoutError):
                 await asyncio.wait_for(outbox.flush(), DRAIN_SECONDS_MAX)
             await services.close()
-            last = self._figures()
-            self._figures = lambda: {**last, "answers": 0}
             reader.close()
         log.info("lease_released")
 
@@ -193,13 +189,6 @@ class _BotProcess:
             except (redis.RedisError, PkbError) as error:
                 log.warning("redis_unavailable", reason=type(error).__name__)
         log.warning("lease_lost", remaining_seconds=round(self._lease.remaining_seconds, 1))
-
-    async def _publish_menu(self) -> None:
-        """Publish the menu of commands that Telegram's apps show. Everything works without it."""
-        with suppress(TelegramError):
-            await self._bot.set_my_commands(
-                [BotCommand(command.name, command.does[:256]) for command in COMMANDS.values()]
-            )
 
 
 def _accept_into(application: Application[Any, Any, Any, Any, Any, Any]) -> Callable[[object], Any]:
