@@ -97,11 +97,7 @@ def save_session(client: redis.Redis, keys: Keys, session: Session) -> Session:
 
 
 def load_session(client: redis.Redis, keys: Keys) -> Session | None:
-    """Return the shared session; None when there is none, Kite refused it, or the hash is malformed.
-
-    Raises:
-        WrongKeyType: `P:auth` is not a hash.
-    """
+    """Return the shared session; None when there is none, Kite refused it, or the hash is malformed."""
     found = _hash(client, keys.auth())
     if found.get("refused", "") == found.get("id", ""):  # both absent: there is no session
         return None

@@ -184,11 +184,6 @@ class Pipe:
 
     A command's key follows its name, or stands where `_KEY_AT` states. Between MULTI and EXEC all keys must
     be of one slot.
-
-    Example:
-        pipe = Pipe(client)
-        pipe.add("HGET", "pkb:{1}:current:256265", "5m")
-        [row] = pipe.execute()
     """
 
     def __init__(self, client: redis.Redis) -> None:
@@ -223,12 +218,7 @@ class Pipe:
         self._keys.append(key)
 
     def execute(self) -> list[Any]:
-        """Send everything and return the raw replies, errors of single commands as exceptions in the list.
-
-        Raises:
-            redis.ConnectionError: Or TimeoutError, when a connection failed or a cluster's slots moved. It is
-                then unknown which commands were executed.
-        """
+        """Send everything and return the raw replies, errors of single commands as exceptions in the list."""
         if self._cluster is not None:
             parts, self._parts = self._parts, []
             keys, self._keys = self._keys, []
@@ -318,12 +308,7 @@ class PinnedConnections:
     """
 
     def __init__(self, client: redis.Redis, socket_timeout_seconds: float) -> None:
-        """Replace the client's connections by ones that can be pinned.
-
-        Args:
-            client: one that has just been made.
-            socket_timeout_seconds: bound on the wait for a reply; the client must not block on purpose.
-        """
+        """Replace the client's connections by ones that can be pinned."""
         self._is_pinned = False
         nodes = getattr(client, "nodes_manager", None)  # of a RedisCluster
         if nodes is None:

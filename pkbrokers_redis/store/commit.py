@@ -32,21 +32,9 @@ _ENTRY_ID = re.compile(rb"\d{1,18}-\d{1,18}")
 def restore_shard(
     client: redis.Redis, keys: Keys, shard: int, state: ShardState, on_malformed: Callable[[str], None]
 ) -> dict[bytes, bytes]:
-    """Restore every instrument of a shard into an empty state.
+    """Restore every instrument of a shard into an empty state; return the fields `<token>:revs`.
 
-    Args:
-        client: The aggregator's.
-        keys: Of the store.
-        shard: Whose `P:{S}:state` and `current` hashes are read.
-        state: Receives the instruments.
-        on_malformed: Is called with the reason for each instrument that cannot be read; the instrument then
-            starts with its next tick.
-
-    Returns:
-        The fields `<token>:revs`, which the state does not hold.
-
-    Raises:
-        WrongKeyType: `P:{S}:state` is not a hash.
+    An instrument that cannot be read is reported to `on_malformed` and starts with its next tick.
     """
     key = keys.state(shard)
     with expect_type(client, key, "hash"):
@@ -87,19 +75,7 @@ class ShardCursor:
 
 
 def read_cursor(client: redis.Redis, keys: Keys, shard: int, owner: str, epoch: int) -> ShardCursor:
-    """Read the cursor of a shard whose lease this worker holds.
-
-    Args:
-        client: The aggregator's.
-        keys: Of the store.
-        shard: Its number.
-        owner: This worker's id.
-        epoch: From `leases.lease_shards`.
-
-    Raises:
-        WrongKeyType: `P:{S}:cursor` is not a hash.
-        PkbError: A field is malformed.
-    """
+    """Read the cursor of a shard whose lease this worker holds. Raise PkbError for a malformed one."""
     cursor = keys.cursor(shard)
     with expect_type(client, cursor, "hash"):
         fields: dict[bytes, bytes] = client.hgetall(cursor)  # type: ignore[assignment]
@@ -138,14 +114,7 @@ def commit_args(
     symbol_of: Callable[[int], bytes],
     extra_state: Mapping[bytes, bytes],
 ) -> list[Any]:
-    """Return the sections of `pkb_commit` from `current` to `state`.
-
-    Args:
-        state: Of the shard.
-        changes: What `state.collect` wrote.
-        symbol_of: Token → symbol, for `closed`.
-        extra_state: More fields of `P:{S}:state`.
-    """
+    """Return the sections of `pkb_commit` from `current` to `state`."""
     tokens = state.tokens  # indexed, not copied: a shard holds many more instruments than a commit changes
     names, keeps = zip(*((each.name, each.keep) for each in state.intervals), strict=True)
     text = changes.text
@@ -203,17 +172,7 @@ def queue_commit(
     closed_max: int,
     sections: list[Any],
 ) -> None:
-    """Append one shard's commit to a pipeline. Hand its reply to `finish_commit`.
-
-    Args:
-        pipe: Executes the commits of several shards together.
-        keys: Of the store.
-        shard: Its number.
-        held: The cursor as the last commit left it.
-        move: This commit's step.
-        closed_max: Cap of `P:{S}:closed`, entries.
-        sections: From `commit_args`.
-    """
+    """Append one shard's commit to a pipeline. Hand its reply to `finish_commit`."""
     cursor = keys.cursor(shard)
     base = cursor.removesuffix("cursor")
     sources: list[Any] = []
@@ -262,16 +221,7 @@ def touched_keys(base: str, sections: Sequence[Any]) -> list[str]:
 
 
 def finish_commit(reply: Any, held: ShardCursor, move: CursorMove) -> list[str]:
-    """Check a commit's reply, and move `held` to the new position.
-
-    Returns:
-        The keys that hold another type, each with Redis's error. Everything else was written.
-
-    Raises:
-        CommitRefused: Another worker owns the shard, or the cursor is not as this worker left it.
-        RedisUnavailable: Redis cannot write now, or lost the functions.
-        PkbError: Any other error of Redis.
-    """
+    """Move `held` to a commit's new position; return the keys of another type, which were not written."""
     if isinstance(reply, ResponseError):
         text = str(reply)
         if text.startswith(("FENCED", "STALE")):

@@ -64,16 +64,7 @@ _WRITE_SENTINEL = "write redis+sentinel://:password@host:26379,host:26379/servic
 
 
 def open_url(url: str, options: dict[str, Any]) -> redis.Redis:
-    """Return the client of a URL, not yet connected.
-
-    Args:
-        url: One of the forms above.
-        options: redis-py's; the options in the URL override them.
-
-    Raises:
-        SettingsError: The URL cannot be used. The message quotes no part of it.
-        redis.RedisError: A cluster's client asks for the topology at once.
-    """
+    """Return the client of a URL, not yet connected."""
     opener = OPENERS.get(split(url).scheme)
     if opener is None:
         raise SettingsError(
@@ -233,23 +224,14 @@ def connect(
 
     Replies are bytes, in RESP2 shapes. Sentinel's connections follow the master. On a cluster the client is a
     `cluster.ClusterClient`, whose docstring states the differences. Without PKB_REDIS_URL the client uses the
-    embedded server, which runs as long as the client's connection pool exists (or this process).
-
-    Args:
-        settings: Name the store.
-        for_reading: Retry lost connections, need no right to Functions, and use the demo's store when only
-            that exists. Writers never retry: the lost reply may be that of an XADD which succeeded.
-        socket_timeout_seconds: Maximum wait for a reply. Blocking reads must block for less.
-
-    Raises:
-        SettingsError: The URL cannot be used.
-        RedisUnavailable: There is no answer, or a refusal.
-        RedisUnsuitable: The server has no Functions.
+    embedded server, which runs as long as the client's connection pool exists (or this process). A reader
+    retries lost connections, needs no right to Functions, and uses the demo's store when only that exists.
     """
     options: dict[str, Any] = {
         "socket_timeout": socket_timeout_seconds,
         "socket_connect_timeout": CONNECT_SECONDS_MAX,
         "health_check_interval": HEALTH_CHECK_SECONDS,
+        # Writers never retry: the lost reply may be that of an XADD which succeeded.
         "retry": Retry(ExponentialBackoff(cap=1.0, base=0.05), READER_RETRIES)
         if for_reading
         else Retry(NoBackoff(), 0),

@@ -41,21 +41,7 @@ def load_functions(client: redis.Redis) -> None:
 def fcall(
     client: redis.Redis, function: Function, keys: Sequence[str], *arguments: Any, may_load: bool = True
 ) -> Any:
-    """Call a function of the library, and load the library first where it is missing.
-
-    Args:
-        client: Not a pipeline: use `queue_fcall` there.
-        function: Its name in `functions.lua`, without `pkb_`.
-        keys: All of one cluster slot.
-        *arguments: bytes, str, int or float.
-        may_load: False for a user without the right to FUNCTION LOAD.
-
-    Returns:
-        The raw reply.
-
-    Raises:
-        redis.RedisError: As redis-py raises it.
-    """
+    """Call a function of the library, and load the library first where it is missing."""
     call: Any = client.fcall
     try:
         return call(f"pkb_{function}", len(keys), *keys, *arguments)

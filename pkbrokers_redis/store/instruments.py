@@ -110,18 +110,9 @@ def is_current(client: redis.Redis, keys: Keys, sha256: str, scope: str) -> bool
 def swap_master(
     client: redis.Redis, keys: Keys, rows: Sequence[Row], exchanges: Iterable[str], *, force: bool = False
 ) -> SwapResult:
-    """Replace the master of some exchanges; the instruments of other exchanges stay.
+    """Replace the master of some exchanges by checked rows; the instruments of other exchanges stay.
 
-    Args:
-        client: The store.
-        keys: Of the store.
-        rows: Each with a valid token, an exchange of `exchanges` and a tradingsymbol, as `kite.instruments`
-            checks them.
-        exchanges: `NSE`, `NFO`, …
-        force: Accept a master that has lost half of its rows.
-
-    Raises:
-        MasterShrunk: The new master has less than half of the rows.
+    Raise MasterShrunk when half of the rows are missing, unless `force`.
     """
     scope = set(exchanges)
     old = {name: token for name, token in read_names(client, keys).items() if _exchange(name) in scope}
@@ -279,13 +270,6 @@ def search_instruments(
     """Find instruments whose symbol or company name contains `text`; shares and indices before contracts.
 
     The order is: equal symbols, symbols that start with it, names that start with it, then the rest.
-
-    Args:
-        client: The store.
-        keys: Of the store.
-        text: Case does not matter; `NSE:INF` restricts the exchange.
-        exchange: Restricts the exchange, too.
-        limit: Maximum of rows.
     """
     sought = " ".join(text.upper().split())
     names = read_names(client, keys)

@@ -45,22 +45,10 @@ class LeaderLease:
     """A lease on one key, so that one process at a time is the leader: a bot, a login, a job of a kind.
 
     Not thread-safe, except that `hold` renews from a thread of its own.
-
-    Example:
-        lease = LeaderLease(client, keys.job_lock("sync"), worker_id, ttl_seconds=30.0)
-        with lease.hold():
-            push()
     """
 
     def __init__(self, client: redis.Redis, key: str, owner: str, ttl_seconds: float) -> None:
-        """Describe a lease; nothing is acquired yet.
-
-        Args:
-            client: The store.
-            key: The lease's key, a string with a TTL.
-            owner: An id that no other process uses.
-            ttl_seconds: How long the lease outlives its owner's last renewal.
-        """
+        """Describe a lease; nothing is acquired yet."""
         self._client = client
         self._key = key
         self._owner = owner
@@ -149,12 +137,9 @@ def read_membership(client: redis.Redis, keys: Keys, role: str, worker_id: str, 
 def lease_shards(
     client: redis.Redis, keys: Keys, shards: Sequence[int], owner: str, ttl_ms: int
 ) -> tuple[dict[int, int], dict[int, PkbError]]:
-    """Acquire or renew the leases of some shards, in one round trip.
+    """Acquire or renew leases in one round trip; return shard → epoch of those held, shard → error.
 
-    Returns:
-        Shard → epoch to commit with, for the shards that this owner holds now; and shard → error, for those
-        whose lease or cursor is unusable. A new epoch means that the lease was lost in between: load the
-        shard again.
+    A new epoch means that the lease was lost in between: load the shard again.
     """
     if not shards:
         return {}, {}

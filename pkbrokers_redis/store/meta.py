@@ -48,17 +48,7 @@ log = logs.get("store")
 
 
 def ensure_meta(client: redis.Redis, settings: Settings, now_iso: str) -> None:
-    """Write the meta of these settings, or check that the store's is the same. Convert a store of schema 1.
-
-    Args:
-        client: A worker's.
-        settings: Of this worker.
-        now_iso: For `created_at` of a new store.
-
-    Raises:
-        MetaMismatch: It names the first field that differs.
-        WrongKeyType: `P:meta` is not a hash.
-    """
+    """Write the meta of these settings, or check that the store's is the same. Convert schema 1."""
     stored = read_meta(client, settings.prefix)
     if stored is not None and stored.get("schema") == PREVIOUS_SCHEMA:
         _compare({**stored, "schema": SCHEMA}, settings)
@@ -107,13 +97,7 @@ def read_meta(client: redis.Redis, prefix: str) -> dict[str, str] | None:
 
 
 def adopt_meta(client: redis.Redis, settings: Settings) -> Settings:
-    """Return these settings with the store's shards and intervals; unchanged while there is no store.
-
-    Raises:
-        MetaMismatch: The store has another schema.
-        WrongKeyType: `P:meta` is not a hash.
-        SettingsError: `P:meta` was edited and cannot be read.
-    """
+    """Return these settings with the store's shards and intervals; unchanged while there is no store."""
     stored = read_meta(client, settings.prefix)
     if stored is None:
         return settings

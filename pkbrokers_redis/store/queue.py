@@ -117,12 +117,7 @@ class KnownJob(Job):
 
 
 def connect_queue(settings: Settings) -> redis.Redis:
-    """Return a client of the jobs' Redis, which has answered.
-
-    Raises:
-        RedisUnavailable: It does not answer.
-        SettingsError: It is a cluster. RQ's keys have no common slot.
-    """
+    """Return a client of the jobs' Redis, which has answered."""
     own = settings.rq_redis_url
     if not has_queue(settings):
         raise SettingsError(
@@ -175,21 +170,7 @@ def enqueue(
     """Enqueue a job of the table.
 
     The id is derived from name and arguments, so that a request that waits, runs or has finished recently is
-    not enqueued twice.
-
-    Args:
-        queue: From `open_queue`.
-        name: A row of `JOBS`.
-        arguments: JSON types by keyword.
-        delay_seconds: From now.
-        again: Enqueue it although it has finished recently.
-
-    Returns:
-        The job's id, or None when it is in the queue already.
-
-    Raises:
-        KeyError: The job is not in the table.
-        redis.RedisError: As redis-py raises it.
+    not enqueued twice: then return None, else the job's id. `again` deletes a finished one first.
     """
     spec, id_ = JOBS[name], job_id(name, arguments)
     if again:

@@ -31,13 +31,7 @@ WAIT_SECONDS_MAX = 600.0  # a longer queue has no use behind one api key
 
 
 class Limiter:
-    """One named limit of `LIMITS_PER_SECOND`. Threads may share it.
-
-    Example:
-        limiter = Limiter(client, settings.keys, "history")
-        limiter.wait()
-        rows = kite.historical_data(…)
-    """
+    """One named limit of `LIMITS_PER_SECOND`. Threads may share it."""
 
     def __init__(
         self,
@@ -55,18 +49,7 @@ class Limiter:
         self._sleep = sleep
 
     def wait(self, stop: threading.Event | None = None) -> int:
-        """Sleep until this caller's slot.
-
-        Args:
-            stop: Ends the wait early when it is set.
-
-        Returns:
-            The slot, epoch µs of Redis's clock.
-
-        Raises:
-            PkbError: The wait would be longer than ten minutes, or `stop` was set.
-            redis.RedisError: As redis-py raises it.
-        """
+        """Sleep until this caller's slot (epoch µs). Raise PkbError beyond ten minutes, or at `stop`."""
         while True:
             wait_us, slot = self._call("limit_take", self._gap_us, round(WAIT_SECONDS_MAX * 1e6))
             if wait_us < 0:

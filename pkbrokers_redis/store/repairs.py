@@ -42,19 +42,7 @@ HistoryRow = Sequence[float | int | None]  # start (epoch s), open, high, low, c
 def send_gap(
     client: redis.Redis, keys: Keys, tokens: Iterable[int], from_ms: float, to_ms: float, why: str
 ) -> int:
-    """Report that the feed of these instruments was down in [from_ms, to_ms). It may be sent twice.
-
-    Args:
-        client: The store.
-        keys: Of the store.
-        tokens: The instruments, of any shards.
-        from_ms: Epoch ms, inclusive.
-        to_ms: Epoch ms, exclusive.
-        why: For people: `disconnected`, `mute`.
-
-    Returns:
-        The number of entries written, at least one per shard.
-    """
+    """Report that the feed of these instruments was down in [from_ms, to_ms). It may be sent twice."""
     if not to_ms > from_ms:
         return 0
     span = {"from": int(from_ms), "to": int(to_ms)}
@@ -100,24 +88,7 @@ def send_rows(
     """Send Kite's historical rows of one instrument and interval.
 
     Rows of the shortest interval also repair the longer ones. No rows at all is information, too: nothing was
-    traded in the span.
-
-    Args:
-        client: The store.
-        keys: Of the store.
-        token: The instrument.
-        interval: As in the keys.
-        from_s: Start of the span that was requested from history, epoch seconds, inclusive.
-        to_s: Its end, exclusive.
-        rows: `[start, open, high, low, close, volume, oi]`, oldest first, `start` in epoch seconds, `oi` a
-            number or None. Completed candles only: the open one is skipped.
-        why: For people.
-
-    Returns:
-        The id of the last entry written, for `is_applied`.
-
-    Raises:
-        PkbError: The span is empty.
+    traded in the span. Times are epoch seconds, `to_s` exclusive. Return the last entry's id.
     """
     if to_s <= from_s:
         raise PkbError(

@@ -67,12 +67,7 @@ _json = msgspec.json.Decoder()
 
 
 def parse_candle(row: bytes) -> Candle | None:
-    """Parse a candle row's JSON text.
-
-    Returns:
-        The candle, or None when the text is malformed: not a list of 8 or 9 cells, a cell that is not a
-        finite number, an unknown flag, or a start beyond the year 2200.
-    """
+    """Parse a candle row's JSON text; None when it is malformed."""
     try:
         cells = _json.decode(row)
     except (msgspec.DecodeError, RecursionError, ValueError):

@@ -59,11 +59,6 @@ class StreamReader:
     """Reads streams from given positions, on one server or a cluster.
 
     Belongs to one thread. Call `close` at the end.
-
-    Example:
-        reader = StreamReader(client)
-        for key, entries in reader.read({"pkb:{1}:closed": "$"}, count=100, block_ms=1000):
-            …
     """
 
     def __init__(self, client: redis.Redis) -> None:
@@ -74,21 +69,7 @@ class StreamReader:
         self.close = weakref.finalize(self, _close_all, self._waiting)
 
     def read(self, positions: Mapping[str, str], count: int, block_ms: int) -> list[Batch]:
-        """Return the entries after each position.
-
-        Args:
-            positions: Stream key → the last id that was read.
-            count: Maximum of entries per stream.
-            block_ms: How long to wait while there are none; 0 does not wait.
-
-        Returns:
-            (key, entries) for each stream that had new entries when the call began. An empty list means that
-            no stream had any when the call returned.
-
-        Raises:
-            redis.ConnectionError: Or TimeoutError, as redis-py raises it.
-            redis.ResponseError: A key is not a stream (WRONGTYPE).
-        """
+        """Return the entries after each position."""
         if not positions:
             return []
         if self._cluster is None:
@@ -218,13 +199,6 @@ def trim(
     """Remove tick entries that are older than the retention and that every reader has processed.
 
     Readers are the consumer groups of a stream. An uncommitted entry is never removed here.
-
-    Args:
-        client: The aggregator's.
-        keys: Of the store.
-        committed: Shard → the aggregator's own position.
-        now_ms: Epoch ms.
-        retention_seconds: Minimum age.
     """
     pipeline = client.pipeline(transaction=False)
     shards = list(committed)

@@ -96,13 +96,7 @@ class SavedInstruments(NamedTuple):
 
 
 def save_instruments(client: redis.Redis, keys: Keys, rows: Iterable[Mapping[str, Any]]) -> SavedInstruments:
-    """Write instrument master rows, without removing any.
-
-    Args:
-        client: The store.
-        keys: Of the store.
-        rows: Kite's CSV rows by column name: instrument_token, tradingsymbol, exchange, …
-    """
+    """Write instrument master rows, without removing any."""
     saved = refused = 0
     source = iter(rows)
     while chunk := list(islice(source, ROWS_A_PIPELINE)):
@@ -130,20 +124,7 @@ def load_symbols(client: redis.Redis, keys: Keys) -> dict[int, str]:
 
 
 def resolve(client: redis.Redis, keys: Keys, text: str) -> tuple[int, str]:
-    """Return token and symbol of what a person typed.
-
-    Args:
-        client: The store.
-        keys: Of the store.
-        text: `NSE:INFY`, `INFY`, `infy`, `NIFTY 50` or a token. A token that is not in the master is
-            accepted; its symbol is its number.
-
-    Raises:
-        UnknownSymbol: `.nearest` holds close spellings.
-
-    Example:
-        token, symbol = resolve(client, keys, "infy")  # 408065, "NSE:INFY"
-    """
+    """Return token and symbol of `NSE:INFY`, `infy`, `NIFTY 50` or a token. Raise UnknownSymbol."""
     return resolve_all(client, keys, [text])[0]
 
 
@@ -166,22 +147,7 @@ def resolve_all(client: redis.Redis, keys: Keys, texts: Sequence[str | int]) -> 
 
 
 def resolve_many(client: redis.Redis, keys: Keys, text: str) -> list[tuple[int, str]]:
-    """Return the instruments that PKB_INSTRUMENTS names, each once, in their order.
-
-    Args:
-        client: The store.
-        keys: Of the store.
-        text: A comma list of symbols, tokens, index names, groups (`nse-equity`, `all`, …), and files with
-            one of these a line (`#` starts a comment).
-
-    Returns:
-        `[(token, symbol), …]`.
-
-    Raises:
-        UnknownSymbol: A name is not in the master.
-        InputFileError: A file cannot be read.
-        PkbError: The master is empty and a group is chosen from it.
-    """
+    """Return `(token, symbol)` for PKB_INSTRUMENTS: symbols, tokens, groups, files with one a line."""
     names: list[str] = []
     chosen: dict[int, str] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):

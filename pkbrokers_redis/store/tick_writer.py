@@ -228,10 +228,7 @@ def highest_seq(client: redis.Redis, keys: Keys, shard: int, source: str, enough
     """Return the highest `seq` of a source that a shard holds, applied or not; never one too high.
 
     The stream is read backwards to the cursor (older entries count in the cursor's field `src:`), at most
-    `LOOK_ENTRIES_MAX` entries, and no further once `enough` is found.
-
-    Returns:
-        0 for none; None where the key is no stream: it takes no entries at all.
+    `LOOK_ENTRIES_MAX` entries, and no further once `enough` is found. 0 is none; None: the key is no stream.
     """
     try:
         fields: Any = client.hmget(keys.cursor(shard), f"src:{source}", "id")
@@ -261,13 +258,10 @@ def highest_seq(client: redis.Redis, keys: Keys, shard: int, source: str, enough
 def queue_batches(
     pipe: Pipe, keys: Keys, source: str, batches: Iterable[tuple[int, int, TickArray]]
 ) -> list[str]:
-    """Append batches `(seq, at_ms, ticks)` of a source to a pipe, one entry per batch and shard.
+    """Append batches `(seq, at_ms, ticks)` of a source to a pipe; return the entries' keys in reply order.
 
     A shard's entries are one transaction: had Redis refused one (out of memory, say) and taken the next, that
     one's higher `seq` would make the first look like a repeat when it is sent again.
-
-    Returns:
-        The entries' keys in the order of the replies.
     """
     entries: dict[int, list[tuple[Any, ...]]] = {}
     for seq, at_ms, ticks in batches:
@@ -289,11 +283,6 @@ class TickWriter:
         source: the id under which this writer numbers its batches.
         seq: the number of the last batch that `number` made.
         counts: counters for heartbeats, by name.
-
-    Example:
-        >>> writer = TickWriter(lambda: connect(settings), settings)
-        >>> writer.write([writer.number(ticks, at_ms)], at_ms)
-        True
     """
 
     def __init__(
@@ -304,14 +293,7 @@ class TickWriter:
         source: str | None = None,
         quotes: PendingQuotes | None = None,
     ) -> None:
-        """Prepare a writer; it connects with its first `write`.
-
-        Args:
-            connect: returns a new client of the store; called again after each lost connection.
-            settings: keys, the streams' cap and the memory for acknowledged batches.
-            source: the producer's id; unset: one of this process and moment.
-            quotes: quotes to write after the ticks of each call, a slice at a time.
-        """
+        """Prepare a writer; it connects with its first `write`."""
         self._connect = connect
         self._client: redis.Redis | None = None
         self._keys = settings.keys
@@ -334,18 +316,9 @@ class TickWriter:
         return TickBatch(self.source, self.seq, at_ms, ticks)
 
     def write(self, batches: Sequence[TickBatch], now_ms: int, stop: threading.Event | None = None) -> bool:
-        """Write batches and a slice of quotes; wait while Redis is unavailable or full.
+        """Write batches in the order of `seq` and a slice of quotes; wait while Redis is unavailable or full.
 
-        Args:
-            batches: in the order of `seq`; after False the caller still holds them.
-            now_ms: the machine's time, epoch ms.
-            stop: ends the wait for Redis.
-
-        Returns:
-            True when Redis has all batches; False when `stop` is set and Redis cannot take them.
-
-        Raises:
-            PkbError: the store can never take them.
+        Return False when `stop` was set first. Raise PkbError when the store can never take them.
         """
         backoff = Backoff(RETRY_SECONDS_MIN, RETRY_SECONDS_MAX)
         while True:
