@@ -15,12 +15,14 @@ from datetime import date, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
+import redis
 import typer
 
 from pkbrokers_redis.candles.calendar import IST
 from pkbrokers_redis.candles.model import Candle
 from pkbrokers_redis.errors import RedisUnavailable, SettingsError
 from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.embedded.server import reader_data_dir, store_folder
 
 if TYPE_CHECKING:
@@ -40,8 +42,19 @@ PRICES = {"open", "high", "low", "close", "last_price", "average_price", "change
 PRICES |= {"day_open", "day_high", "day_low"}
 COUNTS = {"volume", "ticks", "oi", "last_quantity", "buy_quantity", "sell_quantity", "token", "rev"}
 NUMBERS = PRICES | COUNTS
-NARROW = {"interval", "ticks", "flag", "rev"}
-TABLE_WIDTH_MIN = 160  # a terminal wraps a wide table; rich would cut its cells
+EPOCH_DIGITS_MIN = 9  # epoch seconds since 1973; a shorter number is not a time
+WIDTHS = {"interval": 6, "ticks": 6, "flag": 6, "rev": 6, "symbol": 14}  # of rows that are not known yet
+
+
+def new_group() -> typer.Typer:
+    """Return an empty group of subcommands, such as `pkb sync push` and `pull`."""
+    return typer.Typer(
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
 
 
 def choose_form(as_json: bool, as_csv: bool = False) -> Form:
@@ -70,6 +83,25 @@ def parse_date(text: str, option: str = "") -> date:
         raise SettingsError(f"{name} is not a date", "write it as 2026-11-20") from None
 
 
+def parse_moment(text: str, now_s: float) -> int:
+    """Return the epoch seconds of a time as people write it: `10:05`, `2026-08-03T10:05`, epoch seconds.
+
+    Without a date it is the day of `now_s`, without a zone Kolkata's time. Raises SettingsError.
+    """
+    text = text.strip()
+    if text.isascii() and text.isdecimal() and EPOCH_DIGITS_MIN <= len(text) <= 10:
+        return int(text)
+    today = datetime.fromtimestamp(now_s, IST).date().isoformat()
+    for candidate in (text, f"{today}T{text.rjust(5, '0')}"):
+        try:
+            moment = datetime.fromisoformat(candidate)
+            if moment.year >= 1970:
+                return int((moment if moment.tzinfo else moment.replace(tzinfo=IST)).timestamp())
+        except (ValueError, OverflowError):
+            continue
+    raise SettingsError(f"{text[:40]!r} is not a time", "write 10:05, 2026-08-03T10:05 or epoch seconds")
+
+
 def candle_row(candle: Candle) -> dict[str, Any]:
     """Return a candle as an object: `time`, then the fields of its row, then its flag."""
     return {"time": iso(candle.start), **candle.as_dict()}
@@ -85,20 +117,24 @@ def dump(value: Any) -> str:
     return msgspec.json.encode(value).decode()
 
 
-def print_enqueued(job: str, is_new: bool, as_json: bool) -> None:
-    """Print the id of a job after `--enqueue`, and whether it is new in the queue."""
-    if as_json:
-        print(dump({"job": job, "new": is_new}))
-    else:
-        print(f"{job} {'is in the queue' if is_new else 'was in the queue already'}; see pkb jobs --list")
+def show(document: Any, as_json: bool, text: str) -> None:
+    """Print a result: the document as JSON, or the text for people."""
+    print(dump(document) if as_json else text)
 
 
 def emit(rows: Sequence[Row], columns: Sequence[str], form: Form, title: str = "") -> None:
     """Print all rows at once. JSON is an array of whole rows; the other forms show `columns`."""
     if form == "json":
         print(dump(rows))
-    elif form == "table":
-        _print_table(rows, columns, title)
+    elif form == "table":  # without the columns that are empty in every row
+        filled = [name for name in columns if any(row.get(name) not in (None, "") for row in rows)]
+        shown = filled if rows else columns
+        lines = [shown, *([_cell(name, row.get(name)) for name in shown] for row in rows)]
+        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        if title:
+            print(title)
+        for line in lines:
+            print(_line(shown, line, widths))
     else:
         writer = _writer(form)
         writer.writerow(columns)
@@ -108,8 +144,9 @@ def emit(rows: Sequence[Row], columns: Sequence[str], form: Form, title: str = "
 def emit_each(rows: Iterable[Row], columns: Sequence[str], form: Form) -> None:
     """Print each row as it arrives. JSON is one object a line."""
     writer = _writer(form)
+    widths = [WIDTHS.get(name, 19 if _is_time(name) else 10) for name in columns]
     if form == "table":
-        print(_line(columns, columns), flush=True)
+        print(_line(columns, columns, widths), flush=True)
     elif form != "json":
         writer.writerow(columns)
         sys.stdout.flush()
@@ -117,7 +154,7 @@ def emit_each(rows: Iterable[Row], columns: Sequence[str], form: Form) -> None:
         if form == "json":
             print(dump(row))
         elif form == "table":
-            print(_line(columns, [_cell(name, row.get(name)) for name in columns]))
+            print(_line(columns, [_cell(name, row.get(name)) for name in columns], widths))
         else:
             writer.writerow([_plain(row.get(name)) for name in columns])
         sys.stdout.flush()
@@ -127,30 +164,12 @@ def _writer(form: Form) -> Any:
     return csv.writer(sys.stdout, delimiter="," if form == "csv" else "\t", lineterminator="\n")
 
 
-def _print_table(rows: Sequence[Row], columns: Sequence[str], title: str) -> None:
-    """Print a table without the columns that are empty in every row."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", padding=(0, 1, 0, 0))
-    shown = [name for name in columns if not rows or any(row.get(name) not in (None, "") for row in rows)]
-    for name in shown:
-        table.add_column(name, justify="right" if name in NUMBERS else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(_cell(name, row.get(name))) for name in shown))
-    console = Console()
-    console.width = max(console.width, TABLE_WIDTH_MIN)
-    console.print(table)
-
-
-def _line(columns: Sequence[str], cells: Sequence[str]) -> str:
-    """Return one line of a table whose further rows are not known yet."""
-    parts = []
-    for name, cell in zip(columns, cells, strict=True):
-        width = 19 if _is_time(name) else 6 if name in NARROW else 14 if name == "symbol" else 10
-        parts.append(cell.rjust(width) if name in NUMBERS else cell.ljust(width))
+def _line(columns: Sequence[str], cells: Sequence[str], widths: Sequence[int]) -> str:
+    """Return one line of a table, numbers on the right."""
+    parts = [
+        cell.rjust(width) if name in NUMBERS else cell.ljust(width)
+        for name, cell, width in zip(columns, cells, widths, strict=True)
+    ]
     return "  ".join(parts).rstrip()
 
 
@@ -198,6 +217,15 @@ def require_store(settings: Settings) -> None:
 
 
 @contextlib.contextmanager
+def open_client() -> Iterator[tuple[redis.Redis, Settings]]:
+    """Connect to the configured store for reading, which must exist."""
+    settings = load_settings()
+    require_store(settings)
+    with connect(settings, for_reading=True) as client:
+        yield client, settings
+
+
+@contextlib.contextmanager
 def open_store() -> Iterator[CandleStore]:
     """Open the configured store for reading; afterwards name rows that had to be left out."""
     from pkbrokers_redis.client.store import CandleStore
@@ -217,9 +245,8 @@ def progress_bar(*, hidden: bool) -> Iterator[Callable[[int, int, str], None] | 
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as drawn:
+    with Progress(console=Console(stderr=True), transient=True) as drawn:
         task = drawn.add_task("", total=None)
         yield lambda done, total, part: drawn.update(task, completed=done, total=total, description=part)

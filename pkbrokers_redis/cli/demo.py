@@ -1,7 +1,4 @@
-"""`pkb demo`: the main job with nothing to configure, and a live view of candles forming.
-
-The demo's live view: candles of a dozen instruments as they form, and how the pipeline fares.
-"""
+"""`pkb demo`: the main job with nothing to configure, and a live view of candles forming."""
 
 from __future__ import annotations
 
@@ -13,24 +10,24 @@ import time
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any
+from typing import Annotated
 
 import redis
 import typer
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles.model import Candle
-from pkbrokers_redis.cli.common import dump
+from pkbrokers_redis.cli.common import AsJson, show
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.runtime.cluster_state import Worker, read_workers
 from pkbrokers_redis.runtime.health import check_volumes
 from pkbrokers_redis.runtime.supervisor import RoleSpec, Supervisor, stop_on_signals, worker_argv
-from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.settings import Settings, env_name, load_settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.simulator.websocket_server import SimulatorServer
@@ -42,7 +39,12 @@ from pkbrokers_redis.store.symbols import save_instruments
 WARM_UP_SECONDS_MAX = 180  # the first run compiles the candle rules
 SECONDS_WITHOUT_TERMINAL = 65  # long enough for a minute to complete
 REFRESH_SECONDS = 0.25
+PLAIN_EVERY_SECONDS = 5.0  # without a terminal: a line now and then
 RESTARTS_MAX = 3
+WORKER_FIELDS = (
+    *("data_dir", "prefix", "shards", "intervals_text", "sessions", "timezone", "clock"),
+    *("close_grace_seconds", "kite_mode", "log_level", "log_format"),
+)
 
 
 def demo(
@@ -54,7 +56,7 @@ def demo(
     rate: Annotated[
         float | None, typer.Option(min=1, help="ticks a second over all; unset: one a second an instrument")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print a machine-readable summary instead")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Watch candles form: embedded Redis, a local Kite simulator, ingest, aggregator, and a live view.
 
@@ -86,15 +88,13 @@ def demo(
         )
         workers.start()
         try:
-            _watch(client, settings, summary, View(as_json, summary, settings), workers, stop, seconds)
+            with CandleStore(settings, client=client) as store, View(as_json, summary, store) as view:
+                _watch(view, workers, stop, seconds)
         finally:
             workers.stop()  # ingest first, then the aggregator, once it has applied what was written
             kite.stop()
         _sum_up(client, settings, summary)
-        if as_json:
-            print(dump(asdict(summary)))
-        else:
-            _print_summary(summary)
+    show(asdict(summary), as_json, _summary_text(summary))
 
 
 def _own_settings() -> Settings:
@@ -108,56 +108,38 @@ def _own_settings() -> Settings:
     shutil.rmtree(store_folder(folder), ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     return load_settings(
-        data_dir=folder, redis_url=None, prefix="pkb", sessions="always", clock="wall", log_level="warning"
+        data_dir=folder,
+        redis_url=None,
+        prefix="pkb",
+        sessions="always",
+        clock="wall",
+        kite_mode="full",
+        log_level="warning",
     )
 
 
 def _worker_env(settings: Settings, redis_url: str, kite_url: str, tokens: Path) -> dict[str, str]:
     """Return the demo's settings in full: neither the user's environment nor a `.env` reaches its workers."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("PKB_")}
-    return env | {
-        "PKB_REDIS_URL": redis_url,
-        "PKB_DATA_DIR": str(settings.data_dir),
-        "PKB_PREFIX": settings.prefix,
-        "PKB_SHARDS": str(settings.shards),
-        "PKB_INTERVALS": settings.intervals_text,
-        "PKB_SESSIONS": settings.sessions,
-        "PKB_TIMEZONE": settings.timezone,
-        "PKB_CLOCK": settings.clock,
-        "PKB_CLOSE_GRACE_SECONDS": str(settings.close_grace_seconds),
-        "PKB_KITE_WS_URL": kite_url,
-        "PKB_KITE_MODE": "full",
-        "PKB_INSTRUMENTS": str(tokens),
-        "PKB_LOG_LEVEL": settings.log_level,
-        "PKB_LOG_FORMAT": settings.log_format,
-    }
+    env |= {env_name(field): str(getattr(settings, field)) for field in WORKER_FIELDS}
+    return env | {"PKB_REDIS_URL": redis_url, "PKB_KITE_WS_URL": kite_url, "PKB_INSTRUMENTS": str(tokens)}
 
 
-def _watch(
-    client: redis.Redis,
-    settings: Settings,
-    summary: DemoSummary,
-    view: View,
-    workers: Supervisor,
-    stop: threading.Event,
-    seconds: float | None,
-) -> None:
+def _watch(view: View, workers: Supervisor, stop: threading.Event, seconds: float | None) -> None:
     """Show candles until the time is up. The time counts from the first candle."""
     began: float | None = None
     started = time.monotonic()
-    with CandleStore(settings, client=client) as store, view:
-        while not stop.is_set():
-            if began is None and client.exists(*_current_keys(client, settings, summary)):
-                began = time.monotonic()
-            now = time.monotonic()
-            _check_workers(workers)
-            if began is None and now - started > WARM_UP_SECONDS_MAX:
-                raise PkbError("no candle formed within 3 minutes", "look at the lines above, try again")
-            if began is not None and seconds is not None and now - began >= seconds:
-                break
-            summary.seconds = 0.0 if began is None else now - began
-            view.show(store, client)
-            stop.wait(REFRESH_SECONDS)
+    while not stop.is_set():
+        now = time.monotonic()
+        if began is None and view.has_candles():
+            began = now
+        _check_workers(workers)
+        if began is None and now - started > WARM_UP_SECONDS_MAX:
+            raise PkbError("no candle formed within 3 minutes", "look at the lines above, try again")
+        if began is not None and seconds is not None and now - began >= seconds:
+            break
+        view.show(0.0 if began is None else now - began)
+        stop.wait(REFRESH_SECONDS)
 
 
 def _check_workers(workers: Supervisor) -> None:
@@ -165,11 +147,6 @@ def _check_workers(workers: Supervisor) -> None:
     for status in workers.statuses():
         if status.restarts >= RESTARTS_MAX or status.state == "failed":
             raise PkbError(f"{status.role} keeps failing: {status.last_line}", "look at the lines above")
-
-
-def _current_keys(client: redis.Redis, settings: Settings, summary: DemoSummary) -> list[str]:
-    tokens: list[Any] = client.hmget(settings.keys.symbols(), summary.symbols)
-    return [settings.keys.current(int(token)) for token in tokens if token]
 
 
 def _sum_up(client: redis.Redis, settings: Settings, summary: DemoSummary) -> None:
@@ -188,19 +165,15 @@ def _sum_up(client: redis.Redis, settings: Settings, summary: DemoSummary) -> No
     summary.seconds = round(summary.seconds, 1)
 
 
-def _print_summary(summary: DemoSummary) -> None:
-    print(
-        f"{summary.ticks:,} ticks of {summary.instruments:,} instruments in {summary.seconds:.0f} s: "
-        f"{summary.candles_completed:,} candles completed, {summary.candles_forming:,} forming"
-    )
+def _summary_text(summary: DemoSummary) -> str:
     right = summary.volumes_checked - summary.volumes_wrong
-    print(
-        f"candle volumes add up to the traded volume for {right:,} of {summary.volumes_checked:,} instruments"
+    return (
+        f"{summary.ticks:,} ticks of {summary.instruments:,} instruments in {summary.seconds:.0f} s: "
+        f"{summary.candles_completed:,} candles completed, {summary.candles_forming:,} forming\n"
+        "candle volumes add up to the traded volume for "
+        f"{right:,} of {summary.volumes_checked:,} instruments\n"
+        "read on: pkb candles RELIANCE 1m --current   pkb quote INFY   pkb redis-cli HGETALL pkb:symbols"
     )
-    print("read on: pkb candles RELIANCE 1m --current   pkb quote INFY   pkb redis-cli HGETALL pkb:symbols")
-
-
-PLAIN_EVERY_SECONDS = 5.0  # without a terminal: a line now and then
 
 
 @dataclass
@@ -224,15 +197,13 @@ class DemoSummary:
 class View:
     """A rich table on a terminal, a line every five seconds elsewhere, nothing with `quiet`."""
 
-    def __init__(self, quiet: bool, summary: DemoSummary, settings: Settings) -> None:
+    def __init__(self, quiet: bool, summary: DemoSummary, store: CandleStore) -> None:
         self._quiet = quiet
         self._summary = summary
-        self._settings = settings
-        self._terminal = sys.stdout.isatty() and not quiet
-        self._live = Live(console=Console(), auto_refresh=False) if self._terminal else None
-        self._printed_at = float("-inf")
-        self._last: dict[str, float] = {}
-        self._worker_keys: list[bytes] = []
+        self._store = store
+        self._live = Live(auto_refresh=False) if sys.stdout.isatty() and not quiet else None
+        self._printed_at = float("-inf")  # monotonic seconds
+        self._last_close: dict[str, float] = {}
 
     def __enter__(self) -> View:
         if self._live:
@@ -241,43 +212,35 @@ class View:
             print("starting: embedded Redis, Kite simulator, ingest, aggregator", flush=True)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live:
             self._live.stop()
 
-    def show(self, store: CandleStore, client: redis.Redis) -> None:
-        """Read the store and draw it."""
-        workers = self._workers(client)
-        ingest, aggregate = workers.get("ingest", {}), workers.get("aggregate", {})
-        self._summary.ticks = max(self._summary.ticks, int(aggregate.get("ticks_total", 0)))
-        if self._quiet:
-            return
+    def has_candles(self) -> bool:
+        """Return whether a candle of the shown instruments is forming."""
+        tokens = [token for token, _ in self._store.resolve_all(self._summary.symbols)]
+        return bool(self._store.client.exists(*map(self._store.keys.current, tokens)))
+
+    def show(self, seconds: float) -> None:
+        """Read the store and draw it; `seconds` have passed since the first candle."""
+        summary = self._summary
+        summary.seconds = seconds
+        found = read_workers(self._store.client, self._store.keys, time.time() * 1000)
+        workers = {worker.role: worker for worker in found}
+        aggregator = workers.get("aggregate")
+        if aggregator is not None:
+            summary.ticks = max(summary.ticks, int(aggregator.number("ticks_total")))
         if self._live:
-            rows = [(symbol, store.get_current_candle(symbol, "1m")) for symbol in self._summary.symbols]
-            self._live.update(self._draw(rows, ingest, aggregate), refresh=True)
-        elif time.monotonic() - self._printed_at >= PLAIN_EVERY_SECONDS and self._summary.seconds:
+            self._live.update(self._draw(workers), refresh=True)
+        elif not self._quiet and seconds and time.monotonic() - self._printed_at >= PLAIN_EVERY_SECONDS:
             self._printed_at = time.monotonic()
-            symbol = self._summary.symbols[-1]
-            candle = store.get_current_candle(symbol, "1m")
-            forming = f"{symbol} 1m {_plain(candle)}" if candle else ""
-            print(f"{self._summary.seconds:5.0f} s  {_rate(aggregate)}  {forming}", flush=True)
+            candle = self._store.get_current_candle(summary.symbols[-1], "1m")
+            forming = f"{summary.symbols[-1]} 1m {_plain(candle)}" if candle else ""
+            print(f"{seconds:5.0f} s  {self._rate(aggregator)}  {forming}", flush=True)
 
-    def _workers(self, client: redis.Redis) -> dict[str, dict[str, Any]]:
-        if len(self._worker_keys) < 2:
-            self._worker_keys = list(client.scan_iter(match=self._settings.keys.worker("*"), count=10_000))
-        found: dict[str, dict[str, Any]] = {}
-        for key in self._worker_keys:
-            found_fields: Any = client.hgetall(key)
-            fields = {name.decode(): value.decode() for name, value in found_fields.items()}
-            if fields:
-                found[fields["role"]] = fields
-        return found
-
-    def _draw(
-        self, rows: list[tuple[str, Candle | None]], ingest: dict[str, Any], aggregate: dict[str, Any]
-    ) -> Group:
+    def _draw(self, workers: dict[str, Worker]) -> Group:
+        symbols = self._summary.symbols
+        rows = [(symbol, self._store.get_current_candle(symbol, "1m")) for symbol in symbols]
         if not any(candle for _, candle in rows):
             return Group(
                 Text("warming up: the first run compiles the candle rules (about 20 s, once)", "yellow")
@@ -291,15 +254,17 @@ class View:
                 table.add_row(symbol, *["–"] * 6)
                 continue
             style = "green" if candle.close >= candle.open else "red"
-            moved = self._last.get(symbol) != candle.close
-            self._last[symbol] = candle.close
-            close = Text(f"{candle.close:,.2f}", f"bold {style}" if moved else style)
+            has_moved = self._last_close.get(symbol) != candle.close
+            self._last_close[symbol] = candle.close
+            close = Text(f"{candle.close:,.2f}", f"bold {style}" if has_moved else style)
             prices = (f"{candle.open:,.2f}", f"{candle.high:,.2f}", f"{candle.low:,.2f}")
             table.add_row(symbol, *prices, close, f"{candle.volume:,.0f}", str(candle.ticks))
+        ingest, aggregator = workers.get("ingest"), workers.get("aggregate")
+        quotes, lag_ms = ingest and ingest.number("quotes"), aggregator and aggregator.number("lag_ms")
         head = Text.assemble(
             ("pkbrokers-redis demo  ", "bold"),
-            f"{self._summary.instruments:,} instruments  {_rate(aggregate)}  ",
-            f"quotes {int(ingest.get('quotes', 0)):,}  lag {float(aggregate.get('lag_ms', 0)):.0f} ms  ",
+            f"{self._summary.instruments:,} instruments  {self._rate(aggregator)}  ",
+            f"quotes {quotes or 0:,.0f}  lag {lag_ms or 0:.0f} ms  ",
             (f"{self._summary.seconds:.0f} s", "dim"),
         )
         foot = Text(
@@ -309,12 +274,9 @@ class View:
         )
         return Group(head, Text(), table, Text(), foot)
 
-
-def _rate(aggregate: dict[str, Any]) -> str:
-    return (
-        f"{float(aggregate.get('ticks_per_second', 0)):,.0f} ticks/s  "
-        f"{int(aggregate.get('ticks_total', 0)):,} ticks"
-    )
+    def _rate(self, aggregator: Worker | None) -> str:
+        rate = aggregator.number("ticks_per_second") if aggregator else 0.0
+        return f"{rate:,.0f} ticks/s  {self._summary.ticks:,} ticks"
 
 
 def _plain(candle: Candle) -> str:

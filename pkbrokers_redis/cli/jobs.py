@@ -16,14 +16,15 @@ from pkbrokers_redis.cli.common import (
     AsJson,
     InQueue,
     choose_form,
-    dump,
     emit,
     iso,
+    new_group,
     note,
+    open_client,
     parse_date,
-    print_enqueued,
     progress_bar,
     require_store,
+    show,
 )
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import PkbError, SettingsError
@@ -37,7 +38,7 @@ from pkbrokers_redis.jobs.cron import NSE_TOKEN, Plan, cron, next_runs, schedule
 from pkbrokers_redis.jobs.github import target_of
 from pkbrokers_redis.jobs.progress import read_progress
 from pkbrokers_redis.jobs.restore import restore, verify
-from pkbrokers_redis.jobs.snapshots import KINDS, open_run
+from pkbrokers_redis.jobs.snapshots import KINDS, Run, open_run
 from pkbrokers_redis.jobs.snapshots import snapshot as write_snapshot
 from pkbrokers_redis.runtime.roles import run_role
 from pkbrokers_redis.settings import Settings, load_settings
@@ -69,31 +70,24 @@ def jobs(
     """
     if not (listed or failed or retry):
         raise typer.Exit(run_role(worker.jobs))
-    settings = load_settings()
     form = choose_form(as_json)
-    require_store(settings)
-    with connect(settings, for_reading=True) as store:
+    with open_client() as (store, settings):
         # Use the store's client if the queue is in the store: another would start an embedded server.
         is_shared = settings.rq_redis_url is None and has_queue(settings)
         queue = open_queue(settings, store if is_shared else None)
         if retry:
             again = view.retry(queue, retry)
-            emit([{"id": each} for each in again], ("id",), form, title="in the queue again")
-            return
-        if failed:
+            emit([{"id": job} for job in again], ("id",), form, title="in the queue again")
+        elif failed:
             rows = view.failed_jobs(queue)
             emit([{**row, "at": iso(row["at"]) if row["at"] else ""} for row in rows], FAILED, form)
-            return
-        rows = view.list_jobs(queue, store, settings.keys)
-    shown = [
-        {
-            **row,
-            "since": iso(row["since"]) if row["since"] else "",
-            "progress": f"{row['done']}/{row['total']}" if row["total"] else "",
-        }
-        for row in rows
-    ]
-    emit(shown, LISTED, form)
+        else:
+            emit([_job_row(row) for row in view.list_jobs(queue, store, settings.keys)], LISTED, form)
+
+
+def _job_row(row: dict[str, Any]) -> dict[str, Any]:
+    since = iso(row["since"]) if row["since"] else ""
+    return {**row, "since": since, "progress": f"{row['done']}/{row['total']}" if row["total"] else ""}
 
 
 def cron_(
@@ -138,9 +132,10 @@ def snapshot(
     `restore` fills a store without a running aggregator from the Parquet files; `check` compares the files
     with their manifest, and the Parquet files with the store.
     """
+    is_writing = kind not in ("restore", "check")
     if shape not in ("published", "split"):
         raise SettingsError(f"unknown shape {shape!r}", "use published or split")
-    if in_queue and kind in ("restore", "check"):
+    if in_queue and not is_writing:
         raise SettingsError(f"--enqueue does not go with {kind}", "run it here")
     if in_queue and folder is not None:
         raise SettingsError(
@@ -148,83 +143,68 @@ def snapshot(
         )
     settings = load_settings()
     logs.configure(settings)
-    if kind == "restore":
-        _restore(settings, folder, as_json)
-    elif kind == "check":
-        _check(settings, folder, as_json)
-    else:
-        arguments: dict[str, Any] = {"kind": kind}
-        if kind == "pickle":
-            arguments["shape"] = shape
-        elif kind in ("parquet", "sqlite"):
-            arguments |= {"intervals": interval, "full": full}
-        if in_queue and kind in KINDS:
-            _enqueue(settings, "snapshot", arguments, as_json)
-            return
+    arguments: dict[str, Any] = {"kind": kind}
+    if kind == "pickle":
+        arguments["shape"] = shape
+    elif kind in ("parquet", "sqlite"):
+        arguments |= {"intervals": interval, "full": full}
+    if in_queue and kind in KINDS:
+        _enqueue(settings, "snapshot", arguments, as_json)
+        return
+    if is_writing:
         require_store(settings)
-        with (
-            progress_bar(hidden=as_json) as listener,
-            open_run(settings, folder=folder, listener=listener) as run,
-        ):
+    with (
+        progress_bar(hidden=as_json or not is_writing) as listener,
+        open_run(settings, folder=folder, listener=listener) as run,
+    ):
+        if kind == "restore":
+            _restore(run, as_json)
+        elif kind == "check":
+            _check(run, as_json)
+        else:
             found = write_snapshot(**arguments, run=run)
-        print(dump(found) if as_json else _summary(found, run.folder))
+    if is_writing:
+        show(found, as_json, _summary(found, run.folder))
         if not found["files"]:
             note("the store has nothing to write: existing files stay as they are")
 
 
 def _summary(found: dict[str, Any], folder: Path) -> str:
-    files = list(found["files"].items())
-    lines = [f"{folder / name}  {rows:,} rows" for name, rows in files[:10]]
-    if len(files) > len(lines):
-        lines.append(f"… and {len(files) - len(lines):,} more files")
-    return "\n".join([*lines, f"{found['instruments']:,} instruments in {found['seconds']:.1f} s"])
+    lines = [f"{folder / name}  {rows:,} rows" for name, rows in found["files"].items()]
+    return "\n".join(
+        [*_first(lines, 10, "files"), f"{found['instruments']:,} instruments in {found['seconds']:.1f} s"]
+    )
 
 
-def _restore(settings: Settings, folder: Path | None, as_json: bool) -> None:
-    with open_run(settings, folder=folder) as run:
-        result = restore(run=run)
+def _first(lines: list[str], count: int, things: str) -> list[str]:
+    """Return the first lines, and how many more there are."""
+    return lines if len(lines) <= count else [*lines[:count], f"… and {len(lines) - count:,} more {things}"]
+
+
+def _restore(run: Run, as_json: bool) -> None:
+    result = restore(run=run)
+    different = verify(run=run)
+    lines = [f"{name}  {rows:,} rows" for name, rows in result.rows.items()]
+    document = {"rows": result.rows, "lists_skipped": result.lists_skipped, "different": different}
+    show(document, as_json, "\n".join([*lines, *_first(different, 20, "differences")]))
+    if result.lists_skipped and not as_json:
+        note(f"{result.lists_skipped:,} lists had rows already and were not changed")
+    if different:
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
+def _check(run: Run, as_json: bool) -> None:
+    files = read_manifest(run.folder)
+    different = problems(run.folder)
+    if not different and any(entry.kind == "parquet" for entry in files.values()):
         different = verify(run=run)
-    if as_json:
-        print(dump({"rows": result.rows, "lists_skipped": result.lists_skipped, "different": different}))
-    else:
-        for name, rows in result.rows.items():
-            print(f"{name}  {rows:,} rows")
-        if result.lists_skipped:
-            note(f"{result.lists_skipped:,} lists had rows already and were not changed")
-    _end(different, as_json)
+    lines = _first(different, 20, "differences") or [f"{len(files):,} files agree with their manifest"]
+    show({"files": len(files), "different": different}, as_json, "\n".join(lines))
+    if different:
+        raise typer.Exit(EXIT_DIFFERENT)
 
 
-def _check(settings: Settings, folder: Path | None, as_json: bool) -> None:
-    with open_run(settings, folder=folder) as run:
-        listed = read_manifest(run.folder)
-        wrong = problems(run.folder)
-        has_parquet = any(entry.kind == "parquet" for entry in listed.values())
-        different = wrong or (verify(run=run) if has_parquet else [])
-    if as_json:
-        print(dump({"files": len(listed), "different": different}))
-    elif not different:
-        print(f"{len(listed):,} files agree with their manifest")
-    _end(different, as_json)
-
-
-def _end(different: list[str], as_json: bool) -> None:
-    if not different:
-        return
-    if not as_json:
-        for line in different[:20]:
-            print(line)
-        if len(different) > 20:
-            print(f"… and {len(different) - 20:,} more")
-    raise typer.Exit(EXIT_DIFFERENT)
-
-
-sync_app = typer.Typer(
-    add_completion=False,
-    rich_markup_mode=None,
-    no_args_is_help=True,
-    help="Push the snapshots to a data branch on GitHub, or pull them.",
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+sync_app = new_group()
 
 Files = Annotated[
     list[str] | None,
@@ -234,6 +214,7 @@ Files = Annotated[
 ]
 
 
+@sync_app.callback()
 def sync() -> None:
     """Push the snapshots to a data branch on GitHub, or pull them."""
 
@@ -256,11 +237,8 @@ def push(files: Files = None, in_queue: InQueue = False, as_json: AsJson = False
             at_s=market_clock(settings)() / 1000,
             listener=listener,
         )
-    if as_json:
-        print(dump(found))
-        return
     did = "pushed" if found["changed"] else "nothing has changed;"
-    print(f"{did} {found['files']} files, {found['bytes'] / 1e6:,.1f} MB: {target.shown}")
+    show(found, as_json, f"{did} {found['files']} files, {found['bytes'] / 1e6:,.1f} MB: {target.shown}")
 
 
 @sync_app.command()
@@ -288,21 +266,20 @@ def pull(
             force=force,
             listener=listener,
         )
-    if as_json:
-        print(dump(found))
-        return
-    if found.get("unchanged"):
-        print("nothing has changed on the branch")
-        return
-    print(
-        f"pulled {found['pulled']} files, {found['bytes'] / 1e6:,.1f} MB; "
-        f"{found['same']} unchanged, {found['older']} older than the local ones"
-    )
+    text = "nothing has changed on the branch"
+    if not found.get("unchanged"):
+        text = (
+            f"pulled {found['pulled']} files, {found['bytes'] / 1e6:,.1f} MB; "
+            f"{found['same']} unchanged, {found['older']} older than the local ones"
+        )
+    show(found, as_json, text)
 
 
 def _enqueue(settings: Settings, name: str, arguments: dict[str, Any], as_json: bool) -> None:
     job = enqueue(open_queue(settings), name, arguments, again=True)
-    print_enqueued(job or job_id(name, arguments), job is not None, as_json)
+    named = job or job_id(name, arguments)
+    state = "is in the queue" if job else "was in the queue already"
+    show({"job": named, "new": job is not None}, as_json, f"{named} {state}; see pkb jobs --list")
 
 
 WORDS = {
@@ -349,11 +326,9 @@ def backfill(
             note(f"resuming an earlier run: {before[0]:,} of {before[1]:,} instruments are done")
         with progress_bar(hidden=as_json) as listener:
             found = repair_day(**arguments, context=context, listener=listener, seconds_max=None)
-    if as_json:
-        print(dump({"day": arguments["day"], "interval": interval, "dry_run": dry_run, **found}))
-        return
-    print(_backfill_summary(found, arguments["day"], interval, dry_run))
-    if not found["applied"]:
+    text = _backfill_summary(found, arguments["day"], interval, dry_run)
+    show({"day": arguments["day"], "interval": interval, "dry_run": dry_run, **found}, as_json, text)
+    if not as_json and not found["applied"]:
         note("the aggregators have not applied it yet: is one running (`pkb status`)? The rows wait for it")
 
 

@@ -5,18 +5,28 @@ from __future__ import annotations
 import getpass
 import sys
 import time
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Annotated
 
 import typer
 
 from pkbrokers_redis.candles.calendar import IST
-from pkbrokers_redis.cli.common import AsCsv, AsJson, choose_form, dump, emit, note, require_store
+from pkbrokers_redis.cli.common import (
+    AsCsv,
+    AsJson,
+    choose_form,
+    emit,
+    iso,
+    new_group,
+    note,
+    open_client,
+    show,
+)
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import LoginNeeded
 from pkbrokers_redis.kite.rest import session_in
 from pkbrokers_redis.kite.session import KiteAuthenticator, SessionManager
-from pkbrokers_redis.settings import Settings, load_settings
+from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.auth import Session, load_login_state, load_session
 from pkbrokers_redis.store.connect import connect
 
@@ -42,10 +52,10 @@ def login(
 
     It prints the user and the end of the session, never the token.
     """
-    settings = load_settings()
     if status:
-        _print_status(settings, as_json)
+        _print_status(as_json)
         return
+    settings = load_settings()
     with connect(settings) as client:
         manager = SessionManager(settings, lambda: client)
         authenticator = manager.authenticator
@@ -56,7 +66,8 @@ def login(
         elif not request_token:
             note(f"logging in as {settings.kite_user_id}; a fresh TOTP may take half a minute")
         session = manager.log_in(request_token=request_token)
-    _print_session(session, as_json)
+    until = f"the session is shared until {_when(session.expires_at)}"
+    show(_facts(session, "P:auth"), as_json, f"logged in{_as_whom(session)}; {until}")
 
 
 def _ask_for_token(authenticator: KiteAuthenticator) -> str:
@@ -72,32 +83,23 @@ def _ask_for_token(authenticator: KiteAuthenticator) -> str:
     return line
 
 
-def _print_session(session: Session, as_json: bool) -> None:
-    if as_json:
-        print(dump(_facts(session, "P:auth")))
-        return
-    print(f"logged in{_as_whom(session)}; the session is shared until {_when(session.expires_at)}")
-
-
-def _print_status(settings: Settings, as_json: bool) -> None:
+def _print_status(as_json: bool) -> None:
     """Exit 0 with a session, 1 without."""
-    require_store(settings)
-    with connect(settings, for_reading=True) as client:
+    with open_client() as (client, settings):
         shared = load_session(client, settings.keys)
         state = load_login_state(client, settings.keys, time.time())
     session = shared or session_in(settings)
-    source = "P:auth" if shared else "settings"
-    if as_json:
-        print(dump(_facts(session, source) | {"refused": state.refused or None, "attempts": state.attempts}))
-    elif session is None:
-        print("no session: run `pkb login`")
+    facts = _facts(session, "P:auth" if shared else "settings")
+    if session is None:
+        text = "no session: run `pkb login`"
     elif shared:
-        age = _span(time.time() - session.login_at)
+        age = str(timedelta(seconds=round(time.time() - session.login_at)))
         kind = session.kind.replace("_", " ")
-        print(f"{kind}{_as_whom(session)}, {age} old, until {_when(session.expires_at)} at the latest")
+        text = f"{kind}{_as_whom(session)}, {age} old, until {_when(session.expires_at)} at the latest"
     else:
         name = "PKB_KITE_ACCESS_TOKEN" if session.kind == "access_token" else "PKB_KITE_ENCTOKEN"
-        print(f"the token in {name}; its age is unknown")
+        text = f"the token in {name}; its age is unknown"
+    show(facts | {"refused": state.refused or None, "attempts": state.attempts}, as_json, text)
     if state.refused and not as_json:
         note(f"the last automatic login: {state.refused}: {state.hint}")
     if session is None:
@@ -112,9 +114,9 @@ def _facts(session: Session | None, source: str) -> dict[str, object]:
         "kind": session.kind,
         "source": source,
         "user_id": session.user_id or None,
-        "login_at": _iso(session.login_at),
+        "login_at": iso(int(session.login_at)) if session.login_at else None,
         "age_seconds": round(time.time() - session.login_at) if session.login_at else None,
-        "expires_at": _iso(session.expires_at),
+        "expires_at": iso(int(session.expires_at)) if session.expires_at else None,
     }
 
 
@@ -122,23 +124,11 @@ def _as_whom(session: Session) -> str:
     return f" as {session.user_id}" if session.user_id else ""
 
 
-def _iso(epoch_s: float) -> str | None:
-    return datetime.fromtimestamp(epoch_s, IST).isoformat(timespec="seconds") if epoch_s else None
-
-
 def _when(epoch_s: float) -> str:
     return f"{datetime.fromtimestamp(epoch_s, IST):%Y-%m-%d %H:%M} India time"
 
 
-def _span(seconds: float) -> str:
-    minutes = max(0, int(seconds // 60))
-    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
-
-
-instruments_app = typer.Typer(
-    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
-)
-
+instruments_app = new_group()
 SEARCH_COLUMNS = ("token", "symbol", "name", "instrument_type", "expiry", "strike", "lot_size")
 Symbols = Annotated[list[str], typer.Argument(metavar="SYMBOL…", help="NSE:INFY, INFY or a token")]
 
@@ -168,12 +158,10 @@ def sync(
         found = KiteInstruments(settings=settings, client=client, now=lambda: clock() / 1000)
         synced = found.sync(exchange or (), force=force)
     seconds = time.monotonic() - began
-    if as_json:
-        print(dump({**synced._asdict(), "seconds": round(seconds, 2)}))
-        return
     news = f"{synced.added:,} new, {synced.removed:,} removed" if synced.changed else "unchanged"
     refused = f"; {synced.refused:,} malformed rows" if synced.refused else ""
-    print(f"{synced.rows:,} instruments in {seconds:.1f} s: {news}{refused}")
+    text = f"{synced.rows:,} instruments in {seconds:.1f} s: {news}{refused}"
+    show({**synced._asdict(), "seconds": round(seconds, 2)}, as_json, text)
 
 
 @instruments_app.command()
@@ -190,10 +178,8 @@ def search(
     from pkbrokers_redis.store.symbols import SYNC
 
     form = choose_form(as_json, as_csv)
-    settings = load_settings()
     query = " ".join(text)
-    require_store(settings)
-    with connect(settings, for_reading=True) as client:
+    with open_client() as (client, settings):
         found = search_instruments(client, settings.keys, query, exchange=exchange, limit=n)
         if not found.rows:
             empty = not client.hlen(settings.keys.symbols())
@@ -212,9 +198,7 @@ def list_(as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     from pkbrokers_redis.store.instrument_list import ADD, instrument_list, load_watch
 
     form = choose_form(as_json, as_csv)
-    settings = load_settings()
-    require_store(settings)
-    with connect(settings, for_reading=True) as client:
+    with open_client() as (client, settings):
         chosen = instrument_list(client, settings)
         changes = load_watch(client, settings.keys)
     emit([{"token": token, "symbol": symbol} for token, symbol in chosen], ("token", "symbol"), form)

@@ -1,7 +1,4 @@
-"""`pkb status` and `pkb top`: the pipeline's health, once and live.
-
-`pkb doctor`: check everything that may be wrong with a pipeline, each finding with its fix.
-"""
+"""`pkb status`, `pkb top`, `pkb doctor`: the pipeline's health, once, live, and in full with fixes."""
 
 from __future__ import annotations
 
@@ -10,8 +7,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Any
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any, NoReturn
 
 import redis
 import typer
@@ -83,14 +80,8 @@ def status(
     except RedisUnavailable as error:
         if not as_json:
             raise
-        findings = [Finding("redis", "fail", error.message, error.hint)]
-    if as_json:
-        print(dump(health_document(cluster, findings)))
-    elif cluster is None:
-        print_findings(findings)
-    else:
-        _console().print(_view(cluster, findings))
-    raise typer.Exit(EXIT_CODES[health_of(findings)])
+        findings = [_unavailable(error, settings)]
+    _finish(cluster, findings, as_json, _view(cluster, findings))
 
 
 def top(seconds: Seconds = None) -> None:
@@ -125,30 +116,35 @@ def top(seconds: Seconds = None) -> None:
         client.close()
 
 
-def print_findings(findings: Iterable[Finding]) -> None:
-    """Print findings, one a line."""
-    for finding in findings:
-        _console().print(_finding_line(finding))
+def _finish(
+    cluster: ClusterState | None, findings: list[Finding], as_json: bool, shown: RenderableType
+) -> NoReturn:
+    if as_json:
+        print(dump(health_document(cluster, findings)))
+    else:
+        _console().print(shown)
+    raise typer.Exit(EXIT_CODES[health_of(findings)])
 
 
 def _unavailable(error: Exception, settings: Settings) -> Finding:
-    explained = explain(error, describe(settings, for_reading=True))
-    return Finding("redis", "fail", explained.message, explained.hint)
+    if not isinstance(error, RedisUnavailable):
+        error = explain(error, describe(settings, for_reading=True))
+    return Finding("redis", "fail", error.message, error.hint)
 
 
 def _line_of(cluster: ClusterState | None, findings: list[Finding]) -> str:
     problems = "; ".join(f"{each.check}: {each.message}" for each in findings if each.level != "ok")
     if cluster is None:
         return f"{health_of(findings)}  {problems}"
-    received, applied = (
-        sum(worker.number("ticks_per_second") for worker in cluster.alive(role))
+    rates = {
+        role: sum(worker.number("ticks_per_second") for worker in cluster.alive(role))
         for role in ("ingest", "aggregate")
-    )
+    }
     waiting = sum(shard.lag_entries for shard in cluster.shards)
     lag_ms = max((shard.lag_ms for shard in cluster.shards), default=0.0)
     text = (
-        f"{health_of(findings)}  in {received:,.0f} ticks/s  applied {applied:,.0f} ticks/s  "
-        f"waiting {waiting:,} entries, {lag_ms:,.0f} ms"
+        f"{health_of(findings)}  in {rates['ingest']:,.0f} ticks/s  applied {rates['aggregate']:,.0f} "
+        f"ticks/s  waiting {waiting:,} entries, {lag_ms:,.0f} ms"
     )
     return f"{text}  {problems}".rstrip()
 
@@ -191,7 +187,7 @@ def _servers(servers: Sequence[Server]) -> str:
 
 
 def _workers(cluster: ClusterState) -> Table:
-    table = _table(worker="left", beat="right", rate="right", ticks="right", part="left")
+    table = _table("worker", "beat>", "rate>", "ticks>", "part")
     for worker in sorted(cluster.workers, key=lambda each: (each.role != "ingest", each.role, each.id)):
         if worker.age_ms is None:
             table.add_row(worker.id, "expired", "", "", "", style="dim")
@@ -212,17 +208,18 @@ def _part_of(worker: Worker) -> str:
 
 
 def _shards(cluster: ClusterState) -> Table:
-    table = _table(shard="right", aggregator="left", waiting="right", lag_ms="right", stream="right")
+    table = _table("shard>", "aggregator", "waiting>", "lag ms>", "stream>")
     for shard in cluster.shards:
         lag = f"{shard.lag_entries:,}", f"{shard.lag_ms:,.0f}"
         table.add_row(str(shard.number), shard.owner or "–", *lag, f"{shard.entries:,}")
     return table
 
 
-def _table(**columns: Any) -> Table:
+def _table(*columns: str) -> Table:
+    """Return an empty table; columns whose name ends in `>` hold numbers."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name, justify in columns.items():
-        table.add_column(name.replace("_", " "), justify=justify, no_wrap=True)
+    for name in columns:
+        table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", no_wrap=True)
     return table
 
 
@@ -232,7 +229,6 @@ def _list(numbers: Sequence[int]) -> str:
 
 LOOK_SECONDS = 1.0  # between the two reads that show whether shards move
 LIBRARY = "pkbrokers"
-FUNCTIONS = set(FUNCTION_NAMES)
 KEYS_AT_ONCE = 1_000
 NAMES_MAX = 5
 
@@ -243,7 +239,7 @@ def doctor(as_json: AsJson = False) -> None:
     It takes a second or more: it reads twice whether shards move, and adds up every instrument's volumes.
     """
     settings = load_settings()
-    findings: list[Finding] = [*_settings_findings()]
+    findings = list(_settings_findings())
     cluster = None
     try:
         require_store(settings)
@@ -258,26 +254,18 @@ def doctor(as_json: AsJson = False) -> None:
             earlier = read_cluster_state(client, settings.keys, place)
             time.sleep(LOOK_SECONDS)
             cluster = read_cluster_state(client, settings.keys, place, stream_bytes=True)
-            checks = (
-                *health.STATUS_CHECKS,
-                health.progress_since(earlier),
-                health.streams_below(settings.stream_max_entries),
-                *health.SETUP_CHECKS,
-            )
+            moving = health.progress_since(earlier), health.streams_below(settings.stream_max_entries)
+            checks = (*STATUS_CHECKS, *moving, *health.SETUP_CHECKS)
             findings += _function_findings(client)
-            findings += health.run_checks(cluster, checks)
+            findings += run_checks(cluster, checks)
             findings += _volume_findings(client, settings)
             findings.append(_quote_finding(client, settings))
             manifest = read_manifest(client, settings.keys)
             findings.append(health.check_master(manifest, market_clock(settings)() / 1000))
             findings += _job_findings(client, settings)
     except RedisUnavailable as error:
-        findings.append(Finding("redis", "fail", error.message, error.hint))
-    if as_json:
-        print(dump(health_document(cluster, findings)))
-    else:
-        print_findings(findings)
-    raise typer.Exit(EXIT_CODES[health_of(findings)])
+        findings.append(_unavailable(error, settings))
+    _finish(cluster, findings, as_json, Group(*map(_finding_line, findings)))
 
 
 def _settings_findings() -> Iterator[Finding]:
@@ -299,7 +287,7 @@ def _function_findings(client: redis.Redis) -> Iterator[Finding]:
     try:
         for name, libraries in call_each_master(client, "function_list", LIBRARY).items():
             loaded = repr(libraries)  # nested lists, whose order differs with the version
-            missing |= {f"{each} {name}".strip() for each in FUNCTIONS if f"{each!r}" not in loaded}
+            missing |= {f"{each} {name}".strip() for each in FUNCTION_NAMES if f"{each!r}" not in loaded}
     except ResponseError:
         return  # the user has no permission
     yield health.check_functions(sorted(missing))

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
-from datetime import datetime
 from typing import Annotated, Any
 
 import typer
 
-from pkbrokers_redis.candles.calendar import KOLKATA
 from pkbrokers_redis.candles.model import CANDLE_FIELDS
 from pkbrokers_redis.cli.common import (
     AsCsv,
@@ -24,10 +22,10 @@ from pkbrokers_redis.cli.common import (
     iso,
     note,
     open_store,
+    parse_moment,
 )
 from pkbrokers_redis.client.follow import ClosedCandle, Follower
 from pkbrokers_redis.clock import market_clock
-from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.store.rows import Tick, read_quote
 
 QUOTE_TABLE = (
@@ -43,7 +41,6 @@ CLOSED_COLUMNS = ("time", "token", "symbol", "interval", *CANDLE_FIELDS, "flag",
 CLOSED_TABLE = tuple(name for name in CLOSED_COLUMNS if name not in ("token", "start", "oi"))
 TICK_COLUMNS = ("time", *Tick._fields)
 TICK_TABLE = ("time", "last_price", "last_quantity", "volume", "oi", "day_open", "day_high", "day_low")
-EPOCH_DIGITS_MIN = 9  # epoch seconds since 1973; a shorter number is not a time
 
 
 def quote(
@@ -170,31 +167,6 @@ def explain(
         emit([candle_row(found.row)], [name for name in CANDLE_FIELDS if name != "start"], "table")
     for line in found.lines():
         print(f"  {line}")
-
-
-def parse_moment(text: str, now_s: float) -> int:
-    """Return the epoch seconds of a time as people write it.
-
-    Args:
-        text: `10:05`, `2026-08-03T10:05` or epoch seconds. Without a date it is today, without a zone
-            Kolkata's time.
-        now_s: The current time in epoch seconds.
-
-    Raises:
-        PkbError: It is not a time.
-    """
-    text = text.strip()
-    if text.isascii() and text.isdecimal() and EPOCH_DIGITS_MIN <= len(text) <= 10:
-        return int(text)
-    today = datetime.fromtimestamp(now_s, KOLKATA).date().isoformat()
-    for candidate in (text, f"{today}T{text.rjust(5, '0')}"):
-        try:
-            moment = datetime.fromisoformat(candidate)
-            if moment.year >= 1970:
-                return int((moment if moment.tzinfo else moment.replace(tzinfo=KOLKATA)).timestamp())
-        except (ValueError, OverflowError):
-            continue
-    raise PkbError(f"{text[:40]!r} is not a time", "write 10:05, 2026-08-03T10:05 or epoch seconds")
 
 
 def key(symbol: Symbol, as_json: AsJson = False) -> None:

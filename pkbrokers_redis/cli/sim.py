@@ -1,14 +1,9 @@
-"""`pkb sim`: a whole Kite on loopback; with --control it sends commands to a running one.
-
-`pkb record FILE`: raw websocket frames into a capture, for `pkb replay` and for bug reports.
-
-`pkb replay`: a capture or a trade file through the pipeline, at any speed.
-"""
+"""Ticks without the live market: `pkb sim`, a whole Kite on loopback, `pkb record` and `pkb replay`."""
 
 from __future__ import annotations
 
 import threading
-from datetime import datetime
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,10 +11,10 @@ import requests
 import typer
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.candles.calendar import IST, load_sessions
-from pkbrokers_redis.cli.common import dump
+from pkbrokers_redis.candles.calendar import load_sessions
+from pkbrokers_redis.cli.common import AsJson, Seconds, parse_moment, show
 from pkbrokers_redis.client.replay import Replay
-from pkbrokers_redis.errors import PkbError, SettingsError
+from pkbrokers_redis.errors import PkbError, SessionExpired, SettingsError
 from pkbrokers_redis.kite.capture import KIND_BINARY, CaptureWriter
 from pkbrokers_redis.kite.rest import session_in, url_for
 from pkbrokers_redis.kite.websocket import ZerodhaWebSocketClient
@@ -32,12 +27,9 @@ from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.store.auth import Session, load_session
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.embedded.server import reader_data_dir, store_folder
+from pkbrokers_redis.store.symbols import resolve_many
 
 CONTROL_TIMEOUT_SECONDS = 5
-
-
-class ControlFailed(PkbError):
-    """Raised when no simulator answers at the --control address, or it refuses the command."""
 
 
 def sim(
@@ -47,7 +39,7 @@ def sim(
         float | None, typer.Option(min=1, help="ticks a second over all; unset: one a second an instrument")
     ] = None,
     seed: Annotated[int, typer.Option(help="the same seed walks the same prices")] = 1,
-    seconds: Annotated[float | None, typer.Option(min=0, help="stop by itself after this long")] = None,
+    seconds: Seconds = None,
     start: Annotated[
         str | None,
         typer.Option(help="market time to begin at, as 2026-11-20T08:55 in India; unset: now"),
@@ -81,7 +73,7 @@ def sim(
         universe(instruments),
         faults=faults,
         sessions=load_sessions("market") if sessions else None,
-        start_ms=None if start is None else _epoch_ms(start),
+        start_ms=None if start is None else parse_moment(start, time.time()) * 1000,
         speed=speed,
         seed=seed,
         rate=rate,
@@ -112,14 +104,6 @@ def _announce(kite: SimulatedKite, instruments: int) -> None:
     print("Ctrl-C stops it.", flush=True)
 
 
-def _epoch_ms(text: str) -> float:
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise SettingsError(f"--start {text!r} is not a time", "give it as 2026-11-20T08:55") from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=IST)).timestamp() * 1000
-
-
 def _control(address: str, faults: list[dict[str, Any]], *, clear: bool, expire: bool) -> None:
     base = address.rstrip("/") + "/_sim/"
     if clear:
@@ -138,20 +122,16 @@ def _order(method: str, url: str, content: dict[str, Any] | None = None) -> list
         answer = requests.request(method, url, json=content, timeout=CONTROL_TIMEOUT_SECONDS)
         document = answer.json()
     except (requests.RequestException, ValueError):
-        raise ControlFailed(f"no simulator answers at {url}", "give the REST address it printed") from None
+        raise PkbError(f"no simulator answers at {url}", "give the REST address it printed") from None
     if not answer.ok:
-        raise ControlFailed(f"the simulator refuses: {document.get('message', answer.status_code)}")
+        raise PkbError(f"the simulator refuses: {document.get('message', answer.status_code)}")
     data = document["data"]
     return data if isinstance(data, list) else []
 
 
-class SessionRefused(PkbError):
-    """Raised when Kite answers 403: the session is dead."""
-
-
 def record(
     file: Annotated[Path, typer.Argument(help="capture to append to; a name ending in .gz is gzipped")],
-    seconds: Annotated[float | None, typer.Option(min=0, help="stop by itself after this long")] = None,
+    seconds: Seconds = None,
 ) -> None:
     """Record raw websocket frames of PKB_INSTRUMENTS into FILE until stopped."""
     settings = load_settings()
@@ -177,38 +157,33 @@ def record(
 
 
 def _give_up(_stop: threading.Event) -> None:
-    raise SessionRefused("Kite refused the session (HTTP 403)", "run `pkb login` and record again")
+    raise SessionExpired("Kite refused the session (HTTP 403)", "run `pkb login` and record again")
 
 
 def _shared_session(settings: Settings) -> Session | None:
-    """What `pkb login` left in the store, where there is one: recording must not make one."""
+    """Return what `pkb login` left in the store, if there is one: recording must not make one."""
     if settings.redis_url is None and not store_folder(reader_data_dir(settings)[0]).exists():
         return None
-    from pkbrokers_redis.store.connect import connect
-
     with connect(settings, for_reading=True) as client:
         return load_session(client, settings.keys)
 
 
 def _tokens(settings: Settings) -> list[int]:
-    """PKB_INSTRUMENTS as tokens: numbers as they are, names by the symbols in the store."""
-    keys = [key.strip() for key in settings.instruments.split(",") if key.strip()]
-    if not keys:
+    """Return PKB_INSTRUMENTS as tokens: numbers as they are, names by the symbols in the store."""
+    names = [name.strip() for name in settings.instruments.split(",") if name.strip()]
+    if not names:
         raise SettingsError(
             "PKB_INSTRUMENTS is empty", "name what to record, e.g. PKB_INSTRUMENTS=408065,738561"
         )
-    if all(key.isdecimal() for key in keys):
-        return [int(key) for key in keys]
-    from pkbrokers_redis.store.connect import connect
-    from pkbrokers_redis.store.symbols import resolve_many
-
+    if all(name.isdecimal() for name in names):
+        return [int(name) for name in names]
     return [token for token, _ in resolve_many(connect(settings), settings.keys, settings.instruments)]
 
 
 def replay(
     file: Annotated[Path, typer.Argument(help="a capture of `pkb record`, or a CSV/Parquet of trades")],
     speed: Annotated[str, typer.Option(help="times real time, e.g. 1 or 60; or max")] = "max",
-    as_json: Annotated[bool, typer.Option("--json", help="machine-readable summary")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Write a recording into the tick streams; a running aggregator makes its candles.
 
@@ -222,18 +197,18 @@ def replay(
     stop = threading.Event()
     with open_store(settings), stop_on_signals(stop):
         summary = Replay(lambda: connect(settings), settings, speed=times, stop=stop).run(file)
-    if as_json:
-        print(dump(vars(summary)))
-        return
     rate = summary.ticks / max(summary.seconds, 1e-9)
-    print(f"{summary.ticks:,} ticks in {summary.seconds:.1f} s ({rate:,.0f} ticks/s)")
-    if summary.rows_refused:
-        print(f"{summary.rows_refused:,} rows left out: no time, symbol, price above 0 or quantity")
-    if summary.rows_older:
-        print(f"{summary.rows_older:,} rows left out: older than what the store has of their instruments")
+    lines = [f"{summary.ticks:,} ticks in {summary.seconds:.1f} s ({rate:,.0f} ticks/s)"]
+    for rows, reason in (
+        (summary.rows_refused, "no time, symbol, price above 0 or quantity"),
+        (summary.rows_older, "older than what the store has of their instruments"),
+    ):
+        if rows:
+            lines.append(f"{rows:,} rows left out: {reason}")
     if summary.symbols:
         shown = ", ".join(summary.symbols[:5]) + (" …" if len(summary.symbols) > 5 else "")
-        print(f"look: pkb candles {summary.symbols[0]} 1m   (symbols: {shown})")
+        lines.append(f"look: pkb candles {summary.symbols[0]} 1m   (symbols: {shown})")
+    show(vars(summary), as_json, "\n".join(lines))
 
 
 def _speed(text: str) -> float | None:

@@ -1,9 +1,4 @@
-"""`pkb config`: every setting, its value, where it comes from, and no secret.
-
-`pkb bench`: the benchmark table, measured here and now.
-
-`pkb calendar`: when each kind of instrument trades, as the candles' own calendar has it.
-"""
+"""Commands that need no store: `pkb config`, `pkb calendar`, `pkb bench`."""
 
 from __future__ import annotations
 
@@ -21,7 +16,7 @@ from pydantic import SecretStr
 
 from pkbrokers_redis.candles.calendar import Sessions, load_sessions
 from pkbrokers_redis.candles.model import SEGMENTS
-from pkbrokers_redis.cli.common import AsCsv, AsJson, Form, choose_form, dump, emit, iso, note
+from pkbrokers_redis.cli.common import AsCsv, AsJson, choose_form, dump, emit, iso, note, parse_date
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import PkbError, SettingsError
 from pkbrokers_redis.settings import Settings, env_name, load_settings, set_names, unknown_names
@@ -117,22 +112,18 @@ def calendar(
     if len(day) == 4 and day.isdecimal():
         emit(_year_rows(sessions, chosen, int(day)), YEAR_COLUMNS, form, title=day)
         return
-    local = _date(day) if day else sessions.date_of(int(market_clock(settings)()))
+    local = parse_date(day) if day else sessions.date_of(int(market_clock(settings)()))
+    _check_year(local.year)
     found = [_about(sessions, schedule, local) for schedule in chosen]
     if form == "json":
         print(dump({"date": local, "weekday": f"{local:%A}", "schedules": found}))
     else:
-        emit([_flat(each, form) for each in found], DAY_COLUMNS, form, title=f"{local:%A} {local}")
+        emit([_flat(about) for about in found], DAY_COLUMNS, form, title=f"{local:%A} {local}")
 
 
-def _date(text: str) -> date:
-    try:
-        found = date.fromisoformat(text)
-    except ValueError:
-        raise SettingsError(f"{text!r} is no date", "write it as 2026-11-08, or 2026 for a year") from None
-    if not 1971 <= found.year < 2199:  # the calendar's own limits, a month of neighbours left on each side
-        raise SettingsError(f"{text} is out of range", "the calendar knows 1971 to 2198")
-    return found
+def _check_year(year: int) -> None:
+    if not 1971 <= year < 2199:  # the calendar's own limits, a month of neighbours left on each side
+        raise SettingsError(f"{year} is out of range", "the calendar knows 1971 to 2198")
 
 
 def _schedules(sessions: Sessions, segment: str) -> list[int]:
@@ -154,13 +145,13 @@ def _segments(sessions: Sessions, schedule: int) -> list[str]:
 
 
 def _about(sessions: Sessions, schedule: int, local: date) -> dict[str, Any]:
-    """One schedule's day, as `--json` shows it."""
+    """Return one schedule's day, as `--json` shows it."""
     windows = sessions.named_windows(schedule, local)
     return {
         "schedule": sessions.schedules[schedule],
         "segments": _segments(sessions, schedule),
         "session": bool(windows),
-        "why": _why(sessions, schedule, local, bool(windows)),
+        "why": sessions.reason(schedule, local) or ("" if windows else "weekend"),
         "windows": [
             {"name": each.name, "open": iso(each.open_ms / 1000), "close": iso(each.close_ms / 1000)}
             for each in windows
@@ -170,45 +161,38 @@ def _about(sessions: Sessions, schedule: int, local: date) -> dict[str, Any]:
     }
 
 
-def _why(sessions: Sessions, schedule: int, local: date, is_open: bool) -> str:
-    return sessions.reason(schedule, local) or ("" if is_open else "weekend")
+def _hours(windows: list[dict[str, Any]]) -> str:
+    shown = [f"{each['open'][11:16]}-{each['close'][11:16]}" for each in windows]
+    if len(shown) > 1:
+        shown = [f"{hours} {each['name']}" for hours, each in zip(shown, windows, strict=True)]
+    return ", ".join(shown)
 
 
-def _flat(about: dict[str, Any], form: Form) -> dict[str, Any]:
-    """The same as cells of a table."""
-    windows = ", ".join(
-        f"{each['open'][11:16]}–{each['close'][11:16]}"
-        + (f" {each['name']}" if len(about["windows"]) > 1 else "")
-        for each in about["windows"]
-    )
+def _flat(about: dict[str, Any]) -> dict[str, Any]:
+    """Return the same as cells of a table."""
     return {
         **about,
         "segments": " ".join(about["segments"]),
         "session": "open" if about["session"] else "closed",
-        "windows": windows if form == "table" else windows.replace("–", "-"),
+        "windows": _hours(about["windows"]),
         "previous": str(about["previous"] or ""),
         "next": str(about["next"] or ""),
     }
 
 
 def _year_rows(sessions: Sessions, chosen: list[int], year: int) -> list[dict[str, Any]]:
-    """One row per day and reason; schedules that share both share the row."""
-    if not 1971 <= year < 2199:
-        raise SettingsError(f"{year} is out of range", "the calendar knows 1971 to 2198")
+    """Return one row per day and reason; schedules that share both share the row."""
+    _check_year(year)
     groups: dict[tuple[date, str, str], list[str]] = {}
     for schedule in chosen:
         for local, why in sessions.reasons(schedule, year).items():
-            windows = sessions.named_windows(schedule, local)
-            hours = ", ".join(
-                f"{iso(w.open_ms / 1000)[11:16]}-{iso(w.close_ms / 1000)[11:16]}" for w in windows
-            )
-            groups.setdefault((local, hours or "closed", why), []).append(sessions.schedules[schedule])
-    everybody = len(chosen)
+            hours = _hours(_about(sessions, schedule, local)["windows"]) or "closed"
+            groups.setdefault((local, hours, why), []).append(sessions.schedules[schedule])
     return [
         {
             "date": str(local),
             "weekday": f"{local:%A}",
-            "schedules": "all" if len(names) == everybody else " ".join(names),
+            "schedules": "all" if len(names) == len(chosen) else " ".join(names),
             "session": hours,
             "why": why,
         }

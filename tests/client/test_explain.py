@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import redis
 
-from pkbrokers_redis.cli.read import parse_moment
+from pkbrokers_redis.cli.common import parse_moment
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.compat.candle_store import InMemoryCandleStore
 from pkbrokers_redis.errors import PkbError, UnknownInterval

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import requests
 
-from pkbrokers_redis.cli.sim import SessionRefused, record, sim
-from pkbrokers_redis.errors import PkbError
+from pkbrokers_redis.cli.sim import record, sim
+from pkbrokers_redis.errors import PkbError, SessionExpired
 from pkbrokers_redis.kite.capture import KIND_BINARY, read_capture
 from pkbrokers_redis.kite.protocol import parse_frame
 from pkbrokers_redis.simulator.websocket_server import SimulatorServer
@@ -100,7 +100,7 @@ def test_sim_control_adds_faults_and_expires_sessions_of_a_running_simulator(
         ({"control": "http://127.0.0.1:1", "fault": ["mute"]}, "REST address"),
         ({"fault": ["flood"]}, "choose one of"),
         ({"fault": ["mute,count=x"]}, "give a number"),
-        ({"start": "tomorrow"}, "2026-11-20T08:55"),
+        ({"start": "tomorrow"}, "2026-08-03T10:05"),
     ],
 )
 def test_an_invalid_sim_option_is_a_one_line_error(options: dict[str, Any], word: str) -> None:
@@ -135,7 +135,7 @@ def test_record_with_an_expired_session_is_a_one_line_error(monkeypatch: pytest.
     monkeypatch.setenv("PKB_KITE_ACCESS_TOKEN", "wr0ng-session")
     monkeypatch.setenv("PKB_INSTRUMENTS", "408065")
     try:
-        with pytest.raises(SessionRefused) as caught:
+        with pytest.raises(SessionExpired) as caught:
             record(Path("frames.cap"))
     finally:
         server.stop()
