@@ -33,7 +33,6 @@ from pkbrokers_redis.kite.capture import KIND_BINARY, MAGIC, read_capture
 from pkbrokers_redis.kite.protocol import parse_frame, quote_fields
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import Pipe
-from pkbrokers_redis.store.streams import id_order
 from pkbrokers_redis.store.symbols import load_symbols, save_instruments
 from pkbrokers_redis.store.tick_writer import PendingQuotes, TickWriter
 
@@ -66,8 +65,6 @@ class Replay:
         settings: The store's settings.
         speed: 1 is real time; None is as fast as the store accepts it.
         stop: Ends `run` early.
-        monotonic: The clock that paces, in seconds.
-        now_ms: The receive time of ticks, epoch ms.
 
     Example:
         >>> stop = threading.Event()
@@ -83,21 +80,17 @@ class Replay:
         *,
         speed: float | None,
         stop: threading.Event,
-        monotonic: Callable[[], float] = time.monotonic,
-        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._client = connect()
         self._settings = settings
         self._keys = settings.keys
         self._speed = speed
         self._stop = stop
-        self._monotonic = monotonic
-        self._now_ms = now_ms
         symbols = load_symbols(self._client, self._keys)
         self._tokens = {name: token for token, name in symbols.items()}
         self._quotes = PendingQuotes(settings.keys, symbols, quote_fields)
         self._writer = TickWriter(connect, settings, quotes=self._quotes)
-        self._began = monotonic()
+        self._began = 0.0  # monotonic seconds
         self._first_ms: float | None = None
         self._wait_logged = False
         self.summary = Summary()
@@ -108,12 +101,12 @@ class Replay:
         Raises:
             InputFileError: The file is neither, or its trades contradict the store's.
         """
-        self._began = self._monotonic()
+        self._began = time.monotonic()
         if is_capture(path):
             self._run_capture(path)
         else:
             self._run_trades(path)
-        self.summary.seconds = self._monotonic() - self._began
+        self.summary.seconds = time.monotonic() - self._began
         return self.summary
 
     def _run_capture(self, path: Path) -> None:
@@ -125,19 +118,18 @@ class Replay:
             parsed = parse_frame(frame, at_ms)
             self._quotes.add(frame, parsed.tokens.tolist(), parsed.offsets, parsed.lengths, at_ms)
             batches = [self._writer.number(parsed.ticks, at_ms)] if len(parsed.ticks) else []
-            self._writer.write(batches, self._now_ms(), self._stop)
+            self._writer.write(batches, _now_ms(), self._stop)
             self._count(len(parsed.ticks))
         while len(self._quotes) and not self._stop.is_set():
-            self._writer.write([], self._now_ms(), self._stop)
+            self._writer.write([], _now_ms(), self._stop)
 
     def _run_trades(self, path: Path) -> None:
         settings = self._settings
         sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
         trades = read_trades(path, self._tokens, sessions)
         # What an earlier replay wrote must be applied first, because this file continues from it.
-        tokens = set(trades.tokens) & set(self._tokens.values())
-        entries = _newest_entries(self._client, self._keys, tokens)
-        self._wait_while(lambda: not _are_applied(self._client, self._keys, entries))
+        if not self._tokens.keys().isdisjoint(trades.symbols):
+            self._wait_for_lag(0)
         if self._stop.is_set():
             return
         stored = read_stored(self._client, settings, sessions, trades.tokens)
@@ -152,7 +144,7 @@ class Replay:
         for ticks in frames_of(trades.ticks, window_ms):
             if self._stop.is_set() or not self._pace(max(ticks[0, TIME_MS], first_trade_ms)):
                 return
-            at_ms = self._now_ms()
+            at_ms = _now_ms()
             ticks[:, AT_MS] = at_ms
             self._writer.write([self._writer.number(ticks, at_ms)], at_ms, self._stop)
             self._count(len(ticks))
@@ -161,19 +153,11 @@ class Replay:
     def _save_new_instruments(self, trades: TradeFile) -> None:
         rows: list[dict[str, Any]] = []
         for symbol, token in zip(trades.symbols, trades.tokens, strict=True):
+            exchange, _, name = symbol.partition(":")
+            row = {"instrument_token": token, "exchange_token": token >> 8, "instrument_type": "EQ"}
+            row |= {"exchange": exchange, "segment": exchange, "tradingsymbol": name, "name": name}
             if symbol not in self._tokens:
-                exchange, _, name = symbol.partition(":")
-                rows.append(
-                    {
-                        "instrument_token": token,
-                        "exchange_token": token >> 8,
-                        "exchange": exchange,
-                        "tradingsymbol": name,
-                        "name": name,
-                        "segment": exchange,
-                        "instrument_type": "EQ",
-                    }
-                )
+                rows.append(row)
         if rows:
             save_instruments(self._client, self._keys, rows)
 
@@ -182,7 +166,7 @@ class Replay:
         self.summary.frames += 1
         if self.summary.frames % FRAMES_PER_LAG_CHECK == 0:
             # The streams' hard cap would otherwise trim entries that no aggregator has applied.
-            self._wait_while(lambda: lag_entries(self._client, self._keys) > LAG_ENTRIES_MAX)
+            self._wait_for_lag(LAG_ENTRIES_MAX)
 
     def _pace(self, moment_ms: float) -> bool:
         """Wait until a moment of the recording is due; return False if stopped meanwhile."""
@@ -191,14 +175,18 @@ class Replay:
         if self._first_ms is None:
             self._first_ms = moment_ms
         due = self._began + (moment_ms - self._first_ms) / 1000 / self._speed
-        return not self._stop.wait(max(0.0, due - self._monotonic()))
+        return not self._stop.wait(max(0.0, due - time.monotonic()))
 
-    def _wait_while(self, is_behind: Callable[[], bool]) -> None:
-        while not self._stop.is_set() and is_behind():
+    def _wait_for_lag(self, entries_max: int) -> None:
+        while not self._stop.is_set() and lag_entries(self._client, self._keys) > entries_max:
             if not self._wait_logged:
                 log.info("waiting_for_aggregator", hint="start `pkb aggregate` if none runs")
                 self._wait_logged = True
             self._stop.wait(LAG_POLL_SECONDS)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def is_capture(path: Path) -> bool:
@@ -262,14 +250,7 @@ def resume(
 ) -> TradeFile:
     """Return the file's ticks as they continue what the store has (see the module's table).
 
-    Args:
-        trades: The file.
-        stored: What the store has of its instruments.
-        sessions: The trading hours.
-        name: The file's name, for the error.
-
-    Raises:
-        InputFileError: The store has other trades of the same time.
+    Raises InputFileError, with the file's `name`, if the store has other trades of the same time.
     """
     baselines, ticks = trades.ticks[: trades.baselines], trades.ticks[trades.baselines :].copy()
     baselines = baselines[[int(token) not in stored for token in baselines[:, TOKEN]]]
@@ -322,25 +303,3 @@ def lag_entries(client: redis.Redis, keys: Keys) -> int:
         elif isinstance(length, int):
             lags.append(length)
     return max(lags)
-
-
-def _newest_entries(client: redis.Redis, keys: Keys, tokens: set[int]) -> dict[int, str]:
-    """Return shard → the newest entry of its tick stream, of the instruments' shards that have one."""
-    shards = sorted({keys.shard_of(token) for token in tokens})
-    pipe = Pipe(client)
-    for shard in shards:
-        pipe.add("XREVRANGE", keys.ticks(shard), "+", "-", "COUNT", 1)
-    replies = zip(shards, pipe.execute(), strict=True)
-    return {shard: reply[0][0].decode() for shard, reply in replies if isinstance(reply, list) and reply}
-
-
-def _are_applied(client: redis.Redis, keys: Keys, entries: Mapping[int, str]) -> bool:
-    """Return whether the aggregators' commits are past these entries (shard → id)."""
-    pipe = Pipe(client)
-    for shard in entries:
-        pipe.add("HGET", keys.cursor(shard), "id")
-    applied = [reply.decode() if isinstance(reply, bytes) else "0-0" for reply in pipe.execute()]
-    return all(
-        id_order(entry_id) >= id_order(entry)
-        for entry_id, entry in zip(applied, entries.values(), strict=True)
-    )

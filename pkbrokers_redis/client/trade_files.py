@@ -62,15 +62,9 @@ class TradeFile:
 
 
 def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> TradeFile:
-    """Read a CSV (also .gz, .zip) or Parquet file.
+    """Read a CSV (also .gz, .zip) or Parquet file. Raises InputFileError if it is no table of trades.
 
-    Args:
-        path: The file.
-        known: Symbol (`NSE:INFY`) → token. An unknown symbol gets a token of its own, the same every time.
-        sessions: The trading hours, for the trade date of each row.
-
-    Raises:
-        InputFileError: The file is no table of trades.
+    `known` is symbol (`NSE:INFY`) → token. An unknown symbol gets a token of its own, the same every time.
     """
     table = _load(path)
     table = table.loc[:, ~table.columns.duplicated()]
