@@ -6,7 +6,18 @@ Cluster slot and one commit can span them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+
+def _fixed(name: str) -> Callable[[Keys], str]:
+    """Return a method of `Keys` for `P:name`."""
+    return lambda keys: f"{keys.prefix}:{name}"
+
+
+def _of_shard(name: str) -> Callable[[Keys, int], str]:
+    """Return a method of `Keys` for `P:{S}:name`; its argument is the shard."""
+    return lambda keys, shard: f"{keys.prefix}:{{{shard}}}:{name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,152 +36,79 @@ class Keys:
     prefix: str = "pkb"
     shards: int = 8
 
+    meta = _fixed("meta")  # what the store was made with
+    symbols = _fixed("symbols")  # `NSE:INFY` → token
+    workers = _fixed("workers")  # `<role> <id>` → time of the last heartbeat, epoch ms
+    feeds = _fixed("feeds")  # version → the instruments of each feed, as JSON
+    feed_progress = _fixed("feed_progress")  # feed → until when (epoch ms) its frames are in Redis
+    job_outbox = _fixed("job_outbox")  # job id → a job that RQ does not have yet, as JSON
+    auth = _fixed("auth")  # the shared Kite session
+    login = _fixed("login")  # results of past logins: attempts, a refusal, the last TOTP
+    login_lock = _fixed("login:lock")  # the worker that logs in while the others wait
+    master = _fixed("master")  # when the instrument master was loaded, its row count and digest
+    derivatives = _fixed("derivatives")  # `NSE:RELIANCE`: stocks that have futures or options
+    expired = _fixed("expired")  # token → the expired contract that had it last
+    watch = _fixed("watch")  # `NSE:INFY` → `add` or `remove`: live changes to PKB_INSTRUMENTS
+    bot_lease = _fixed("{bot}:lease")  # the bot process that polls Telegram
+    bot_alerts = _fixed("{bot}:alerts")  # alert id → alert
+    bot_alert_state = _fixed("{bot}:alert_state")  # alert id → what the alert remembers of the ticks it saw
+    bot_position = _fixed("{bot}:position")  # shard → the last tick entry that the alerts have seen
+    bot_outbox = _fixed("{bot}:outbox")  # messages to be sent
+    bot_troubles = _fixed("{bot}:troubles")  # check → a problem the operators were notified of
+
+    ticks = _of_shard("ticks")  # one entry per websocket frame and shard
+    closed = _of_shard("closed")  # every completed or amended candle
+    repairs = _of_shard("repairs")  # outages and rows of history for the aggregator to apply
+    cursor = _of_shard("cursor")  # what the aggregator has durably applied
+    state = _of_shard("state")  # token → what the aggregator needs besides the rows to resume
+    lease = _of_shard("lease")  # the id of the owning aggregator
+
     def shard_of(self, token: int) -> int:
         """Return the shard of an instrument. The low byte of its token, its segment, takes no part."""
         return (token >> 8) % self.shards
 
-    def meta(self) -> str:
-        """Return the key that holds what the store was made with (`store/meta.py`)."""
-        return f"{self.prefix}:meta"
-
-    def symbols(self) -> str:
-        """Return the key that holds `NSE:INFY` → token."""
-        return f"{self.prefix}:symbols"
-
     def instrument(self, token: int) -> str:
-        """Return the key that holds the row of the instrument master."""
+        """Return the key of the row of the instrument master."""
         return f"{self.prefix}:instrument:{token}"
 
     def worker(self, worker_id: str) -> str:
-        """Return the key that holds the heartbeat of a worker."""
+        """Return the key of the heartbeat of a worker."""
         return f"{self.prefix}:worker:{worker_id}"
 
-    def workers(self) -> str:
-        """Return the key that holds `<role> <id>` → time of the last heartbeat, epoch ms."""
-        return f"{self.prefix}:workers"
-
     def feed(self, number: int) -> str:
-        """Return the key that holds the ingest worker that streams the n-th part of the instruments."""
+        """Return the key of the ingest worker that streams the n-th part of the instruments."""
         return f"{self.prefix}:feed:{number}"
 
-    def feeds(self) -> str:
-        """Return the key that holds version → the instruments of each feed, as JSON."""
-        return f"{self.prefix}:feeds"
-
-    def feed_progress(self) -> str:
-        """Return the key that holds feed → receive time up to which its frames are in Redis, epoch ms."""
-        return f"{self.prefix}:feed_progress"
-
-    def job_outbox(self) -> str:
-        """Return the key that holds job id → a job that RQ does not have yet, as JSON."""
-        return f"{self.prefix}:job_outbox"
-
-    def auth(self) -> str:
-        """Return the key that holds the shared Kite session."""
-        return f"{self.prefix}:auth"
-
-    def login(self) -> str:
-        """Return the key that holds results of past logins: attempts, a refusal, the last TOTP."""
-        return f"{self.prefix}:login"
-
-    def login_lock(self) -> str:
-        """Return the key that holds the worker that logs in while the others wait."""
-        return f"{self.prefix}:login:lock"
-
-    def master(self) -> str:
-        """Return the key that holds when the instrument master was loaded, its row count and digest."""
-        return f"{self.prefix}:master"
-
-    def derivatives(self) -> str:
-        """Return the key that holds `NSE:RELIANCE`: stocks that have futures or options."""
-        return f"{self.prefix}:derivatives"
-
-    def expired(self) -> str:
-        """Return the key that holds token → the expired contract that had it last."""
-        return f"{self.prefix}:expired"
-
-    def watch(self) -> str:
-        """Return the key that holds `NSE:INFY` → `add` or `remove`: live changes to PKB_INSTRUMENTS."""
-        return f"{self.prefix}:watch"
-
     def limit(self, name: str) -> str:
-        """Return the key that holds when the next request of a kind may be sent to Kite."""
+        """Return the key of when the next request of a kind may be sent to Kite."""
         return f"{self.prefix}:limit:{name}"
 
     def job(self, job_id: str) -> str:
-        """Return the key that holds the progress of a job."""
+        """Return the key of the progress of a job."""
         return f"{self.prefix}:job:{job_id}"
 
     def job_lock(self, name: str) -> str:
-        """Return the key that holds the running job of a kind."""
+        """Return the key of the running job of a kind."""
         return f"{self.prefix}:job:lock:{name}"
 
     def restart(self, role: str) -> str:
-        """Return the key that holds when the workers of a role were last asked to restart."""
+        """Return the key of when the workers of a role were last asked to restart."""
         return f"{self.prefix}:restart:{role}"
 
-    def bot_lease(self) -> str:
-        """Return the key that holds the bot process that polls Telegram."""
-        return f"{self.prefix}:{{bot}}:lease"
-
     def bot_update(self, update_id: str) -> str:
-        """Return the key that holds a Telegram update that was handled."""
+        """Return the key of a Telegram update that was handled."""
         return f"{self.prefix}:{{bot}}:update:{update_id}"
 
-    def bot_alerts(self) -> str:
-        """Return the key that holds alert id → alert."""
-        return f"{self.prefix}:{{bot}}:alerts"
-
-    def bot_alert_state(self) -> str:
-        """Return the key that holds alert id → what the alert remembers of the ticks it saw."""
-        return f"{self.prefix}:{{bot}}:alert_state"
-
-    def bot_position(self) -> str:
-        """Return the key that holds shard → the last tick entry that the alerts have seen."""
-        return f"{self.prefix}:{{bot}}:position"
-
-    def bot_outbox(self) -> str:
-        """Return the key that holds messages to be sent."""
-        return f"{self.prefix}:{{bot}}:outbox"
-
-    def bot_troubles(self) -> str:
-        """Return the key that holds check → a problem the operators were notified of."""
-        return f"{self.prefix}:{{bot}}:troubles"
-
-    def ticks(self, shard: int) -> str:
-        """Return the key that holds one entry per websocket frame and shard."""
-        return f"{self.prefix}:{{{shard}}}:ticks"
-
-    def closed(self, shard: int) -> str:
-        """Return the key that holds every completed or amended candle."""
-        return f"{self.prefix}:{{{shard}}}:closed"
-
-    def repairs(self, shard: int) -> str:
-        """Return the key that holds outages and rows of history for the aggregator to apply."""
-        return f"{self.prefix}:{{{shard}}}:repairs"
-
-    def cursor(self, shard: int) -> str:
-        """Return the key that holds what the aggregator has durably applied."""
-        return f"{self.prefix}:{{{shard}}}:cursor"
-
-    def state(self, shard: int) -> str:
-        """Return the key that holds token → what the aggregator needs besides the rows to resume."""
-        return f"{self.prefix}:{{{shard}}}:state"
-
-    def lease(self, shard: int) -> str:
-        """Return the key that holds the id of the owning aggregator."""
-        return f"{self.prefix}:{{{shard}}}:lease"
-
     def quote(self, token: int) -> str:
-        """Return the key that holds the latest full quote."""
+        """Return the key of the latest full quote."""
         return f"{self.prefix}:{{{self.shard_of(token)}}}:quote:{token}"
 
     def current(self, token: int) -> str:
-        """Return the key that holds interval → row of the candle being formed."""
+        """Return the key of interval → row of the candle being formed."""
         return f"{self.prefix}:{{{self.shard_of(token)}}}:current:{token}"
 
     def candles(self, token: int, interval: str) -> str:
-        """Return the key that holds completed rows, oldest first."""
+        """Return the key of completed rows, oldest first."""
         return f"{self.prefix}:{{{self.shard_of(token)}}}:candles:{token}:{interval}"
 
 

@@ -12,12 +12,11 @@ that looks like a credential is masked before it is written.
 from __future__ import annotations
 
 import logging
-import os
 import re
 import sys
 import threading
 from collections.abc import Hashable, MutableMapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -46,11 +45,7 @@ def mask(text: str) -> str:
 
 
 class Once:
-    """Log evidence once for each key; count the repeats.
-
-    Bounded: beyond `keys_max` distinct keys every new one counts as seen, so that a flood of different
-    garbage cannot fill memory or the log.
-    """
+    """Log evidence once for each key. Beyond `keys_max` distinct keys every new one counts as seen."""
 
     def __init__(self, keys_max: int = 1000) -> None:
         self.keys_max = keys_max
@@ -101,18 +96,9 @@ class _Output:
 
     level: int = logging.WARNING
     renderer: Processor = _TEXT
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 _output = _Output()
-
-
-def _forget_lock() -> None:
-    """In a forked child: the thread that held it may not exist here."""
-    _output.lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_forget_lock)
 
 
 def _drop_below_level(_logger: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -156,12 +142,11 @@ class _Stderr:
     """Write whole lines to the current sys.stderr; a closed one loses the line, not the worker."""
 
     def msg(self, line: str) -> None:
-        with _output.lock:
-            try:
-                sys.stderr.write(line + "\n")
-                sys.stderr.flush()
-            except (OSError, ValueError):
-                pass
+        try:
+            sys.stderr.write(line + "\n")  # one call, so that lines of several threads stay whole
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
 
     log = debug = info = warning = warn = error = critical = exception = fatal = failure = err = msg
 
