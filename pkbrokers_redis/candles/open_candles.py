@@ -96,15 +96,15 @@ def raise_vol_start(candles: Floats, i: int, k: int, s: int, day_s: float, volum
 def flag_of(start: int, end: int, inst: Floats) -> int:
     """Rule 8: return the flag of a candle that is opened now.
 
-    `partial` if the first tick lies inside it or the baseline holds volume traded inside it, unless Kite's
-    history covered it from its start; `gap` if the feed was down inside it.
+    `partial` if the first tick lies inside it or the baseline holds volume traded inside it, unless nothing
+    had traded before that tick or Kite's history covered the candle from its start; `gap` if the feed was
+    down inside it.
     """
     start_ms, end_ms = start * 1000, end * 1000
     first_at, first_time = inst[col.FIRST_AT], inst[col.FIRST_TIME]
     if not (inst[col.BACKFILLED_FROM] <= start_ms and first_at < inst[col.BACKFILLED_TO]):
-        if start_ms < first_at < end_ms:
-            return FLAG_PARTIAL
-        if start_ms <= first_time < end_ms and inst[col.FIRST_VOLUME] != 0:
+        is_inside = start_ms < first_at < end_ms or start_ms <= first_time < end_ms
+        if is_inside and inst[col.FIRST_VOLUME] != 0:  # NaN, an unknown volume, is not 0
             return FLAG_PARTIAL
     if inst[col.GAP_FROM] < end_ms and start_ms < inst[col.GAP_TO]:
         return FLAG_GAP

@@ -56,14 +56,17 @@ Extremes = tuple[float, float, float, float, float, float]
 
 @compiled
 def is_invalid(tick: Floats) -> bool:
-    """Return True for no token, no price, a price of 0, or a number out of bounds (times: 1990 to 2100)."""
+    """Return True for no token, no price, or a number out of bounds (times: 1990 to 2100).
+
+    A price of 0 is valid with a volume of 0 only: Kite sends it until the day's first trade.
+    """
     token = tick[TOKEN]
     if not (1 <= token <= TOKEN_MAX) or token != np.floor(token):
         return True
     if not (TIME_MIN_MS <= tick[TIME_MS] < TIME_MAX_MS):
         return True
     price = tick[LAST_PRICE]
-    if price == 0 or not (-NUMBER_MAX < price < NUMBER_MAX):
+    if not (-NUMBER_MAX < price < NUMBER_MAX) or (price == 0 and tick[VOLUME] != 0):
         return True
     if tick[VOLUME] < 0:
         return True
@@ -459,6 +462,9 @@ def _apply_tick(shard: ShardArrays, tick: Floats, i: int, d: int, time: float, g
     day_s = shard.day_ms[d, 0] // 1000
     if inst[col.FIRST_AT] == 0:
         _set_baseline(shard, i, tick, time, day_s)
+        return
+    if tick[LAST_PRICE] == 0:  # no trade yet today: after the baseline it says nothing new
+        shard.counts[col.C_REPEAT] += 1
         return
     if day_s > inst[col.DAY_S]:
         _start_day(inst, day_s)

@@ -253,20 +253,14 @@ class KiteTickerHistory:
             continuous: Whether to chain expired futures (day candles only).
 
         Returns:
-            All candles, oldest first, the current one included.
+            All candles, oldest first, the current one included. Rows of Kite that are no candles are left out
+            and counted in `rows_refused`.
 
         Raises:
-            KiteError: One of Kite's rows is no candle, or Kite does not respond.
+            KiteError: Kite refuses the request, or does not respond.
         """
-        rows, refused = self._request(
-            token, kite_interval(interval), from_s, to_s, oi=oi, continuous=continuous
-        )
-        if refused:
-            raise KiteError(
-                f"{refused} rows of Kite's history of {token} are no candles",
-                "try again later; cached_rows() returns the valid ones",
-            )
-        return rows
+        options = {"oi": oi, "continuous": continuous}
+        return self._request(token, kite_interval(interval), from_s, to_s, **options)[0]
 
     def cached_rows(
         self, token: int, interval: str | Enum, from_s: int, to_s: int, *, fresh: bool = False

@@ -153,13 +153,20 @@ def epoch_of(moment: str | date | None, *, end: bool) -> int | None:
     return int(moment.timestamp())
 
 
-def parse_rows(data: Any, token: int) -> tuple[list[HistoryRow], int]:
+class ParsedRows(NamedTuple):
+    """The rows of a response in ascending order, each start once, and how many were irregular."""
+
+    rows: list[HistoryRow]
+    refused: int = 0  # no candles
+    widened: int = 0  # their open was outside their high and low
+
+
+def parse_rows(data: Any, token: int) -> ParsedRows:
     """Parse the `data` of a response.
 
-    A row is refused for an invalid time or number, a negative volume, or a high below its low.
-
-    Returns:
-        The rows in ascending order, each start once, and the number of refused rows.
+    A row is refused for an invalid time or number, a negative volume, or a close outside its high and low. An
+    open outside them widens them: Kite puts the pre-open's price into the open of the day's first candle.
+    Prices may be negative (crude oil in April 2020, spreads).
 
     Raises:
         KiteUnavailable: There is no list of candles. (Without trades Kite sends an empty one.)
@@ -169,14 +176,15 @@ def parse_rows(data: Any, token: int) -> tuple[list[HistoryRow], int]:
         raise KiteUnavailable("Kite's response holds no list of candles", "try again later")
     has_oi = token & 0xFF not in CASH_SEGMENTS
     found: dict[int, HistoryRow] = {}
-    refused = 0
+    refused = widened = 0
     for candle in candles:
         row = _row(candle, has_oi)
         if row is None:
             refused += 1
-        else:
-            found[row.start] = row
-    return [found[start] for start in sorted(found)], refused
+            continue
+        widened += not candle[3] <= row.open <= candle[2]
+        found[row.start] = row
+    return ParsedRows([found[start] for start in sorted(found)], refused, widened)
 
 
 def _row(candle: Any, has_oi: bool) -> HistoryRow | None:
@@ -188,8 +196,9 @@ def _row(candle: Any, has_oi: bool) -> HistoryRow | None:
     if not all(-NUMBER_MAX <= number <= NUMBER_MAX for number in numbers):  # false for NaN
         return None
     open_, high, low, close, volume, *oi = numbers
-    if not (0 <= low <= min(open_, close) and max(open_, close) <= high) or volume < 0:
+    if not low <= close <= high or volume < 0:
         return None
+    high, low = max(high, open_), min(low, open_)
     try:
         start = int(datetime.fromisoformat(candle[0]).timestamp())
     except (ValueError, OverflowError, OSError):
@@ -293,15 +302,16 @@ class HistoryApi:
             before_sleep=self._before_retry,
             reraise=True,
         )
-        rows, refused = retrying(self._request, token, interval.name, query)
-        if refused:
-            self.rows_refused += refused
+        rows, refused, widened = retrying(self._request, token, interval.name, query)
+        self.rows_refused += refused
+        if refused or widened:
             log.warning(
-                "history_rows_refused", token=token, interval=interval.name, refused=refused, rows=len(rows)
-            )
+                "history_rows_irregular", token=token, interval=interval.name, rows=len(rows),
+                refused=refused, widened=widened,
+            )  # fmt: skip
         return [row for row in rows if from_s <= row.start < to_s], refused
 
-    def _request(self, token: int, interval: str, query: dict[str, Any]) -> tuple[list[HistoryRow], int]:
+    def _request(self, token: int, interval: str, query: dict[str, Any]) -> ParsedRows:
         if self._kite is None:
             self._kite = open_kite(self._settings, self._sessions.current())
         kite = self._kite
@@ -313,9 +323,7 @@ class HistoryApi:
             self._kite = open_kite(self._settings, self._sessions.renew(kite.session, self._stop))
             return self._get(self._kite, token, interval, query)  # a second refusal is an error
 
-    def _get(
-        self, kite: Kite, token: int, interval: str, query: dict[str, Any]
-    ) -> tuple[list[HistoryRow], int]:
+    def _get(self, kite: Kite, token: int, interval: str, query: dict[str, Any]) -> ParsedRows:
         if self._stop.is_set():
             raise PkbError("stopped before the history was complete", "run it again: it resumes")
         self._limiter.wait(self._stop)

@@ -51,6 +51,7 @@ REFRESH_SECONDS = 23.5 * 3600  # upstream's: an older master is fetched again
 REQUIRED = ("instrument_token", "tradingsymbol", "exchange")
 NUMBERS = ("last_price", "strike", "tick_size", "lot_size")
 ROWS_MAX = 1_000_000  # ten times what Kite has
+COLUMNS = 12  # of Kite's CSV; it may get more
 COLUMNS_MAX = 40
 _EXCHANGE = re.compile(r"[A-Z][A-Z0-9_]{1,11}")
 _COLUMN = re.compile(r"[a-z][a-z0-9_]{0,39}")
@@ -144,24 +145,22 @@ def parse_instruments(content: bytes, today: date) -> Parsed:
     Raises:
         KiteUnavailable: The content is no instruments CSV.
     """
-    reader = csv.reader(io.StringIO(content.decode("utf-8", errors="replace"), newline=""))
-    header = [name.strip().lstrip("\ufeff") for name in next(_lines(reader, Counter()), [])]
-    if not set(REQUIRED) <= set(header) or len(header) > COLUMNS_MAX or len(set(header)) < len(header):
-        raise KiteUnavailable("Kite's instruments are not the documented CSV", "try again later")
-    if not all(_COLUMN.fullmatch(name) for name in header):
-        raise KiteUnavailable("Kite's instruments have invalid column names", "try again later")
-    rows: list[dict[str, str]] = []
     refused: Counter[str] = Counter()
+    lines = _lines(content.decode("utf-8", errors="replace"), refused)
+    header = [name.strip().lstrip("\ufeff") for name in next(lines, [])]
+    known = [name for name in dict.fromkeys(header) if _COLUMN.fullmatch(name)]
+    if not set(REQUIRED) <= set(known) or len(header) > COLUMNS_MAX:
+        raise KiteUnavailable("Kite's instruments are not the documented CSV", "try again later")
+    positions = [header.index(name) for name in known]  # columns of other names are ignored
+    rows: list[dict[str, str]] = []
     expired = 0
     tokens: set[str] = set()
     symbols: set[str] = set()
-    for cells in _lines(reader, refused):
-        if not cells:
-            continue  # an empty line
+    for cells in lines:
         if len(cells) != len(header):
             refused["columns"] += 1
             continue
-        row = dict(zip(header, (cell.strip() for cell in cells), strict=True))
+        row = {name: cells[n].strip() for name, n in zip(known, positions, strict=True)}
         reason = _invalid_reason(row)
         symbol = f"{row['exchange']}:{row['tradingsymbol']}"
         if not reason and (row["instrument_token"] in tokens or symbol in symbols):
@@ -180,14 +179,19 @@ def parse_instruments(content: bytes, today: date) -> Parsed:
     return Parsed(rows, expired, refused, hashlib.sha256(content).hexdigest())
 
 
-def _lines(reader: Iterator[list[str]], refused: Counter[str]) -> Iterator[list[str]]:
-    while True:
+def _lines(text: str, refused: Counter[str]) -> Iterator[list[str]]:
+    """Yield the cells of each line that is not empty. An unclosed quote costs its own line only."""
+    for line in text.split("\n"):
+        if not line.strip("\r"):
+            continue
         try:
-            yield next(reader)
-        except StopIteration:
-            return
-        except csv.Error:  # a NUL, an unclosed quote: the reader continues after it
+            cells = line.rstrip("\r").split(",") if '"' not in line else next(csv.reader([line], strict=True))
+        except csv.Error:
             refused["unreadable"] += 1
+            continue
+        while cells and not cells[-1].strip() and len(cells) > COLUMNS:  # a comma at the end of the line
+            cells.pop()
+        yield cells
 
 
 def _invalid_reason(row: dict[str, str]) -> str:

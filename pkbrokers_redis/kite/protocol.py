@@ -54,6 +54,7 @@ from pkbrokers_redis.candles.model import (
     LAST_QUANTITY,
     OI,
     SEGMENT_INDICES,
+    TIME_MIN_MS,
     TIME_MS,
     TOKEN,
     VOLUME,
@@ -129,6 +130,7 @@ STRUCTS: Final = {length: _struct(fields, length == FULL) for length, fields in 
 # A full packet without its depth: all that a tick row needs, a third of the bytes to gather.
 _TICK_DTYPES: Final = DTYPES | {FULL: _dtype(_FULL_HEAD)}
 
+SECONDS_MIN = TIME_MIN_MS // 1000  # an earlier time on the wire (0, or 1 as seen) means that there is none
 SEGMENT_CDS, SEGMENT_BCD = 3, 6
 # Wire integer ÷ this = rupees, by segment (the low byte of a token).
 PRICE_DIVISORS: Final = np.full(256, 100.0)
@@ -244,7 +246,7 @@ def _ticks(records: Records, tokens: Ints, length: int, at_ms: int) -> TickArray
     ticks[:, TIME_MS] = at_ms
     if length in (FULL, INDEX_FULL):
         seconds = records["last_trade_time" if length == FULL else "exchange_timestamp"].astype(np.int64)
-        ticks[:, TIME_MS] = np.where(seconds > 0, seconds * 1000, at_ms)
+        ticks[:, TIME_MS] = np.where(seconds >= SECONDS_MIN, seconds * 1000, at_ms)
     return ticks
 
 
@@ -289,8 +291,8 @@ class _Depth(msgspec.Struct):
 
 @lru_cache(maxsize=4096)  # neighbours in a frame share their second
 def iso_ist(seconds: int) -> str:
-    """Return Unix seconds as `2021-07-05T10:41:27+05:30`; "" for 0, which on the wire means none."""
-    return datetime.fromtimestamp(seconds, IST).isoformat() if seconds else ""
+    """Return Unix seconds as `2021-07-05T10:41:27+05:30`; "" for no time."""
+    return datetime.fromtimestamp(seconds, IST).isoformat() if seconds >= SECONDS_MIN else ""
 
 
 @lru_cache(maxsize=1024)  # all packets of a frame share it
@@ -355,7 +357,7 @@ def decode(packet: bytes | memoryview) -> dict[str, Any]:
         if name in ("open", "high", "low", "close"):
             ohlc[name] = value / divisor
         elif name in _TIMES:
-            tick[name] = datetime.fromtimestamp(value, IST) if value else None
+            tick[name] = datetime.fromtimestamp(value, IST) if value >= SECONDS_MIN else None
         elif name != "price_change":
             tick[name] = value / divisor if name in _PRICES else value
     if length != LTP:

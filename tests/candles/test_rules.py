@@ -292,6 +292,22 @@ def test_a_candle_that_we_began_to_watch_inside_is_partial() -> None:
     assert market.rows("5m")[0][-1] == "partial"
 
 
+def test_a_price_of_0_before_the_first_trade_is_a_known_baseline_of_0() -> None:
+    nothing = [tick(second, 0, 0, at=second) for second in (10, 11, 12)]
+    market = Market().take(*nothing, tick(20, 100, 50), tick(70, 101, 60))
+    assert market.rows("1m") == [
+        row(0, 100, 100, 100, 100, 50, None, 1),
+        row(60, 101, 101, 101, 101, 10, None, 1),
+    ]
+    assert market.book.counts()["invalid"] == 0
+
+
+def test_a_price_of_0_with_a_volume_is_invalid_and_later_ones_change_nothing() -> None:
+    market = Market().take(tick(1, 0, 7), tick(2, 100, 50), tick(20, 101, 60), tick(30, 0, 0))
+    assert market.rows("1m") == [row(0, 101, 101, 101, 101, 10, None, 1, "partial")]
+    assert market.book.counts()["invalid"] == 1
+
+
 @pytest.mark.parametrize(
     ("second", "traded"), [(-1, False), (0, True), (22_499, True), (22_500, False), (30_000, False)]
 )

@@ -73,7 +73,6 @@ GOOD = ["2026-08-03T09:15:00+0530", 100.0, 101.5, 99.5, 100.5, 1200]
         [GOOD[0], 100.0, 99.0, 99.5, 100.5, 1200],  # high below low
         [GOOD[0], 100.0, 100.2, 99.5, 100.5, 1200],  # close above high
         [GOOD[0], 100.0, 101.5, 99.5, 100.5, -1],
-        [GOOD[0], 100.0, 101.5, -99.5, 100.5, 1],
         [*GOOD[:5], 1e300],
         [*GOOD[:5], 10**400],
         [*GOOD, 10**400],
@@ -81,7 +80,7 @@ GOOD = ["2026-08-03T09:15:00+0530", 100.0, 101.5, 99.5, 100.5, 1200]
     ],
 )
 def test_a_malformed_row_is_counted_and_valid_rows_are_kept(candle: Any) -> None:
-    rows, refused = parse_rows({"candles": [candle, GOOD]}, INFY)
+    rows, refused, _ = parse_rows({"candles": [candle, GOOD]}, INFY)
     assert [row.close for row in rows] == [100.5]
     assert refused == 1
 
@@ -90,12 +89,33 @@ def test_a_malformed_row_is_counted_and_valid_rows_are_kept(candle: Any) -> None
 def test_a_response_without_a_list_of_candles_is_unavailable(data: Any) -> None:
     with pytest.raises(KiteUnavailable, match="no list of candles"):
         parse_rows(data, INFY)
-    assert parse_rows({"candles": []}, INFY) == ([], 0)
+    assert parse_rows({"candles": []}, INFY) == ([], 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("prices", "expected"),
+    [
+        ((104.0, 103.0, 97.0, 102.75), (104.0, 104.0, 97.0, 102.75)),  # the pre-open's price as open
+        ((96.0, 103.0, 97.0, 102.75), (96.0, 103.0, 96.0, 102.75)),
+    ],
+)
+def test_an_open_outside_high_and_low_widens_them_and_costs_no_row(
+    prices: tuple[float, ...], expected: tuple[float, ...]
+) -> None:
+    rows, refused, widened = parse_rows({"candles": [[GOOD[0], *prices, 10]]}, INFY)
+    assert [tuple(row[1:5]) for row in rows] == [expected]
+    assert (refused, widened) == (0, 1)
+
+
+def test_negative_prices_are_prices() -> None:
+    rows, refused, widened = parse_rows({"candles": [[GOOD[0], -37.0, -30.0, -40.0, -37.6, 10]]}, INFY)
+    assert [tuple(row[1:5]) for row in rows] == [(-37.0, -30.0, -40.0, -37.6)]
+    assert (refused, widened) == (0, 0)
 
 
 def test_rows_are_sorted_and_starts_are_unique() -> None:
     later = ["2026-08-03T09:16:00+0530", *GOOD[1:]]
-    rows, refused = parse_rows({"candles": [later, GOOD, [*later[:4], 101.0, 5]]}, INFY)
+    rows, refused, _ = parse_rows({"candles": [later, GOOD, [*later[:4], 101.0, 5]]}, INFY)
     assert [(row.start, row.close) for row in rows] == [(1785728700, 100.5), (1785728760, 101.0)]
     assert refused == 0
 
@@ -106,7 +126,7 @@ def test_kites_recorded_responses_are_parsed(file: str) -> None:
     if not path.exists():
         pytest.skip("the recorded responses are absent")
     data = json.loads(path.read_text(encoding="utf-8-sig"))["data"]
-    rows, refused = parse_rows(data, 12_073_986)  # a future: with open interest where it is given
+    rows, refused, _ = parse_rows(data, 12_073_986)  # a future: with open interest where it is given
     assert len(rows) == len(data["candles"])
     assert refused == 0
     assert (rows[0].oi is not None) == (file == "historical_oi.json")

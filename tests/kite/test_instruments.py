@@ -138,11 +138,33 @@ def test_columns_are_found_by_name_and_a_new_one_is_kept() -> None:
     ]
 
 
+@pytest.mark.parametrize("more", ["", ",ISIN", ",freeze qty", ",name", ",Robert'); DROP", ",isin,"])
+def test_columns_of_other_names_are_ignored(more: str) -> None:
+    cells = more.replace(",", ",x") if more.strip(",") else ""
+    found = parse_instruments(f"{HEADER}{more}\n{GOOD}{cells.removesuffix(',x')}\n".encode(), TODAY)
+    assert [row["tradingsymbol"] for row in found.rows] == ["INFY"]
+    assert not found.refused
+
+
+def test_a_comma_at_the_end_of_the_header_costs_no_row() -> None:
+    other = GOOD.replace("408065", "2305").replace("INFY", "B")
+    found = parse_instruments(f"{HEADER},\n{GOOD}\n{other},\n".encode(), TODAY)
+    assert [row["tradingsymbol"] for row in found.rows] == ["INFY", "B"]
+
+
+def test_an_unclosed_quote_costs_its_own_line_only() -> None:
+    lines = [f"{n << 8 | 1},{n},EQ{n},NAME,0.0,,0.0,0.05,1,EQ,NSE,NSE" for n in range(1, 1001)]
+    lines[500] = lines[500].replace("NAME", '"NAME')
+    lines[700] = lines[700].replace("NAME", '"NAME, LTD"')
+    found = parse_instruments("\n".join([HEADER, *lines]).encode(), TODAY)
+    assert len(found.rows) == 999
+    assert found.refused == Counter(unreadable=1)
+
+
 @pytest.mark.parametrize(
     "content",
-    [b"", b"<html>maintenance</html>", b"\x00\xff\x1f\x8b", b"a,b\n1,2\n", HEADER.encode() + b",name\n",
-     HEADER.encode() + b",Robert'); DROP\n"],
-)  # fmt: skip
+    [b"", b"<html>maintenance</html>", b"\x00\xff\x1f\x8b", b"a,b\n1,2\n", HEADER.encode() + b",x" * 40],
+)
 def test_other_content_than_the_csv_is_unavailable(content: bytes) -> None:
     with pytest.raises(KiteUnavailable):
         parse_instruments(content, TODAY)

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkbrokers_redis.candles import model
-from pkbrokers_redis.kite.protocol import decode, encode_frame, encode_full, encode_packet, parse_frame
+from pkbrokers_redis.kite.protocol import (
+    decode,
+    encode_frame,
+    encode_full,
+    encode_packet,
+    parse_frame,
+    quote_fields,
+)
 from tests.support import SHARED_DATA
 
 AT_MS = 1_700_000_000_123
@@ -68,6 +75,14 @@ def test_a_recorded_packet_decodes_to_its_recorded_values(entry: dict[str, Any])
         else:
             assert math.isnan(row[model.OI])
             assert row[model.TIME_MS] == AT_MS
+
+
+def test_a_trade_time_before_1990_counts_as_none() -> None:
+    packet = encode_packet("full", 408065, last_price=1500.0, volume_traded=7, last_trade_time=1)
+    parsed = parse_frame(encode_frame([packet]), AT_MS)
+    assert parsed.ticks[0, model.TIME_MS] == AT_MS
+    assert quote_fields(packet, "NSE:INFY", AT_MS)["last_trade_time"] == ""
+    assert decode(packet)["last_trade_time"] is None
 
 
 @needs_recorded
@@ -187,7 +202,7 @@ def ticks(draw: st.DrawFn) -> np.ndarray[Any, Any]:
         divisor = {3: 1e7, 6: 1e4}.get(token & 0xFF, 100.0)
         price = st.integers(-(2**31), 2**31 - 1).filter(bool).map(lambda raw, by=divisor: raw / by)
         count = st.integers(0, 2**32 - 1).map(float)
-        time_ms = draw(st.integers(1, 2**32 - 1)) * 1000.0
+        time_ms = draw(st.integers(631_152_000, 2**32 - 1)) * 1000.0  # since 1990
         rows.append([token, draw(price), *(draw(count) for _ in range(3)), *(draw(price) for _ in range(3))])
         rows[-1] += [time_ms, float(AT_MS)]
         if token & 0xFF == 9:
