@@ -22,7 +22,7 @@ import redis
 
 from benchmarks.harness import INSTRUMENTS, committed, machine, running, tokens, wait_for, worker_env
 from pkbrokers_redis.settings import Settings, load_settings
-from pkbrokers_redis.store.embedded.binary import find_binary
+from pkbrokers_redis.store.embedded import find_binary
 
 FRAME_PACKETS = 40  # 250 frames a second at 10,000 ticks a second
 BEFORE_SECONDS, AFTER_SECONDS = 5, 15

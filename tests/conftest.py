@@ -21,7 +21,7 @@ from hypothesis.database import DirectoryBasedExampleDatabase
 
 from pkbrokers_redis.candles import compiled
 from pkbrokers_redis.settings import Settings, load_settings
-from pkbrokers_redis.store.embedded.server import EmbeddedServer, attach
+from pkbrokers_redis.store.embedded import EmbeddedServer, attach
 from tests.support import redis_server_binary
 
 REPOSITORY = Path(__file__).resolve().parents[1]

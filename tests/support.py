@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import psutil
 
 from pkbrokers_redis.settings import Settings, env_name
-from pkbrokers_redis.store.embedded.binary import find_binary
+from pkbrokers_redis.store.embedded import find_binary
 
 T = TypeVar("T")
 

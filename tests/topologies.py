@@ -14,7 +14,7 @@ from typing import Any
 
 import redis
 
-from pkbrokers_redis.store.embedded.binary import find_binary
+from pkbrokers_redis.store.embedded import find_binary
 from tests.support import running_process, wait_until
 
 SLOTS = 16_384

@@ -23,7 +23,7 @@ from pkbrokers_redis.candles.model import Candle
 from pkbrokers_redis.errors import RedisUnavailable, SettingsError
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.embedded.server import reader_data_dir, store_folder
+from pkbrokers_redis.store.embedded import reader_data_dir, store_folder
 
 if TYPE_CHECKING:
     from pkbrokers_redis.client.store import CandleStore

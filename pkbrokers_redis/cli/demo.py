@@ -32,7 +32,7 @@ from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.embedded.server import LINGER_SECONDS, attach, running, store_folder
+from pkbrokers_redis.store.embedded import LINGER_SECONDS, attach, running, store_folder
 from pkbrokers_redis.store.meta import ensure_meta
 from pkbrokers_redis.store.symbols import save_instruments
 

@@ -43,7 +43,7 @@ from pkbrokers_redis.jobs.snapshots import snapshot as write_snapshot
 from pkbrokers_redis.runtime.roles import run_role
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.embedded.server import running
+from pkbrokers_redis.store.embedded import running
 from pkbrokers_redis.store.instrument_list import instrument_list
 from pkbrokers_redis.store.queue import enqueue, has_queue, job_id, open_queue
 from pkbrokers_redis.store.symbols import resolve_all

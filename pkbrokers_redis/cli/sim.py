@@ -26,7 +26,7 @@ from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.store.auth import Session, load_session
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.embedded.server import reader_data_dir, store_folder
+from pkbrokers_redis.store.embedded import reader_data_dir, store_folder
 from pkbrokers_redis.store.symbols import resolve_many
 
 CONTROL_TIMEOUT_SECONDS = 5

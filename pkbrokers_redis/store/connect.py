@@ -46,7 +46,7 @@ from redis.sentinel import MasterNotFoundError
 from pkbrokers_redis.errors import PkbError, RedisUnavailable, RedisUnsuitable, SettingsError
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import ClusterClient, use_raw_replies
-from pkbrokers_redis.store.embedded.server import attach, reader_data_dir, store_folder
+from pkbrokers_redis.store.embedded import attach, reader_data_dir, store_folder
 
 REDIS_PORT, SENTINEL_PORT = 6379, 26379
 SENTINEL_SECONDS_MAX = 1.0  # a Sentinel that hangs must not delay the request to the next one

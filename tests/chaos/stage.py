@@ -19,7 +19,7 @@ import redis
 from pkbrokers_redis.errors import RedisUnavailable
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.embedded.binary import find_binary
+from pkbrokers_redis.store.embedded import find_binary
 from pkbrokers_redis.store.streams import StreamReader
 from tests.chaos import oracle
 from tests.support import wait_until

@@ -14,7 +14,7 @@ from pkbrokers_redis import __version__
 from pkbrokers_redis.cli import demo, main
 from pkbrokers_redis.cli.main import COMMANDS
 from pkbrokers_redis.settings import load_settings
-from pkbrokers_redis.store.embedded.server import store_folder
+from pkbrokers_redis.store.embedded import store_folder
 from tests.cli.conftest import Pkb
 from tests.support import PKB
 

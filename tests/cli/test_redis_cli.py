@@ -14,7 +14,7 @@ from pkbrokers_redis.cli import redis_cli
 from pkbrokers_redis.cli.redis_cli import cli_arguments, raw
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.embedded.server import attach
+from pkbrokers_redis.store.embedded import attach
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.cli.conftest import Pkb
 from tests.client.contract import INFY, OPEN_S, push, row

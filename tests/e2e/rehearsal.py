@@ -32,7 +32,7 @@ from pkbrokers_redis.clock import Clock
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
-from pkbrokers_redis.store.embedded.server import attach
+from pkbrokers_redis.store.embedded import attach
 from pkbrokers_redis.store.queue import open_queue
 from pkbrokers_redis.store.rows import read_candles
 from tests.e2e.judgement import doctor, judge, kites

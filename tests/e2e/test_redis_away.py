@@ -28,7 +28,7 @@ from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.simulator.websocket_server import SimulatorServer
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.embedded.binary import find_binary
+from pkbrokers_redis.store.embedded import find_binary
 from pkbrokers_redis.store.meta import ensure_meta
 from tests.support import running_process, running_python, settings_env, wait_until
 

@@ -22,7 +22,7 @@ from pkbrokers_redis.errors import PkbError, RedisUnavailable, RedisUnsuitable, 
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import connect as connecting
 from pkbrokers_redis.store.connect import connect, describe, explain
-from pkbrokers_redis.store.embedded.server import reader_data_dir, running, store_folder
+from pkbrokers_redis.store.embedded import reader_data_dir, running, store_folder
 from tests.support import Impostor, running_server, wait_until
 
 SECRET = "s3cr3t-Pa55"

@@ -13,7 +13,7 @@ import pkbrokers_redis
 from pkbrokers_redis.clock import Backoff
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import Pipe
-from pkbrokers_redis.store.embedded.server import EmbeddedServer
+from pkbrokers_redis.store.embedded import EmbeddedServer
 from pkbrokers_redis.store.errors import is_function_missing, is_transient, is_wrong_type
 from tests.topologies import Cluster
 
