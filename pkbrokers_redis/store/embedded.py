@@ -24,6 +24,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def _find_or_start(settings: Settings, folder: Path, linger_seconds: float) -> E
     try:
         while True:
             server = running(folder.parent)
-            if server is not None:
+            if server is not None and not _is_orphan(folder, server.pid):
                 server.reattached = not is_launched
                 return server
             if not monitor.try_lock(server_lock, fcntl.LOCK_EX):
@@ -168,6 +169,19 @@ def _find_or_start(settings: Settings, folder: Path, linger_seconds: float) -> E
             deadline = time.monotonic() + SILENCE_SECONDS_MAX
     finally:
         os.close(server_lock)
+
+
+def _is_orphan(folder: Path, server_pid: int) -> bool:
+    """Return whether the server's monitor was killed, and end such a server."""
+    found = monitor.read_server_file(folder)
+    try:
+        if found and found["monitor_pid"]:
+            os.kill(found["monitor_pid"], 0)
+    except ProcessLookupError:
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(server_pid, signal.SIGTERM)
+        return True
+    return False
 
 
 def _is_loading(folder: Path) -> bool:

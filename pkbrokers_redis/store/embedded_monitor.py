@@ -10,8 +10,9 @@ Locks, both flock(2) on files in the store's folder. The kernel drops them howev
                   that a process that attaches meanwhile waits, and then starts a new server
     server.lock   exclusive, by the monitor and inherited by the server: held until both have ended
 
-When a monitor is killed, its server ends, too (by SIGTERM: it still flushes). `embedded.attach` runs this
-file as a script. It imports the standard library only, so that a start takes milliseconds.
+When a monitor is killed, its server ends, too (by SIGTERM: it still flushes), or the next user ends it.
+`embedded.attach` runs this file as a script. It imports the standard library only, so that a start takes
+milliseconds.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class ServerFile(TypedDict):
     """`server.json`, mode 0600. It is a hint: locks and the answer on the socket decide."""
 
     pid: int
+    monitor_pid: int  # 0: an earlier release's
     tcp_port: int  # 0: no TCP
     password: str  # empty without TCP; earlier releases had none with TCP either
     socket_path: str
@@ -109,6 +111,7 @@ def read_server_file(folder: Path) -> ServerFile | None:
             return None
         return ServerFile(
             pid=int(found["pid"]),
+            monitor_pid=int(found.get("monitor_pid", 0)),
             tcp_port=int(found["tcp_port"]),
             password=password,
             socket_path=str(found["socket_path"]),
@@ -212,6 +215,7 @@ class ServerMonitor:
     def _write_server_file(self, pid: int) -> None:
         content = ServerFile(
             pid=pid,
+            monitor_pid=os.getpid(),
             tcp_port=self.port,
             password=self.password,
             socket_path=self.plan["socket_path"],
@@ -233,10 +237,7 @@ def _lower_rewrite_priority(server_pid: int) -> None:
 
 
 def _death_signal_setter() -> Callable[[], object]:
-    """Return a function for the child that makes it end with this process; only Linux has it.
-
-    Elsewhere a server that answers is used without a monitor, until a SHUTDOWN.
-    """
+    """Return a function for the child that makes it end with this process; only Linux has it."""
     if sys.platform != "linux":
         return lambda: None
     try:
