@@ -187,20 +187,9 @@ def read_bulk(
     count: int,
     include_current: bool = False,
 ) -> Bulk:
-    """Read the last `count` candles of each `(token, symbol)`.
+    """Read the last `count` candles of each `(token, symbol)`, in this order. Raises redis.RedisError.
 
     A malformed row, or a key of another type, costs itself only and is counted in `rows_refused`.
-
-    Args:
-        client: The store's client.
-        keys: The store's keys.
-        instruments: In the order of the result.
-        interval: An interval's name as in the keys.
-        count: At most so many rows of each; below 1 none.
-        include_current: Include the candle being formed.
-
-    Raises:
-        redis.RedisError: Redis is unavailable.
     """
     tally = Tally()
     counts = np.zeros(len(instruments), np.int64)

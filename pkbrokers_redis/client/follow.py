@@ -15,7 +15,8 @@ import asyncio
 import math
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Set
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,10 +24,9 @@ import redis
 from redis.exceptions import ResponseError
 
 from pkbrokers_redis.candles.model import Candle
-from pkbrokers_redis.errors import PkbError, WrongKeyType
+from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.store.cluster import AsyncClient
-from pkbrokers_redis.store.errors import expect_type, is_wrong_type
+from pkbrokers_redis.store.errors import expect_type
 from pkbrokers_redis.store.rows import Tally, Tick, parse_candle, ticks_of
 from pkbrokers_redis.store.streams import StreamReader
 
@@ -206,13 +206,47 @@ class FollowCore:
         self._positions[shard], self._id_at_check[shard] = read, read.id
         self._parts[shard] = str(read)
 
-    def _deadline(self) -> float:
+    def deadline(self) -> float:
         """Return when to end if nothing is announced, in monotonic seconds."""
         block_seconds = self._options.block_seconds
         return math.inf if block_seconds is None else time.monotonic() + block_seconds
 
 
-class Follower(FollowCore):
+class _Reader(FollowCore):
+    """A core that reads from a client."""
+
+    def __init__(self, client: redis.Redis, keys: Keys, options: FollowOptions | None = None) -> None:
+        super().__init__(keys, options or FollowOptions())
+        self._client = client
+        self._stream_reader = StreamReader(client)
+        self.close = self._stream_reader.close
+
+    def start(self) -> None:
+        """Set the position of a new reader."""
+        self.begin(self._infos())
+
+    def read(self, wait_seconds: float) -> bool:
+        """Read into `pending`, waiting at most so long; return False if there was nothing."""
+        if self.is_check_due:
+            self.check(self._infos())
+        block_ms = int(wait_seconds * 1000)
+        return self.receive(self._stream_reader.read(self.streams(), self.entries_per_read, block_ms))
+
+    def _infos(self) -> dict[int, StreamInfo]:
+        infos: dict[int, StreamInfo] = {}
+        for shard in self.shards:
+            key = self._keys.closed(shard)
+            try:
+                with expect_type(self._client, key, "stream"):
+                    reply: Any = self._client.xinfo_stream(key)
+                infos[shard] = {_text(name): value for name, value in reply.items()}
+            except ResponseError as error:
+                if "no such key" not in str(error):
+                    raise
+        return infos
+
+
+class Follower(_Reader):
     """Iterate over closed candles as they are announced, oldest first; make one with `CandleStore.follow`.
 
     The iterator ends when nothing was announced for `block_seconds` (None: never). If Redis becomes
@@ -228,56 +262,35 @@ class Follower(FollowCore):
     """
 
     def __init__(self, client: redis.Redis, keys: Keys, options: FollowOptions | None = None) -> None:
-        super().__init__(keys, options or FollowOptions())
-        self._client = client
-        self._stream_reader = StreamReader(client)
-        self.close = self._stream_reader.close
-        self.begin(self._infos())
+        super().__init__(client, keys, options)
+        self.start()
 
     def __iter__(self) -> Iterator[ClosedCandle]:
         return self
 
     def __next__(self) -> ClosedCandle:
-        deadline = self._deadline()
+        deadline = self.deadline()
         while (closed := self.next_closed()) is None:
             wait_seconds = _wait_seconds(deadline)
-            if not self._read(wait_seconds) and not wait_seconds:
+            if not self.read(wait_seconds) and not wait_seconds:
                 raise StopIteration
         return closed
 
     def read_entries(self, wait_seconds: float) -> tuple[list[Fields], bool]:
-        """Read all new entries, unparsed and unfiltered; wait at most so long for the first.
+        """Return all new entries, unparsed and unfiltered, and whether the reader has caught up.
 
-        Returns:
-            The entries, oldest first, and whether the reader has caught up.
+        It waits at most so long for the first entry. They are in order, oldest first.
         """
-        self._read(max(wait_seconds, 0))
+        self.read(max(wait_seconds, 0))
         return self.pop_all()
 
-    def _read(self, wait_seconds: float) -> bool:
-        if self.is_check_due:
-            self.check(self._infos())
-        block_ms = int(wait_seconds * 1000)
-        return self.receive(self._stream_reader.read(self.streams(), self.entries_per_read, block_ms))
 
-    def _infos(self) -> dict[int, StreamInfo]:
-        infos: dict[int, StreamInfo] = {}
-        for shard in self.shards:
-            key = self._keys.closed(shard)
-            try:
-                with expect_type(self._client, key, "stream"):
-                    infos[shard] = _stream_info(self._client.xinfo_stream(key))
-            except ResponseError as error:
-                _raise_unless_missing(error)
-        return infos
-
-
-class AsyncFollower(FollowCore):
+class AsyncFollower(_Reader):
     """`Follower` for asyncio, with the same positions; make one with `CandleStore.follow_async`.
 
-    It connects on the first read, and a follower without a position starts there. `async with` connects at
-    once and closes the client at the end. On a cluster each stream has its own waiting read, because one
-    XREAD cannot span slots.
+    A thread of its own reads; it waits BLOCK_SECONDS at a time, so that it ends soon after `aclose`. It
+    connects on the first read, and a follower without a position starts there. `async with` connects at once
+    and ends the thread at the end. A read that was cancelled is finished by the next one: nothing is lost.
 
     Example:
         >>> async def print_closed():
@@ -288,12 +301,11 @@ class AsyncFollower(FollowCore):
         NSE:INFY 1512.5
     """
 
-    def __init__(self, client: AsyncClient, keys: Keys, options: FollowOptions) -> None:
-        super().__init__(keys, options)
-        self._client = client
-        self._has_begun = False
-        self._is_clustered = not hasattr(client, "connection_pool")
-        self._reads: dict[tuple[str, str], asyncio.Task[Any]] = {}  # cluster only: (key, id) → waiting XREAD
+    def __init__(self, client: redis.Redis, keys: Keys, options: FollowOptions | None = None) -> None:
+        super().__init__(client, keys, options)
+        self._has_started = False
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pkb-follow")
+        self._call: asyncio.Future[Any] | None = None  # what the thread does now
 
     async def __aenter__(self) -> AsyncFollower:
         await self._begin()
@@ -303,83 +315,42 @@ class AsyncFollower(FollowCore):
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Cancel the waiting reads and close the client."""
-        reads, self._reads = list(self._reads.values()), {}
-        for read in reads:
-            read.cancel()
-        await asyncio.gather(*reads, return_exceptions=True)
-        await self._client.aclose()
+        """End the thread, without waiting for its last read."""
+        self._thread.submit(self.close)
+        self._thread.shutdown(wait=False)
 
     def __aiter__(self) -> AsyncFollower:
         return self
 
     async def __anext__(self) -> ClosedCandle:
         await self._begin()
-        deadline = self._deadline()
+        await self._finish()  # of a read that was cancelled
+        deadline = self.deadline()
         while (closed := self.next_closed()) is None:
             wait_seconds = _wait_seconds(deadline)
-            if not await self._read(wait_seconds) and not wait_seconds:
+            if not await self._in_thread(self.read, wait_seconds) and not wait_seconds:
                 raise StopAsyncIteration
         return closed
 
     async def _begin(self) -> None:
-        if not self._has_begun:
-            self.begin(await self._infos())
-            self._has_begun = True
+        if not self._has_started:
+            await self._finish()
+            await self._in_thread(self.start)
+            self._has_started = True
 
-    async def _read(self, wait_seconds: float) -> bool:
-        if self.is_check_due:
-            self.check(await self._infos())
-        streams = self.streams()
-        if not streams:
-            await asyncio.sleep(wait_seconds)
-            return False
-        read = self._read_each if self._is_clustered else self._read_all
-        return self.receive(await read(streams, wait_seconds))
+    async def _in_thread(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        self._call = asyncio.get_running_loop().run_in_executor(self._thread, work, *arguments)
+        return await self._finish()
 
-    async def _read_all(self, streams: dict[str, str], wait_seconds: float) -> list[Any]:
-        """Read all streams of one server. A second XREAD fetches what arrived with the first entry."""
-        found = await self._xread(streams, wait_seconds)
-        read = {bytes(key) for key, _ in found}
-        unread = {key: after for key, after in streams.items() if key.encode() not in read}
-        if found and unread and wait_seconds:
-            found += await self._xread(unread, 0)
-        return found
-
-    async def _read_each(self, streams: dict[str, str], wait_seconds: float) -> list[Any]:
-        """Read each stream by its own XREAD; a read that found nothing waits on until the next call."""
-        for stream in self._reads.keys() - streams.items():  # its position was reset
-            self._reads.pop(stream).cancel()
-        for key, after in streams.items():
-            if (key, after) not in self._reads:
-                self._reads[key, after] = asyncio.create_task(self._xread({key: after}, BLOCK_SECONDS))
-        await asyncio.wait(
-            self._reads.values(), timeout=wait_seconds or None, return_when=asyncio.FIRST_COMPLETED
-        )
-        if not wait_seconds:  # no waiting: let every read see its stream once
-            await asyncio.wait(self._reads.values())
-        done = [stream for stream, read in self._reads.items() if read.done()]
-        return [batch for stream in done for batch in self._reads.pop(stream).result()]
-
-    async def _xread(self, streams: dict[str, str], wait_seconds: float) -> list[Any]:
-        block_ms = int(wait_seconds * 1000) or None
-        found: Any = await self._client.xread(dict(streams), count=self.entries_per_read, block=block_ms)
-        if isinstance(found, dict):  # RESP3
-            found = [(key, [entry for part in parts for entry in part]) for key, parts in found.items()]
-        return list(found or [])
-
-    async def _infos(self) -> dict[int, StreamInfo]:
-        infos: dict[int, StreamInfo] = {}
-        for shard in self.shards:
-            key = self._keys.closed(shard)
-            try:
-                infos[shard] = _stream_info(await self._client.xinfo_stream(key))
-            except ResponseError as error:
-                if is_wrong_type(error):
-                    kind: Any = await self._client.type(key)
-                    raise WrongKeyType(key, _text(kind), "stream") from error
-                _raise_unless_missing(error)
-        return infos
+    async def _finish(self) -> Any:
+        """Return the result of the call in the thread; a cancelled wait leaves the call to the next one."""
+        if self._call is None:
+            return None
+        try:
+            return await asyncio.shield(self._call)
+        finally:
+            if self._call.done():
+                self._call = None
 
 
 def last_closed(
@@ -486,15 +457,6 @@ def parse_position(text: str, shards: int) -> list[ShardPosition]:
 def _wait_seconds(deadline: float) -> float:
     """Return how long the next read may wait; 0 at or past the deadline."""
     return max(0.0, min(BLOCK_SECONDS, deadline - time.monotonic()))
-
-
-def _stream_info(reply: Any) -> StreamInfo:
-    return {_text(name): value for name, value in reply.items()}
-
-
-def _raise_unless_missing(error: ResponseError) -> None:
-    if "no such key" not in str(error):
-        raise error
 
 
 def _text(value: bytes | str) -> str:

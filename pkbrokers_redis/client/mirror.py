@@ -107,19 +107,10 @@ class Mirror:
     def rows(
         self, symbol: str | int, interval: str, count: int = 100, include_current: bool = False
     ) -> Floats:
-        """Return the last rows. The array never changes; completed rows are a view, without a copy.
+        """Return the last rows: float64[≤ count, 8], newest last, columns as in CANDLE_FIELDS.
 
-        Args:
-            symbol: `NSE:INFY`, `INFY` or a token.
-            interval: A mirrored interval.
-            count: At most so many rows.
-            include_current: Include the candle being formed.
-
-        Returns:
-            float64[≤ count, 8], newest last, columns as in CANDLE_FIELDS (`start` in epoch seconds).
-
-        Raises:
-            PkbError: The instrument or interval is not mirrored.
+        The array never changes; completed rows are a view, without a copy. `include_current` adds the candle
+        being formed. Raises PkbError if the instrument or interval is not mirrored.
         """
         buffer = self._buffer(symbol, interval, include_current)
         return NO_ROWS if buffer is None else buffer.last(count, include_current)[0]
@@ -200,17 +191,9 @@ class Mirror:
     # -- keeping current -------------------------------------------------------------------------
 
     def add(self, symbols: Iterable[str | int] | None, interval: str, count: int = 100) -> None:
-        """Mirror more instruments or rows, in one bulk read. On an error nothing changes.
+        """Mirror more instruments or rows (arguments as of the class), in one bulk read.
 
-        Args:
-            symbols: Instruments; None for every instrument, also those that appear later.
-            interval: The interval to mirror.
-            count: Rows to keep, at least, of every instrument of this interval.
-
-        Raises:
-            UnknownSymbol, UnknownInterval: A name does not exist.
-            PkbError: The rows would exceed `bytes_max`.
-            redis.RedisError: Redis is unavailable.
+        On an error nothing changes: the class's errors, or redis.RedisError.
         """
         name = find_interval(self.store.settings.intervals, interval).name
         texts = None if symbols is None else list(symbols)
@@ -231,17 +214,10 @@ class Mirror:
                 memory.tokens.update(zip(texts, (token for token, _ in named), strict=True))
 
     def poll(self, block_seconds: float = 0.0) -> int:
-        """Apply new announcements; call it if no thread runs.
+        """Wait so long for announcements, apply them and return how many; call it if no thread runs.
 
-        Args:
-            block_seconds: How long to wait for the first announcement.
-
-        Returns:
-            How many announcements were applied.
-
-        Raises:
-            redis.RedisError, OSError: Redis is unavailable. The mirror keeps its rows and the next poll fills
-                it again.
+        Raises redis.RedisError or OSError if Redis is unavailable. The mirror keeps its rows and the next
+        poll fills it again.
         """
         process = self._process_state()
         if not self.memory.buffers:

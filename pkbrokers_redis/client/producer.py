@@ -66,16 +66,10 @@ class TickProducer:
         self._retry_at = -math.inf  # monotonic seconds
 
     def send(self, ticks: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
-        """Send ticks. An accepted tick is in Redis, or waits for the next call that reaches Redis.
+        """Send ticks; return how many were accepted, and how many refused: malformed, or no room to wait.
 
-        Args:
-            ticks: KiteTicker's dicts or upstream's.
-
-        Returns:
-            How many were accepted, and how many refused: malformed, or no room to wait.
-
-        Raises:
-            PkbError: The store can never accept them, for example because its layout differs.
+        An accepted tick is in Redis, or waits for the next call that reaches Redis. Raises PkbError if the
+        store can never accept them, for example because its layout differs.
         """
         if self._pid != os.getpid():
             self._reset()

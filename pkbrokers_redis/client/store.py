@@ -23,7 +23,6 @@ from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import rows
-from pkbrokers_redis.store.cluster import async_client_of
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.instruments import load_derivative_tokens
 from pkbrokers_redis.store.meta import adopt_meta
@@ -259,9 +258,7 @@ class CandleStore:
         position: str | None = None,
         block_seconds: float | None = None,
     ) -> Follower:
-        """Iterate over closed candles as they are announced.
-
-        An amended candle is announced again with a higher `rev`.
+        """Iterate over closed candles as they are announced; an amended one again with a higher `rev`.
 
         Args:
             symbols: Default: all instruments.
@@ -293,7 +290,7 @@ class CandleStore:
     ) -> AsyncFollower:
         """Return `follow` for asyncio: `async for closed in store.follow_async(…)`. Names resolve at once."""
         options = self._follow_options(symbols, intervals, position, block_seconds)
-        return AsyncFollower(async_client_of(self.client), self.keys, options)
+        return AsyncFollower(self.client, self.keys, options)
 
     def last_closed(self, count: int = 50, intervals: Sequence[str] | None = None) -> list[ClosedCandle]:
         """Return the last `count` announcements of all instruments, newest last."""
@@ -334,11 +331,9 @@ class CandleStore:
         Candles outside the hours mean that the writers run with PKB_SESSIONS=always, whatever this reader's
         setting is.
         """
-        sessions = self._sessions[self.settings.sessions]
-        schedule = sessions.schedule_of(token)
-        if all(sessions.is_open(schedule, start * 1000) for start in starts):
-            return sessions
-        return self._sessions["always"]
+        first, other = self.possible_sessions()
+        schedule = first.schedule_of(token)
+        return first if all(first.is_open(schedule, start * 1000) for start in starts) else other
 
     def possible_sessions(self) -> list[Sessions]:
         """Return the sessions that the writers may run with, this reader's first."""

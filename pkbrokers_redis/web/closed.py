@@ -25,7 +25,6 @@ from pkbrokers_redis.candles.model import find_interval
 from pkbrokers_redis.client.follow import AsyncFollower, FollowOptions
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.store.cluster import async_client_of
 from pkbrokers_redis.web.executor import REDIS_ERRORS, STREAMS_MAX, Route, Services, TooBusy
 from pkbrokers_redis.web.http import BadRequest, StreamBody, candle_row, list_param
 
@@ -43,12 +42,10 @@ async def closed(request: web.Request, services: Services) -> web.StreamResponse
     keys, tokens, names = await services.quick(_resolve, services, symbols, intervals)
     if len(services.streams) >= STREAMS_MAX:
         raise TooBusy("too many followers at once", "try again in a moment")
-    client = async_client_of(services.store.client)
     try:
         options = FollowOptions(tokens, names, position, KEEPALIVE_SECONDS)
-        follower = AsyncFollower(client, keys, options)
+        follower = AsyncFollower(services.store.client, keys, options)
     except PkbError as error:  # the position is invalid
-        await client.aclose()
         raise BadRequest(error.message, error.hint) from None
     stream = StreamBody(request, services, "text/event-stream; charset=utf-8")
     # A task of its own: cancelling it must not cancel aiohttp's task, nor the other way round.
