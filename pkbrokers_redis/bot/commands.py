@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from typing import Any
+
+from msgspec import structs
 
 from pkbrokers_redis.bot import commands_market, files, operators  # noqa: F401  they add their commands
 from pkbrokers_redis.bot.alerts.rules import (
     MINUTES_AVERAGED,
     USAGE,
     Alert,
-    ParsedAlert,
     first_state,
     parse,
 )
@@ -45,18 +47,24 @@ async def _add(context: CommandContext) -> None:
     await context.reply(f"Alert {stored.id}: {name}{condition}. /alert lists this chat's alerts.")
 
 
-def _store(context: CommandContext, parsed: ParsedAlert) -> Alert:
+def _store(context: CommandContext, alert: Alert) -> Alert:
+    """Store an alert, with the current quote as its first tick."""
     store = context.services.store
-    token, name = resolve_word(store, parsed.symbol) if parsed.symbol else (0, "")
-    made = Alert(
-        0, context.chat_id, context.user_id, token, name, parsed.kind, parsed.value, parsed.once, time.time()
-    )
-    state = []
+    state: list[Any] = []
+    token, name = resolve_word(store, alert.symbol) if alert.symbol else (0, "")
     if token:
         volumes: list[float] = []
-        if parsed.kind == "volume" and "1m" in store.intervals:
+        if alert.kind == "volume" and "1m" in store.intervals:
             volumes = [candle.volume for candle in store.get_candles(token, "1m", MINUTES_AVERAGED)]
-        state = first_state(made, store.get_quote(token), volumes)
+        state = first_state(alert, store.get_quote(token), volumes)
+    made = structs.replace(
+        alert,
+        chat_id=context.chat_id,
+        user_id=context.user_id,
+        token=token,
+        symbol=name,
+        since=time.time(),
+    )
     return context.services.alerts.add(made, state)
 
 

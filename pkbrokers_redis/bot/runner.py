@@ -20,12 +20,12 @@ from typing import Any
 import redis
 from telegram import BotCommand
 from telegram.error import InvalidToken, TelegramError
-from telegram.ext import Application, ExtBot
+from telegram.ext import ExtBot
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.bot.alerts.store import Outbox
 from pkbrokers_redis.bot.alerts.worker import AlertWorker
-from pkbrokers_redis.bot.application import UPDATES_AT_ONCE_MAX, CommandRouter, build_application
+from pkbrokers_redis.bot.application import CommandRouter, build_application
 from pkbrokers_redis.bot.commands import COMMANDS
 from pkbrokers_redis.bot.context import Services, access_of
 from pkbrokers_redis.bot.operators import OperatorMonitor
@@ -146,7 +146,7 @@ class _BotProcess:
         application = build_application(self._bot, router)
         await application.initialize()
         await application.start()
-        poller = UpdatePoller(self._bot, self._client, settings.keys, _accept_into(application))
+        poller = UpdatePoller(application, self._client, settings.keys)
         self._figures = lambda: {
             "telegram": "up" if poller.is_available else "unavailable",
             **poller.counts,
@@ -189,15 +189,3 @@ class _BotProcess:
             except (redis.RedisError, PkbError) as error:
                 log.warning("redis_unavailable", reason=type(error).__name__)
         log.warning("lease_lost", remaining_seconds=round(self._lease.remaining_seconds, 1))
-
-
-def _accept_into(application: Application[Any, Any, Any, Any, Any, Any]) -> Callable[[object], Any]:
-    """Return a function that queues an update and waits while too many are being answered."""
-
-    async def accept(update: object) -> None:
-        await application.update_queue.put(update)
-        # The library has a counter and no event for it.
-        while application.update_processor.current_concurrent_updates >= UPDATES_AT_ONCE_MAX:  # noqa: ASYNC110
-            await asyncio.sleep(STOP_POLL_SECONDS)
-
-    return accept

@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 import redis
 from telegram import Update
 from telegram.error import BadRequest, Conflict, NetworkError, TelegramError, TimedOut
-from telegram.ext import AIORateLimiter, ExtBot
+from telegram.ext import AIORateLimiter, Application, ExtBot
 from telegram.request import HTTPXRequest
 from tenacity import AsyncRetrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
@@ -39,6 +39,7 @@ UPLOAD_SECONDS_MAX = 300.0
 POLL_SECONDS = 25  # how long Telegram holds a getUpdates without news
 CLAIM_SECONDS = 2 * 86_400  # Telegram keeps updates for one day
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0  # between requests while Telegram is unavailable
+BUSY_POLL_SECONDS = 0.1
 KINDS = ["message", "callback_query"]
 # What python-telegram-bot raises for an answer that is not as documented.
 MALFORMED_ANSWER = (AttributeError, LookupError, TypeError, ValueError)
@@ -90,7 +91,7 @@ def make_bot(settings: Settings) -> ExtBot[Any]:
 
 
 class UpdatePoller:
-    """Fetches updates and hands each to `accept`, once, across restarts and processes.
+    """Fetches updates and hands each to the Application, once, across restarts and processes.
 
     It replaces python-telegram-bot's `Updater`, which loses a whole batch when one update is malformed, and
     confirms updates to Telegram before a process has claimed them:
@@ -104,9 +105,9 @@ class UpdatePoller:
     """
 
     def __init__(
-        self, bot: ExtBot[Any], client: redis.Redis, keys: Keys, accept: Callable[[Update], Awaitable[None]]
+        self, application: Application[Any, Any, Any, Any, Any, Any], client: redis.Redis, keys: Keys
     ) -> None:
-        self._bot, self._client, self._keys, self._accept = bot, client, keys, accept
+        self._application, self._client, self._keys = application, client, keys
         self._offset = 0
         self._logged = logs.Once()
         self.counts = {"updates": 0, "malformed": 0, "repeated": 0}
@@ -136,7 +137,7 @@ class UpdatePoller:
         """Return the raw updates."""
         arguments = {"offset": self._offset, "timeout": POLL_SECONDS, "allowed_updates": KINDS}
         # Spelt with "_" the library sends it as getUpdates and does not parse the batch as a whole.
-        return await self._bot.do_api_request(
+        return await self._application.bot.do_api_request(
             "get_Updates", api_kwargs=arguments, read_timeout=POLL_SECONDS + CONNECT_SECONDS_MAX
         )
 
@@ -157,11 +158,14 @@ class UpdatePoller:
         if await asyncio.to_thread(self._client.set, key, 1, nx=True, ex=CLAIM_SECONDS):
             self.counts["updates"] += 1
             try:
-                update = Update.de_json(cells, self._bot)
+                update = Update.de_json(cells, self._application.bot)
             except Exception:  # the library raises anything for a malformed update
                 self._count_malformed(cells)
             else:
-                await self._accept(update)
+                await self._application.update_queue.put(update)
+                busy = self._application.update_processor  # it has a counter and no event
+                while busy.current_concurrent_updates >= busy.max_concurrent_updates:  # noqa: ASYNC110
+                    await asyncio.sleep(BUSY_POLL_SECONDS)
         else:
             self.counts["repeated"] += 1
         self._offset = update_id + 1

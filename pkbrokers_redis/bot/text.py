@@ -10,7 +10,6 @@ from html import escape as html_escape
 from pkbrokers_redis.candles.calendar import IST
 
 MESSAGE_CHARS_MAX = 4096  # Telegram's limit, after its entities are parsed
-TABLE_CHARS_MAX = 3_600  # leaves room for a title and tags
 
 
 def escape(value: object) -> str:
@@ -64,19 +63,11 @@ def size(n: int) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Columns of fixed width: the first to the left, numbers to the right. Cut at a message's size."""
-    body = [list(row) for row in rows]
-    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    lines: list[str] = []
-    room = TABLE_CHARS_MAX
-    for row in [head, *body]:
-        cells = [
-            row[0].ljust(widths[0]),
-            *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)),
-        ]
-        line = escape("  ".join(cells).rstrip())
-        if (room := room - len(line) - 1) < 0:
-            lines.append("…")
-            break
-        lines.append(line)
-    return "<pre>" + "\n".join(lines) + "</pre>"
+    """Return columns of fixed width: the first to the left, numbers to the right."""
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts: list[str] = []
+    for first, *others in lines:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        texts.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return "<pre>" + escape("\n".join(texts)) + "</pre>"

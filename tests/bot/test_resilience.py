@@ -8,12 +8,11 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import redis
-from telegram import Update
-from telegram.ext import ExtBot
 
 from pkbrokers_redis.bot.runner import bot
 from pkbrokers_redis.bot.telegram_client import UpdatePoller
@@ -95,14 +94,14 @@ def test_polling_backs_off_after_answers_that_confirm_nothing(
     async def sleep(seconds: float) -> None:
         waits.append(seconds)
 
-    async def accept(_: Update) -> None: ...
-
     update = {"update_id": 700}
     api = ScriptedApi(
         [update], {"x": 1}, [5], [[]], [], [update], [{"update_id": 701}], [{"update_id": True}]
     )
     monkeypatch.setattr("pkbrokers_redis.bot.telegram_client.asyncio.sleep", sleep)
-    poller = UpdatePoller(cast("ExtBot[Any]", api), client, settings.keys, accept)
+    idle = SimpleNamespace(current_concurrent_updates=0, max_concurrent_updates=1)
+    application: Any = SimpleNamespace(bot=api, update_queue=asyncio.Queue(), update_processor=idle)
+    poller = UpdatePoller(application, client, settings.keys)
     with pytest.raises(ScriptedApi.Over):
         asyncio.run(poller.run())
     first, second, third, nothing, again, none = waits

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import math
 import re
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -44,15 +43,6 @@ MINUTES_AVERAGED = 20
 MINUTES_NEEDED = 5  # with fewer minutes there is no average to compare with
 PULLBACK_PART = 0.0025
 ROUNDING_PART = 1e-9  # 102.00 is 2 % above 100.00 in spite of binary fractions
-
-
-class ParsedAlert(msgspec.Struct, frozen=True):
-    """What a person typed, before the symbol is resolved."""
-
-    symbol: str
-    kind: Kind
-    value: float
-    once: bool
 
 
 class Alert(msgspec.Struct, frozen=True):
@@ -93,9 +83,9 @@ class Rule(msgspec.Struct, array_like=True):
     time_ms: float = 0.0
     volume: float = 0.0
 
-    @abstractmethod
     def apply(self, alert: Alert, tick: AlertTick) -> str | None:
-        """Apply a tick in order; return a sentence when the alert fires."""
+        """Apply a tick in order; return a sentence when the alert fires. No tick decides about the feed."""
+        return None
 
 
 class Level(Rule, array_like=True):
@@ -164,10 +154,8 @@ class Volume(Rule, array_like=True):
     def _finish_minute(self, alert: Alert, minute: int, is_new_day: bool) -> None:
         """Store the last minute's volume, and 0 for minutes without a trade after it."""
         traded = self.volume - self.volume_at_start
-        if traded < self._average() * alert.value or is_new_day:
-            self.has_fired = False
         empty = 0 if is_new_day else min(minute - self.minute - 1, MINUTES_AVERAGED)
-        if empty:
+        if is_new_day or empty or traded < self._average() * alert.value:
             self.has_fired = False
         self.finished_minutes = [*self.finished_minutes, traded, *([0.0] * empty)][-MINUTES_AVERAGED:]
         # A new day's volume starts at 0.
@@ -201,12 +189,9 @@ class Extreme(Rule, array_like=True):
 
 
 class FeedSilence(Rule, array_like=True):
-    """feed: whether the silence was reported. No tick decides it, see `worker.py`."""
+    """feed: whether the silence was reported, see `FeedMonitor.check`."""
 
     is_reported: bool = False
-
-    def apply(self, alert: Alert, tick: AlertTick) -> str | None:
-        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,21 +230,22 @@ EXTREME = re.compile(r"(.+) (high|low)", re.IGNORECASE)
 FEED = re.compile(r"feed(?: (\S+))?", re.IGNORECASE)
 
 
-def parse(words: Sequence[str]) -> ParsedAlert:
-    """Return the alert that the words after `/alert` describe. Raise PkbError when they do not."""
+def parse(words: Sequence[str]) -> Alert:
+    """Return the alert that the words after `/alert` describe, without ids. Raise PkbError."""
     once = bool(words) and words[-1].lower() == "once"
     text = " ".join(words[:-1] if once else words)
     kind: Kind
     if match := FEED.fullmatch(text):
         symbol, kind, number = "", "feed", match[1] or "30"
     elif match := EXTREME.fullmatch(text):
-        return ParsedAlert(match[1], "high" if match[2].lower() == "high" else "low", 0.0, once)
+        kind = "high" if match[2].lower() == "high" else "low"
+        return Alert(0, 0, 0, 0, match[1], kind, 0.0, once, 0.0)
     elif match := NUMBERED.fullmatch(text):
         symbol, word, number = match.groups()
         kind = WORDS[word.lower()] if word else "move" if number.endswith("%") else "cross"
     else:
         raise PkbError("that is not an alert", USAGE)
-    return ParsedAlert(symbol, kind, _number(number, kind), once)
+    return Alert(0, 0, 0, 0, symbol, kind, _number(number, kind), once, 0.0)
 
 
 def _number(text: str, kind: Kind) -> float:
