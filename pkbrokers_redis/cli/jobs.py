@@ -44,9 +44,8 @@ from pkbrokers_redis.runtime.roles import run_role
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.embedded import running
-from pkbrokers_redis.store.instrument_list import instrument_list
 from pkbrokers_redis.store.queue import enqueue, has_queue, job_id, open_queue
-from pkbrokers_redis.store.symbols import resolve_all
+from pkbrokers_redis.store.symbols import instrument_list, resolve_all
 
 LISTED = ("id", "job", "state", "since", "progress", "retries_left")
 FAILED = ("id", "job", "at", "reason")

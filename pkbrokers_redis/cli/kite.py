@@ -195,7 +195,7 @@ def search(
 @instruments_app.command("list")
 def list_(as_json: AsJson = False, as_csv: AsCsv = False) -> None:
     """Print what is streamed: PKB_INSTRUMENTS as the master has it, with the live changes."""
-    from pkbrokers_redis.store.instrument_list import ADD, instrument_list, load_watch
+    from pkbrokers_redis.store.symbols import ADD, instrument_list, load_watch
 
     form = choose_form(as_json, as_csv)
     with open_client() as (client, settings):
@@ -220,7 +220,7 @@ def remove(symbols: Symbols) -> None:
 
 
 def _edit(*, add: list[str] | None = None, remove: list[str] | None = None) -> None:
-    from pkbrokers_redis.store.instrument_list import edit_watch, instrument_list
+    from pkbrokers_redis.store.symbols import edit_watch, instrument_list
 
     settings = load_settings()
     with connect(settings) as client:

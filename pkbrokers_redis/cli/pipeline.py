@@ -47,9 +47,9 @@ from pkbrokers_redis.runtime.supervisor import stop_on_signals
 from pkbrokers_redis.settings import Settings, load_settings, unknown_names
 from pkbrokers_redis.store.connect import connect, describe, explain
 from pkbrokers_redis.store.functions import FUNCTION_NAMES
-from pkbrokers_redis.store.instrument_list import instrument_list
 from pkbrokers_redis.store.instruments import read_manifest
 from pkbrokers_redis.store.meta import adopt_meta, check_meta
+from pkbrokers_redis.store.symbols import instrument_list
 
 REFRESH_SECONDS = 1.0
 STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}

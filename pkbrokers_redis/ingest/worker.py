@@ -37,9 +37,9 @@ from pkbrokers_redis.runtime.roles import now_ms as machine_ms
 from pkbrokers_redis.runtime.warmup import freeze_heap, warm_up_writer
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect, describe
-from pkbrokers_redis.store.instrument_list import instrument_list, list_version
 from pkbrokers_redis.store.instruments import load_derivative_tokens
 from pkbrokers_redis.store.queue import open_queue
+from pkbrokers_redis.store.symbols import instrument_list, list_version
 from pkbrokers_redis.store.tick_writer import QUOTE_INTERVAL_MS
 
 log = logs.get("ingest")
@@ -256,7 +256,7 @@ def _repeat(work: Callable[[], None], stop: threading.Event) -> None:
 
 
 class WatchedList:
-    """PKB_INSTRUMENTS with the live changes of `P:watch` and the master (`store/instrument_list.py`)."""
+    """PKB_INSTRUMENTS with the live changes of `P:watch` and the master (`store/symbols.py`)."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings

@@ -34,9 +34,9 @@ from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import leases
 from pkbrokers_redis.store.connect import describe
-from pkbrokers_redis.store.instrument_list import instrument_list, list_version
 from pkbrokers_redis.store.instruments import load_derivative_tokens
 from pkbrokers_redis.store.queue import describe_queue, enqueue, job_id, open_queue
+from pkbrokers_redis.store.symbols import instrument_list, list_version
 
 Anchor = Literal["open", "close", "minute"]
 

@@ -49,10 +49,10 @@ from pkbrokers_redis.runtime.cluster_state import read_cluster_state, read_serve
 from pkbrokers_redis.runtime.health import STATUS_CHECKS, health_of, run_checks
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect, describe
-from pkbrokers_redis.store.instrument_list import instrument_list
 from pkbrokers_redis.store.leases import LeaderLease, LeaseTaken
 from pkbrokers_redis.store.meta import adopt_meta
 from pkbrokers_redis.store.queue import OVER, KnownJob
+from pkbrokers_redis.store.symbols import instrument_list
 
 LOCK_TTL_SECONDS = 30.0
 

@@ -266,6 +266,36 @@ def describe(settings: Settings, *, for_reading: bool = False) -> str:
     return place_of(settings.redis_url.get_secret_value())
 
 
+_LOGIN_ERRORS = (AuthenticationError, AuthenticationWrongNumberOfArgsError, AuthorizationError)
+_NO_FUNCTIONS = "has no Functions (Redis before 7 has none)"
+_GET_FUNCTIONS = "use Redis 7 or later, or Valkey, or unset PKB_REDIS_URL for the embedded server"
+
+# What identifies a refusal (class, part of the text in lower case) → error class, what happened, hint.
+# The first row that matches counts.
+_REFUSALS: tuple[tuple[type[Exception] | tuple[type[Exception], ...], str, type[PkbError], str, str], ...] = (
+    (BusyLoadingError, "", RedisUnavailable, "is still loading its data", "try again in a moment"),
+    (_LOGIN_ERRORS, "called without any password", RedisUnavailable,
+     "has no password set", "remove it from PKB_REDIS_URL"),
+    (_LOGIN_ERRORS, "required", RedisUnavailable,
+     "requires a password", "put it in PKB_REDIS_URL: redis://:password@…"),
+    (_LOGIN_ERRORS, "", RedisUnavailable, "refuses the user or password", "correct it in PKB_REDIS_URL"),
+    (InvalidResponse, "", RedisUnavailable,
+     "answers, but is not Redis", "correct host and port in PKB_REDIS_URL"),
+    (ReadOnlyError, "", RedisUnavailable,
+     "is a replica and refuses writes", "point PKB_REDIS_URL at the primary"),
+    (OutOfMemoryError, "", RedisUnavailable, "is out of memory", "raise its maxmemory, or keep fewer rows"),
+    (MovedError, "", SettingsError,
+     "is a node of a Redis Cluster", "begin PKB_REDIS_URL with redis+cluster://"),
+    (ResponseError, "unknown command", RedisUnsuitable, _NO_FUNCTIONS, _GET_FUNCTIONS),
+    (ResponseError, "unknown subcommand", RedisUnsuitable, _NO_FUNCTIONS, _GET_FUNCTIONS),
+    (ResponseError, "misconf", RedisUnavailable, "refuses writes, because it cannot save to its disk",
+     "free space there or repair its permissions; its log names the cause"),
+    (ResponseError, "db index", SettingsError,
+     "has no such database number", "correct the end of PKB_REDIS_URL"),
+    (RedisError, "max number of clients", RedisUnavailable, "has no connection left", "raise its maxclients"),
+)  # fmt: skip
+
+
 def explain(error: BaseException, place: str) -> PkbError:
     """Return what a redis-py error means to an operator, with a hint. `place` is from `describe`."""
     text = " ".join(str(error).split())
@@ -275,57 +305,18 @@ def explain(error: BaseException, place: str) -> PkbError:
         return _explain_cluster(error, text, place)
     if isinstance(error, MasterNotFoundError):
         return _explain_sentinel(text, place)
-    if isinstance(error, BusyLoadingError):
-        return RedisUnavailable(f"{place} is still loading its data", "try again in a moment")
     if isinstance(error, NoPermissionError) or text.startswith("NOPERM"):
         return RedisUnavailable(
             f"{place} denies this user a command it needs ({text.removeprefix('NOPERM ')[:120]})",
             "give it `~<prefix>:* +@all -@dangerous +info +function +fcall` with ACL SETUSER",
         )
-    if isinstance(error, (AuthenticationError, AuthenticationWrongNumberOfArgsError, AuthorizationError)):
-        if "called without any password" in text:
-            return RedisUnavailable(f"{place} has no password set", "remove it from PKB_REDIS_URL")
-        if "required" in text:
-            return RedisUnavailable(
-                f"{place} requires a password", "put it in PKB_REDIS_URL: redis://:password@…"
-            )
-        return RedisUnavailable(f"{place} refuses the user or password", "correct it in PKB_REDIS_URL")
-    if isinstance(error, InvalidResponse):
-        return RedisUnavailable(
-            f"{place} answers, but is not Redis", "correct host and port in PKB_REDIS_URL"
-        )
-    if isinstance(error, ReadOnlyError):
-        return RedisUnavailable(
-            f"{place} is a replica and refuses writes", "point PKB_REDIS_URL at the primary"
-        )
-    if isinstance(error, OutOfMemoryError):
-        return RedisUnavailable(f"{place} is out of memory", "raise its maxmemory, or keep fewer rows")
-    if isinstance(error, MovedError):
-        return SettingsError(
-            f"{place} is a node of a Redis Cluster", "begin PKB_REDIS_URL with redis+cluster://"
-        )
-    if isinstance(error, ResponseError):
-        return _explain_reply(text, place)
-    return _explain_network(error, text, place)
-
-
-def _explain_reply(text: str, place: str) -> PkbError:
     lowered = text.lower()
-    if "unknown command" in lowered or "unknown subcommand" in lowered:
-        return RedisUnsuitable(
-            f"{place} has no Functions (Redis before 7 has none)",
-            "use Redis 7 or later, or Valkey, or unset PKB_REDIS_URL for the embedded server",
-        )
-    if text.startswith("MISCONF"):
-        return RedisUnavailable(
-            f"{place} refuses writes, because it cannot save to its disk",
-            "free space there or repair its permissions; its log names the cause",
-        )
-    if "db index is out of range" in lowered or "invalid db index" in lowered:
-        return SettingsError(f"{place} has no such database number", "correct the end of PKB_REDIS_URL")
-    if "max number of clients" in lowered:
-        return RedisUnavailable(f"{place} has no connection left", "raise its maxclients")
-    return RedisUnavailable(f"{place} answers with an error ({text[:120]})", "see its log")
+    for kinds, part, explained_as, what, hint in _REFUSALS:
+        if isinstance(error, kinds) and part in lowered:
+            return explained_as(f"{place} {what}", hint)
+    if isinstance(error, ResponseError):
+        return RedisUnavailable(f"{place} answers with an error ({text[:120]})", "see its log")
+    return _explain_network(error, text, place)
 
 
 def _explain_cluster(error: RedisClusterException, text: str, place: str) -> PkbError:
@@ -379,8 +370,6 @@ def _explain_network(error: BaseException, text: str, place: str) -> PkbError:
         return RedisUnavailable(
             f"the TLS handshake with {place} failed ({reason})", "use redis:// where the server has no TLS"
         )
-    if "max number of clients" in text:
-        return RedisUnavailable(f"{place} has no connection left", "raise its maxclients")
     if isinstance(error, (redis.TimeoutError, TimeoutError)):
         hint = "is it running, and is its port open to this host?"
         if place.startswith("rediss"):  # a server without TLS waits for the rest of the handshake

@@ -2,6 +2,7 @@
 
     P:symbols              Kite's `EXCHANGE:TRADINGSYMBOL` → token
     P:instrument:<token>   the row of Kite's instruments CSV, under its own column names
+    P:watch                symbol → `add` or `remove`: live changes to PKB_INSTRUMENTS (`pkb instruments add`)
 
 PKB_INSTRUMENTS may also name groups, which are rules over symbol and token. A new group is a row of `GROUPS`.
 
@@ -16,6 +17,7 @@ PKB_INSTRUMENTS may also name groups, which are rules over symbol and token. A n
 from __future__ import annotations
 
 import difflib
+import hashlib
 import heapq
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,9 +27,15 @@ from typing import Any, NamedTuple
 
 import redis
 
+from pkbrokers_redis import logs
 from pkbrokers_redis.candles.model import SEGMENT_INDICES, TOKEN_MAX
 from pkbrokers_redis.errors import InputFileError, PkbError, UnknownSymbol
 from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.store.errors import expect_type
+
+log = logs.get("watch")
+_once = logs.Once()
 
 Rule = Callable[[str, int], bool]  # (NSE:INFY, token) → whether it is in the group
 
@@ -302,3 +310,63 @@ def _lines_of(part: str) -> list[str]:
         hint = "give a text file, one symbol a line"
         raise InputFileError(f"cannot read {part!r} ({reason})", hint) from error
     return [line for line in lines if line]
+
+
+ADD, REMOVE = "add", "remove"
+CHANGES_MAX = 100_000  # entries of P:watch that are read
+
+
+def load_watch(client: redis.Redis, keys: Keys) -> dict[str, str]:
+    """Return symbol → `add` or `remove`, without malformed entries. Raise WrongKeyType."""
+    with expect_type(client, keys.watch(), "hash"):
+        found: Any = client.hgetall(keys.watch())
+    changes = {name.decode(errors="replace"): value.decode(errors="replace") for name, value in found.items()}
+    kept = sorted((name, change) for name, change in changes.items() if change in (ADD, REMOVE))
+    return dict(kept[:CHANGES_MAX])
+
+
+def edit_watch(
+    client: redis.Redis, keys: Keys, *, add: Iterable[str] = (), remove: Iterable[str] = ()
+) -> dict[str, str]:
+    """Add and remove symbols or tokens live; return what was written: full symbol → change.
+
+    UnknownSymbol is raised before anything is written. `remove` also accepts what is in no master any more.
+    """
+    listed = {name.upper(): name for name in load_watch(client, keys)}
+    changes = {symbol: ADD for _, symbol in resolve_all(client, keys, list(add))}
+    for text in remove:
+        changes[listed.get(text.strip().upper()) or resolve(client, keys, text)[1]] = REMOVE
+    if changes:
+        client.hset(keys.watch(), mapping=changes)  # type: ignore[arg-type]  # dict is invariant
+    return changes
+
+
+def instrument_list(client: redis.Redis, settings: Settings) -> list[tuple[int, str]]:
+    """Return `(token, symbol)` of PKB_INSTRUMENTS with the live changes, each once. Raise as `resolve_many`.
+
+    A changed symbol that left the master (an expired contract) must not stop the others: it is logged.
+    """
+    keys = settings.keys
+    chosen = dict(resolve_many(client, keys, settings.instruments))
+    changes = load_watch(client, keys)
+    known = read_tokens(client, keys, list(changes))  # as a rule all of them, in one round trip
+    for symbol, change in changes.items():
+        try:
+            token, name = (known[symbol], symbol) if symbol in known else resolve(client, keys, symbol)
+        except UnknownSymbol:
+            if _once.first(symbol):
+                log.warning("watched_unknown", symbol=symbol, hint=f"`pkb instruments remove {symbol}`")
+            continue
+        if change == ADD:
+            chosen.setdefault(token, name)
+        else:
+            chosen.pop(token, None)
+    return list(chosen.items())
+
+
+def list_version(client: redis.Redis, settings: Settings) -> str:
+    """Return a text that changes whenever `instrument_list` may: two small reads, for every second."""
+    keys = settings.keys
+    changed_at: Any = client.hget(keys.master(), "changed_at")
+    text = repr((settings.instruments, changed_at, load_watch(client, keys)))
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

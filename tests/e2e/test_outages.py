@@ -18,9 +18,8 @@ from pkbrokers_redis.ingest.watchdog import ACTIVE_TICKS_MIN
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
-from pkbrokers_redis.store.instrument_list import edit_watch
 from pkbrokers_redis.store.queue import open_queue
-from pkbrokers_redis.store.symbols import save_instruments
+from pkbrokers_redis.store.symbols import edit_watch, save_instruments
 from tests.support import running_python, settings_env, wait_until
 
 ROWS = [row for row in universe(40) if row["exchange"] in ("NSE", "BSE")][:20]

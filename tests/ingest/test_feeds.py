@@ -14,8 +14,7 @@ from pkbrokers_redis.ingest.feeds import Feed, FeedAssignments, list_id, partiti
 from pkbrokers_redis.ingest.worker import WatchedList
 from pkbrokers_redis.kite.websocket import TOKENS_PER_CONNECTION_MAX
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.instrument_list import edit_watch
-from pkbrokers_redis.store.symbols import save_instruments
+from pkbrokers_redis.store.symbols import edit_watch, save_instruments
 
 
 @given(tokens=st.lists(st.integers(1, 2**31), max_size=400), sessions=st.integers(1, 4))

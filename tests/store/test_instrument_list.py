@@ -9,7 +9,7 @@ import redis
 
 from pkbrokers_redis.errors import UnknownSymbol, WrongKeyType
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.instrument_list import edit_watch, instrument_list, list_version, load_watch
+from pkbrokers_redis.store.symbols import edit_watch, instrument_list, list_version, load_watch
 from tests.client.contract import INFY, NIFTY, RELIANCE, write_master
 
 

@@ -14,7 +14,6 @@ from pkbrokers_redis.kite.session import SessionManager
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import instruments
 from pkbrokers_redis.store.auth import Session, forget_session, load_session, save_session
-from pkbrokers_redis.store.instrument_list import edit_watch, load_watch
 from pkbrokers_redis.store.instruments import (
     Manifest,
     is_current,
@@ -26,7 +25,7 @@ from pkbrokers_redis.store.instruments import (
     write_manifest,
 )
 from pkbrokers_redis.store.repairs import Forget, read_repair
-from pkbrokers_redis.store.symbols import load_symbols
+from pkbrokers_redis.store.symbols import edit_watch, load_symbols, load_watch
 from tests.kite.logins import WEB, fields_of, simulated_kite
 
 CLUSTER = pytest.mark.xdist_group("cluster")
