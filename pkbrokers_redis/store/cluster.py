@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import redis
@@ -249,6 +250,16 @@ class Pipe:
             self._pool.release(connection)
             raise
         self._sent += len(parts)
+
+
+def execute_all(client: redis.Redis, commands: Iterable[tuple[Any, ...]], at_once: int) -> Iterator[Any]:
+    """Execute any number of commands, `at_once` per round trip, and yield the raw replies."""
+    pipe = Pipe(client)
+    source = iter(commands)
+    while chunk := list(islice(source, at_once)):
+        for command in chunk:
+            pipe.add(*command)
+        yield from pipe.execute()
 
 
 def _execute_on_masters(cluster: redis.RedisCluster, parts: list[bytes], keys: list[Any]) -> list[Any]:

@@ -29,7 +29,7 @@ import redis
 from pkbrokers_redis.candles.model import SEGMENT_INDICES
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.store.cluster import Pipe
+from pkbrokers_redis.store.cluster import execute_all
 from pkbrokers_redis.store.repairs import send_forget
 from pkbrokers_redis.store.symbols import BSE_SEGMENT, NSE_SEGMENT, nearest_names, read_names, read_tokens
 
@@ -123,7 +123,7 @@ def swap_master(
             "try again; `pkb instruments sync --force` accepts it",
         )
     reassigned = _reassigned(client, keys, old, new)
-    _write_rows(client, keys, rows)
+    _write(client, (_hset(keys, row) for row in rows))
     removed = [name for name in old if name not in new]
     added = {name: token for name, token in new.items() if old.get(name) != token}
     kept = set(new.values())
@@ -131,7 +131,8 @@ def swap_master(
     send_forget(client, keys, reassigned, "reassigned")
     _swap_names(client, keys, removed, added)
     _swap_derivatives(client, keys, rows, scope, new)
-    _remove_rows(client, keys, [token for token in dict.fromkeys(old.values()) if token not in kept])
+    stale = dict.fromkeys(token for token in old.values() if token not in kept)
+    _write(client, (("UNLINK", keys.instrument(token)) for token in stale))
     return SwapResult(len(new), len(added), len(removed), len(reassigned))
 
 
@@ -146,20 +147,17 @@ def load_derivative_tokens(client: redis.Redis, keys: Keys) -> set[int]:
     return set(read_tokens(client, keys, sorted(load_derivatives(client, keys))).values())
 
 
-def read_rows(client: redis.Redis, keys: Keys, tokens: Iterable[int]) -> list[dict[str, str]]:
+def read_rows(client: redis.Redis, keys: Keys, tokens: Sequence[int]) -> list[dict[str, str]]:
     """Return the rows of the tokens that have one, in their order, columns by name."""
-    pipe = Pipe(client)
     rows: list[dict[str, str]] = []
-    for chunk in _chunks(tokens, ROWS_AT_ONCE):
-        for token in chunk:
-            pipe.add("HGETALL", keys.instrument(token))
-        for token, reply in zip(chunk, pipe.execute(), strict=True):
-            # RESP3 has maps, RESP2 flat lists. An error counts as a missing row.
-            flat = [cell for pair in reply.items() for cell in pair] if isinstance(reply, dict) else reply
-            if isinstance(flat, list) and flat:
-                cells = [cell.decode(errors="replace") for cell in flat]
-                row = dict(zip(cells[::2], cells[1::2], strict=False))
-                rows.append({**row, "instrument_token": str(token)})
+    commands = (("HGETALL", keys.instrument(token)) for token in tokens)
+    for token, reply in zip(tokens, execute_all(client, commands, ROWS_AT_ONCE), strict=True):
+        # RESP3 has maps, RESP2 flat lists. An error counts as a missing row.
+        flat = [cell for pair in reply.items() for cell in pair] if isinstance(reply, dict) else reply
+        if isinstance(flat, list) and flat:
+            cells = [cell.decode(errors="replace") for cell in flat]
+            row = dict(zip(cells[::2], cells[1::2], strict=False))
+            rows.append({**row, "instrument_token": str(token)})
     return rows
 
 
@@ -183,13 +181,9 @@ def _note_expired(client: redis.Redis, keys: Keys, removed: Mapping[int, str]) -
         client.hset(keys.expired(), items=[cell for pair in pairs for cell in pair])
 
 
-def _write_rows(client: redis.Redis, keys: Keys, rows: Iterable[Row]) -> None:
-    pipe = Pipe(client)
-    for chunk in _chunks(rows, ROWS_AT_ONCE):
-        for row in chunk:
-            cells = [cell for pair in row.items() for cell in pair]
-            pipe.add("HSET", keys.instrument(int(row["instrument_token"])), *cells)
-        _raise_first(pipe.execute())
+def _hset(keys: Keys, row: Row) -> tuple[Any, ...]:
+    cells = [cell for pair in row.items() for cell in pair]
+    return ("HSET", keys.instrument(int(row["instrument_token"])), *cells)
 
 
 def _swap_names(client: redis.Redis, keys: Keys, removed: Sequence[str], added: Mapping[str, int]) -> None:
@@ -226,16 +220,8 @@ def _swap_derivatives(
         transaction.execute()
 
 
-def _remove_rows(client: redis.Redis, keys: Keys, tokens: Iterable[int]) -> None:
-    pipe = Pipe(client)
-    for chunk in _chunks(tokens, ROWS_AT_ONCE):
-        for token in chunk:
-            pipe.add("UNLINK", keys.instrument(token))
-        _raise_first(pipe.execute())
-
-
-def _raise_first(replies: list[Any]) -> None:
-    for reply in replies:
+def _write(client: redis.Redis, commands: Iterable[tuple[Any, ...]]) -> None:
+    for reply in execute_all(client, commands, ROWS_AT_ONCE):
         if isinstance(reply, Exception):
             raise reply
 
@@ -310,16 +296,11 @@ def _rank(symbol: str, company: str, sought: str) -> int | None:
 
 
 def _cells(
-    client: redis.Redis, keys: Keys, tokens: list[int], columns: Iterable[str]
+    client: redis.Redis, keys: Keys, tokens: Iterable[int], columns: Sequence[str]
 ) -> list[tuple[str, ...]]:
     """Return these fields of the rows, "" where one is missing."""
-    columns = tuple(columns)
-    answer: list[tuple[str, ...]] = []
-    for first in range(0, len(tokens), ROWS_AT_ONCE_SEARCH):
-        pipe = Pipe(client)
-        for token in tokens[first : first + ROWS_AT_ONCE_SEARCH]:
-            pipe.add("HMGET", keys.instrument(token), *columns)
-        for reply in pipe.execute():
-            cells = reply if isinstance(reply, list) else [None] * len(columns)
-            answer.append(tuple(cell.decode(errors="replace") if cell else "" for cell in cells))
-    return answer
+    commands = (("HMGET", keys.instrument(token), *columns) for token in tokens)
+    replies = execute_all(client, commands, ROWS_AT_ONCE_SEARCH)
+    none = [None] * len(columns)  # of a key of another type
+    rows = (reply if isinstance(reply, list) else none for reply in replies)
+    return [tuple(cell.decode(errors="replace") if cell else "" for cell in row) for row in rows]

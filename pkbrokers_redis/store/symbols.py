@@ -32,6 +32,7 @@ from pkbrokers_redis.candles.model import SEGMENT_INDICES, TOKEN_MAX
 from pkbrokers_redis.errors import InputFileError, PkbError, UnknownSymbol
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings
+from pkbrokers_redis.store.cluster import execute_all
 from pkbrokers_redis.store.errors import expect_type
 
 log = logs.get("watch")
@@ -211,16 +212,16 @@ def _symbols_of_tokens(client: redis.Redis, keys: Keys, texts: list[str]) -> dic
         if token is None:
             raise UnknownSymbol(text[:40], [])
         tokens[text] = token
+    if not tokens:
+        return {}
+    commands = (("HMGET", keys.instrument(token), "exchange", "tradingsymbol") for token in tokens.values())
     answer: dict[str, tuple[int, str]] = {}
-    pending = list(tokens.items())
-    for first in range(0, len(pending), ROWS_A_PIPELINE):
-        chunk = pending[first : first + ROWS_A_PIPELINE]
-        pipe = client.pipeline(transaction=False)
-        for _, token in chunk:
-            pipe.hmget(keys.instrument(token), ["exchange", "tradingsymbol"])
-        for (text, token), (exchange, symbol) in zip(chunk, pipe.execute(), strict=True):
-            name = f"{exchange.decode()}:{symbol.decode()}" if exchange and symbol else str(token)
-            answer[text] = (token, name)
+    replies = execute_all(client, commands, ROWS_A_PIPELINE)
+    for (text, token), reply in zip(tokens.items(), replies, strict=True):
+        if isinstance(reply, Exception):
+            raise reply
+        name = b":".join(reply).decode() if all(reply) else str(token)
+        answer[text] = (token, name)
     return answer
 
 

@@ -141,7 +141,7 @@ def test_renamed_share_and_relisted_contract_keep_their_candles(
 
 
 @VALKEY
-@pytest.mark.parametrize("step", ["_write_rows", "_note_expired", "_swap_names"])
+@pytest.mark.parametrize("step", ["_write", "_note_expired", "_swap_names"])
 def test_killed_sync_leaves_no_contract_with_the_candles_of_another(
     client: redis.Redis, settings: Settings, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
