@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 from prometheus_client import generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily as Counter
+from prometheus_client.core import GaugeMetricFamily as Gauge
+from prometheus_client.core import Metric
 
-from pkbrokers_redis.runtime.cluster_state import ClusterState
+from pkbrokers_redis.runtime.cluster_state import ClusterState, Shard
 from pkbrokers_redis.runtime.health import Finding, counters, health_document, health_of
 from pkbrokers_redis.web.executor import Route, Services
 from pkbrokers_redis.web.http import json_response
@@ -22,7 +24,14 @@ from pkbrokers_redis.web.http import json_response
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 HEALTH_WORDS = ("healthy", "degraded", "down")
 PAGE_FOLDER = Path(__file__).resolve().parent / "pages"
-Sample = tuple[Sequence[str], float]  # label values, value
+Labels = TypeVar("Labels", bound=tuple[str, ...])
+WORKER = ("role", "worker")  # labels
+SHARD_GAUGES: tuple[tuple[str, str, Callable[[Shard], float]], ...] = (
+    ("shard_lag_seconds", "age of the oldest waiting entry", lambda shard: shard.lag_ms / 1000),
+    ("shard_lag_entries", "entries that wait for their aggregator", lambda shard: shard.lag_entries),
+    ("shard_entries", "entries in the tick stream", lambda shard: shard.entries),
+    ("shard_owned", "1 when an aggregator owns it", lambda shard: shard.owner is not None),
+)
 
 
 async def healthz(_: web.Request, services: Services) -> web.Response:
@@ -70,62 +79,48 @@ async def metrics(_: web.Request, services: Services) -> web.Response:
 
 
 def _pipeline_metrics(cluster: ClusterState | None, findings: Sequence[Finding]) -> Iterator[Metric]:
-    health = health_of(findings)
-    yield _gauge("redis_up", "1 when the store answers", (), [((), float(cluster is not None))])
-    words = [((word,), float(word == health)) for word in HEALTH_WORDS]
-    yield _gauge("health", "1 for the word that holds", ("health",), words)
-    if cluster is not None:
-        yield from _worker_metrics(cluster)
-        yield from _store_metrics(cluster)
-
-
-def _worker_metrics(cluster: ClusterState) -> Iterator[Metric]:
-    alive = [((worker.role, worker.id), worker) for worker in cluster.workers if worker.age_ms is not None]
-    labels = ("role", "worker")
-    ages = [(names, (worker.age_ms or 0) / 1000) for names, worker in alive]
-    yield _gauge("worker_beat_age_seconds", "since a worker's heartbeat", labels, ages)
-    totals = [(names, worker.number("ticks_total")) for names, worker in alive]
-    yield _counter("ticks", "ticks a worker took in since it started", labels, totals)
-    rates = [(names, worker.number("ticks_per_second")) for names, worker in alive]
-    yield _gauge("ticks_per_second", "between a worker's last two heartbeats", labels, rates)
-    lost = [((what,), float(count)) for what, count in counters(cluster).items()]
-    yield _counter("lost", "what the living workers lost or were refused", ("what",), lost)
-
-
-def _store_metrics(cluster: ClusterState) -> Iterator[Metric]:
-    shards = cluster.shards
-    for name, does, values in (
-        ("shard_lag_seconds", "age of the oldest waiting entry", [s.lag_ms / 1000 for s in shards]),
-        ("shard_lag_entries", "entries that wait for their aggregator", [s.lag_entries for s in shards]),
-        ("shard_entries", "entries in the tick stream", [s.entries for s in shards]),
-        ("shard_owned", "1 when an aggregator owns it", [s.owner is not None for s in shards]),
-    ):
-        samples = [((str(shard.number),), float(value)) for shard, value in zip(shards, values, strict=True)]
-        yield _gauge(name, does, ("shard",), samples)
-    used = [((server.name,), float(server.used_bytes)) for server in cluster.servers]
-    yield _gauge("redis_memory_used_bytes", "used_memory", ("server",), used)
-    limits = [((server.name,), float(server.limit_bytes)) for server in cluster.servers]
-    yield _gauge("redis_memory_limit_bytes", "maxmemory, 0 for none", ("server",), limits)
+    yield _metric(Gauge, "redis_up", "1 when the store answers", {(): cluster is not None})
+    words = {(word,): word == health_of(findings) for word in HEALTH_WORDS}
+    yield _metric(Gauge, "health", "1 for the word that holds", words, "health")
+    if cluster is None:
+        return
+    alive = {(each.role, each.id): each for each in cluster.workers if each.age_ms is not None}
+    ages = {names: (worker.age_ms or 0) / 1000 for names, worker in alive.items()}
+    yield _metric(Gauge, "worker_beat_age_seconds", "since a worker's heartbeat", ages, *WORKER)
+    totals = {names: worker.number("ticks_total") for names, worker in alive.items()}
+    yield _metric(Counter, "ticks", "ticks a worker took in since it started", totals, *WORKER)
+    rates = {names: worker.number("ticks_per_second") for names, worker in alive.items()}
+    yield _metric(Gauge, "ticks_per_second", "between a worker's last two heartbeats", rates, *WORKER)
+    lost = {(what,): count for what, count in counters(cluster).items()}
+    yield _metric(Counter, "lost", "what the living workers lost or were refused", lost, "what")
+    shards = {(str(shard.number),): shard for shard in cluster.shards}
+    for name, does, value_of in SHARD_GAUGES:
+        samples = {number: value_of(shard) for number, shard in shards.items()}
+        yield _metric(Gauge, name, does, samples, "shard")
+    used = {(server.name,): server.used_bytes for server in cluster.servers}
+    yield _metric(Gauge, "redis_memory_used_bytes", "used_memory", used, "server")
+    limits = {(server.name,): server.limit_bytes for server in cluster.servers}
+    yield _metric(Gauge, "redis_memory_limit_bytes", "maxmemory, 0 for none", limits, "server")
 
 
 def _server_metrics(services: Services) -> Iterator[Metric]:
     """Return this web server's own counters."""
     for name, count in services.counts.items():
-        yield _counter(f"web_{name}", f"{name.replace('_', ' ')} since it started", (), [((), float(count))])
-    yield _gauge("web_streams", "followers of /api/closed now", (), [((), float(len(services.streams)))])
+        yield _metric(Counter, f"web_{name}", f"{name.replace('_', ' ')} since it started", {(): count})
+    yield _metric(Gauge, "web_streams", "followers of /api/closed now", {(): len(services.streams)})
 
 
-def _gauge(name: str, does: str, labels: Sequence[str], samples: Iterable[Sample]) -> Metric:
-    return _filled(GaugeMetricFamily(f"pkb_{name}", does, labels=labels), samples)
-
-
-def _counter(name: str, does: str, labels: Sequence[str], samples: Iterable[Sample]) -> Metric:
-    return _filled(CounterMetricFamily(f"pkb_{name}", does, labels=labels), samples)
-
-
-def _filled(family: GaugeMetricFamily | CounterMetricFamily, samples: Iterable[Sample]) -> Metric:
-    for labels, value in samples:
-        family.add_metric(labels, value)
+def _metric(
+    kind: type[Gauge | Counter],
+    name: str,
+    does: str,
+    samples: Mapping[Labels, float],
+    *labels: str,
+) -> Metric:
+    """Return a metric with its samples: label values → value."""
+    family = kind(f"pkb_{name}", does, labels=labels)
+    for values, value in samples.items():
+        family.add_metric(values, float(value))
     return family
 
 
