@@ -99,9 +99,9 @@ def _session(client: redis.Redis, settings: Settings) -> Finding:
 
 def _disk(settings: Settings) -> Finding:
     """Judge the disk of PKB_DATA_DIR, which holds the spool, snapshots and the embedded server."""
-    folder = next(
-        each for each in (settings.data_dir, *settings.data_dir.absolute().parents) if each.exists()
-    )
+    folder = settings.data_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
     usage = shutil.disk_usage(folder)
     if usage.free >= 10 * DISK_FREE_BYTES_MIN or usage.used <= DISK_PART_MAX * usage.total:
         return Finding("disk", "ok", f"{usage.free / 1e9:,.0f} GB free")

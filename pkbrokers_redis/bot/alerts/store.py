@@ -196,11 +196,7 @@ class Outbox:
                 pass
 
     async def flush(self) -> None:
-        """Send everything, chats in parallel; a chat that fails does not delay other chats.
-
-        Raises:
-            TelegramError, redis.RedisError: What one chat's message failed with, after all others were sent.
-        """
+        """Send everything, chats in parallel; after all others were sent raise what a chat failed with."""
         waiting: dict[int, list[tuple[bytes, str]]] = {}
         entries: Any = await asyncio.to_thread(self._client.xrange, self._key, count=MESSAGES_PER_READ)
         for entry_id, fields in entries:

@@ -99,9 +99,8 @@ class FeedMonitor:
 class AlertWorker:
     """Reads the streams in a thread of its own, from `start` until `stop`.
 
-    `stop` may be called from any thread. `on_fired` runs in the worker's thread after a commit
-    with messages. `counts` has `alert_ticks` (of instruments with alerts), `alerts_fired`, and the
-    decoder's counters.
+    `on_fired` runs in that thread after a commit with messages. `counts` has `alert_ticks` (of instruments
+    with alerts), `alerts_fired`, and the decoder's counters.
     """
 
     def __init__(
@@ -153,8 +152,7 @@ class AlertWorker:
         watches = _Watches(self._keys, store.load(), ends)
         committed_at = float("-inf")  # the start position is committed at once
         batches: list[Batch] = []
-        is_last = False
-        while not is_last:
+        while True:
             is_last = self._stop.is_set()
             notifications = self._evaluate(batches, watches)
             for watch in watches.of_feed:
@@ -168,8 +166,8 @@ class AlertWorker:
                 if notifications:
                     self.counts["alerts_fired"] += len(notifications)
                     self._on_fired()
-                if watches.deleted:
-                    return  # to load the rest
+                if watches.deleted or is_last:
+                    return  # in the first case to load the rest
             if not any(len(entries) == ENTRIES_PER_READ for _, entries in batches):
                 self._stop.wait(PAUSE_SECONDS)
             positions = {self._keys.ticks(shard): entry for shard, entry in watches.positions.items()}
@@ -237,9 +235,7 @@ class _Watches:
         changed = [watch for watch in self._watches if watch.is_dirty]
         states: dict[int, list[Any] | None] = {watch.alert.id: watch.state() for watch in changed}
         states |= dict.fromkeys(self.deleted)
-        moved = {
-            shard: entry for shard, entry in self.positions.items() if self._committed.get(shard) != entry
-        }
+        moved = dict(self.positions.items() - self._committed.items())
         if not store.commit(self._rev, moved, states, notifications):
             return False
         self._rev += bool(moved or states or notifications)
