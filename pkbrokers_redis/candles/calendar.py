@@ -1,12 +1,8 @@
-"""India's time. It has no daylight saving time, so an offset says all of it.
+"""When an instrument trades: the calendar file, and pure functions of epoch milliseconds over it.
 
-Reads the calendar file: hours by valid-from date, holidays and special sessions. Data, not code.
-
-The shipped `calendar.json` explains its own format in `about`. A user's file is laid over it as a JSON
-merge patch (RFC 7396), so that one new holiday is one line:
-`{"calendars": {"equity": {"holidays": {"2027-01-26": "Republic Day"}}}}`.
-
-When an instrument trades: pure functions of epoch milliseconds, over the calendar file.
+The shipped `calendar.json` holds hours by valid-from date, holidays and special sessions, and explains its
+own format in `about`. A user's file is laid over it as a JSON merge patch (RFC 7396), so that one new holiday
+is one line: `{"calendars": {"equity": {"holidays": {"2027-01-26": "Republic Day"}}}}`.
 
 A window is half-open, [open, close): Kite stamps the last trades of 15:30 with 15:29:59, and a packet
 stamped 15:30:00 updates the quote only. Nothing here depends on the host's time zone.
@@ -14,6 +10,7 @@ stamped 15:30:00 updates the quote only. Nothing here depends on the host's time
 
 from __future__ import annotations
 
+import re
 from datetime import date, datetime, time, timedelta, timezone
 from importlib import resources
 from pathlib import Path
@@ -24,13 +21,19 @@ import msgspec
 
 from pkbrokers_redis.errors import SettingsError
 
-IST_SECONDS: Final = 19_800  # +05:30
+IST_SECONDS: Final = 19_800  # +05:30; India has no daylight saving time
 IST_MS: Final = IST_SECONDS * 1000
 IST: Final = timezone(timedelta(seconds=IST_SECONDS), "IST")
 KOLKATA: Final = ZoneInfo("Asia/Kolkata")  # the same under its name, which pandas shows and compares
-
-
 REGULAR = "regular"  # special day that keeps the schedule's own hours: a Saturday or Sunday session
+MARKET_TIMEZONE = "Asia/Kolkata"
+TIME_MS_MIN = 0  # 1970
+TIME_MS_MAX = 7_258_118_400_000  # 2200; a time beyond it is a corrupt packet, not a trade
+DAYS_CACHED_MAX = 4096  # ~1.5 years of ten schedules; then the cache starts anew
+NEXT_OPEN_DAYS_MAX = 30  # no exchange closes longer; the search ends there
+_HINT = "correct the file or unset PKB_CALENDAR"
+
+# -- the calendar file ---------------------------------------------------------------------------
 
 
 class Window(NamedTuple):
@@ -63,12 +66,8 @@ class Schedule(NamedTuple):
     calendar: Calendar
     hours: tuple[tuple[int, Windows], ...]
 
-    def windows_on(self, day: date, summer_time_zone: ZoneInfo) -> list[tuple[int, int]]:
-        """The day's windows in minutes after midnight, in time order; empty on a closed day."""
-        return [(opened, closed) for _, opened, closed in self.named_windows_on(day, summer_time_zone)]
-
-    def named_windows_on(self, day: date, summer_time_zone: ZoneInfo) -> list[tuple[str, int, int]]:
-        """The same with the windows' names in front."""
+    def windows_on(self, day: date, summer_time_zone: ZoneInfo) -> list[tuple[str, int, int]]:
+        """Return name, open and close (minutes after midnight) of the day's windows, in time order."""
         ordinal = day.toordinal()
         windows: Windows | None = None
         if ordinal in self.calendar.special:
@@ -136,30 +135,26 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     sources: list[str] = []
 
 
+class _BadField(ValueError):
+    """A field is wrong; the message has its path and what is wrong."""
+
+
 def load_calendar(path: Path | None = None) -> CalendarFile:
-    """The shipped calendar, with the user's file laid over it.
-
-    Raises SettingsError: one line that names the file and the field.
-    """
+    """Return the shipped calendar, with the user's file laid over it; SettingsError names file and field."""
     content = msgspec.json.decode(resources.files(__package__).joinpath("calendar.json").read_bytes())
-    if path is None:
-        return _build(content, "calendar.json")
     try:
-        content = _merge_patch(content, msgspec.json.decode(path.read_bytes()))
+        if path is not None:
+            content = _merge_patch(content, msgspec.json.decode(path.read_bytes()))
+        return _build(content)
     except OSError as error:
-        raise SettingsError(f"PKB_CALENDAR: cannot read {path} ({error.strerror})", _MEND) from None
+        problem = f"cannot read {path} ({error.strerror})"
+    except _BadField as error:
+        problem = f"{path or 'calendar.json'}: {error}"
     except (msgspec.DecodeError, UnicodeError) as error:
-        raise SettingsError(f"PKB_CALENDAR: {path} is no JSON ({error})", _MEND) from None
+        problem = f"{path} is no JSON ({error})"
     except RecursionError:
-        raise SettingsError(f"PKB_CALENDAR: {path} is nested too deeply", _MEND) from None
-    return _build(content, str(path))
-
-
-_MEND = "correct the file or unset PKB_CALENDAR"
-
-
-class _BadField(Exception):
-    """Raised inside this module when a field is wrong; args: the field's path, what is wrong."""
+        problem = f"{path} is nested too deeply"
+    raise SettingsError(f"PKB_CALENDAR: {problem}", _HINT)
 
 
 def _merge_patch(target: Any, patch: Any) -> Any:
@@ -174,15 +169,7 @@ def _merge_patch(target: Any, patch: Any) -> Any:
     return merged
 
 
-def _build(content: Any, source: str) -> CalendarFile:
-    try:
-        return _build_checked(content)
-    except _BadField as error:
-        field, problem = error.args
-        raise SettingsError(f"PKB_CALENDAR: {source}: {field}: {problem}", _MEND) from None
-
-
-def _build_checked(content: Any) -> CalendarFile:
+def _build(content: Any) -> CalendarFile:
     file = _convert(content, _File, "")
     raw_calendars = {
         name: _convert(raw, _Calendar, f"calendars.{name}") for name, raw in file.calendars.items()
@@ -194,14 +181,14 @@ def _build_checked(content: Any) -> CalendarFile:
     for key, segment in file.segments.items():
         where = f"segments.{key}"
         if not key.isdecimal() or not 0 <= int(key) <= 255:
-            raise _BadField(where, "a segment is a number from 0 to 255")
+            raise _BadField(f"{where}: a segment is a number from 0 to 255")
         plain = _known(segment.schedule, index, f"{where}.schedule")
         derivatives = _known(segment.with_derivatives or segment.schedule, index, f"{where}.with_derivatives")
         segments[int(key)] = (plain, derivatives)
     try:
         zone = ZoneInfo(file.summer_time_zone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise _BadField("summer_time_zone", f"{file.summer_time_zone!r} is no time zone") from None
+        raise _BadField(f"summer_time_zone: {file.summer_time_zone!r} is no time zone") from None
     return CalendarFile(schedules, segments, _known(file.default_schedule, index, "default_schedule"), zone)
 
 
@@ -214,19 +201,19 @@ def _convert(raw: Any, kind: type[Any], where: str) -> Any:
         problem, _, place = str(error).partition(" - at `")
         below = place.rpartition("$")[2].rstrip("`")
         problem = problem.replace("Invalid RFC3339 encoded date", "is no date YYYY-MM-DD")
-        raise _BadField((where + below).lstrip(".") or "the file", problem) from None
+        raise _BadField(f"{(where + below).lstrip('.') or 'the file'}: {problem}") from None
 
 
 def _known(name: str, index: dict[str, Any], where: str) -> Any:
     if name not in index:
-        raise _BadField(where, f"{name!r} is not one of {', '.join(index)}")
+        raise _BadField(f"{where}: {name!r} is not one of {', '.join(index)}")
     return index[name]
 
 
 def _calendar(name: str, raw: _Calendar, others: dict[str, _Calendar]) -> Calendar:
     where = f"calendars.{name}"
     if any(not 1 <= weekday <= 7 for weekday in raw.weekend):
-        raise _BadField(f"{where}.weekend", "weekdays are 1 (Monday) to 7 (Sunday)")
+        raise _BadField(f"{where}.weekend: weekdays are 1 (Monday) to 7 (Sunday)")
     holidays = dict(raw.holidays)
     if raw.holidays_of is not None:
         holidays = _known(raw.holidays_of, others, f"{where}.holidays_of").holidays | holidays
@@ -255,7 +242,7 @@ def _schedule(name: str, raw_fields: dict[str, Any], calendars: dict[str, Calend
         for number, each in enumerate(raw.hours)
     ]
     if [since for since, _ in hours] != sorted({since for since, _ in hours}):
-        raise _BadField(f"{where}.hours", "the from dates must ascend")
+        raise _BadField(f"{where}.hours: the from dates must ascend")
     return Schedule(name, _known(raw.calendar, calendars, f"{where}.calendar"), tuple(hours))
 
 
@@ -268,34 +255,26 @@ def _windows(raw: _RawWindows, where: str) -> Windows:
         before = windows[-1] if windows else Window("", (0, 0), (0, 0))
         for (opened, closed), earlier in ((window.winter, before.winter), (window.summer, before.summer)):
             if opened >= closed:
-                raise _BadField(here, "a window opens before it closes, on the same day")
+                raise _BadField(f"{here}: a window opens before it closes, on the same day")
             if opened < earlier[1]:
-                raise _BadField(here, "windows come in time order and do not overlap")
+                raise _BadField(f"{here}: windows come in time order and do not overlap")
         windows.append(window)
     return tuple(windows)
 
 
 def _minutes(raw: str | _Time, where: str) -> tuple[int, int]:
     """`"15:30"` → minutes in winter and in summer. 24:00 is the end of the day."""
-    texts = (raw, raw) if isinstance(raw, str) else (raw.winter, raw.summer)
     pair = []
-    for text in texts:
-        hours, colon, minutes = text.partition(":")
-        if not (colon and len(text) == 5 and hours.isascii() and hours.isdecimal()) or not (
-            minutes.isascii() and minutes.isdecimal() and int(minutes) < 60
-        ):
-            raise _BadField(where, f"{text!r} is no time HH:MM")
-        if (total := int(hours) * 60 + int(minutes)) > 1440:
-            raise _BadField(where, f"{text!r} is later than 24:00")
+    for text in (raw, raw) if isinstance(raw, str) else (raw.winter, raw.summer):
+        if not re.fullmatch(r"[0-9]{2}:[0-5][0-9]", text):
+            raise _BadField(f"{where}: {text!r} is no time HH:MM")
+        if (total := int(text[:2]) * 60 + int(text[3:])) > 1440:
+            raise _BadField(f"{where}: {text!r} is later than 24:00")
         pair.append(total)
     return pair[0], pair[1]
 
 
-MARKET_TIMEZONE = "Asia/Kolkata"
-TIME_MS_MIN = 0  # 1970
-TIME_MS_MAX = 7_258_118_400_000  # 2200; a time beyond it is a corrupt packet, not a trade
-DAYS_CACHED_MAX = 4096  # ~1.5 years of ten schedules; then the cache starts anew
-NEXT_OPEN_DAYS_MAX = 30  # no exchange closes longer; the search ends there
+# -- sessions ------------------------------------------------------------------------------------
 
 
 class Day(NamedTuple):
@@ -303,17 +282,18 @@ class Day(NamedTuple):
 
     `day_start_ms` to `day_end_ms` is local midnight to the next. `windows` are (open, close) in time
     order, () on a closed day. `anchor_ms`, where the buckets begin, is the first window's open, or the
-    day's start on a closed day.
+    day's start on a closed day. `names` are the windows' names: `continuous`, `closing_auction`, `muhurat`.
     """
 
     day_start_ms: int
     day_end_ms: int
     anchor_ms: int
     windows: tuple[tuple[int, int], ...]
+    names: tuple[str, ...]
 
 
 class NamedWindow(NamedTuple):
-    """A window of a day as people know it: `continuous`, `closing_auction`, `muhurat`; epoch milliseconds."""
+    """A window of a day with its name; epoch milliseconds."""
 
     name: str
     open_ms: int
@@ -333,11 +313,10 @@ class Sessions:
         self._latest: dict[int, Day] = {}  # ticks come day after day: mostly one comparison
 
     def schedule_of(self, token: int, has_derivatives: bool | None = None) -> int:
-        """The schedule id of a Kite token, from its segment (the low byte).
+        """Return the schedule id of a Kite token, by its segment (the low byte).
 
-        `has_derivatives`: the stock has futures or options, so it takes part in the closing auction; None:
-        it has if it is among `derivatives`.
-        An unknown segment gets NSE cash hours (the file's `default_schedule`).
+        `has_derivatives`: the stock has futures or options, so it takes part in the closing auction; None
+        looks it up in `derivatives`. An unknown segment gets the file's `default_schedule`, NSE's cash hours.
         """
         pair = self._calendar.segments.get(token & 0xFF)
         if pair is None:
@@ -345,7 +324,7 @@ class Sessions:
         return pair[token in self.derivatives if has_derivatives is None else has_derivatives]
 
     def day(self, schedule: int, time_ms: int) -> Day:
-        """The local day that holds `time_ms`.
+        """Return the local day that holds `time_ms`.
 
         Raises ValueError outside 1970 to 2200, IndexError for an unknown schedule id.
         """
@@ -396,11 +375,7 @@ class Sessions:
     def named_windows(self, schedule: int, local: date) -> list[NamedWindow]:
         """The windows of a local date with their names, in time order; empty on a closed day."""
         day = self.on_date(schedule, local)
-        names = ["always"]
-        if not self._always:
-            rules = self._calendar.schedules[schedule]
-            names = [name for name, _, _ in rules.named_windows_on(local, self._calendar.summer_time_zone)]
-        return [NamedWindow(name, *window) for name, window in zip(names, day.windows, strict=True)]
+        return [NamedWindow(name, *window) for name, window in zip(day.names, day.windows, strict=True)]
 
     def reason(self, schedule: int, local: date) -> str:
         """The holiday's name, or why the day is special; "" on any other day, weekends included."""
@@ -430,13 +405,12 @@ class Sessions:
         rules = self._calendar.schedules[schedule]
         start_ms, end_ms = self._midnight_ms(local), self._midnight_ms(local + timedelta(days=1))
         if self._always:
-            return Day(start_ms, end_ms, start_ms, ((start_ms, end_ms),))
+            return Day(start_ms, end_ms, start_ms, ((start_ms, end_ms),), ("always",))
+        named = rules.windows_on(local, self._calendar.summer_time_zone)
         # India has no daylight saving time: minutes after midnight are elapsed minutes.
-        windows = tuple(
-            (start_ms + opened * 60_000, start_ms + closed * 60_000)
-            for opened, closed in rules.windows_on(local, self._calendar.summer_time_zone)
-        )
-        return Day(start_ms, end_ms, windows[0][0] if windows else start_ms, windows)
+        windows = tuple((start_ms + opens * 60_000, start_ms + closes * 60_000) for _, opens, closes in named)
+        names = tuple(name for name, _, _ in named)
+        return Day(start_ms, end_ms, windows[0][0] if windows else start_ms, windows, names)
 
     def _midnight_ms(self, local: date) -> int:
         midnight = datetime(local.year, local.month, local.day, tzinfo=self._zone)

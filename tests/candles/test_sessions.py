@@ -138,7 +138,8 @@ def test_windows_are_half_open() -> None:
 
 def test_a_closed_day_is_anchored_at_its_midnight() -> None:
     day = MARKET.day(schedule("NSE_CASH"), at("2026-01-26 11:00"))
-    assert day == (at("2026-01-26 00:00"), at("2026-01-27 00:00"), at("2026-01-26 00:00"), ())
+    midnight = at("2026-01-26 00:00")
+    assert day == (midnight, at("2026-01-27 00:00"), midnight, (), ())
 
 
 @pytest.mark.parametrize(
