@@ -70,7 +70,6 @@ class Repairs:
         self._read_at = NEVER
         self._round_ends_at = NEVER
         self._skipped: dict[int, float] = {}  # shard → when to look at its key again, monotonic seconds
-        self._trimmed: dict[int, str] = {}
 
     def read(self, client: redis.Redis, workers: Iterable[ShardWorker]) -> None:
         """Read further entries of every shard that has none pending, at most every READ_EVERY_SECONDS."""
@@ -106,15 +105,10 @@ class Repairs:
     def apply(
         self, client: redis.Redis, worker: ShardWorker, now_ms: float
     ) -> tuple[CursorMove, Changes] | None:
-        """Apply the repairs that are ready.
+        """Apply a shard's repairs that are ready. Return one commit, or None when the round's time is up.
 
-        Args:
-            client: Where the lists are read.
-            worker: A shard without uncommitted changes.
-            now_ms: Market time; history is not applied to candles that still form.
-
-        Returns:
-            One commit, or None when the round's time is up.
+        The shard has no uncommitted changes. At market time `now_ms` history is not applied to candles that
+        still form.
         """
         if time.monotonic() > self._round_ends_at:
             return None
@@ -156,10 +150,8 @@ class Repairs:
         """Delete applied entries except the last: a Redis that lacks it was rolled back."""
         pipe = Pipe(client)
         for worker in workers:
-            applied = worker.cursor.repair
-            if applied != "0-0" and self._trimmed.get(worker.shard) != applied:
-                self._trimmed[worker.shard] = applied
-                pipe.add("XTRIM", self._keys.repairs(worker.shard), "MINID", applied)
+            if worker.cursor.repair != "0-0":
+                pipe.add("XTRIM", self._keys.repairs(worker.shard), "MINID", worker.cursor.repair)
         pipe.execute()
 
     def _log_malformed(self, worker: ShardWorker, entry: PendingRepair, reason: str) -> None:

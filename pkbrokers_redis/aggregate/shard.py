@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -63,12 +63,7 @@ class EntryDecoder:
         self._log = log
 
     def decode(self, key: str, entries: Sequence[tuple[bytes, Any]]) -> list[PendingEntry]:
-        """Return the entries of one stream in order.
-
-        Args:
-            key: The stream's key, for the log.
-            entries: Ids and fields, as XREAD gives them.
-        """
+        """Return the entries of one stream, ids and fields as XREAD gives them, in order."""
         heads: list[tuple[bytes, bytes, int, float]] = []
         texts: list[bytes] = []
         for entry_id, cells in entries:
@@ -78,13 +73,8 @@ class EntryDecoder:
             if text is None or not source or not is_count(seq):
                 self._counts["malformed_entries"] += 1
                 evidence = repr(cells)[:EVIDENCE_BYTES]
-                self._log(
-                    "malformed_entry",
-                    key,
-                    id=entry_id.decode(),
-                    missing="src, seq or ticks",
-                    evidence=evidence,
-                )
+                missing = "src, seq or ticks"
+                self._log("malformed_entry", key, id=entry_id.decode(), missing=missing, evidence=evidence)
                 text, source, seq = b"[]", b"", b"0"
             texts.append(text)
             heads.append((entry_id, source, int(seq), float(at) if is_count(at) else 0.0))
@@ -97,19 +87,14 @@ class EntryDecoder:
             rows = ticks[first : first + counts[n]]
             first += counts[n]
             if n in malformed:
-                rows = self._recover(key, entry_id, texts[n])
+                rows, refused = recover_ticks(texts[n])
+                if refused:
+                    self._counts["malformed_rows"] += refused
+                    evidence = repr(texts[n][:EVIDENCE_BYTES])
+                    self._log("malformed_rows", key, id=entry_id.decode(), rows=refused, evidence=evidence)
             rows[:, AT_MS] = at_ms
             pending.append(PendingEntry(entry_id, source, number, rows))
         return pending
-
-    def _recover(self, key: str, entry_id: bytes, text: bytes) -> TickArray:
-        """Return those rows of a malformed entry that are ticks."""
-        rows, refused = recover_ticks(text)
-        if refused:
-            self._counts["malformed_rows"] += refused
-            evidence = repr(text[:EVIDENCE_BYTES])
-            self._log("malformed_rows", key, id=entry_id.decode(), rows=refused, evidence=evidence)
-        return rows
 
 
 def fields_of(cells: Any) -> dict[bytes, bytes]:
@@ -120,10 +105,10 @@ def fields_of(cells: Any) -> dict[bytes, bytes]:
 
 
 class SymbolCache:
-    """Symbols of tokens, from the instrument master (`P:instrument:<token>`).
+    """Symbols of tokens, from the instrument master; one round trip per unknown token.
 
-    One round trip per unknown token. A token without a symbol is cached too, for a shorter time: reading it
-    at each announcement would hold up the ticks.
+    A token without a symbol is cached too, for a shorter time: reading it at each announcement would hold up
+    the ticks.
     """
 
     KNOWN_SECONDS = 3600.0  # then a renamed instrument gets its new symbol
@@ -223,13 +208,8 @@ class ChangesetBuilder:
     ) -> None:
         """Add one row and its announcement.
 
-        Args:
-            i: The instrument's index in the state.
-            k: The interval's index.
-            start: Start of the candle, epoch seconds.
-            row: The row's text.
-            put: Whether to write the row; False if its list is replaced as a whole.
-            is_new: Whether the candle was never announced: then its revision is 0.
+        Without `put` only the announcement: the list is replaced as a whole. A candle that was never
+        announced (`is_new`) has revision 0.
         """
         first, self._size = self._size, self._size + len(row)
         self._text.append(row)
@@ -354,11 +334,7 @@ class ShardWorker:
             self.read_id = entries[-1].id.decode()
 
     def apply(self, dirty_max: int) -> Applied:
-        """Apply pending entries to the state, as many as one commit may hold.
-
-        Args:
-            dirty_max: How many instruments the commit may change.
-        """
+        """Apply pending entries to the state, until one commit has changed `dirty_max` instruments."""
         cursor = self.cursor
         if not self.pending:
             self.applied_until_ms = self.read_until_ms
@@ -405,12 +381,3 @@ class ShardWorker:
         if surplus <= 0 or self._entries < SETTLED_ENTRIES:
             return []
         return [source for source in list(self.cursor.sources)[:surplus] if source not in active]
-
-
-def state_counts(workers: Iterable[ShardWorker]) -> dict[str, int]:
-    """Return what the rules did with the ticks, added up over shards."""
-    totals: dict[str, int] = {}
-    for worker in workers:
-        for name, count in worker.state.counts().items():
-            totals[name] = totals.get(name, 0) + count
-    return totals

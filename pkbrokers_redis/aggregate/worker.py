@@ -17,6 +17,7 @@ import contextlib
 import secrets
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +35,6 @@ from pkbrokers_redis.aggregate.shard import (
     ShardWorker,
     SymbolCache,
     collect,
-    state_counts,
 )
 from pkbrokers_redis.candles.calendar import Sessions, load_sessions
 from pkbrokers_redis.candles.codec import Changes, Scratch
@@ -43,7 +43,6 @@ from pkbrokers_redis.candles.rules import invalid_ticks
 from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.clock import Backoff, market_clock
 from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
-from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.runtime.roles import now_ms as wall_ms
 from pkbrokers_redis.runtime.roles import open_store, worker_id
@@ -80,35 +79,6 @@ RETRY_MS = 2_000  # before keys of a wrong type are looked at again
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 1.0  # between attempts while Redis is unavailable
 
 Commit = tuple[ShardWorker, CursorMove, Changes]
-
-
-class Derivatives:
-    """The stocks that have futures or options; from 2026-08-03 they trade by other hours (closing auction).
-
-    `tokens` is as of the last read. The instrument master changes with each day's sync.
-    """
-
-    def __init__(self, keys: Keys) -> None:
-        self._keys = keys
-        self._due_at = float("-inf")
-        self.tokens: frozenset[int] = frozenset()
-
-    def read(self, client: redis.Redis) -> bool:
-        """Read the tokens; return whether they changed. A key of another type counts as no master."""
-        self._due_at = time.monotonic() + DERIVATIVES_SECONDS
-        try:
-            tokens = frozenset(load_derivative_tokens(client, self._keys))
-        except ResponseError as error:
-            if not is_wrong_type(error):
-                raise
-            tokens = frozenset()
-        changed = tokens != self.tokens
-        self.tokens = tokens
-        return changed
-
-    def read_if_due(self, client: redis.Redis) -> bool:
-        """Call `read` once a minute."""
-        return time.monotonic() >= self._due_at and self.read(client)
 
 
 class Aggregator:
@@ -155,7 +125,9 @@ class Aggregator:
              "stale", "shards_loaded", "refused_keys", *REPAIR_COUNTS), 0
         )  # fmt: skip
         self.ticks_total = 0
-        self._scratch, self._derivatives = Scratch(), Derivatives(settings.keys)
+        self._scratch = Scratch()
+        self._derivatives: frozenset[int] = frozenset()  # stocks with futures or options, by token
+        self._derivatives_due_at = float("-inf")
         self._unreadable: dict[int, float] = {}  # shard whose stream has another type → retry, market ms
         self._quarantined: dict[int, float] = {}  # shard with malformed keys → retry, market ms
         self._trim_due_ms = float("-inf")
@@ -176,16 +148,13 @@ class Aggregator:
         warm_up(self._settings.intervals)  # before it takes shards, which would wait meanwhile
         self.leases.invalidate()
         self.leases.closing = False
-        self._derivatives.read(self._client)
         self._renew_leases()
         self._started = True
 
     def run(self, stop: threading.Event, on_round: Callable[[int], None] = lambda ticks: None) -> None:
-        """Call `step` until `stop` is set; after an outage of Redis start again.
+        """Call `step` until `stop` is set, then drain; after an outage of Redis start again.
 
-        Args:
-            stop: Ends the loop; what the streams still hold is applied first, for up to 5 s.
-            on_round: Called after each round with the ticks that it applied.
+        `on_round` is called after each round with the ticks that it applied.
         """
         backoff = Backoff(PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX)
         try:
@@ -239,25 +208,21 @@ class Aggregator:
 
     def figures(self) -> dict[str, Any]:
         """Return what the heartbeat reports: shards owned, lag, counters."""
+        counts: Counter[str] = Counter()
+        for worker in self.workers.values():
+            counts.update(worker.state.counts())
         return {
             "shards": ",".join(map(str, sorted(self.workers))),
             "instruments": sum(len(worker.state) for worker in self.workers.values()),
             "lag_ms": max((worker.lag_ms for worker in self.workers.values()), default=0.0),
             **self.counts,
-            **state_counts(self.workers.values()),
+            **counts,
         }
 
     # -- one round -------------------------------------------------------------------------------
 
     def step(self, block_ms_max: int = BLOCK_MS_MAX) -> int:
-        """Run one round: lease, repair, read, apply, commit.
-
-        Args:
-            block_ms_max: How long to wait for ticks at most.
-
-        Returns:
-            How many ticks were applied.
-        """
+        """Run one round: lease, repair, read, apply, commit. Return how many ticks were applied."""
         self._renew_leases()
         self._apply_repairs()
         if not any(worker.pending for worker in self.workers.values()):
@@ -317,8 +282,7 @@ class Aggregator:
 
     def _renew_leases(self) -> None:
         """Renew the leases when due, and load or drop shards. All states here are committed."""
-        if self._derivatives.read_if_due(self._client):
-            self.workers.clear()  # loaded again below, with other hours
+        self._read_derivatives_if_due()
         if self.leases.due_seconds <= 0:
             self.leases.renew(self._client)
             for shard, error in self.leases.refused.items():
@@ -342,6 +306,21 @@ class Aggregator:
             if self.leases.due_seconds <= 0:
                 return  # renew before the next one
 
+    def _read_derivatives_if_due(self) -> None:
+        """Read once a minute which stocks have derivatives: they trade by other hours (closing auction)."""
+        if time.monotonic() < self._derivatives_due_at:
+            return
+        self._derivatives_due_at = time.monotonic() + DERIVATIVES_SECONDS
+        try:
+            tokens = frozenset(load_derivative_tokens(self._client, self._keys))
+        except ResponseError as error:
+            if not is_wrong_type(error):
+                raise
+            tokens = frozenset()  # a key of another type counts as no master
+        if tokens != self._derivatives:
+            self._derivatives = tokens
+            self.workers.clear()  # they are loaded again, with other hours
+
     def _waits(self, retries: dict[int, float], shard: int) -> bool:
         """Return whether a shard's next attempt is in the future; not if the clock was set back."""
         return 0 < retries.get(shard, 0.0) - self._now_ms() <= RETRY_MS
@@ -354,7 +333,7 @@ class Aggregator:
             self._sessions,
             grace_seconds=self._settings.close_grace_seconds,
             event_clock=self._settings.clock == "event",
-            derivatives=self._derivatives.tokens,
+            derivatives=self._derivatives,
             scratch=self._scratch,
         )
         revisions = restore_shard(self._client, self._keys, shard, state, self._log_malformed_state)

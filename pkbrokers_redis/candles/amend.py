@@ -80,17 +80,8 @@ def amend_rows(
 ) -> list[Amended]:
     """Return the rows of a candle list (oldest first, as text) that a late tick changes.
 
-    The volume that a row gains, the next rows lose. Texts that are no candle rows are skipped.
-
-    Args:
-        rows: The whole list.
-        tick: The late tick.
-        is_day: The list holds day candles.
-        keep: How many rows the list may have; a tick older than a full list changes nothing.
-        flag: The flag of a row that is new, "" for a whole candle.
-
-    Returns:
-        The changed rows with their new text; empty if none changed.
+    The volume that a row gains, the next rows lose. Texts that are no candle rows are skipped, and a tick
+    older than a full list of `keep` rows changes nothing. `flag` is for a row that is new.
     """
     parsed = [row for row in map(parse_row, rows) if row is not None]
     starts = [int(row[START]) for row in parsed]  # type: ignore[arg-type]
@@ -272,13 +263,8 @@ class RepairResult:
 def apply_history(state: ShardState, history: HistoryRows, lists: CandleLists, now_ms: float) -> RepairResult:
     """Apply rows of history to an instrument's candles, in memory and in `lists` (interval index → list).
 
-    Changes in memory are part of the state's next collect. Changed rows of a list are in its `changed`.
-
-    Args:
-        state: The shard's candles, without uncommitted changes.
-        history: Kite's rows.
-        lists: The list of the history's interval; if that is the base interval, those of all intervals.
-        now_ms: The wall clock.
+    The state has no uncommitted changes; those made here are part of its next collect. Rows of the base
+    interval need the lists of all intervals, others only their own. `now_ms` is the wall clock.
     """
     return _Repair(state, history, lists, state.clock_ms(now_ms) - state.grace_ms).run()
 
@@ -294,10 +280,8 @@ class _Repair:
         self.gained: dict[int, float] = {}  # start of a changed base row → volume more than before
         self.replaced: dict[int, Row] = {}  # start of a changed base row → what stood there
         self.unseen: dict[int, float] = {}  # … of which traded after all that we have seen
-        statement_ms = (
-            state.arrays.window[self.i, 0, col.TICK_TIME] if self.inst[col.WINDOW_SIZE] else -math.inf
-        )
-        self.statement_ms = statement_ms
+        has_ticks = self.inst[col.WINDOW_SIZE] > 0
+        self.newest_tick_ms = state.arrays.window[self.i, 0, col.TICK_TIME] if has_ticks else -math.inf
         self.backfilled_to_ms = float(self.inst[col.BACKFILLED_TO])
 
     def run(self) -> RepairResult:
@@ -396,7 +380,7 @@ class _Repair:
             )
         if day_s < inst[col.DAY_S]:
             return
-        is_later = start * 1000 > self.statement_ms and start * 1000 >= self.backfilled_to_ms
+        is_later = start * 1000 > self.newest_tick_ms and start * 1000 >= self.backfilled_to_ms
         if is_later and not np.isnan(inst[col.CUM_VOLUME]):
             absorb_off_session(inst, start * 1000.0, np.inf, False)
             self.unseen[start] = volume

@@ -176,13 +176,8 @@ def close_due(shard: ShardArrays, clock_ms: float, grace_ms: float, dirty_max: i
 
 
 def close_candles(state: ShardState, now_ms: float, dirty_max: int) -> bool:
-    """Complete and announce the candles whose end and grace have passed.
+    """Complete and announce the candles that are due at wall clock `now_ms`. Return False if some are left.
 
-    Args:
-        now_ms: The wall clock; ignored with the event clock.
-        dirty_max: Stop once so many instruments changed; the next call resumes there.
-
-    Returns:
-        True if no due candle is left.
+    Stops once `dirty_max` instruments changed; the next call resumes there.
     """
     return bool(close_due(state.arrays, state.clock_ms(now_ms), state.grace_ms, dirty_max))

@@ -541,16 +541,10 @@ def apply(
 
 
 def apply_ticks(state: ShardState, ticks: TickArray, first: int, ends: Ints, dirty_max: int) -> int:
-    """Apply the rules to `ticks[first:]`, as far as one commit may go.
+    """Apply the rules to `ticks[first:]` (float64[n, 10]), as far as one commit may go.
 
-    Args:
-        ticks: float64[n, 10], columns as in `model`.
-        first: Row to start at.
-        ends: Row indices at which stream entries end, ascending.
-        dirty_max: Stop at the next entry's end once so many instruments changed.
-
-    Returns:
-        The index of the first tick that was not applied; `len(ticks)` if all were.
+    `ends` are the row indices at which stream entries end. The batch stops at the next one once `dirty_max`
+    instruments changed. Return the index of the first tick that was not applied.
     """
     while True:
         reason, first = apply(

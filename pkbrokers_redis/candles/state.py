@@ -161,16 +161,10 @@ class ShardState:
         derivatives: Collection[int] = (),
         scratch: codec.Scratch | None = None,
     ) -> None:
-        """Create an empty state.
+        """Create an empty state with room for `instruments`, which grows.
 
-        Args:
-            intervals: The configured intervals; arrays use their order.
-            sessions: The calendar that says when instruments trade.
-            grace_seconds: How long after its end a candle waits before it is announced.
-            event_clock: Close candles by trade time only, never by the wall clock.
-            instruments: How many instruments to allocate at first; the arrays grow.
-            derivatives: Tokens of stocks with futures or options: their sessions may differ.
-            scratch: Buffers to share with other states of the same thread.
+        A candle is announced `grace_seconds` after its end, by trade time only with `event_clock`. Stocks
+        in `derivatives` may have other sessions. States of one thread may share a `scratch`.
         """
         self.intervals = tuple(intervals)
         self.sessions = sessions
@@ -225,10 +219,7 @@ class ShardState:
 
     @property
     def next_due_ms(self) -> float:
-        """When the next candle must be closed, epoch ms.
-
-        inf if no candle is open; 0.0 while `close_due` has left due candles for its next call.
-        """
+        """When the next candle must be closed, epoch ms; inf: none is open, 0.0: a close is not finished."""
         scalars = self.arrays.scalars
         return 0.0 if scalars[col.CLOSE_CURSOR] else float(scalars[col.NEXT_DUE])
 
@@ -309,14 +300,9 @@ class ShardState:
     ) -> None:
         """Restore an instrument as the last commit left it.
 
-        Args:
-            token: The instrument.
-            inst_text: Its field `<token>` of `P:{S}:state`.
-            candles_text: Its field `<token>:candles`; None where there is none.
-            current: Its hash `P:{S}:current:<token>`, interval name to row.
-
-        Raises:
-            ValueError: The texts are malformed. Call `forget` then: some of it may have been restored.
+        The texts are its fields `<token>` and `<token>:candles` of `P:{S}:state`; `current` is its hash
+        `P:{S}:current:<token>`. Raises ValueError if they are malformed. Call `forget` then: some of it may
+        have been restored.
         """
         i = self.index(token)
         try:
@@ -328,14 +314,7 @@ class ShardState:
                 s = ages[int(k)]
                 ages[int(k)] = s + 1
                 self._restore_candle(i, int(k), s, cells, current.get(self.intervals[int(k)].name))
-        except (
-            msgspec.DecodeError,
-            ValueError,
-            TypeError,
-            LookupError,
-            OverflowError,
-            RecursionError,
-        ) as error:
+        except (ValueError, TypeError, LookupError, OverflowError, RecursionError) as error:
             raise ValueError(f"the state of instrument {token} cannot be read: {error}") from None
 
     def _restore_window(self, i: int, numbers: list[float]) -> None:

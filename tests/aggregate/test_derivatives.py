@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from pkbrokers_redis.aggregate.shard import SymbolCache
-from pkbrokers_redis.aggregate.worker import DERIVATIVES_SECONDS, Aggregator, Derivatives
+from pkbrokers_redis.aggregate.worker import DERIVATIVES_SECONDS, Aggregator
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
@@ -38,25 +38,11 @@ def sync(client: redis.Redis, settings: Settings, *with_futures: str) -> None:
     swap_master(client, settings.keys, rows, ["NSE", "NFO"])
 
 
-def test_a_read_returns_whether_the_derivatives_changed(client: redis.Redis, settings: Settings) -> None:
-    derivatives = Derivatives(settings.keys)
-    assert not derivatives.read(client) and derivatives.tokens == frozenset()
-    sync(client, settings, "INFY")
-    assert derivatives.read(client) and derivatives.tokens == {INFY}
-    assert not derivatives.read(client)
-    assert not derivatives.read_if_due(client), "it was read just now"
-
-
-def test_a_key_of_another_type_counts_as_no_master(client: redis.Redis, settings: Settings) -> None:
-    client.set(settings.keys.derivatives(), "x")
-    derivatives = Derivatives(settings.keys)
-    assert not derivatives.read(client) and derivatives.tokens == frozenset()
-
-
 def test_an_aggregator_applies_the_hours_of_a_new_master_within_a_minute(
     client: redis.Redis, make_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = make_settings(shards=1)
+    client.set(settings.keys.derivatives(), "x")  # a key of another type counts as no master
     cash, auction = (load_sessions("market").schedule_of(INFY, has) for has in (False, True))
     aggregator = Aggregator(lambda: connect(settings), settings, now_ms=lambda: time.time() * 1000)
     aggregator.start()
@@ -67,6 +53,7 @@ def test_an_aggregator_applies_the_hours_of_a_new_master_within_a_minute(
             return [int(state.arrays.schedule[state.index(token)]) for token in (INFY, RELIANCE)]
 
         assert schedules() == [cash, cash]
+        client.delete(settings.keys.derivatives())
         sync(client, settings, "INFY")
         later = time.monotonic() + DERIVATIVES_SECONDS
         monkeypatch.setattr("pkbrokers_redis.aggregate.worker.time.monotonic", lambda: later)
