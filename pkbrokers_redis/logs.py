@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 import re
 import sys
-import threading
 from collections.abc import Hashable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -51,16 +50,14 @@ class Once:
         self.keys_max = keys_max
         self.repeats = 0
         self._seen: set[Hashable] = set()
-        self._lock = threading.Lock()
 
     def first(self, key: Hashable) -> bool:
         """Return True for the first call with this key only."""
-        with self._lock:
-            if key in self._seen or len(self._seen) >= self.keys_max:
-                self.repeats += 1
-                return False
-            self._seen.add(key)
-            return True
+        if key in self._seen or len(self._seen) >= self.keys_max:
+            self.repeats += 1
+            return False
+        self._seen.add(key)
+        return True
 
 
 def configure(settings: Settings) -> None:
