@@ -80,19 +80,15 @@ def _names(names: Sequence[object]) -> str:
 
 def workers_beat(cluster: ClusterState) -> Iterator[Finding]:
     """Check that a worker reads Kite, one makes candles, and none hangs."""
-    for role, does, command in (
-        ("ingest", "reads Kite", "pkb ingest"),
-        ("aggregate", "makes candles", "pkb aggregate"),
-    ):
+    for role, does in (("ingest", "reads Kite"), ("aggregate", "makes candles")):
         workers = cluster.alive(role)
         late = [worker.id for worker in workers if (worker.age_ms or 0) > BEAT_AGE_MS_MAX]
         if not workers:
-            yield Finding(role, "fail", f"no worker {does}", f"start `{command}`, or all with `pkb up`")
+            hint = f"start `pkb {role}`, or all with `pkb up`"
+            yield Finding(role, "fail", f"no worker {does}", hint)
         elif late:
-            yield Finding(
-                role, "warn", f"{_names(late)} did not beat for {BEAT_AGE_MS_MAX / 1000:g} s",
-                "look whether it hangs or its host is overloaded; kill it and it is replaced",
-            )  # fmt: skip
+            hint = "look whether it hangs or its host is overloaded; kill it and it is replaced"
+            yield Finding(role, "warn", f"{_names(late)} did not beat for {BEAT_AGE_MS_MAX / 1000:g} s", hint)
         else:
             yield Finding(role, "ok", f"{len(workers)} running")
 
@@ -103,31 +99,8 @@ def shards_owned(cluster: ClusterState) -> Iterator[Finding]:
     if not free:
         yield Finding("shards", "ok", f"all {len(cluster.shards)} have an aggregator")
     elif cluster.alive("aggregate"):
-        yield Finding(
-            "shards", "warn", f"no aggregator has shard {_names(free)}",
-            "wait for PKB_LEASE_SECONDS; then look at the aggregators' logs for `shard_quarantined`",
-        )  # fmt: skip
-
-
-def feeds_owned(cluster: ClusterState) -> Iterator[Finding]:
-    """Check that every feed has a reader, which is connected to Kite."""
-    readers = cluster.alive("ingest")
-    if not readers:
-        return
-    free = [number for number, owner in enumerate(cluster.feeds) if owner is None]
-    if free:
-        yield Finding(
-            "feeds", "warn", f"no ingest worker reads feed {_names(free)}",
-            "wait for PKB_LEASE_SECONDS; then look at the ingest workers' logs",
-        )  # fmt: skip
-    offline = [each.id for each in readers if each.number("connected") < len(each.numbers("feeds"))]
-    if offline:
-        yield Finding(
-            "feeds", "warn", f"{_names(offline)} is not connected to Kite on every feed",
-            "look at its log: 403 is an expired session (`pkb login`), 429 too many connections of a key",
-        )  # fmt: skip
-    if not free and not offline:
-        yield Finding("feeds", "ok", f"all {len(cluster.feeds)} are read")
+        hint = "wait for PKB_LEASE_SECONDS; then look at the aggregators' logs for `shard_quarantined`"
+        yield Finding("shards", "warn", f"no aggregator has shard {_names(free)}", hint)
 
 
 FEED_PROBLEMS = {  # states of the ingest workers' watchdog that an operator should know of
@@ -140,9 +113,22 @@ FEED_PROBLEMS = {  # states of the ingest workers' watchdog that an operator sho
 }  # fmt: skip
 
 
-def feeds_healthy(cluster: ClusterState) -> Iterator[Finding]:
-    """Check that no feed is mute, refused or rate-limited, as its worker's watchdog reports."""
-    for worker in cluster.alive("ingest"):
+def feeds_read(cluster: ClusterState) -> Iterator[Finding]:
+    """Check that every feed has a reader, which is connected to Kite, and what its watchdog reports."""
+    readers = cluster.alive("ingest")
+    if not readers:
+        return
+    free = [number for number, owner in enumerate(cluster.feeds) if owner is None]
+    if free:
+        hint = "wait for PKB_LEASE_SECONDS; then look at the ingest workers' logs"
+        yield Finding("feeds", "warn", f"no ingest worker reads feed {_names(free)}", hint)
+    offline = [each.id for each in readers if each.number("connected") < len(each.numbers("feeds"))]
+    if offline:
+        hint = "look at its log: 403 is an expired session (`pkb login`), 429 too many connections of a key"
+        yield Finding("feeds", "warn", f"{_names(offline)} is not connected to Kite on every feed", hint)
+    if not free and not offline:
+        yield Finding("feeds", "ok", f"all {len(cluster.feeds)} are read")
+    for worker in readers:
         pairs = [pair.partition(":")[::2] for pair in worker.fields.get("feed_state", "").split(",")]
         for problem, (message, hint) in FEED_PROBLEMS.items():
             if numbers := [number for number, state in pairs if state == problem]:
@@ -152,16 +138,14 @@ def feeds_healthy(cluster: ClusterState) -> Iterator[Finding]:
 def lag_small(cluster: ClusterState) -> Iterator[Finding]:
     """Check that no entry waits long for its aggregator."""
     late = [shard.number for shard in cluster.shards if shard.lag_ms > LAG_MS_MAX]
-    worst = max((shard.lag_ms for shard in cluster.shards), default=0.0)
-    entries = sum(shard.lag_entries for shard in cluster.shards)
+    worst_ms = max((shard.lag_ms for shard in cluster.shards), default=0.0)
+    waiting = f"{sum(shard.lag_entries for shard in cluster.shards):,} entries wait, the oldest for"
     if late:
-        yield Finding(
-            "lag", "warn",
-            f"shard {_names(late)} is behind: {entries:,} entries wait, the oldest for {worst / 1000:,.0f} s",
-            "start more aggregators (`pkb up --aggregators N`), or a faster machine",
-        )  # fmt: skip
+        message = f"shard {_names(late)} is behind: {waiting} {worst_ms / 1000:,.0f} s"
+        hint = "start more aggregators (`pkb up --aggregators N`), or a faster machine"
+        yield Finding("lag", "warn", message, hint)
     else:
-        yield Finding("lag", "ok", f"{entries:,} entries wait, the oldest for {worst:,.0f} ms")
+        yield Finding("lag", "ok", f"{waiting} {worst_ms:,.0f} ms")
 
 
 LOSSES = (
@@ -178,14 +162,12 @@ LOSSES = (
 
 def nothing_lost(cluster: ClusterState) -> Iterator[Finding]:
     """Check that no worker has lost ticks."""
-    lost = False
-    for name, message, hint in LOSSES:
-        count = sum(worker.number(name) for worker in cluster.workers)
+    totals = [sum(worker.number(name) for worker in cluster.workers) for name, _, _ in LOSSES]
+    for count, (_, message, hint) in zip(totals, LOSSES, strict=True):
         if count:
-            lost = True
-            hint += "; replay or backfill what is missing"
+            hint = f"{hint}; replay or backfill what is missing"
             yield Finding("losses", "warn", f"{count:,.0f} {message}", hint)
-    if not lost:
+    if not any(totals):
         yield Finding("losses", "ok", "no tick was lost")
 
 
@@ -196,14 +178,11 @@ def redis_takes_writes(cluster: ClusterState) -> Iterator[Finding]:
         where = f"Redis {server.name}".strip()
         if not server.saves:
             problem = True
-            yield Finding(
-                "redis", "fail", f"{where} cannot save to its disk, and refuses writes",
-                "free space there or correct its permissions; its log has the cause",
-            )  # fmt: skip
+            hint = "free space there or correct its permissions; its log has the cause"
+            yield Finding("redis", "fail", f"{where} cannot save to its disk, and refuses writes", hint)
         if server.limit_bytes and server.used_bytes > MEMORY_PART_MAX * server.limit_bytes:
             problem = True
-            part = server.used_bytes / server.limit_bytes
-            message = f"{where} has used {part:.0%} of its maxmemory"
+            message = f"{where} has used {server.used_bytes / server.limit_bytes:.0%} of its maxmemory"
             yield Finding("memory", "warn", message, "raise it, or keep fewer rows")
     if cluster.servers and not problem:
         used = sum(server.used_bytes for server in cluster.servers)
@@ -212,25 +191,19 @@ def redis_takes_writes(cluster: ClusterState) -> Iterator[Finding]:
 
 def progress_since(earlier: ClusterState) -> Check:
     """Return a check that shards with waiting entries have moved since an earlier state."""
+    waiting = {shard.number: shard.position for shard in earlier.shards if shard.lag_entries}
 
     def check(cluster: ClusterState) -> Iterator[Finding]:
-        before = {shard.number: shard for shard in earlier.shards}
         stuck = [
             shard.number
             for shard in cluster.shards
-            if shard.owner is not None
-            and shard.lag_entries
-            and (old := before.get(shard.number)) is not None
-            and old.lag_entries
-            and old.position == shard.position
+            if shard.owner is not None and shard.lag_entries and waiting.get(shard.number) == shard.position
         ]
-        seconds = (cluster.at_ms - earlier.at_ms) / 1000
         if stuck:
-            yield Finding(
-                "stuck", "fail",
-                f"shard {_names(stuck)} did not move for {seconds:.1f} s while entries waited",
-                "look at its aggregator's log, then restart it: another takes over",
-            )  # fmt: skip
+            seconds = (cluster.at_ms - earlier.at_ms) / 1000
+            message = f"shard {_names(stuck)} did not move for {seconds:.1f} s while entries waited"
+            hint = "look at its aggregator's log, then restart it: another takes over"
+            yield Finding("stuck", "fail", message, hint)
         else:
             yield Finding("stuck", "ok", "every shard with waiting entries moves")
 
@@ -238,7 +211,7 @@ def progress_since(earlier: ClusterState) -> Check:
 
 
 STATUS_CHECKS: tuple[Check, ...] = (
-    workers_beat, shards_owned, feeds_owned, feeds_healthy, lag_small, nothing_lost, redis_takes_writes
+    workers_beat, shards_owned, feeds_read, lag_small, nothing_lost, redis_takes_writes
 )  # fmt: skip
 
 
@@ -247,21 +220,21 @@ STATUS_CHECKS: tuple[Check, ...] = (
 
 def persistent(cluster: ClusterState) -> Iterator[Finding]:
     """Check that a restart of Redis loses nothing, and that Redis evicts nothing."""
-    if any(not server.aof for server in cluster.servers):
-        yield Finding(
-            "persistence", "warn", "appendonly is off: a restart of Redis loses ticks and candles",
-            "CONFIG SET appendonly yes, and set it in redis.conf",
-        )  # fmt: skip
-    elif cluster.servers:
+    if not cluster.servers:
+        return
+    if all(server.aof for server in cluster.servers):
         yield Finding("persistence", "ok", "appendonly is on")
+    else:
+        message = "appendonly is off: a restart of Redis loses ticks and candles"
+        hint = "CONFIG SET appendonly yes, and set it in redis.conf"
+        yield Finding("persistence", "warn", message, hint)
     evicting = sorted({server.eviction for server in cluster.servers} - {"noeviction", ""})
     if evicting:
-        yield Finding(
-            "eviction", "fail" if any(policy.startswith("allkeys") for policy in evicting) else "warn",
-            f"maxmemory-policy is {_names(evicting)}: Redis may delete keys when memory is short",
-            "CONFIG SET maxmemory-policy noeviction, and set it in redis.conf",
-        )  # fmt: skip
-    elif cluster.servers:
+        level: Level = "fail" if any(policy.startswith("allkeys") for policy in evicting) else "warn"
+        message = f"maxmemory-policy is {_names(evicting)}: Redis may delete keys when memory is short"
+        hint = "CONFIG SET maxmemory-policy noeviction, and set it in redis.conf"
+        yield Finding("eviction", level, message, hint)
+    else:
         yield Finding("eviction", "ok", "maxmemory-policy is noeviction")
 
 
@@ -273,10 +246,9 @@ def forks_rare(cluster: ClusterState) -> Iterator[Finding]:
         if server.forks >= FORKS_MIN and server.up_seconds < server.forks * FORK_SECONDS_MIN
     ]
     if often:
-        yield Finding(
-            "forks", "warn", f"Redis forks every {min(often):.0f} s to rewrite its files, and ticks wait",
-            'CONFIG SET save "" and auto-aof-rewrite-min-size 1gb, and set them in redis.conf',
-        )  # fmt: skip
+        message = f"Redis forks every {min(often):.0f} s to rewrite its files, and ticks wait"
+        hint = 'CONFIG SET save "" and auto-aof-rewrite-min-size 1gb, and set them in redis.conf'
+        yield Finding("forks", "warn", message, hint)
     elif cluster.servers:
         forks = sum(server.forks for server in cluster.servers)
         yield Finding("forks", "ok", f"{forks:,} since Redis started")
@@ -304,10 +276,9 @@ def one_instrument_list(cluster: ClusterState) -> Iterator[Finding]:
             lists.setdefault(name, []).append(worker.id)
     if len(lists) > 1:
         few = min(lists.values(), key=len)
-        yield Finding(
-            "instruments", "fail", f"{_names(few)} has another instrument list than the other ingest workers",
-            "give all the same PKB_INSTRUMENTS and instrument master, and restart them",
-        )  # fmt: skip
+        message = f"{_names(few)} has another instrument list than the other ingest workers"
+        hint = "give all the same PKB_INSTRUMENTS and instrument master, and restart them"
+        yield Finding("instruments", "fail", message, hint)
     elif lists:
         total = max(worker.number("instruments_total") for worker in cluster.alive("ingest"))
         yield Finding("instruments", "ok", f"{total:,.0f}, one list for all ingest workers")
@@ -325,11 +296,11 @@ def streams_below(entries_max: int) -> Check:
         size = sum(shard.stream_bytes or 0 for shard in cluster.shards)
         message = f"{size / 1e6:,.1f} MB, the longest has {longest:,} of {entries_max:,} entries"
         if big:
-            yield Finding(
-                "streams", "warn", f"shard {_names(big)} nears its hard cap: {message}",
+            hint = (
                 "aggregators must keep up; a registered reader that fell behind also holds entries "
-                "(XINFO GROUPS), and so does a long PKB_STREAM_RETENTION_SECONDS",
-            )  # fmt: skip
+                "(XINFO GROUPS), and so does a long PKB_STREAM_RETENTION_SECONDS"
+            )
+            yield Finding("streams", "warn", f"shard {_names(big)} nears its hard cap: {message}", hint)
         else:
             yield Finding("streams", "ok", message)
 
@@ -338,11 +309,10 @@ def streams_below(entries_max: int) -> Check:
 
 def check_functions(missing: Sequence[str]) -> Finding:
     """Check that the Redis Functions are loaded on every master."""
-    if missing:
-        return Finding(
-            "functions", "warn", f"missing: {_names(missing)}", "an aggregator loads them as it starts"
-        )
-    return Finding("functions", "ok", "loaded")
+    if not missing:
+        return Finding("functions", "ok", "loaded")
+    hint = "an aggregator loads them as it starts"
+    return Finding("functions", "warn", f"missing: {_names(missing)}", hint)
 
 
 def check_settings(problem: PkbError | None, exists: bool) -> Finding:
@@ -377,9 +347,9 @@ def check_master(manifest: Manifest | None, now_s: float) -> Finding:
 def check_host(workers: Iterable[Worker], host: str) -> Finding:
     """Check that the workers of one host beat: a container's healthcheck."""
     local = [worker for worker in workers if worker.age_ms is not None and worker.fields.get("host") == host]
+    late = [worker.id for worker in local if (worker.age_ms or 0) > BEAT_AGE_MS_MAX]
     if not local:
         return Finding("here", "fail", f"no worker of {host} beats", "look at its log")
-    late = [worker.id for worker in local if (worker.age_ms or 0) > BEAT_AGE_MS_MAX]
     if late:
         return Finding("here", "warn", f"{_names(late)} does not beat", "look at its log")
     return Finding("here", "ok", _names([worker.id for worker in local]))
@@ -469,13 +439,8 @@ def check_volumes(
 ) -> VolumeCheck:
     """Check that each instrument's candle volumes add up to its last cumulative volume minus the baseline.
 
-    It may run while aggregators work: a commit is atomic, and so is the read of one instrument.
-
-    Args:
-        client: The store.
-        keys: Its keys.
-        interval: Whose candles are added up.
-        keep: How many completed rows of the interval a list holds at most.
+    It may run while aggregators work: a commit is atomic, and so is the read of one instrument. `keep` is how
+    many completed rows of the interval a list holds at most.
     """
     result = VolumeCheck()
     for shard in range(keys.shards):
@@ -491,20 +456,14 @@ def check_volumes(
             replies = pipeline.execute(raise_on_error=False)
             for n, token in enumerate(chunk):
                 try:
-                    _add_up(result, token, *replies[3 * n : 3 * n + 3], keep=keep)
+                    _add_up(result, token, *replies[3 * n : 3 * n + 3], keep)
                 except (ValueError, TypeError, IndexError):  # not JSON, other fields, WRONGTYPE
                     result.malformed += 1
     return result
 
 
 def _add_up(
-    result: VolumeCheck,
-    token: int,
-    state: bytes,
-    rows: list[bytes],
-    current: bytes | None,
-    *,
-    keep: int | None,
+    result: VolumeCheck, token: int, state: bytes, rows: list[bytes], current: bytes | None, keep: int | None
 ) -> None:
     _, _, _, day_s, volume, baseline, *_ = msgspec.json.decode(state)
     if volume is None:
