@@ -23,6 +23,7 @@ import hashlib
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -81,11 +82,7 @@ def feeds_needed(tokens: int, sessions: int) -> int:
 
 
 def partition(tokens: Collection[int], sessions: int) -> list[Feed]:
-    """Return as few feeds as possible, of even size (±1). The same instruments give the same feeds.
-
-    Raises:
-        SettingsError: there are more instruments than `sessions` api keys may stream.
-    """
+    """Return as few feeds as possible, of even size (±1). Raises SettingsError for too many instruments."""
     ordered = sorted(set(tokens))
     count = feeds_needed(len(ordered), sessions)
     ends = [n * len(ordered) // count for n in range(count + 1)] if count else [0]
@@ -96,15 +93,7 @@ def repartition(current: Sequence[Collection[int]], tokens: Collection[int], ses
     """Return the feeds for another list; every instrument that stays keeps its feed. Deterministic.
 
     New tokens go where most room is; a feed is opened only when all are full. Feeds that are being read are
-    not merged: that would interrupt thousands of instruments to save a connection.
-
-    Args:
-        current: the tokens of each feed so far; a malformed partition is replaced by a fresh one.
-        tokens: the new list.
-        sessions: how many api keys there are.
-
-    Raises:
-        SettingsError: as `partition`.
+    not merged: that would interrupt thousands of instruments. A malformed partition is replaced.
     """
     stream = set(tokens)
     needed = feeds_needed(len(stream), sessions)
@@ -182,16 +171,9 @@ class FeedAssignments:
         self._feeds_id = list_id({token for feed in feeds for token in feed.tokens})
 
     def update(self, client: redis.Redis, other_workers: Collection[str] = ()) -> bool:
-        """Read list and feeds, and publish where the own list differs. At most once a second.
+        """Read list and feeds, publish where the own list differs; return whether the feeds changed.
 
-        A list that cannot be read, and a key of another type, are logged once.
-
-        Args:
-            client: of the store; what redis-py raises passes through.
-            other_workers: the ids of the other living ingest workers.
-
-        Returns:
-            True if the feeds changed.
+        It does so once a second at most. `other_workers` are the ids of the other living ingest workers.
         """
         if self._clock() < self._next_update:
             return False
@@ -207,8 +189,8 @@ class FeedAssignments:
         except ResponseError as error:
             if not is_wrong_type(error):
                 raise
+            key = self._keys.feeds()
             if self._once.first("wrong type"):
-                key = self._keys.feeds()
                 log.error("feeds_unreadable", key=key, hint=f"look at it, then `DEL {key}`")
         return self.feeds != before
 
@@ -303,27 +285,19 @@ def _decode(text: bytes) -> list[list[int]]:
 
 
 def sessions_of(settings: Settings) -> list[Settings]:
-    """Return one Settings per api key, from the comma lists PKB_KITE_API_KEY and PKB_KITE_ACCESS_TOKEN.
-
-    Raises:
-        SettingsError: the lists differ in length.
-    """
+    """Return one Settings per api key, from the comma lists PKB_KITE_API_KEY and PKB_KITE_ACCESS_TOKEN."""
     secret = settings.kite_access_token
-    api_keys = _split(settings.kite_api_key)
-    access_tokens = _split(secret.get_secret_value() if secret else None)
-    if access_tokens and len(access_tokens) != max(len(api_keys), 1):
+    keys: list[str | None] = [*_split(settings.kite_api_key)] or [None]
+    tokens = _split(secret.get_secret_value() if secret else None)
+    if tokens and len(tokens) != len(keys):
         raise SettingsError(
-            f"PKB_KITE_API_KEY names {len(api_keys)} keys, PKB_KITE_ACCESS_TOKEN {len(access_tokens)}",
+            f"PKB_KITE_API_KEY names {len(keys)} keys, PKB_KITE_ACCESS_TOKEN {len(tokens)}",
             "give each api key its access token, in the same order",
         )
+    secrets: list[SecretStr | None] = [*map(SecretStr, tokens)] or [None] * len(keys)
     return [
-        settings.model_copy(
-            update={
-                "kite_api_key": api_keys[n] if api_keys else None,
-                "kite_access_token": SecretStr(access_tokens[n]) if access_tokens else None,
-            }
-        )
-        for n in range(max(len(api_keys), 1))
+        settings.model_copy(update={"kite_api_key": key, "kite_access_token": token})
+        for key, token in zip(keys, secrets, strict=True)
     ]
 
 
@@ -339,16 +313,11 @@ def share_of(worker_id: str, members: Collection[str], feeds: int) -> int:
 
 
 class FeedReader(Protocol):
-    """What `FeedLeases` directs. All calls come from its thread and may raise what redis-py raises."""
+    """What `FeedLeases` directs (`worker.Ingest`), from its thread; it may raise what redis-py raises."""
 
-    def update_feeds(self, client: redis.Redis, other_workers: Collection[str]) -> int:
-        """Return how many feeds there are."""
-
-    def open_feed(self, client: redis.Redis, number: int) -> None:
-        """Start to read a feed."""
-
-    def close_feeds(self, client: redis.Redis | None, numbers: Collection[int]) -> None:
-        """Stop to read feeds; `client` is None where another worker reads them already."""
+    def update_feeds(self, client: redis.Redis, other_workers: Collection[str]) -> int: ...
+    def open_feed(self, client: redis.Redis, number: int) -> None: ...
+    def close_feeds(self, client: redis.Redis | None, numbers: Collection[int]) -> None: ...
 
 
 class FeedLeases:
@@ -395,8 +364,10 @@ class FeedLeases:
         """Do one round with Redis. Without Redis everything stays as it is."""
         try:
             client = self._client = self._client or self._connect()
-            self._announce(client)
-            self._renew(client)
+            leases.announce(client, self._keys, ROLE, self._worker_id)
+            lost = [feed for feed in sorted(self.held) if not self._lease(client, feed).acquire()]
+            self.lost += len(lost)
+            self._close(None, lost, "another worker reads it")
             members = leases.members(client, self._keys, ROLE, self._ttl_ms)
             total = self._reader.update_feeds(client, [each for each in members if each != self._worker_id])
             share = share_of(self._worker_id, members, total)
@@ -416,14 +387,6 @@ class FeedLeases:
             self._pause(self._ttl_ms)
             log.info("leases_renewed", feeds=_names(self.held))
 
-    def _announce(self, client: redis.Redis) -> None:
-        leases.announce(client, self._keys, ROLE, self._worker_id)
-
-    def _renew(self, client: redis.Redis) -> None:
-        lost = [feed for feed in sorted(self.held) if not self._try_lease(client, feed)]
-        self.lost += len(lost)
-        self._close(None, lost, "another worker reads it")
-
     def _give_up(self, client: redis.Redis, total: int, share: int) -> None:
         held = sorted(self.held)
         removed = [feed for feed in held if feed >= total]
@@ -436,7 +399,7 @@ class FeedLeases:
         for feed in range(total):
             if len(self.held) >= share:
                 return
-            if feed not in self.held and self._try_lease(client, feed):
+            if feed not in self.held and self._lease(client, feed).acquire():
                 log.info("feed_taken", feed=feed, of=total)
                 self._reader.open_feed(client, feed)
                 self.held.add(feed)
@@ -447,9 +410,6 @@ class FeedLeases:
 
     def _lease(self, client: redis.Redis, feed: int) -> leases.LeaderLease:
         return leases.LeaderLease(client, self._keys.feed(feed), self._worker_id, self._ttl_ms / 1000)
-
-    def _try_lease(self, client: redis.Redis, feed: int) -> bool:
-        return self._lease(client, feed).acquire()
 
     def _close(self, client: redis.Redis | None, feeds: Collection[int], reason: str) -> None:
         if feeds:
@@ -464,20 +424,16 @@ class FeedLeases:
     def end(self) -> None:
         """Close all feeds and release them at once. Without Redis their leases run out."""
         held = sorted(self.held)
-        client: redis.Redis | None = None
         try:
             client = self._client or self._connect()
         except (redis.RedisError, PkbError):
-            pass
-        self._close(client, held, "stopping")
-        if client is None:
+            self._close(None, held, "stopping")
             return
-        try:
+        self._close(client, held, "stopping")
+        with suppress(redis.RedisError):
             self._release(client, held)
             leases.leave(client, self._keys, ROLE, self._worker_id)
             client.close()
-        except redis.RedisError:
-            pass
 
 
 def _names(feeds: Collection[int]) -> str:

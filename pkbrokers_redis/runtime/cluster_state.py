@@ -1,12 +1,9 @@
-"""Heartbeats of workers, and the lag of the aggregators behind the tick streams.
+"""Heartbeats of workers, and the state of a running pipeline as Redis shows it; `health.py` checks it.
 
     P:worker:<id>   hash, TTL 10 s: role host pid started_at shards ticks_total ticks_per_second lag_ms …
 
-A heartbeat is written every two seconds. Membership (`P:workers`) is separate: it goes with the leases.
-
-The state of a running pipeline as Redis shows it; `health.py` checks it.
-
-It is read in a few round trips, without SCAN: `P:workers` names the workers, `P:meta` the shards, the
+A heartbeat is written every two seconds. Membership (`P:workers`) is separate: it goes with the leases. The
+state is read in a few round trips, without SCAN: `P:workers` names the workers, `P:meta` the shards, the
 heartbeats of ingest the number of feeds. All ages are by Redis's clock.
 """
 
@@ -52,15 +49,12 @@ def read_shards(
     client: redis.Redis, keys: Keys, shards: Sequence[int], at_ms: float, *, stream_bytes: bool = False
 ) -> list[Shard]:
     """Return stream, owner and lag of shards; ages are relative to `at_ms`, epoch milliseconds."""
-    result: list[Shard] = []
-    for first in range(0, len(shards), SHARDS_AT_ONCE):
-        result += _read_shards(client, keys, shards[first : first + SHARDS_AT_ONCE], at_ms, stream_bytes)
-    return result
-
-
-def _read_shards(
-    client: redis.Redis, keys: Keys, shards: Sequence[int], at_ms: float, stream_bytes: bool
-) -> list[Shard]:
+    if len(shards) > SHARDS_AT_ONCE:
+        first, rest = shards[:SHARDS_AT_ONCE], shards[SHARDS_AT_ONCE:]
+        return [
+            *read_shards(client, keys, first, at_ms, stream_bytes=stream_bytes),
+            *read_shards(client, keys, rest, at_ms, stream_bytes=stream_bytes),
+        ]
     pipeline = client.pipeline(transaction=False)
     for shard in shards:
         pipeline.xlen(keys.ticks(shard))
@@ -129,14 +123,7 @@ TTL_SECONDS = 10
 
 
 class Heartbeat:
-    """Writes one worker's hash every two seconds. A refusal of Redis is logged once, an outage not at all.
-
-    Args:
-        keys: The store's keys.
-        role: The worker's role.
-        worker_id: Its unique id.
-        now_ms: When it started, epoch milliseconds.
-    """
+    """Writes one worker's hash every two seconds. A refusal of Redis is logged once, an outage not at all."""
 
     def __init__(self, keys: Keys, role: str, worker_id: str, now_ms: float) -> None:
         self._keys = keys
@@ -164,15 +151,7 @@ class Heartbeat:
         figures: Mapping[str, Any],
         shards: Sequence[int] = (),
     ) -> None:
-        """Write the hash.
-
-        Args:
-            client: The store.
-            now_ms: The wall clock, epoch milliseconds.
-            ticks_total: Ticks so far; the rate is computed since the last heartbeat.
-            figures: Further fields.
-            shards: The shards whose lag is read from Redis and added.
-        """
+        """Write the hash with further `figures`, the rate since the last heartbeat, and the lag of `shards`."""
         passed_ms = now_ms - self._last_ms if now_ms >= self._last_ms else EVERY_MS
         seconds = max(passed_ms / 1000, 0.001)
         rate = (ticks_total - self._last_ticks) / seconds
@@ -194,14 +173,10 @@ class Heartbeat:
         except (redis.ConnectionError, redis.TimeoutError):
             pass  # the role itself reports an outage, and a missing heartbeat shows it
         except redis.RedisError as error:
-            self._log_refusal(error)
-
-    def _log_refusal(self, error: redis.RedisError) -> None:
-        """Log once why Redis refuses the heartbeat: no permission, another type, out of memory."""
-        if not self._refused:
-            hint = f"look at it with `TYPE {self.key}`; the user needs HSET and EXPIRE on it (docs/acl.conf)"
-            log.warning("heartbeat_refused", key=self.key, reason=str(error)[:200], hint=hint)
-        self._refused = True
+            if not self._refused:  # no permission, another type, out of memory
+                hint = f"look at it with `TYPE {self.key}`; the user needs HSET and EXPIRE (docs/acl.conf)"
+                log.warning("heartbeat_refused", key=self.key, reason=str(error)[:200], hint=hint)
+            self._refused = True
 
     def end(self, client: redis.Redis) -> None:
         """Delete the hash: the worker has stopped cleanly."""

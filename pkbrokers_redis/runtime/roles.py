@@ -74,16 +74,10 @@ def open_store(settings: Settings) -> redis.Redis:
 
 
 def run_role(role: Role, arguments: Sequence[str] = ()) -> int:
-    """Run a role until SIGTERM or SIGINT; print an error as one line.
+    """Run a role until SIGTERM or SIGINT; print an error as one line; return the exit code.
 
-    Args:
-        role: Called once, with the settings and the event that ends it.
-        arguments: What a person gave a worker on its command line, which takes none.
-
-    Returns:
-        The exit code. 0: stopped by a signal. 1: a restart was requested. 2: an error. Under `pkb up` an
-        error that may pass (Redis is unavailable) is 1 too: the supervisor restarts such a worker, and stops
-        everything after a 2.
+    0: stopped by a signal. 1: a restart was requested. 2: an error. Under `pkb up` an error that may pass
+    (Redis is unavailable) is 1 too: the supervisor restarts such a worker, and stops everything after a 2.
     """
     if arguments:
         usage = "a worker takes no arguments: set it up by PKB_… variables, which `pkb config` lists"
@@ -136,19 +130,12 @@ def redis_time_ms(client: redis.Redis) -> float:
 
 
 def request_restart(client: redis.Redis, keys: Keys, role: str) -> None:
-    """Request that all running workers of a role restart.
-
-    A worker that sees the request stops cleanly and exits with code 1. Its supervisor (`pkb up`, systemd,
-    compose) starts it again.
-    """
+    """Request that all running workers of a role stop cleanly with exit code 1; supervisors restart them."""
     client.set(keys.restart(role), int(redis_time_ms(client)), ex=REQUEST_SECONDS)
 
 
 class RestartWatch:
-    """Notices a restart request that is newer than this worker.
-
-    Call `check` with each heartbeat, and `raise_if_requested` once the role has stopped.
-    """
+    """Notices a restart request that is newer than this worker; `check` goes with each heartbeat."""
 
     def __init__(self, client: redis.Redis, keys: Keys, role: str) -> None:
         self._client, self._key, self._role = client, keys.restart(role), role

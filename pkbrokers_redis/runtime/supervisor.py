@@ -1,12 +1,4 @@
-"""Signals that stop a process, handled in a thread of their own.
-
-A Python signal handler runs in the main thread, between two bytecodes. `threading.Event.set()` is not safe
-there: the main thread may hold the event's own lock inside `wait()`, and then waits for itself. The handler
-also runs late, because the kernel may deliver the signal to another thread, which does not end the main
-thread's wait. Therefore the interpreter writes the number of each signal into a pipe
-(`signal.set_wakeup_fd`), and a thread reads the pipe and acts.
-
-Supervise processes: `pkb up` and `pkb demo` run one process a role, restarted when it dies.
+"""Supervise processes: `pkb up` and `pkb demo` run one process a role, restarted when it dies.
 
     start   last role first: readers are ready before writers
     death   restart after 0.2 s, 0.4 s … 30 s; from 0.2 s again once the process ran for 30 s
@@ -14,7 +6,7 @@ Supervise processes: `pkb up` and `pkb demo` run one process a role, restarted w
     stop    first role first (ingest, then aggregators): SIGTERM, up to 10 s, then SIGKILL
 
 Each process has one thread, which starts it, waits for its end and restarts it. On Linux the kernel kills
-every process when the supervisor dies, even by `kill -9`.
+every process when the supervisor dies, even by `kill -9`. Signals are handled in a thread of their own.
 """
 
 from __future__ import annotations
@@ -34,7 +26,11 @@ from types import FrameType
 from typing import IO, BinaryIO, Literal, NamedTuple
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.clock import Backoff
 
+# A Python signal handler runs in the main thread, between two bytecodes, and late. `threading.Event.set()` is
+# not safe there: the main thread may hold the event's own lock inside `wait()`. Therefore the interpreter
+# writes the number of each signal into a pipe (`signal.set_wakeup_fd`), and a thread reads it and acts.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 END = b"\0"  # no signal has this number: it ends the thread
 
@@ -47,14 +43,9 @@ def ignore_signal(_number: int, _frame: FrameType | None) -> None:
 def call_on_signals(
     action: Callable[[signal.Signals], None], signals: Sequence[signal.Signals] = STOP_SIGNALS
 ) -> Iterator[None]:
-    """Call `action` in a thread for each signal that arrives inside the `with` block.
+    """Call `action` in a thread for each signal that arrives inside the `with` block, in the main thread.
 
-    The signals replace whatever they did before, and do that again after the block. Use it in the main thread
-    only, because Python allows signal handlers nowhere else.
-
-    Args:
-        action: Receives the signal. It may block and take locks.
-        signals: Which signals to handle.
+    The former handlers are restored after the block. `action` may block and take locks.
     """
     _reset_after_fork()
     pipe_out, pipe_in = os.pipe()
@@ -84,14 +75,7 @@ def call_on_signals(
 
 
 def stop_on_signals(stop: threading.Event) -> contextlib.AbstractContextManager[None]:
-    """Set `stop` on SIGTERM and SIGINT inside the `with` block. Use it in the main thread only.
-
-    Example:
-        >>> stop = threading.Event()
-        >>> with stop_on_signals(stop):
-        ...     stop.wait(0.01)
-        False
-    """
+    """Set `stop` on SIGTERM and SIGINT inside the `with` block. Use it in the main thread only."""
     return call_on_signals(lambda _: stop.set())
 
 
@@ -109,6 +93,7 @@ def _reset_after_fork() -> None:
 EXIT_USER_ERROR = 2  # a restart would fail again
 EXIT_TRY_AGAIN = 1  # a restart may succeed
 SUPERVISED = "PKB_SUPERVISED"  # set in the environment of supervised processes: they tell 1 from 2
+HEALTHY_SECONDS = 30.0  # after a run of this length the waits before a restart are short again
 STOP_SECONDS_MAX = 10.0  # a worker commits its last batch and releases its shards in far less
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 OUTPUT_SECONDS_MAX = 1.0  # wait for the last lines of a dead process; a child of its own may hold the pipe
@@ -133,26 +118,6 @@ class ProcessStatus(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Backoff:
-    """How long to wait before a dead process is restarted, in seconds."""
-
-    first_seconds: float = 0.2
-    most_seconds: float = 30.0
-    healthy_seconds: float = 30.0  # after a run of this length the waits start at `first_seconds` again
-
-    def delay(self, previous_seconds: float | None, ran_seconds: float) -> float:
-        """Return the wait after a process died.
-
-        Args:
-            previous_seconds: The wait before this run; None for the first run.
-            ran_seconds: How long the process ran.
-        """
-        if previous_seconds is None or ran_seconds >= self.healthy_seconds:
-            return self.first_seconds
-        return min(previous_seconds * 2, self.most_seconds)
-
-
-@dataclass(frozen=True, slots=True)
 class RoleSpec:
     """A supervised role: `count` processes of the command `argv`."""
 
@@ -167,18 +132,9 @@ def worker_argv(role: str) -> tuple[str, ...]:
 
 
 class Supervisor:
-    """Keeps the processes of some roles running.
+    """Keeps the processes of some roles running; `specs` are in the order of the data flow.
 
-    Args:
-        specs: The roles in the order of the data flow (ingest before aggregate).
-        env: The environment of the processes; by default this process's.
-        output: Receives what they print; by default stderr.
-        backoff: The waits between restarts.
-        stop_seconds_max: How long a role may take to stop before it is killed.
-        clock: Monotonic seconds.
-
-    Example:
-        >>> code = Supervisor([RoleSpec("ingest", worker_argv("ingest"))]).run()  # doctest: +SKIP
+    A dead process is restarted after the first of `restart_seconds`; the wait doubles up to the second.
     """
 
     def __init__(
@@ -187,17 +143,25 @@ class Supervisor:
         *,
         env: Mapping[str, str] | None = None,
         output: BinaryIO | None = None,
-        backoff: Backoff | None = None,
+        restart_seconds: tuple[float, float] = (0.2, 30.0),
         stop_seconds_max: float = STOP_SECONDS_MAX,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._stop_seconds_max = stop_seconds_max
         self._ended = threading.Event()  # by a signal or by a process that failed
-        shared = _Output(sys.stderr.buffer if output is None else output)
+        sink = sys.stderr.buffer if output is None else output
+        lock = threading.Lock()  # over the sink
+
+        def write(lines: bytes) -> None:
+            # After a closed terminal the pipes must still be drained, or the processes block.
+            with lock, contextlib.suppress(OSError, ValueError):
+                sink.write(lines)
+                sink.flush()
+
         env = {**(os.environ if env is None else env), SUPERVISED: "1"}
         self._roles = [
             [
-                _Process(spec, number, env, shared, backoff or Backoff(), clock, self._ended.set)
+                _Process(spec, number, env, write, Backoff(*restart_seconds), clock, self._ended.set)
                 for number in range(spec.count)
             ]
             for spec in specs
@@ -225,12 +189,9 @@ class Supervisor:
                 process.end(signal.SIGKILL)
 
     def run(self) -> int:
-        """Start, wait for SIGTERM, SIGINT, SIGHUP or a failure, then stop. Call it in the main thread.
+        """Start, wait for a signal or a failure, then stop; return the exit code: 0, or 2 after a failure.
 
-        A second signal kills the processes that have not stopped by then.
-
-        Returns:
-            The exit code: 0, or 2 after a failure.
+        It runs in the main thread. A second signal kills the processes that have not stopped by then.
         """
         with call_on_signals(self._on_signal, SIGNALS):
             try:
@@ -258,20 +219,6 @@ class Supervisor:
         self._ended.set()
 
 
-class _Output:
-    """Writes the processes' lines, whole lines at a time. A sink that fails loses lines, not processes."""
-
-    def __init__(self, sink: BinaryIO) -> None:
-        self._sink = sink
-        self._lock = threading.Lock()
-
-    def write(self, lines: bytes) -> None:
-        # After a closed terminal the pipes must still be drained, or the processes block.
-        with self._lock, contextlib.suppress(OSError, ValueError):
-            self._sink.write(lines)
-            self._sink.flush()
-
-
 class _Process:
     """Starts a command, again after each death, until `end` is called or it exits with 2.
 
@@ -284,12 +231,12 @@ class _Process:
         spec: RoleSpec,
         number: int,
         env: Mapping[str, str],
-        output: _Output,
+        write: Callable[[bytes], None],
         backoff: Backoff,
         clock: Callable[[], float],
         on_failed: Callable[[], None],
     ) -> None:
-        self._spec, self._number, self._env, self._output = spec, number, env, output
+        self._spec, self._number, self._env, self._output = spec, number, env, write
         self._backoff, self._clock, self._on_failed = backoff, clock, on_failed
         self._log = logs.get("supervise").bind(role=spec.name, number=number)
         self._lock = threading.Lock()  # guards the fields below
@@ -333,7 +280,6 @@ class _Process:
             return ProcessStatus(role, number, self._state, pid, self._restarts, self._exit_code, line)
 
     def _run(self) -> None:
-        delay_seconds: float | None = None
         while True:
             started = self._clock()
             exit_code = self._run_once()
@@ -344,7 +290,9 @@ class _Process:
                 return
             if exit_code is None or self._closing:
                 break
-            delay_seconds = self._backoff.delay(delay_seconds, self._clock() - started)
+            if self._clock() - started >= HEALTHY_SECONDS:
+                self._backoff.reset()
+            delay_seconds = self._backoff.next()
             self._log.warning("process_died", exit_code=exit_code, restart_in_seconds=delay_seconds)
             self._state = "waiting"
             if self._wake.wait(delay_seconds):
@@ -407,7 +355,7 @@ class _Process:
             self._write(pending)
 
     def _write(self, lines: bytes) -> None:
-        self._output.write(lines + b"\n")
+        self._output(lines + b"\n")
         last = lines.rstrip().rpartition(b"\n")[2]
         if last:
             self._last_line = last[:LAST_LINE_BYTES_MAX]

@@ -19,7 +19,7 @@ from pkbrokers_redis.runtime.roles import (
     request_restart,
     run_role,
 )
-from pkbrokers_redis.runtime.supervisor import SUPERVISED, Backoff, RoleSpec, Supervisor, worker_argv
+from pkbrokers_redis.runtime.supervisor import SUPERVISED, RoleSpec, Supervisor, worker_argv
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.universe import universe
@@ -67,7 +67,7 @@ def test_a_supervised_worker_is_restarted_until_redis_is_available(tmp_path: Pat
         [RoleSpec("aggregate", worker_argv("aggregate"))],
         env=env,
         output=io.BytesIO(),
-        backoff=Backoff(first_seconds=0.01, most_seconds=0.1),
+        restart_seconds=(0.01, 0.1),
     )
     supervisor.start()
     try:
@@ -143,7 +143,7 @@ def test_the_supervisor_restarts_a_worker_on_request(
         [RoleSpec("ingest", worker_argv("ingest"))],
         env={**os.environ, **ingest_env},
         output=io.BytesIO(),
-        backoff=Backoff(first_seconds=0.01),
+        restart_seconds=(0.01, 30.0),
     )
     supervisor.start()
     try:

@@ -13,13 +13,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from pkbrokers_redis.runtime.supervisor import Backoff, ProcessStatus, RoleSpec, Supervisor, worker_argv
+from pkbrokers_redis.clock import Backoff
+from pkbrokers_redis.runtime.supervisor import ProcessStatus, RoleSpec, Supervisor, worker_argv
 from tests.support import is_alive, running_python, wait_until
 
-QUICK = Backoff(first_seconds=0.01, most_seconds=0.05)
+QUICK = (0.01, 0.05)
 
 # Appends "<name> ready", then on SIGTERM "<name> stopped", to the file in argv.
 WORKER = """
@@ -52,7 +51,7 @@ def lines(path: Path) -> list[str]:
 
 @contextmanager
 def supervising(specs: Sequence[RoleSpec], **options: object) -> Iterator[Supervisor]:
-    supervisor = Supervisor(specs, **{"output": io.BytesIO(), "backoff": QUICK, **options})  # type: ignore[arg-type]
+    supervisor = Supervisor(specs, **{"output": io.BytesIO(), "restart_seconds": QUICK, **options})  # type: ignore[arg-type]
     supervisor.start()
     try:
         yield supervisor
@@ -100,28 +99,16 @@ def test_a_process_that_ends_by_itself_is_restarted_for_any_exit_code_but_2() ->
             assert only(supervisor).exit_code == code
 
 
-def test_the_wait_doubles_up_to_its_maximum_and_restarts_after_a_healthy_run() -> None:
-    backoff, waits = Backoff(), [0.0]
-    for _ in range(10):
-        waits.append(backoff.delay(waits[-1] or None, ran_seconds=1))
-    assert waits[1:] == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30]
-    assert backoff.delay(30, ran_seconds=29.9) == 30
-    assert backoff.delay(30, ran_seconds=30) == 0.2
-
-
-@given(st.lists(st.floats(0, 1e6), max_size=50))
-def test_the_wait_is_always_bounded(runs_seconds: list[float]) -> None:
-    backoff, delay = Backoff(), None
-    for ran_seconds in runs_seconds:
-        delay = backoff.delay(delay, ran_seconds)
-        assert backoff.first_seconds <= delay <= backoff.most_seconds
+def test_the_wait_doubles_up_to_its_maximum() -> None:
+    backoff = Backoff(0.2, 30.0)
+    assert [backoff.next() for _ in range(10)] == [0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 12.8, 25.6, 30, 30]
 
 
 def test_the_clock_decides_what_a_healthy_run_is() -> None:
     times = iter(range(0, 1_000_000, 40))  # each run seems to last 40 s
     with supervising(
         [RoleSpec("a", python("raise SystemExit(1)"))],
-        backoff=Backoff(first_seconds=0.01, most_seconds=1e9),
+        restart_seconds=(0.01, 1e9),
         clock=lambda: float(next(times)),
     ) as supervisor:
         # Doubling from 0.01 s, eleven unhealthy runs would take 20 s of waiting.
@@ -168,8 +155,8 @@ def test_the_children_of_a_dead_worker_are_killed(tmp_path: Path) -> None:
 
 
 def test_a_stop_ends_the_wait_for_the_next_try() -> None:
-    slow = Backoff(first_seconds=600, most_seconds=600)
-    with supervising([RoleSpec("a", python("raise SystemExit(1)"))], backoff=slow) as supervisor:
+    slow = (600.0, 600.0)
+    with supervising([RoleSpec("a", python("raise SystemExit(1)"))], restart_seconds=slow) as supervisor:
         wait_until(lambda: only(supervisor).state == "waiting")
         supervisor.stop()
         assert only(supervisor).state == "stopped"
