@@ -151,7 +151,7 @@ class Heartbeat:
         figures: Mapping[str, Any],
         shards: Sequence[int] = (),
     ) -> None:
-        """Write the hash with further `figures`, the rate since the last heartbeat, and the lag of `shards`."""
+        """Write the hash with `figures`, the rate since the last heartbeat, and the lag of `shards`."""
         passed_ms = now_ms - self._last_ms if now_ms >= self._last_ms else EVERY_MS
         seconds = max(passed_ms / 1000, 0.001)
         rate = (ticks_total - self._last_ticks) / seconds
