@@ -58,14 +58,6 @@ class Frame(NamedTuple):
     data: bytes
 
 
-class Loss(NamedTuple):
-    """Frames lost on disk, received between `from_ms` and `to_ms` (0: unknown)."""
-
-    frames: int
-    from_ms: int
-    to_ms: int
-
-
 class Spool:
     """The frames of one source on disk. One thread at a time; every method may raise OSError,
     sqlite3.Error."""
@@ -78,7 +70,7 @@ class Spool:
         self.acked = self.last = self._deleted = 0  # seqs: Redis has, newest on disk, deleted up to
         self.last_ms = 0  # at_ms of the newest frame on disk, 0 if unknown
         self.is_used = False  # from the first frame on disk until `read` has come to the end
-        self.losses: list[Loss] = []
+        self.losses: list[tuple[int, int, int]] = []  # frames, received from and to (ms; 0: unknown)
         self._read_to = (0, 0)  # seq and at_ms of the newest frame that was read whole
         self._malformed = 0  # rows behind it that are not what was written
         self._root = root
@@ -100,7 +92,7 @@ class Spool:
         except sqlite3.Error:
             self._disconnect()
             raise
-        self.last, self.last_ms, self.is_used = frames[-1].seq, frames[-1].at_ms, True
+        self.last, self.last_ms, self.is_used = rows[-1][0], rows[-1][1], True
         self.size_bytes += sum(len(each.data) + ROW_BYTES for each in frames)
 
     def read(self, most: int) -> list[Frame]:
@@ -126,20 +118,22 @@ class Spool:
             self._malformed += max(0, self.last - max(self.acked, self._read_to[0]))  # a file that shrank
             self._note_good(self.last, self.last_ms)
             self._disconnect()
-            self.acked = max(self.acked, self.last)
-            self._delete_files()
+            self.acked = self._deleted = max(self.acked, self.last)
+            self.size_bytes, self.is_used = 0, False
+            for path in self.folder.glob("frames.sqlite*"):
+                path.unlink(missing_ok=True)
         return frames
 
     def _note_good(self, seq: int, at_ms: int) -> None:
         if self._malformed:
-            self.losses.append(Loss(self._malformed, self._read_to[1], at_ms))
+            self.losses.append((self._malformed, self._read_to[1], at_ms))
             self._malformed = 0
         self._read_to = max(self._read_to, (seq, at_ms))
 
     def set_aside(self) -> Path:
         """Keep a damaged spool for a person to look at; return where."""
         lost = max(1, self.last - max(self.acked, self._read_to[0])) + self._malformed
-        self.losses.append(Loss(lost, self._read_to[1], self.last_ms or _changed_ms(self.path)))
+        self.losses.append((lost, self._read_to[1], self.last_ms or _changed_ms(self.path)))
         self._disconnect()
         kept = self._root / f"{self.folder.name}.damaged"
         shutil.rmtree(kept, ignore_errors=True)
@@ -183,11 +177,6 @@ class Spool:
             db.execute("DELETE FROM frames WHERE seq <= ?", (self.acked,))
         self._deleted = self.acked
         self.size_bytes = max(0, self.size_bytes - size)
-
-    def _delete_files(self) -> None:
-        self.size_bytes, self._deleted, self.is_used = 0, self.acked, False
-        for path in self.folder.glob("frames.sqlite*"):
-            path.unlink(missing_ok=True)
 
     def _disconnect(self) -> None:
         db, self._db = self._db, None
@@ -251,11 +240,11 @@ def _changed_ms(path: Path) -> int:
         return 0
 
 
-def _lock_folder(folder: Path) -> int:
+def _lock_folder(folder: Path, mode: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> int:
     """Return the descriptor that holds a folder's lock. Raises BlockingIOError where another has it."""
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, mode)
     except OSError:
         os.close(descriptor)
         raise
@@ -265,9 +254,8 @@ def _lock_folder(folder: Path) -> int:
 @contextlib.contextmanager
 def _locked(root: Path) -> Iterator[None]:
     """Hold the lock under which folders are made, claimed and removed."""
-    descriptor = os.open(root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = _lock_folder(root, fcntl.LOCK_EX)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)
@@ -360,8 +348,7 @@ class FrameBuffer:
     def put(self, data: bytes, at_ms: int) -> bool:
         """Number a frame and keep it; wait for room while the writer is merely slow.
 
-        Returns:
-            False when the frame is lost: memory is full, Redis unavailable, and the disk takes nothing.
+        False: it is lost. Memory is full, Redis unavailable, and the disk takes nothing.
         """
         with self._changed:
             began = self._clock()
@@ -373,7 +360,7 @@ class FrameBuffer:
             if self._finished.is_set():
                 return self._lose(1, "stopped")
             if not (self._frames or self._has_spooled()):
-                self._acked_at = max(self._acked_at, self._clock())
+                self._acked_at = self._clock()
             self.seq += 1
             self._frames.append(Frame(self.source, self.seq, at_ms, data))
             self._bytes += len(data)
@@ -514,11 +501,11 @@ class FrameBuffer:
                 log.error("spool_damaged", kept_as=str(kept), reason=str(error), hint="check the disk")
                 frames = []
             losses, spool.losses = spool.losses, []
-        for loss in losses:
+        for count, from_ms, to_ms in losses:
             with self._changed:
-                self._lose(loss.frames, "the spool is damaged")
-            if loss.from_ms and loss.to_ms:
-                self.lost_spans.append((loss.from_ms, loss.to_ms))
+                self._lose(count, "the spool is damaged")
+            if from_ms and to_ms:
+                self.lost_spans.append((from_ms, to_ms))
         return frames
 
     def acknowledge(self, frames: Sequence[Frame]) -> None:
@@ -544,8 +531,7 @@ class FrameBuffer:
             self._changed.notify_all()
 
     def save(self) -> int:
-        """Move memory to disk, as far as it takes it; return how many frames moved. Redis may take the
-        rest."""
+        """Move memory to disk, as far as it takes it; return how many frames moved."""
         self.close()
         saved = 0
         while moved := self._move_to_disk():
@@ -553,11 +539,7 @@ class FrameBuffer:
         return saved
 
     def finish(self) -> int:
-        """Save, count what fits nowhere as lost, and release the spools.
-
-        Returns:
-            Bytes on disk for the next ingest to send.
-        """
+        """Save, count what fits nowhere as lost, release the spools; return the bytes left on disk."""
         self._finished.set()
         self.save()
         with self._changed:

@@ -223,15 +223,7 @@ class Connections:
         now_ms: Callable[[], float],
         on_failure: Callable[[BaseException], None],
     ) -> None:
-        """Prepare.
-
-        Args:
-            sessions: one per api key, by its number.
-            mode: Kite's mode: `ltp`, `quote` or `full`.
-            buffer: takes the frames.
-            now_ms: market time, which stamps frames.
-            on_failure: is called with what a connection's thread raises.
-        """
+        """Prepare; `now_ms` is market time, `on_failure` is called with what a connection's thread raises."""
         self._sessions = sessions
         self._mode = mode
         self._buffer = buffer

@@ -1,20 +1,13 @@
 """Report outages to the aggregators, ask for their repair, and remember them beyond the life of a process.
 
     P:{S}:repairs     a notice for each outage that is over (`store.repairs`)
-    job outbox        its backfill, and the warm start of instruments never seen (`job_outbox`)
+    P:job_outbox      its backfill, and the warm start of instruments never seen; a thread moves them into RQ
     P:feed_progress   feed → until when its frames are in Redis, written every second
 
 The order makes it safe: first the notice, then its job, then the progress. If the process dies in between,
-the feed's progress is older than the truth. The next reader then reports a longer outage, which marks nothing
-twice.
-
-The outbox of jobs that ingest requests: repair a gap, warm an instrument.
-
-    add    HSET P:job_outbox <id> <job>, in the store, next to the outage's notice
-    send   a thread of its own: into RQ's queue, then HDEL
-
-RQ may live on another Redis, and may be unavailable for hours. Neither ticks nor notices wait for it, and no
-request is lost with a process. The id is made of name and arguments, so sending a job twice runs it once.
+the next reader of the feed reports a longer outage, which marks nothing twice. RQ may live on another Redis
+and be unavailable for hours: neither ticks nor notices wait for it. A job's id is made of name and arguments,
+so sending it twice runs it once.
 """
 
 from __future__ import annotations
@@ -34,6 +27,7 @@ from rq import Queue
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles.calendar import MARKET_TIMEZONE, TIME_MS_MAX, Sessions
+from pkbrokers_redis.clock import Backoff
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.ingest.buffer import FrameBuffer
 from pkbrokers_redis.ingest.connections import Connections, FeedConnection, FeedLiveness, Outage
@@ -288,6 +282,9 @@ ORPHAN_MS = 30_000  # a request of another worker that waits so long is sent by 
 RETRY_SECONDS_MAX = 30.0  # between attempts while RQ is unavailable
 
 
+# -- jobs ---------------------------------------------------------------------------------------------------
+
+
 class _Job(msgspec.Struct):
     name: str
     arguments: dict[str, Any]
@@ -340,14 +337,14 @@ class JobOutbox:
 
     def run(self, stop: threading.Event) -> None:
         """Send what was requested until `stop` is set."""
-        pause_seconds = SEND_SECONDS
-        while not stop.wait(pause_seconds):
+        backoff = Backoff(SEND_SECONDS, RETRY_SECONDS_MAX)
+        while not stop.wait(backoff.next()):
             try:
                 self.send()
-                pause_seconds, self._last_error = SEND_SECONDS, ""
+                self._last_error = ""
+                backoff.reset()
             except (redis.RedisError, PkbError) as error:
                 self._client = self._queue = None
-                pause_seconds = min(pause_seconds * 2, RETRY_SECONDS_MAX)
                 reason = str(error).partition("\n")[0][:200]
                 if reason != self._last_error:
                     self._last_error = reason

@@ -66,21 +66,16 @@ ALARMS = {"mute", "partly_mute", "expired", "rate_limited"}
 
 
 class Observation(NamedTuple):
-    """What is seen of one feed.
-
-    `opened_ms`: since when one of its markets trades continuously, None if none does. `mute_ms`: a longer
-    silence is unusual for this feed (`FeedLiveness.mute_ms`). `silent`: those of the `active` instruments
-    that do not tick.
-    """
+    """What is seen of one feed."""
 
     socket: str
     connected_ms: float
     ticked_ms: float
-    mute_ms: float
-    opened_ms: float | None
+    mute_ms: float  # a longer silence is unusual for this feed
+    opened_ms: float | None  # since when one of its markets trades continuously, None if none does
     instruments: int
     active: int = 0
-    silent: tuple[int, ...] = ()
+    silent: tuple[int, ...] = ()  # those of the active instruments that do not tick
 
 
 class Verdict(NamedTuple):
@@ -275,11 +270,7 @@ class TickActivity:
     ) -> Silence:
         """Return which instruments of a feed are silent, measured against the feed's own newest tick.
 
-        Args:
-            feed: the feed's number.
-            opened_ms: by schedule id, since when it trades continuously; None if it does not.
-            connected_ms: since when the connection could have brought ticks.
-            silent_ms_min: an active instrument is silent after so long at the earliest.
+        `opened_ms`: by schedule id, since when it trades continuously; None if it does not.
         """
         table = self._table
         if feed >= len(table.newest_ms):
@@ -354,10 +345,9 @@ class Watchdog:
         watched: dict[int, _WatchedFeed] = {}
         for number, connection in connections.items():
             feed = self._watched.get(number)
-            is_known = feed is not None and feed.connection is connection
-            watched[number] = (
-                feed if feed and is_known else _WatchedFeed(connection, FeedDiagnosis(self._speed))
-            )
+            if feed is None or feed.connection is not connection:
+                feed = _WatchedFeed(connection, FeedDiagnosis(self._speed))
+            watched[number] = feed
         self._watched = watched
         opened_ms = [self._opened_ms(schedule, now_ms) for schedule in range(len(self._calendar.schedules))]
         for feed in watched.values():
