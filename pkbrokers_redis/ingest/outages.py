@@ -122,7 +122,6 @@ class Outages:
         self._now_ms = now_ms
         self._report_lock = threading.Lock()  # each outage is reported once
         self._pending: deque[tuple[str, tuple[int, ...], Outage]] = deque()  # reason, instruments, span
-        self._pending_lock = threading.Lock()
         self._once = logs.Once()
         self.feeds: list[Feed] = []  # all feeds, also those of other workers; set by the leases' thread
         self.counts = dict.fromkeys(("outages", "outages_dropped", "gap_notices", "new_instruments"), 0)
@@ -184,11 +183,10 @@ class Outages:
 
     def add(self, reason: str, tokens: tuple[int, ...], outage: Outage) -> None:
         """Let an outage of single instruments be reported, while their feed was well."""
-        with self._pending_lock:
-            if len(self._pending) >= PENDING_MAX:
-                self._pending.popleft()
-                self.counts["outages_dropped"] += 1
-            self._pending.append((reason, tokens, outage))
+        if len(self._pending) >= PENDING_MAX:
+            self._pending.popleft()
+            self.counts["outages_dropped"] += 1
+        self._pending.append((reason, tokens, outage))
 
     def run(self, stop: threading.Event) -> None:
         """Report every second until `stop` is set."""
@@ -207,7 +205,13 @@ class Outages:
                 connections = self._connections.all()
                 for connection in connections:
                     self._report(client, connection)
-                self._report_pending(client)
+                while self._pending:
+                    waiting = self._pending.popleft()
+                    try:
+                        self._send(client, *waiting)
+                    except BaseException:
+                        self._pending.appendleft(waiting)
+                        raise
                 self._save_progress(client, connections)
             except (redis.RedisError, PkbError) as error:
                 self._client = None
@@ -219,16 +223,6 @@ class Outages:
         while outage := connection.liveness.first_outage:
             self._send(client, "no data", connection.feed.tokens, outage)
             connection.liveness.drop_outage()
-
-    def _report_pending(self, client: redis.Redis) -> None:
-        while self._pending:
-            first = self._pending[0]
-            self._send(client, *first)
-            with self._pending_lock:
-                if self._pending and self._pending[0] is first:
-                    self._pending.popleft()
-                else:  # `add` dropped it while it was being sent
-                    self.counts["outages_dropped"] -= 1
 
     def _send(self, client: redis.Redis, reason: str, tokens: tuple[int, ...], outage: Outage) -> None:
         self.counts["outages"] += 1
