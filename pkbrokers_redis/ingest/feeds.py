@@ -334,9 +334,9 @@ class FeedLeases:
         lease_seconds: float,
         reader: FeedReader,
         *,
-        now_ms: Callable[[], float],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prepare; `connect` returns a client that gives up soon, `now_ms` is the machine's time."""
+        """Prepare; `connect` returns a client that gives up soon."""
         self._connect = connect
         self._client: redis.Redis | None = None
         self._keys = keys
@@ -344,9 +344,9 @@ class FeedLeases:
         self._reader = reader
         self._ttl_ms = max(int(lease_seconds * 1000 * TTL), TTL_MS_MIN)
         self.look_seconds = lease_seconds * LOOK
-        self._now_ms = now_ms
+        self._clock = clock
         # Take nothing at the first look: workers that start together must see each other first.
-        self._pause(self.look_seconds * 1000)
+        self._take_from = clock() + self.look_seconds
         self._is_disconnected = False
         self.held: set[int] = set()
         self.lost = 0  # feeds that another worker had taken when Redis or this worker resumed
@@ -372,7 +372,7 @@ class FeedLeases:
             total = self._reader.update_feeds(client, [each for each in members if each != self._worker_id])
             share = share_of(self._worker_id, members, total)
             self._give_up(client, total, share)
-            if not (self._is_disconnected or self._paused_ms <= self._now_ms() < self._take_from_ms):
+            if not (self._is_disconnected or self._clock() < self._take_from):
                 self._take(client, total, share)
         except (redis.RedisError, RedisUnavailable) as error:
             self._client = None
@@ -384,7 +384,7 @@ class FeedLeases:
         if self._is_disconnected:
             self._is_disconnected = False
             # The other workers must first renew what they read all the time, and be seen as alive.
-            self._pause(self._ttl_ms)
+            self._take_from = self._clock() + self._ttl_ms / 1000
             log.info("leases_renewed", feeds=_names(self.held))
 
     def _give_up(self, client: redis.Redis, total: int, share: int) -> None:
@@ -403,10 +403,6 @@ class FeedLeases:
                 log.info("feed_taken", feed=feed, of=total)
                 self._reader.open_feed(client, feed)
                 self.held.add(feed)
-
-    def _pause(self, pause_ms: float) -> None:
-        self._paused_ms = self._now_ms()
-        self._take_from_ms = self._paused_ms + pause_ms
 
     def _lease(self, client: redis.Redis, feed: int) -> leases.LeaderLease:
         return leases.LeaderLease(client, self._keys.feed(feed), self._worker_id, self._ttl_ms / 1000)

@@ -122,7 +122,7 @@ class Ingest:
             self._calendar, self.activity, self.connections, self.outages, now_ms=now_ms, speed=speed
         )
         name = worker_id or self.writer.source
-        self.leases = FeedLeases(connect_leases, keys, name, settings.lease_seconds, self, now_ms=machine_ms)
+        self.leases = FeedLeases(connect_leases, keys, name, settings.lease_seconds, self)
 
     @property
     def feeds(self) -> list[Feed]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import redis
 
 from pkbrokers_redis.errors import PkbError
-from pkbrokers_redis.ingest.feeds import FeedLeases
 from pkbrokers_redis.ingest.outages import JobOutbox
 from pkbrokers_redis.ingest.writer import FrameWriter
 from pkbrokers_redis.runtime.cluster_state import Heartbeat
@@ -48,25 +45,6 @@ def test_a_worker_beats(settings: Settings, client: redis.Redis) -> None:
     heart.beat(client, now_ms, 2_000, {})
     assert client.hget(heart.key, "ticks_per_second") == b"500.0"
     assert not heart.due(now_ms + 1_000) and heart.due(now_ms + 2_000)
-
-
-def test_a_new_worker_leases_its_feeds(settings: Settings, client: redis.Redis) -> None:
-    now_ms, taken = float(NOW_MS), []
-    reader: Any = SimpleNamespace(
-        update_feeds=lambda client, other_workers: 2,
-        open_feed=lambda client, number: taken.append(number),
-    )
-    leases = FeedLeases(
-        lambda: client,
-        settings.keys,
-        "w",
-        1.0,
-        reader,
-        now_ms=lambda: now_ms,
-    )
-    now_ms -= HOURS_MS
-    leases.look()
-    assert taken == [0, 1]
 
 
 def test_jobs_of_a_dead_worker_are_queued(settings: Settings, client: redis.Redis) -> None:

@@ -83,7 +83,7 @@ class Worker:
             name,
             settings.lease_seconds,
             self,
-            now_ms=lambda: self.ms,
+            clock=lambda: self.ms / 1000,
         )
         self.ms = 60_000.0
 
