@@ -456,14 +456,20 @@ def check_volumes(
             replies = pipeline.execute(raise_on_error=False)
             for n, token in enumerate(chunk):
                 try:
-                    _add_up(result, token, *replies[3 * n : 3 * n + 3], keep)
+                    _add_up(result, token, *replies[3 * n : 3 * n + 3], keep=keep)
                 except (ValueError, TypeError, IndexError):  # not JSON, other fields, WRONGTYPE
                     result.malformed += 1
     return result
 
 
 def _add_up(
-    result: VolumeCheck, token: int, state: bytes, rows: list[bytes], current: bytes | None, keep: int | None
+    result: VolumeCheck,
+    token: int,
+    state: bytes,
+    rows: list[bytes],
+    current: bytes | None,
+    *,
+    keep: int | None,
 ) -> None:
     _, _, _, day_s, volume, baseline, *_ = msgspec.json.decode(state)
     if volume is None:
