@@ -79,17 +79,8 @@ class Ingest:
     ) -> None:
         """Put the parts together; nothing runs yet.
 
-        Args:
-            connect: returns a client of the store for the writer.
-            settings: of the worker.
-            instruments: `(token, symbol)` of each instrument to stream.
-            now_ms: market time, which stamps frames.
-            source: the id under which frames are numbered; unset: one of this process.
-            worker_id: the id in heartbeats and leases; unset: the source.
-            connect_leases: returns a client that gives up sooner than the writer's.
-            list_source: where the list comes from while the worker runs; unset: it stays.
-            sessions: one per api key.
-            jobs: requests repairs; unset: outages are only marked.
+        `now_ms` is market time, which stamps frames; `connect_leases` returns a client that gives up sooner
+        than the writer's. Without `list_source` the list stays, without `jobs` outages are only marked.
         """
         connect_leases = connect_leases or connect
         keys = settings.keys
@@ -179,9 +170,7 @@ class Ingest:
     def run(self, stop: threading.Event, heartbeat: Callable[[], None] = lambda: None) -> None:
         """Receive and write until `stop` is set; then write what was received, or leave it on disk.
 
-        Args:
-            stop: ends the worker; also set by a failure in any of its threads, which is raised here.
-            heartbeat: is called twice a second in a thread of its own.
+        A failure in any thread sets `stop` and is raised here. `heartbeat` is called twice a second.
         """
         self._stop = stop
         threads = [
@@ -307,14 +296,8 @@ def make_ingest(settings: Settings, client: redis.Redis, worker_id: str, stop: t
 def run_ingest(settings: Settings, stop: threading.Event, *, restartable: bool = True) -> None:
     """Stream PKB_INSTRUMENTS from Kite into Redis until `stop` is set.
 
-    Args:
-        settings: The worker's settings.
-        stop: Ends the worker when it is set.
-        restartable: Whether an operator's request for a restart ends the worker.
-
-    Raises:
-        RestartRequested: An operator requested a restart; the worker has stopped cleanly.
-        PkbError: There is no Kite session, an instrument is unknown, or Redis is unavailable at the start.
+    Raises RestartRequested when an operator requested one of a `restartable` worker, and PkbError where there
+    is no Kite session, an instrument is unknown, or Redis is unavailable at the start.
     """
     client = open_store(settings)
     name = worker_id("ingest")

@@ -42,16 +42,7 @@ class FrameWriter(TickWriter):
         only_known: bool = False,
         activity: TickActivity | None = None,
     ) -> None:
-        """Prepare a writer.
-
-        Args:
-            connect: returns a new client of the store.
-            settings: keys, the streams' cap and the memory for acknowledged batches.
-            symbols: token → the name that quotes show.
-            source: the producer's id; unset: one of this process and moment.
-            only_known: drop and count ticks of tokens that are not in `symbols`.
-            activity: records when each instrument of this source ticks.
-        """
+        """Prepare a writer; `only_known`: ticks of tokens without a symbol are dropped and counted."""
         self.quotes = PendingQuotes(settings.keys, symbols, quote_fields)
         super().__init__(connect, settings, source=source, quotes=self.quotes)
         self._known = frozenset(symbols) if only_known else None
