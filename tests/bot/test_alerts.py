@@ -234,6 +234,20 @@ def test_a_commit_based_on_an_older_checkpoint_is_refused_as_a_whole(
     assert outbox(client, bot_settings) == ["one"]
 
 
+def test_a_commit_is_refused_after_a_chat_added_or_removed_an_alert(
+    client: redis.Redis, bot_settings: Settings
+) -> None:
+    """The worker then reads the ticks since its checkpoint again, with the new set of alerts."""
+    store = AlertStore(client, bot_settings.keys)
+    before = store.load().rev
+    number = add(client, bot_settings, "above", 100).id
+    added = store.load().rev
+    assert not store.commit(before, {0: "5-0"}, {}, [])
+    store.remove([number])
+    assert not store.commit(added, {}, {number: [1, 2]}, [Notification(BOB, "removed", 7.0)])
+    assert store.load().states == {} and outbox(client, bot_settings) == []
+
+
 def test_two_readers_at_once_report_a_crossing_once(client: redis.Redis, bot_settings: Settings) -> None:
     """One lost its lease without noticing: the second commit is refused, and it resumes from Redis."""
     add(client, bot_settings, "above", 100)
