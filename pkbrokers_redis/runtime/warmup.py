@@ -13,6 +13,8 @@ from functools import cache
 
 import numpy as np
 
+from pkbrokers_redis import logs
+from pkbrokers_redis.candles import compiled
 from pkbrokers_redis.candles.amend import HistoryRows, Outage, apply_history, flag_outage
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.candles.codec import read_tick_entries, tick_texts
@@ -22,6 +24,8 @@ from pkbrokers_redis.candles.rows import CandleList
 from pkbrokers_redis.candles.rules import apply_ticks
 from pkbrokers_redis.candles.state import ShardState
 
+log = logs.get("kernels")
+
 _NOON_MS = 1_767_335_400_000  # 2026-01-02 12:00 in Kolkata
 _TICKS = [b"[[408065,100.5,1,%d,null,100,101,99,%d]]" % (n, _NOON_MS + n * 60_000) for n in range(1, 7)]
 
@@ -29,6 +33,7 @@ _TICKS = [b"[[408065,100.5,1,%d,null,100,101,99,%d]]" % (n, _NOON_MS + n * 60_00
 def warm_up_writer() -> None:
     """Compile the writer: an ingest worker that compiled with frames waiting would spool them."""
     tick_texts(np.ones((1, BATCH_WIDTH)), 1)
+    _finish()
 
 
 def warm_up(intervals: Sequence[Interval]) -> None:
@@ -47,6 +52,17 @@ def warm_up(intervals: Sequence[Interval]) -> None:
         )
         apply_history(state, span, lists, 0.0)
     state.collect()
+    _finish()
+
+
+def _finish() -> None:
+    """Record the compiled kernels as complete; say so if the ones before them were damaged."""
+    if compiled.removed:
+        log.warning(
+            "kernel_cache_damaged", files=compiled.removed, reason="truncated or unfinished; compiled again"
+        )
+        compiled.removed = 0
+    compiled.seal()
 
 
 @cache

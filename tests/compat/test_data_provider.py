@@ -128,3 +128,10 @@ def test_frames_of_older_pandas_are_the_same(server_kind: str, monkeypatch: pyte
     pd.testing.assert_frame_equal(shapes.ohlcv_frame(rows), new)
     rows[0, 5] = 0.25  # a market that trades fractions
     assert shapes.ohlcv_frame(rows)["volume"].tolist() == [0.25, 11, 12, 13]
+
+
+def test_one_unknown_symbol_does_not_hide_the_known_ones_at_the_second_read(
+    provider: HighPerformanceDataProvider,
+) -> None:
+    for _ in range(3):
+        assert list(provider.get_stocks_data(["INFY", "NOPE"], "5m", 5)) == ["INFY"]
