@@ -58,9 +58,7 @@ def warm_up(intervals: Sequence[Interval]) -> None:
 def _finish() -> None:
     """Record the compiled kernels as complete; say so if the ones before them were damaged."""
     if compiled.removed:
-        log.warning(
-            "kernel_cache_damaged", files=compiled.removed, reason="truncated or unfinished; compiled again"
-        )
+        log.warning("kernel_cache_damaged", files=compiled.removed, reason="they are compiled again")
         compiled.removed = 0
     compiled.seal()
 
