@@ -5,19 +5,17 @@ other across files and share the columns of `columns.py`: after an update, one o
 another's old rules, or with old columns, and write beyond an array. So the cache's folder is named after the
 contents of all files of this package.
 
-A power cut, a full disk or a copied image can truncate a cache file, and the process that loads it aborts. So
-`seal` records the checksums of complete files, and files without a matching one are removed before they load.
+A power cut, a full disk or a copied image can truncate a cache file. numba loads it unchecked, and the
+process aborts. So damaged files are removed first, and compiled again.
 """
 
 from __future__ import annotations
 
-import atexit
 import hashlib
-import json
+import io
 import os
+import pickle
 import shutil
-import time
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -25,8 +23,6 @@ from typing import Any, TypeVar, cast
 import numba
 import platformdirs
 
-SEALS = "seals.json"  # in the folder: file → CRC-32
-UNSEALED_SECONDS = 300.0  # another process may still be compiling
 OLD_FOLDERS_MAX = 4  # kept of other versions and edits, 3 MB each
 
 _config: Any = numba.config
@@ -62,52 +58,46 @@ def _changed_at(path: Path) -> float:
         return 0.0  # another process removes it at the same time
 
 
-def _checksums() -> dict[str, int]:
-    """Return file → CRC-32 of the cache's files."""
-    found: dict[str, int] = {}
+def _remove_damaged() -> int:
+    """Remove the cache's files that are no whole pickles, numba's form; return how many there were."""
+    damaged = 0
     for path in Path(folder).rglob("*.nb[ci]") if folder else ():
         try:
-            found[path.relative_to(folder).as_posix()] = zlib.crc32(path.read_bytes())
+            is_whole = _is_whole(path.read_bytes())
+            if not is_whole:
+                path.unlink()
+                damaged += 1
         except OSError:
-            continue  # another process removed it
-    return found
-
-
-def _remove_damaged() -> int:
-    """Remove the cache's files that do not have their sealed checksum; return how many there were."""
-    try:
-        seals = dict(json.loads((Path(folder) / SEALS).read_bytes()))
-    except (OSError, ValueError, TypeError):
-        seals = {}
-    damaged = 0
-    for name, crc in _checksums().items():
-        path = Path(folder) / name
-        is_being_made = name not in seals and time.time() - _changed_at(path) < UNSEALED_SECONDS
-        if seals.get(name) != crc and not is_being_made:
-            path.unlink(missing_ok=True)
-            damaged += 1
+            continue  # another process removes it at the same time
     return damaged
 
 
-def seal() -> None:
-    """Record the checksums of the cache's files, which are complete now; also at the end of a process."""
-    checksums = _checksums()
-    if checksums == _sealed:
-        return
-    new = Path(folder) / f"{SEALS}.{os.getpid()}"
+class _Anything:
+    """Stands for every object in a pickle: nothing of the file runs."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+
+class _Skimmer(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> type:
+        return _Anything
+
+
+def _is_whole(data: bytes) -> bool:
+    """Return whether the data are pickles from the first byte to the last."""
+    stream = io.BytesIO(data)
     try:
-        new.write_text(json.dumps(checksums))
-        new.replace(Path(folder) / SEALS)
-        _sealed.clear()
-        _sealed.update(checksums)
-    except OSError:
-        new.unlink(missing_ok=True)  # a full disk: the files are compiled again next time
+        while stream.tell() < len(data):
+            _Skimmer(stream).load()
+    except Exception:  # pickle raises nearly anything for damaged data
+        return False
+    return len(data) > 0
 
 
 folder = _find_folder()
-removed = _remove_damaged()  # cache files found damaged
-_sealed = _checksums()
-atexit.register(seal)
+removed = _remove_damaged()  # how many cache files were damaged
 
 
 def compiled(function: _F) -> _F:

@@ -33,7 +33,6 @@ _TICKS = [b"[[408065,100.5,1,%d,null,100,101,99,%d]]" % (n, _NOON_MS + n * 60_00
 def warm_up_writer() -> None:
     """Compile the writer: an ingest worker that compiled with frames waiting would spool them."""
     tick_texts(np.ones((1, BATCH_WIDTH)), 1)
-    _finish()
 
 
 def warm_up(intervals: Sequence[Interval]) -> None:
@@ -52,15 +51,8 @@ def warm_up(intervals: Sequence[Interval]) -> None:
         )
         apply_history(state, span, lists, 0.0)
     state.collect()
-    _finish()
-
-
-def _finish() -> None:
-    """Record the compiled kernels as complete; say so if the ones before them were damaged."""
     if compiled.removed:
-        log.warning("kernel_cache_damaged", files=compiled.removed, reason="they are compiled again")
-        compiled.removed = 0
-    compiled.seal()
+        log.warning("kernel_cache_damaged", files=compiled.removed, reason="they were compiled again")
 
 
 @cache
