@@ -18,6 +18,7 @@ import ssl
 import time
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
@@ -25,7 +26,7 @@ import redis
 import redis.cluster
 import redis.connection
 import redis.sentinel
-from redis.backoff import ExponentialBackoff, NoBackoff
+from redis.backoff import ExponentialBackoff
 from redis.exceptions import (
     AuthenticationError,
     AuthenticationWrongNumberOfArgsError,
@@ -217,6 +218,18 @@ READER_RETRIES = 3
 HEALTH_CHECK_SECONDS = 30
 
 
+def client_options(socket_timeout_seconds: float, retries: int) -> dict[str, Any]:
+    """Return redis-py's options. A writer never retries: the lost reply may be that of a successful XADD."""
+    return {
+        "socket_timeout": socket_timeout_seconds,
+        "socket_connect_timeout": CONNECT_SECONDS_MAX,
+        "health_check_interval": HEALTH_CHECK_SECONDS,
+        "retry": Retry(ExponentialBackoff(cap=1.0, base=0.05), retries),
+        # Stated, because redis-py's default differs by version and raw replies must not.
+        "protocol": 2,
+    }
+
+
 def connect(
     settings: Settings, *, for_reading: bool = False, socket_timeout_seconds: float = 30.0
 ) -> redis.Redis:
@@ -227,23 +240,12 @@ def connect(
     embedded server, which runs as long as the client's connection pool exists (or this process). A reader
     retries lost connections, needs no right to Functions, and uses the demo's store when only that exists.
     """
-    options: dict[str, Any] = {
-        "socket_timeout": socket_timeout_seconds,
-        "socket_connect_timeout": CONNECT_SECONDS_MAX,
-        "health_check_interval": HEALTH_CHECK_SECONDS,
-        # Writers never retry: the lost reply may be that of an XADD which succeeded.
-        "retry": Retry(ExponentialBackoff(cap=1.0, base=0.05), READER_RETRIES)
-        if for_reading
-        else Retry(NoBackoff(), 0),
-        # Stated, because redis-py's default differs by version and raw replies must not.
-        "protocol": 2,
-    }
+    options = client_options(socket_timeout_seconds, READER_RETRIES if for_reading else 0)
     place = describe(settings, for_reading=for_reading)
     client: redis.Redis | None = None
     try:
         if settings.redis_url is None:
-            data_dir = reader_data_dir(settings)[0] if for_reading else settings.data_dir
-            server = attach(settings, data_dir=data_dir)
+            server = attach(settings, data_dir=_data_dir(settings, for_reading))
             client = open_url(server.url, options)
             weakref.finalize(client.connection_pool, server.close)
         else:
@@ -261,9 +263,12 @@ def connect(
 def describe(settings: Settings, *, for_reading: bool = False) -> str:
     """Return the store's address for logs and messages, without a secret: `redis://cache.local:6379/0`."""
     if settings.redis_url is None:
-        data_dir = reader_data_dir(settings)[0] if for_reading else settings.data_dir
-        return f"the embedded server in {store_folder(data_dir)}"
+        return f"the embedded server in {store_folder(_data_dir(settings, for_reading))}"
     return place_of(settings.redis_url.get_secret_value())
+
+
+def _data_dir(settings: Settings, for_reading: bool) -> Path:
+    return reader_data_dir(settings)[0] if for_reading else settings.data_dir
 
 
 _LOGIN_ERRORS = (AuthenticationError, AuthenticationWrongNumberOfArgsError, AuthorizationError)

@@ -174,14 +174,15 @@ def _find_or_start(settings: Settings, folder: Path, linger_seconds: float) -> E
 def _is_orphan(folder: Path, server_pid: int) -> bool:
     """Return whether the server's monitor was killed, and end such a server."""
     found = monitor.read_server_file(folder)
+    monitor_lock = monitor.open_lock(folder / "monitor.lock")
     try:
-        if found and found["monitor_pid"]:
-            os.kill(found["monitor_pid"], 0)
-    except ProcessLookupError:
-        with contextlib.suppress(ProcessLookupError):  # it has just ended
-            os.kill(server_pid, signal.SIGTERM)
-        return True
-    return False
+        if not found or not found["monitor_pid"] or not monitor.try_lock(monitor_lock, fcntl.LOCK_SH):
+            return False
+    finally:
+        os.close(monitor_lock)
+    with contextlib.suppress(ProcessLookupError):  # it has just ended
+        os.kill(server_pid, signal.SIGTERM)
+    return True
 
 
 def _is_loading(folder: Path) -> bool:

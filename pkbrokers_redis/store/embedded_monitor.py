@@ -9,6 +9,7 @@ Locks, both flock(2) on files in the store's folder. The kernel drops them howev
     users.lock    shared by each user; exclusive by the monitor from its decision to stop until its end, so
                   that a process that attaches meanwhile waits, and then starts a new server
     server.lock   exclusive, by the monitor and inherited by the server: held until both have ended
+    monitor.lock  exclusive, for the monitor's life: a server whose monitor was killed must not be used
 
 When a monitor is killed, its server ends, too (by SIGTERM: it still flushes), or the next user ends it.
 `embedded.attach` runs this file as a script. It imports the standard library only, so that a start takes
@@ -129,6 +130,8 @@ class ServerMonitor:
         self.plan = plan
         self.server_lock = server_lock
         self.users_lock = open_lock(folder / "users.lock")
+        self.monitor_lock = open_lock(folder / "monitor.lock")
+        fcntl.flock(self.monitor_lock, fcntl.LOCK_EX)
         self.stop_requested = False
         self.used_at = time.monotonic()
         self.set_death_signal = _death_signal_setter()

@@ -18,10 +18,8 @@ from typing import Any
 
 import msgspec
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry as ConnectionRetry
 from rq import Queue, Retry
-from rq.exceptions import DuplicateJobError, NoSuchJobError
+from rq.exceptions import DuplicateJobError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 
@@ -29,8 +27,7 @@ from pkbrokers_redis.errors import PkbError, SettingsError
 from pkbrokers_redis.keys import JOB_QUEUE
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import (
-    CONNECT_SECONDS_MAX,
-    HEALTH_CHECK_SECONDS,
+    client_options,
     connect,
     explain,
     open_url,
@@ -125,15 +122,8 @@ def connect_queue(settings: Settings) -> redis.Redis:
         )
     if own is None:
         return connect(settings, socket_timeout_seconds=SOCKET_SECONDS_MAX)
-    options = {
-        "socket_timeout": SOCKET_SECONDS_MAX,
-        "socket_connect_timeout": CONNECT_SECONDS_MAX,
-        "health_check_interval": HEALTH_CHECK_SECONDS,
-        "retry": ConnectionRetry(NoBackoff(), 0),
-        "protocol": 2,
-    }
     try:
-        client = open_url(own.get_secret_value(), options)
+        client = open_url(own.get_secret_value(), client_options(SOCKET_SECONDS_MAX, retries=0))
         client.ping()
     except (PkbError, redis.RedisError, OSError, UnicodeError) as error:
         explained = explain(error, place_of(own.get_secret_value()))
@@ -173,8 +163,8 @@ def enqueue(
     not enqueued twice: then return None, else the job's id. `again` deletes a finished one first.
     """
     spec, id_ = JOBS[name], job_id(name, arguments)
-    if again:
-        delete_if_over(queue, id_)
+    if again and (job := queue.fetch_job(id_)) is not None and job.get_status() in OVER:
+        job.delete()
     options: dict[str, Any] = {
         "kwargs": arguments,
         "job_id": id_,
@@ -194,13 +184,3 @@ def enqueue(
     except DuplicateJobError:
         return None
     return id_
-
-
-def delete_if_over(queue: Queue, id_: str) -> None:
-    """Delete a job that has finished, failed or was stopped."""
-    try:
-        job = KnownJob.fetch(id_, connection=queue.connection, serializer=JSONSerializer)
-        if job.get_status() in OVER:
-            job.delete()
-    except NoSuchJobError:
-        pass

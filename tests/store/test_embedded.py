@@ -417,7 +417,7 @@ def test_leftover_files_do_not_prevent_a_start(use: Attach, data_dir: Path, serv
     folder = store_folder(data_dir)
     folder.mkdir(parents=True, mode=0o755)
     (folder / "server.json").write_bytes(server_json.replace(b"OUR_PID", b"%d" % os.getpid()))
-    for name in ("users.lock", "server.lock"):
+    for name in ("users.lock", "monitor.lock", "server.lock"):
         (folder / name).write_text("12345\n")
     with socket.socket(socket.AF_UNIX) as leftover:
         leftover.bind(str(folder / "pkb.sock"))
