@@ -1,4 +1,4 @@
-"""`compiled`, `internal`, `inlined`: numba's njit, with a cache that depends on all kernels.
+"""`compiled`, `internal` and their inlined forms: numba's njit, with a cache that depends on all kernels.
 
 numba keeps the compiled form of a function until that function's own file changes. The kernels call each
 other across files and share the columns of `columns.py`: after an update, one of them could run with
@@ -105,9 +105,22 @@ def compiled(function: _F) -> _F:
 
     With NUMBA_DISABLE_JIT=1 the function stays as it is.
     """
+    return _compile(function)
+
+
+def compiled_inlined(function: _F) -> _F:
+    """Compile a kernel that Python calls, and insert its machine code into the kernels that call it.
+
+    A call copies the arguments, and a `ShardArrays` has 1.3 KB: too much for what runs for every tick.
+    """
+    return _compile(function, forceinline=True)
+
+
+def _compile(function: _F, *, forceinline: bool = False) -> _F:
     users, _config.CACHE_DIR = _config.CACHE_DIR, folder
     try:
-        return cast("_F", numba.njit(cache=bool(folder), error_model="numpy")(function))
+        options: dict[str, Any] = {"cache": bool(folder), "forceinline": forceinline}
+        return cast("_F", numba.njit(error_model="numpy", **options)(function))
     finally:
         _config.CACHE_DIR = users  # for other users of numba in this process
 

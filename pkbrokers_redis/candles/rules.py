@@ -22,7 +22,7 @@ from __future__ import annotations
 import numpy as np
 
 from pkbrokers_redis.candles import columns as col
-from pkbrokers_redis.candles.compiled import compiled, inlined, internal
+from pkbrokers_redis.candles.compiled import compiled, compiled_inlined, inlined, internal
 from pkbrokers_redis.candles.model import (
     AT_MS,
     DAY_HIGH,
@@ -54,7 +54,7 @@ Extremes = tuple[float, float, float, float, float, float]
 # -- invalid ticks -------------------------------------------------------------------------------
 
 
-@compiled
+@compiled_inlined
 def is_invalid(tick: Floats) -> bool:
     """Return True for no token, no price, or a number out of bounds (times: 1990 to 2100).
 
@@ -455,7 +455,7 @@ def _apply_news(
         shard.scalars[col.WATERMARK] = time
 
 
-@compiled
+@inlined
 def _apply_tick(shard: ShardArrays, tick: Floats, i: int, d: int, time: float, grace_ms: float) -> None:
     """Apply one valid tick of a known instrument on a known day."""
     inst, window, volume = shard.inst[i], shard.window[i], tick[VOLUME]

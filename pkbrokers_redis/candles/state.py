@@ -20,7 +20,7 @@ from pkbrokers_redis.candles import codec
 from pkbrokers_redis.candles import columns as col
 from pkbrokers_redis.candles.calendar import Sessions
 from pkbrokers_redis.candles.codec import NO_CHANGES, Changes
-from pkbrokers_redis.candles.compiled import compiled
+from pkbrokers_redis.candles.compiled import compiled_inlined
 from pkbrokers_redis.candles.model import (
     LAST_PRICE,
     LAST_QUANTITY,
@@ -70,7 +70,7 @@ class ShardArrays(NamedTuple):
     late: Floats  # [L, LATE_TICK_WIDTH] ticks older than all candles; START and VOL_START of the oldest then
 
 
-@compiled
+@compiled_inlined
 def touch(shard: ShardArrays, i: int, level: int) -> None:
     """Mark an instrument as changed."""
     if shard.is_dirty[i] == 0:
@@ -81,7 +81,7 @@ def touch(shard: ShardArrays, i: int, level: int) -> None:
         shard.is_dirty[i] = level
 
 
-@compiled
+@compiled_inlined
 def find(shard: ShardArrays, token: int) -> int:
     """The instrument's index, or -1 - (its free place in the hash table)."""
     mask = shard.table.size - 1
@@ -95,7 +95,7 @@ def find(shard: ShardArrays, token: int) -> int:
         place = (place + 1) & mask
 
 
-@compiled
+@compiled_inlined
 def add(shard: ShardArrays, token: int) -> int:
     """The instrument's index, new or known; -1 when the tables are full."""
     i = find(shard, token)
@@ -114,7 +114,7 @@ def add(shard: ShardArrays, token: int) -> int:
     return i
 
 
-@compiled
+@compiled_inlined
 def find_day(shard: ShardArrays, time_ms: float) -> int:
     """Index of the calendar day that holds the time, or -1. Neighbouring ticks share a day."""
     d = int(shard.scalars[col.LAST_DAY])
