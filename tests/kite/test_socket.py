@@ -595,7 +595,5 @@ def test_url_for_builds_kites_two_forms_and_a_local_one() -> None:
 
 
 def test_the_address_of_a_url_holds_nothing_but_the_server() -> None:
-    assert (
-        address_of(f"wss://user:{SECRET}@ws.kite.trade:99/{SECRET}?t={SECRET}#{SECRET}")
-        == "wss://ws.kite.trade:99"
-    )
+    url = f"wss://user:{SECRET}@ws.kite.trade:99/{SECRET}?t={SECRET}#{SECRET}"
+    assert address_of(url) == "wss://ws.kite.trade:99"
