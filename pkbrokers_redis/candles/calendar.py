@@ -29,7 +29,7 @@ REGULAR = "regular"  # special day that keeps the schedule's own hours: a Saturd
 MARKET_TIMEZONE = "Asia/Kolkata"
 TIME_MS_MIN = 0  # 1970
 TIME_MS_MAX = 7_258_118_400_000  # 2200; a time beyond it is a corrupt packet, not a trade
-DAYS_CACHED_MAX = 4096  # ~1.5 years of ten schedules; then the cache starts anew
+DAYS_CACHED_MAX = 4096  # ~1.5 years of ten schedules; then the cache is emptied
 NEXT_OPEN_DAYS_MAX = 30  # no exchange closes longer; the search ends there
 _HINT = "correct the file or unset PKB_CALENDAR"
 

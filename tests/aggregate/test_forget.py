@@ -41,7 +41,7 @@ def shop(make_store: Callable[..., Store], client: redis.Redis) -> Iterator[Shop
     )
     aggregator = shop.drain()
     shop.rows_from_history(0, 60, history(0, 800, 900, 800, 850, volume=5), token=OPTION)
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     yield shop
     for each in shop.started:
         each.close()
@@ -69,7 +69,7 @@ def test_nothing_of_the_old_contract_is_left_and_the_new_one_begins(shop: Shop) 
     others = {key: rows for key, rows in shop.all_rows().items() if f":{OTHER}" in key}
     assert len(left(shop)) >= 6
     assert name(shop, PUT) == 1
-    aggregator = shop.settle(shop.started[-1])
+    aggregator = shop.apply_all(shop.started[-1])
     assert left(shop) == [] and aggregator.figures()["forgotten"] == 1
     assert shop.all_rows() == others
     store = CandleStore(shop.settings, client=shop.client)
@@ -91,14 +91,14 @@ def test_a_forget_waits_for_an_aggregator_and_for_the_ticks_before_it(shop: Shop
     shop.send(tick(200, 851, 400, OPTION))
     shop.evict()
     name(shop, PUT)
-    shop.settle(shop.aggregator())
+    shop.apply_all(shop.aggregator())
     assert left(shop) == []
 
 
 def test_forgetting_twice_equals_once_and_a_successor_does_not_repeat_it(shop: Shop) -> None:
     name(shop, PUT)
     send_forget(shop.client, shop.keys, [OPTION], "reassigned")
-    shop.settle(shop.started[-1])
+    shop.apply_all(shop.started[-1])
     shop.send(tick(190, 3.1, 75, OPTION), tick(250, 3.2, 150, OPTION))
     shop.drain(shop.started[-1])
     before = shop.all_rows()
@@ -111,7 +111,7 @@ def test_history_before_a_forget_is_deleted_and_history_after_it_stays(shop: Sho
     shop.rows_from_history(60, 120, old, token=OPTION)
     name(shop, PUT)
     shop.rows_from_history(60, 120, new, token=OPTION)
-    shop.settle(shop.started[-1])
+    shop.apply_all(shop.started[-1])
     assert [row[:6] for row in shop.rows(OPTION)] == [new[:6]]
 
 
@@ -122,7 +122,7 @@ def test_only_the_owner_of_the_shard_forgets(shop: Shop) -> None:
     for _ in range(3):
         first.step(block_ms_max=1)
     assert first.figures()["fenced"] == 1 and left(shop) == before
-    shop.settle(second)
+    shop.apply_all(second)
     assert left(shop) == []
 
 
@@ -136,7 +136,7 @@ def test_an_aggregator_killed_before_the_commit_leaves_the_forget_to_its_success
     with monkeypatch.context() as patch:
         patch.setattr("pkbrokers_redis.aggregate.worker.queue_commit", die)
         with pytest.raises(KeyboardInterrupt):
-            shop.settle(shop.started[-1])
+            shop.apply_all(shop.started[-1])
     assert left(shop) != []
-    shop.settle(shop.aggregator())
+    shop.apply_all(shop.aggregator())
     assert left(shop) == []

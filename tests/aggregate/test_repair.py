@@ -62,7 +62,7 @@ class Shop(Store):
             self.client, self.keys, token, interval, START_S + first, START_S + last, rows, "gap"
         )
 
-    def settle(self, aggregator: Aggregator) -> Aggregator:
+    def apply_all(self, aggregator: Aggregator) -> Aggregator:
         """Until every repair is applied."""
         last: list[tuple[int, str]] = []
         for shard in range(self.keys.shards):
@@ -118,7 +118,7 @@ def test_an_outage_is_flagged_repaired_and_announced(shop: Shop) -> None:
     with_an_outage(shop)
     aggregator = shop.drain()
     shop.gap(70, 125)
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     assert shop.rows() == [
         minute(0, 101, 102, 101, 102, volume=20, ticks=2),
         [*minute(1, 103, 103, 103, 103, volume=10, ticks=1), "gap"],
@@ -128,7 +128,7 @@ def test_an_outage_is_flagged_repaired_and_announced(shop: Shop) -> None:
     assert shop.rows(interval="5m")[0][8] == "gap"
     assert shop.rows(interval="60m")[0][8] == "partial"  # it began before we did
     shop.rows_from_history(60, 180, *LOST)
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     assert shop.rows() == [
         minute(0, 101, 102, 101, 102, volume=20, ticks=2),
         [*minute(1, 103, 109, 99, 106, volume=60, ticks=1), "backfilled"],
@@ -152,14 +152,14 @@ def test_an_outage_is_flagged_repaired_and_announced(shop: Shop) -> None:
 def test_a_successor_remembers_the_outage_and_applies_nothing_twice(shop: Shop) -> None:
     with_an_outage(shop)
     shop.gap(70, 250)
-    shop.settle(shop.drain())
+    shop.apply_all(shop.drain())
     successor = shop.aggregator()
     shop.send(tick(245, 104, 1_120), tick(305, 104, 1_130))
     shop.drain(successor)
     assert [row[8:] for row in shop.rows()] == [[], ["gap"], ["gap"], ["gap"], ["gap"], []]
     announced = shop.closed()
-    shop.settle(successor)
-    third = shop.settle(shop.aggregator())
+    shop.apply_all(successor)
+    third = shop.apply_all(shop.aggregator())
     assert shop.closed() == announced and third.figures()["repairs"] == 0
 
 
@@ -173,7 +173,7 @@ def test_only_the_owner_of_the_shard_repairs_and_does_so_once(shop: Shop) -> Non
     for _ in range(3):
         first.step(block_ms_max=1)
     assert first.figures()["fenced"] == 1 and len(shop.rows()[1]) == 8
-    shop.settle(second)
+    shop.apply_all(second)
     assert second.figures()["repairs"] == 2
     assert [rev for _, name, start, rev in shop.closed() if (name, start) == ("1m", START_S + 60)] == [0, 1]
     assert shop.adds_up()
@@ -186,7 +186,7 @@ def test_a_rolled_back_redis_gets_the_repair_again(shop: Shop) -> None:
     before = {key: shop.client.dump(key) for key in shop.client.scan_iter()}
     shop.gap(70, 125)
     shop.rows_from_history(60, 180, *LOST)
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     repaired = shop.all_rows()
     sent: Any = shop.client.xrange(shop.keys.repairs(0))
     for key, dump in before.items():  # the state of an older moment, but for the entries themselves
@@ -194,7 +194,7 @@ def test_a_rolled_back_redis_gets_the_repair_again(shop: Shop) -> None:
     shop.send(tick(190, 104, 1_111))
     shop.drain(aggregator)
     assert aggregator.figures()["stale"] >= 1
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     assert shop.client.hget(shop.keys.cursor(0), "repair") == sent[-1][0]
     assert (
         shop.rows()[:3] == [json.loads(text) for text in repaired[f":{{0}}:candles:{INFY}:1m"]]
@@ -210,7 +210,7 @@ def test_a_repair_that_redis_never_had_is_not_committed(shop: Shop, monkeypatch:
     (worker,) = aggregator.workers.values()
     aggregator._repairs.read(shop.client, [worker])
     assert len(worker.repairs) == 1
-    shop.client.delete(shop.keys.repairs(0))  # it was a replica's, which never heard of it
+    shop.client.delete(shop.keys.repairs(0))  # it was a replica's, which does not know it
     for _ in range(3):
         aggregator.step(block_ms_max=1)
     assert aggregator.figures()["stale"] == 1
@@ -248,12 +248,12 @@ def test_a_restart_at_noon_has_the_morning_and_only_its_own_volume(wall_shop: Sh
     aggregator = shop.aggregator()
     if rows_first:
         shop.rows_from_history(0, noon, *morning)
-        aggregator = shop.settle(aggregator)
+        aggregator = shop.apply_all(aggregator)
     shop.send(tick(noon + 20, 100, 5_000))
     shop.drain(aggregator)
     if not rows_first:
         shop.rows_from_history(0, noon, *morning)
-        shop.settle(aggregator)
+        shop.apply_all(aggregator)
     shop.send(tick(noon + 40, 102, 5_030))
     shop.drain(aggregator)
     assert len(shop.rows()) == 166 and shop.adds_up()
@@ -264,7 +264,7 @@ def test_a_restart_at_noon_has_the_morning_and_only_its_own_volume(wall_shop: Sh
 
     shop.clock.set(noon + 63)
     shop.rows_from_history(noon, noon + 60, history(165, 101, 102, 98, 102, volume=130))
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     assert shop.rows()[-1][1:] == [101, 102, 98, 102, 130, None, 1, "backfilled"]
     assert sum(row[5] for row in shop.rows()) == 1_780 and shop.adds_up()
     assert [row[5] for row in shop.rows(interval="60m")] == [600, 600, 580]
@@ -296,7 +296,7 @@ def test_a_reader_sees_every_start_once_and_in_order_while_rows_are_repaired(sho
         shop.rows_from_history(
             60 * first, 60 * first + 600, *(history(n, 100, 101, 99, 100, volume=2) for n in span)
         )
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     stop.set()
     thread.join()
     assert trouble == [] and seen
@@ -312,7 +312,7 @@ def test_revisions_only_rise_however_many_rows_are_repaired(shop: Shop) -> None:
     for high in (101, 102, 103):
         rows = [history(n, 100, high, 99, 100, volume=1) for n in range(97)]
         shop.rows_from_history(0, 97 * 60, *rows)
-        shop.settle(aggregator)
+        shop.apply_all(aggregator)
         aggregator = shop.aggregator()
     revs: dict[tuple[str, int], list[int]] = {}
     for _, name, start, rev in shop.closed():
@@ -331,7 +331,7 @@ def test_rows_of_another_writer_in_a_list_stay(shop: Shop, minutes: int) -> None
     shop.rows_from_history(
         0, 60 * minutes, *(history(n, 100, 101, 99, 100, volume=1) for n in range(minutes))
     )
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     texts: Any = shop.client.lrange(key, 0, -1)
     assert texts.index(b"not\na row") == 2
     assert [json.loads(text)[8:] for text in texts if text != b"not\na row"][:minutes] == [
@@ -360,12 +360,12 @@ def test_malformed_repairs_are_counted_logged_once_and_skipped(
     before = shop.all_rows()
     for fields in HOSTILE:
         shop.client.xadd(shop.keys.repairs(0), fields or {"": ""})  # type: ignore[arg-type]
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     assert aggregator.figures()["malformed_repairs"] == len(HOSTILE)
     assert shop.all_rows() == before
     assert capsys.readouterr().err.count("event=malformed_repair") == 1
     shop.rows_from_history(60, 180, *LOST)
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     assert shop.rows()[1][8] == "backfilled" and shop.adds_up()
 
 
@@ -380,7 +380,7 @@ def test_a_repair_in_the_wrong_shard_is_malformed(make_store: Callable[..., Stor
     (entry,) = shop.client.xrange(shop.keys.repairs(shop.keys.shard_of(INFY)))  # type: ignore[misc]
     shop.client.rename(shop.keys.repairs(shop.keys.shard_of(INFY)), other)
     shop.gap(70, 125, INFY, TCS, 123_456 << 8)
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     assert entry and aggregator.figures()["malformed_repairs"] == 1
     assert [row[8:] for row in shop.rows()] == [[], ["gap"], ["gap"], []]
 
@@ -397,7 +397,7 @@ def test_a_repair_key_of_another_type_is_logged_and_the_other_shards_continue(
     assert capsys.readouterr().err.count("event=wrong_type") == 1
     shop.client.delete(shop.keys.repairs(0))
     shop.gap(70, 125)
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     assert shop.rows()[1][8] == "gap"
 
 
@@ -408,7 +408,7 @@ def test_applied_repairs_are_trimmed_except_the_last(shop: Shop, monkeypatch: py
     aggregator = shop.drain()
     for _ in range(30):
         shop.gap(70, 125)
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     aggregator.step(block_ms_max=1)
     assert shop.client.xlen(shop.keys.repairs(0)) == 1
     assert len(shop.rows()[1]) == 9 and aggregator.figures()["gap_marks"] == 3
@@ -424,7 +424,7 @@ def test_an_old_outage_of_many_instruments_marks_their_lists(
         shop.send(*(tick(60 * n + 5, 100, 1_000 + n, token) for token in tokens))
     aggregator = shop.drain()
     shop.gap(130, 250, *tokens)
-    shop.settle(aggregator)
+    shop.apply_all(aggregator)
     for token in tokens:
         marked = [(row[0] - START_S) // 60 for row in shop.rows(token) if row[8:] == ["gap"]]
         assert marked == [2, 3, 4]

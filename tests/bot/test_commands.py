@@ -338,7 +338,7 @@ def test_refresh_token_logs_in_after_confirmation(
 
     from pkbrokers_redis.kite.session import SessionManager
 
-    def log_in(keeper: SessionManager) -> Session:
+    def log_in(manager: SessionManager) -> Session:
         made = Session("key", "AB1234", access_token=SecretStr(SECRET), login_at=time.time())
         return save_session(client, bot_settings.keys, made)
 

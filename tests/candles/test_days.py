@@ -1,4 +1,4 @@
-"""Where one trade date ends and another begins: volumes that start anew, what still comes of yesterday."""
+"""Where one trade date ends and another begins: volumes from 0 again, ticks of yesterday that arrive today."""
 
 from __future__ import annotations
 

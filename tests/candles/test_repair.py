@@ -486,6 +486,6 @@ def test_after_gap_and_history_every_row_is_as_if_the_feed_had_never_been_down(d
             flag = each[8] if len(each) > 8 else ""
             if not touched or (interval.seconds == 60 and len(outages) == 1):
                 assert flag == ("backfilled" if touched else "")
-            else:  # history may have answered before we heard of the outage, or of the candle
+            else:  # history may have answered before the outage, or the candle, was known
                 assert flag in ("backfilled", "")
     assert [each[:6] for each in repaired.rows("day")] == [each[:6] for each in whole.rows("day")]

@@ -58,7 +58,7 @@ class Said(NamedTuple):
 
 
 class MarketMemory:
-    """All the news of a market, whoever listened: a simulator's `recorder`."""
+    """All news of a market, with or without subscribers: a simulator's `recorder`."""
 
     def __init__(self, market: Market) -> None:
         self._market = market

@@ -185,5 +185,5 @@ def test_partial_overrides_gap_and_day_candle_never_carries_it() -> None:
 
 
 def test_only_outage_entries_of_a_repair_stream_are_notices() -> None:
-    gap = {b"kind": b"gap", b"from": b"5", b"to": b"9", b"tokens": b"[1,2]", b"why": b"not heard"}
+    gap = {b"kind": b"gap", b"from": b"5", b"to": b"9", b"tokens": b"[1,2]", b"why": b"no data"}
     assert notices_of([gap, {b"kind": b"rows"}]) == [Notice(frozenset({1, 2}), 5, 9)]

@@ -135,8 +135,8 @@ from pkbrokers_redis.settings import load_settings
 from pkbrokers_redis.store.connect import connect
 settings = load_settings()
 logs.configure(settings)
-keeper = SessionManager(settings, lambda: connect(settings))
-keeper.renew(keeper.current(), threading.Event())
+manager = SessionManager(settings, lambda: connect(settings))
+manager.renew(manager.current(), threading.Event())
 """
 
 

@@ -144,7 +144,7 @@ def test_a_session_that_others_made_is_used_and_another_keys_is_not(
     newer = shared(kite, client, settings.keys)
     assert newer.token in session.for_socket().url()
     save_session(
-        client, settings.keys, Session("another", access_token=SecretStr("theirs"), login_at=time.time())
+        client, settings.keys, Session("another", access_token=SecretStr("other"), login_at=time.time())
     )
     assert newer.token in session.for_socket().url()
 

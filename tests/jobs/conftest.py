@@ -64,7 +64,7 @@ def kite(clock: MovableClock) -> Iterator[SimulatedKite]:
 
 @pytest.fixture
 def kite_settings(settings: Settings, kite: SimulatedKite, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    """Settings that point at both servers, in the environment too, for jobs that open everything anew."""
+    """Settings that point at both servers, in the environment too, for jobs that open all themselves."""
     tokens = ",".join(str(row["instrument_token"]) for row in ROWS)
     assert settings.redis_url is not None
     env = {

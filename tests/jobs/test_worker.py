@@ -126,7 +126,7 @@ def test_equal_requests_are_one_job(queue: Queue) -> None:
     id_ = enqueue(queue, "repair_gap", GAP)
     assert id_ == job_id("repair_gap", dict(reversed(GAP.items())))
     assert enqueue(queue, "repair_gap", GAP) is None
-    assert enqueue(queue, "repair_gap", GAP, again=True) is None  # it waits: nothing to do anew
+    assert enqueue(queue, "repair_gap", GAP, again=True) is None  # it waits: nothing to repeat
     fetch(queue, id_).cancel()
     assert enqueue(queue, "repair_gap", GAP) is None
     assert enqueue(queue, "repair_gap", GAP, again=True) == id_

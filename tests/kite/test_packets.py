@@ -110,13 +110,15 @@ def test_a_packet_of_no_known_length_is_refused_with_its_bytes(reader: Any) -> N
 )
 def test_decode_says_what_the_official_sdk_says(mode: str, token: int) -> None:
     packet = encode_packet(mode, token, **INFY)
-    ours = decode(packet)
-    (theirs,) = KiteTicker("key", "token")._parse_binary(encode_frame([packet]))
+    parsed = decode(packet)
+    (official,) = KiteTicker("key", "token")._parse_binary(encode_frame([packet]))
     for name in ("last_trade_time", "exchange_timestamp"):
-        if name in theirs:
-            assert theirs[name].timestamp() == ours[name].timestamp()  # theirs is naive, of the host's zone
-            theirs[name] = ours[name]
-    assert ours == theirs
+        if name in official:
+            assert (
+                official[name].timestamp() == parsed[name].timestamp()
+            )  # official is naive, of the host's zone
+            official[name] = parsed[name]
+    assert parsed == official
 
 
 def test_encode_packet_undoes_decode() -> None:
@@ -169,7 +171,7 @@ def test_the_recorded_packet_agrees_with_the_official_sdk() -> None:
     for entry in json.loads(path.read_text()):
         data = bytes.fromhex(entry["hex"])
         frame = data if entry["framed"] else encode_frame([data])
-        theirs = KiteTicker("key", "token")._parse_binary(frame)
+        official = KiteTicker("key", "token")._parse_binary(frame)
         ticks = ZerodhaWebSocketParser.parse_binary_message(frame)
-        assert [tick.last_price for tick in ticks] == [tick["last_price"] for tick in theirs]
-        assert [tick.day_volume for tick in ticks] == [tick.get("volume_traded") for tick in theirs]
+        assert [tick.last_price for tick in ticks] == [tick["last_price"] for tick in official]
+        assert [tick.day_volume for tick in ticks] == [tick.get("volume_traded") for tick in official]

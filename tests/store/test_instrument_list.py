@@ -1,4 +1,4 @@
-"""P:watch: what is streamed beside PKB_INSTRUMENTS, and what of it is not."""
+"""P:watch: what is streamed in addition to PKB_INSTRUMENTS, and what is left out."""
 
 from __future__ import annotations
 
