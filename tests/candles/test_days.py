@@ -1,4 +1,4 @@
-"""Where one trade date ends and another begins: volumes from 0 again, ticks of yesterday that arrive today."""
+"""Where one trade date ends and another begins: volumes from 0 again, ticks of yesterday that come today."""
 
 from __future__ import annotations
 
