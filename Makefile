@@ -35,7 +35,7 @@ check: $(READY)  ## format, lint, types, layers
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: $(READY)  ## the benchmark table of README, measured here
+bench: $(READY)  ## the table of docs/decisions/0021, measured here
 	@$(BIN)/pkb bench $(ARGS)
 
 chaos: $(READY)  ## the pipeline under faults: make chaos SECONDS=600 SEED=7

@@ -5,12 +5,15 @@ Candles are a merge of such facts: a tick applied twice, or two ticks in another
 The window of an instrument's recent ticks makes that exact. It tells a repeat from a late tick, and it finds
 the neighbours in time of a late tick, between which a hidden extreme may lie.
 
-    1. invalid ticks             `is_invalid`
-    2. baseline, new trade date  `_set_baseline`, `_start_day`, `_correct_baseline`
-    3. outside the windows       `_apply_off_session`, `absorb_off_session`
-    4. repeats                   `_find_news`, `_find_place`
-    5. each interval's candle    `_apply_to_candles`: `open_candle`, `_merge`, `_include_extreme`
-    6. closing                   `open_candles.close_due`
+    invalid ticks                `is_invalid`
+    baseline, new trade date     `_set_baseline`, `_start_day`, `_correct_baseline`
+    outside the windows          `_apply_off_session`, `absorb_off_session`
+    repeats                      `_find_news`, `_find_place`
+    each interval's candle       `_apply_to_candles`: `open_candle`, `_merge`, `_include_extreme`
+    closing                      `open_candles.close_due`
+
+The rules that comments cite by number: 1 merge and repeats, 2 baseline and trade date, 3 hidden extremes, 4 a
+newer candle completes the older one, 5 closing, 6 late ticks, 7 the day candle, 8 flags, 9 off-session.
 
 The kernels return a reason when they need something of Python (`NEED_DAY`, `FULL`, …). Python then calls
 them again where they stopped. They run uncompiled, too (NUMBA_DISABLE_JIT=1). NaN is unequal to itself:

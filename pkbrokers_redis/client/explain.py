@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from pkbrokers_redis.client.store import CandleStore
 
 FLAG_WORDS = {
-    "": "a whole candle: we watched all of it",
-    "partial": "partial: we began to watch inside it",
+    "": "a whole candle: the feed was received from its start to its end",
+    "partial": "partial: watching began inside it",
     "gap": "gap: the feed was down inside it, so trades may be missing",
     "backfilled": "backfilled: repaired from Kite's history",
 }
@@ -47,7 +47,7 @@ class Explanation:
         windows: Trading hours of its day, epoch ms.
         ticks: The ticks still in the stream whose trade time lies in it, oldest first.
         has_older_ticks: Whether the stream reaches back to before the candle.
-        sources: The ingest processes that sent the ticks.
+        sources: The producers that sent the ticks.
         before, after: The nearest rows kept of the same interval.
         baseline, day_volume: First and latest cumulative volume of its day, as the aggregator knows them;
             None on another day.
@@ -105,7 +105,7 @@ class Explanation:
         hours = ", ".join(f"{_time_of(opens)[:5]}–{_time_of(closes)[:5]}" for opens, closes in self.windows)
         lines.append(f"session {self.schedule}: {hours or 'closed that day'}")
         if self.baseline is not None:
-            before = f"of which {self.baseline:g} was traded before we watched"
+            before = f"of which {self.baseline:g} is in no candle (before watching began, or off-session)"
             lines.append(f"day's volume {self.day_volume:g}, {before}")
         return lines
 
@@ -115,8 +115,8 @@ class Explanation:
         if self.before is None and self.after is None:
             return "no row: nothing of this instrument and interval is kept"
         if self.before is None:
-            return "no row: it is older than all that is kept, or we had not begun to watch"
-        return "no row: nothing traded in it, as far as we know (fill=True shows a flat one)"
+            return "no row: it is older than all rows that are kept, or watching had not begun"
+        return "no row: no trade in it was received (fill=True shows a flat one)"
 
     def _row_lines(self, row: Candle) -> list[str]:
         state = "complete" if self.announcements else "complete; its announcement is due, or trimmed"

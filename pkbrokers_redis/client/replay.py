@@ -139,6 +139,11 @@ class Replay:
         self.summary.rows_refused, self.summary.rows_older = trades.rows_refused, trades.rows_older
         if len(trades.ticks) == trades.baselines:
             return
+        self._play(trades)
+        self.summary.ticks = max(self.summary.ticks - trades.baselines, 0)
+
+    def _play(self, trades: TradeFile) -> None:
+        """Write the ticks of a trade file, the baselines first, until its end or `stop`."""
         window_ms = None if self._speed is None else FRAME_WALL_MS * self._speed
         first_trade_ms = trades.ticks[trades.baselines, TIME_MS]
         for ticks in frames_of(trades.ticks, window_ms):
@@ -148,7 +153,6 @@ class Replay:
             ticks[:, AT_MS] = at_ms
             self._writer.write([self._writer.number(ticks, at_ms)], at_ms, self._stop)
             self._count(len(ticks))
-        self.summary.ticks -= trades.baselines
 
     def _save_new_instruments(self, trades: TradeFile) -> None:
         rows: list[dict[str, Any]] = []

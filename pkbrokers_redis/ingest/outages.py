@@ -309,7 +309,7 @@ class JobOutbox:
         self.counts = dict.fromkeys(("jobs_requested", "jobs_queued", "jobs_refused"), 0)
 
     def add(self, client: redis.Redis, name: str, arguments: dict[str, Any]) -> None:
-        """Request a job of the table (`store/job_names.py`). Raises what redis-py raises."""
+        """Request a job of the table (`store/queue.py`). Raises what redis-py raises."""
         id_ = job_id(name, arguments)
         job = msgspec.json.encode(_Job(name, arguments, int(self._now_ms())))
         try:

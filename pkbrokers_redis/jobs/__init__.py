@@ -1,1 +1,1 @@
-"""What RQ carries out. `schedule.py` is the trading day, `store/job_names.py` the table of jobs."""
+"""The jobs that RQ runs. `cron.py` is the trading day, `store/queue.py` the table of jobs."""

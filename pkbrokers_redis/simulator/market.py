@@ -153,14 +153,14 @@ class Opening(NamedTuple):
 class Market:
     """The state of each instrument and its last packet. Not thread-safe; `step` needs rising times.
 
-    Without `opening`, the day's volume starts at a ceiling that depends on the time of day alone, and stays
-    below it. So a simulator that is started again continues with more volume, never with less.
+    Without `opening` and `hours`, the day's volume starts at a ceiling that depends on the time of day alone,
+    and stays below it. So a simulator that is started again continues with more volume, never with less.
 
     Args:
         universe: The instruments.
         start_ms: Market time at the start, epoch ms.
         seed: Of the random trades.
-        rate: Packets a second over all instruments, by a shorter conflation interval; None: one a second of
+        rate: Packets a second over all instruments, by another conflation interval; None: one a second of
             each instrument.
         hours: Each instrument trades in its hours only; None: around the clock.
         opening: The state at the start.

@@ -63,7 +63,7 @@ def test_an_amended_candle_shows_its_ticks_and_revisions(
     assert "complete, 3 ticks changed it" in text and "amended, revision 1" in text
     assert "first 09:15:00 at 100, last 09:15:50 at 98.5" in text
     assert "09:15–15:30" in text
-    assert "day's volume 1050, of which 1000 was traded before we watched" in text
+    assert "day's volume 1050, of which 1000 is in no candle" in text
 
 
 @VALKEY
@@ -79,7 +79,7 @@ def test_a_flag_is_explained_in_words(client: redis.Redis, store: CandleStore) -
     rows = [row(OPEN_S + 300 * n, flag=flag) for n, flag in enumerate(("partial", "gap", "backfilled"))]
     push(client, store.keys, INFY, "5m", rows)
     announce(client, store.keys, INFY, "5m", rows[1], symbol="NSE:INFY")
-    for n, words in enumerate(("we began to watch", "the feed was down", "repaired from Kite's history")):
+    for n, words in enumerate(("watching began inside", "the feed was down", "repaired from Kite's history")):
         assert words in store.explain("INFY", "5m", OPEN_S + 300 * n + 1).lines()[1]
     assert "its ticks are no longer in the stream" in store.explain("INFY", "5m", OPEN_S).lines()
     assert "its announcement is due, or trimmed" in store.explain("INFY", "5m", OPEN_S).lines()[0]

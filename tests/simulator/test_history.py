@@ -58,7 +58,7 @@ class Tape:
         return self.kite.history.rows(token, interval, at_ms(start) // 1000, at_ms(end) // 1000, self.now_ms)
 
     def oracle(self, token: int, seconds: int, anchor: str) -> list[Candle]:
-        """Candles by DESIGN's rules 1 to 3, written down once more, slowly."""
+        """Candles by rules 1 to 3 of `candles/rules.py`, written down once more, slowly."""
         anchor_s = at_ms(anchor) // 1000
         sessions = load_sessions("market")
         schedule = int(self.kite.history.generator.hours.schedule[self.market.row_of[token]])

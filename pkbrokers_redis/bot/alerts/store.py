@@ -164,9 +164,9 @@ class AlertStore:
 class Outbox:
     """Sends what waits for a chat, joined, in order; `chats` are the ids of PKB_TELEGRAM_CHATS.
 
-    An entry leaves the outbox after Telegram has accepted it. Only a crash between those two moments can show
-    it twice; none is lost while fewer than OUTBOX_MAX wait. What Telegram refuses for good is dropped and
-    logged.
+    An entry leaves the outbox after Telegram has accepted it. A crash, a timeout or a failed deletion between
+    the two can show it twice; none is lost while fewer than OUTBOX_MAX wait. What Telegram refuses
+    for good is dropped and logged.
     """
 
     def __init__(self, bot: ExtBot[Any], client: redis.Redis, keys: Keys, chats: Collection[int]) -> None:
