@@ -37,7 +37,7 @@ async def feed(ticks: int, packets: int, ticks_per_second: float) -> None:
             pass
         await asyncio.sleep(0.5)  # further subscribe batches
         began = time.monotonic()
-        for n, frame in enumerate(prepared):
+        for n, frame in enumerate([] if done.is_set() else prepared):  # once, also if the client reconnects
             if ticks_per_second:
                 wait = began + n * packets / ticks_per_second - time.monotonic()
                 if wait > 0:
