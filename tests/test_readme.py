@@ -78,7 +78,7 @@ def test_python_of_the_readme_runs(filled: Settings, monkeypatch: pytest.MonkeyP
     for name, value in settings_env(filled).items():
         monkeypatch.setenv(name, value)
     code = block("## From Python", "python")
-    setup, _, loop = code.partition("for candle in")
+    setup, _, loop = code.partition("for closed in")
     assert "store.follow" in loop
     space: dict[str, object] = {}
     exec(compile(setup, "README.md", "exec"), space)

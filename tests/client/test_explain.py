@@ -92,8 +92,8 @@ def test_a_missing_row_has_a_reason(client: redis.Redis, store: CandleStore) -> 
 
     assert why(0).startswith("no row: nothing of this instrument")
     push(client, store.keys, INFY, "5m", [row(OPEN_S + 600), row(OPEN_S + 1200)])
-    assert why(0).startswith("no row: it is older than all that is kept")
-    assert why(900).startswith("no row: nothing traded in it")
+    assert why(0).startswith("no row: it is older than all rows that are kept")
+    assert why(900).startswith("no row: no trade in it was received")
     assert why(-3600).startswith("no row: it lies outside the trading hours")
 
 
