@@ -21,7 +21,6 @@ from uuid import uuid4
 
 from pkbrokers_redis.errors import PkbError
 
-READ_BYTES = 1 << 20
 STALE_SECONDS = 3600  # no write takes an hour: an older temporary file has no writer
 # Errors of a disk that is full, read-only, broken, or too small for the file. Other errors have a path.
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}

@@ -213,7 +213,7 @@ class Spool:
             if any(folder.glob("*.spool")):
                 log.warning(
                     "spool_format_old", folder=str(folder), reason="the previous release wrote it",
-                    hint="run that release's `pkb ingest` once to send it, or delete the folder",
+                    hint="it can send it only before an upgrade: delete the folder, `pkb backfill` that time",
                 )  # fmt: skip
             if spool.path.exists():
                 spool.size_bytes = sum(path.stat().st_size for path in folder.glob("frames.sqlite*"))

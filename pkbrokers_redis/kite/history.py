@@ -278,6 +278,8 @@ class KiteTickerHistory:
             rows += self._request(token, chosen, max(from_s, today_s), to_s)[0]
         return rows
 
+    settled_rows = cached_rows  # its name in the previous release
+
     def download(
         self, token: int, interval: str | Enum, from_s: int, to_s: int, *, fresh: bool = False
     ) -> Iterator[tuple[int, int]]:
