@@ -48,6 +48,7 @@ class Keys:
     master = _fixed("master")  # when the instrument master was loaded, its row count and digest
     derivatives = _fixed("derivatives")  # `NSE:RELIANCE`: stocks that have futures or options
     expired = _fixed("expired")  # token → the expired contract that had it last
+    renamed = _fixed("renamed")  # the old name of a renamed share or index → token
     watch = _fixed("watch")  # `NSE:INFY` → `add` or `remove`: live changes to PKB_INSTRUMENTS
     bot_lease = _fixed("{bot}:lease")  # the bot process that polls Telegram
     bot_alerts = _fixed("{bot}:alerts")  # alert id → alert
@@ -141,6 +142,7 @@ KEY_TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("P:master", "hash", "instrument sync", "permanent"),
     ("P:derivatives", "set", "instrument sync", "permanent"),
     ("P:expired", "hash", "instrument sync", "permanent"),
+    ("P:renamed", "hash", "instrument sync", "permanent"),
     ("P:watch", "hash", "operator", "permanent"),
     ("P:limit:<name>", "hash", "callers of Kite", "TTL"),
     ("P:job:<job>", "hash", "that job", "TTL"),

@@ -30,13 +30,11 @@ from pkbrokers_redis.bot.text import count, day_time, duration, escape, size
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.kite.rest import session_in
 from pkbrokers_redis.kite.session import SessionManager
-from pkbrokers_redis.runtime.cluster_state import ClusterState, read_cluster_state
+from pkbrokers_redis.runtime.cluster_state import ClusterState, Finding, Level, read_cluster_state
 from pkbrokers_redis.runtime.health import (
     BEAT_AGE_MS_MAX,
     FAILED_JOBS,
     STATUS_CHECKS,
-    Finding,
-    Level,
     check_jobs,
     health_of,
     run_checks,

@@ -25,6 +25,7 @@ from pkbrokers_redis.errors import PkbError, RedisUnavailable
 from pkbrokers_redis.runtime import health
 from pkbrokers_redis.runtime.cluster_state import (
     ClusterState,
+    Finding,
     Server,
     Worker,
     call_each_master,
@@ -34,7 +35,6 @@ from pkbrokers_redis.runtime.cluster_state import (
 from pkbrokers_redis.runtime.health import (
     EXIT_CODES,
     STATUS_CHECKS,
-    Finding,
     Health,
     check_health,
     check_host,

@@ -127,7 +127,12 @@ def list_id(tokens: Collection[int]) -> str:
 
 
 class InstrumentSource(Protocol):
-    """Where a worker's own list comes from: `version` is cheap, and differs whenever `read` may."""
+    """Where a worker's own list comes from: `version` is cheap, and differs whenever `read` may.
+
+    `unknown` has the names that the last `read` did not find.
+    """
+
+    unknown: tuple[str, ...]
 
     def version(self, client: redis.Redis) -> str: ...
     def read(self, client: redis.Redis) -> Instruments: ...
@@ -165,6 +170,11 @@ class FeedAssignments:
         self.own_id = list_id(self.symbols)
         self.added: frozenset[int] = frozenset()
         self._set_feeds(partition(self.symbols, sessions))
+
+    @property
+    def unknown(self) -> tuple[str, ...]:
+        """Names of the own list that the instrument master lacks."""
+        return self._source.unknown if self._source is not None else ()
 
     def _set_feeds(self, feeds: list[Feed]) -> None:
         self.feeds = feeds

@@ -39,7 +39,7 @@ from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.instruments import load_derivative_tokens
 from pkbrokers_redis.store.queue import open_queue
-from pkbrokers_redis.store.symbols import instrument_list, list_version
+from pkbrokers_redis.store.symbols import list_version, read_instrument_list
 from pkbrokers_redis.store.tick_writer import QUOTE_INTERVAL_MS
 
 log = logs.get("ingest")
@@ -232,6 +232,7 @@ class Ingest:
             **self.connections.figures(),
             **feed_figures(self.feeds, self.leases.held),
             "list": self.assignments.own_id,
+            "unknown_instruments": ",".join(self.assignments.unknown),
             **self.buffer.figures(),
             **self.watchdog.figures(),
             **self.outages.counts,
@@ -249,14 +250,22 @@ class WatchedList:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self.unknown: tuple[str, ...] = ()  # names that the master lacks
 
     def version(self, client: redis.Redis) -> str:
         """Return a text that differs whenever `read` may return another list."""
         return list_version(client, self._settings)
 
     def read(self, client: redis.Redis) -> list[tuple[int, str]]:
-        """Return `(token, symbol)` of each instrument. Raises UnknownSymbol, InputFileError."""
-        return instrument_list(client, self._settings)
+        """Return `(token, symbol)` of each instrument; the rest is in `unknown`.
+
+        Raises UnknownSymbol when no name is known, InputFileError.
+        """
+        instruments, unknown = read_instrument_list(client, self._settings)
+        self.unknown = tuple(unknown)
+        if unknown and not instruments:
+            raise next(iter(unknown.values()))
+        return instruments
 
 
 def make_ingest(settings: Settings, client: redis.Redis, worker_id: str, stop: threading.Event) -> Ingest:
@@ -269,7 +278,8 @@ def make_ingest(settings: Settings, client: redis.Redis, worker_id: str, stop: t
     def connect_leases() -> redis.Redis:
         return connect(settings, socket_timeout_seconds=max(settings.lease_seconds, 1.0))
 
-    instruments = instrument_list(client, settings)
+    watched = WatchedList(settings)
+    instruments = watched.read(client)
     if not instruments:
         raise SettingsError(
             "there is nothing to stream", "set PKB_INSTRUMENTS, e.g. NSE:INFY,NSE:TCS, or a file of tokens"
@@ -287,7 +297,7 @@ def make_ingest(settings: Settings, client: redis.Redis, worker_id: str, stop: t
         now_ms=market_clock(settings),
         worker_id=worker_id,
         connect_leases=connect_leases,
-        list_source=WatchedList(settings),
+        list_source=watched,
         sessions=sessions,
         jobs=jobs,
     )

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import redis
@@ -29,7 +29,18 @@ from pkbrokers_redis.store.streams import id_order
 
 log = logs.get("heartbeat")
 
+Level = Literal["ok", "warn", "fail"]
+
 SHARDS_AT_ONCE = 256  # a pipeline's bound
+
+
+class Finding(NamedTuple):
+    """One line of a health check: what was checked, what was found, how to fix it."""
+
+    check: str
+    level: Level
+    message: str
+    hint: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +243,11 @@ class ClusterState:
     workers: list[Worker] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
     feeds: list[str | None] = field(default_factory=list)  # the reader of each feed
+
+    def names(self, field: str) -> list[str]:
+        """Return the names in a comma list of the living ingest workers' heartbeats, each once."""
+        texts = (worker.fields.get(field, "") for worker in self.alive("ingest"))
+        return sorted({name for text in texts for name in text.split(",") if name})
 
     def alive(self, role: str) -> list[Worker]:
         """Return the workers of a role whose heartbeat has not expired."""

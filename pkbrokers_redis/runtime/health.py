@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import msgspec
 import redis
@@ -23,12 +23,12 @@ from pkbrokers_redis.candles.calendar import IST
 from pkbrokers_redis.candles.model import DAY, Interval
 from pkbrokers_redis.errors import MetaMismatch, PkbError
 from pkbrokers_redis.keys import JOB_QUEUE, Keys
-from pkbrokers_redis.runtime.cluster_state import ClusterState, Worker, read_cluster_state
+from pkbrokers_redis.runtime.cluster_state import ClusterState, Finding, Level, Worker, read_cluster_state
+from pkbrokers_redis.runtime.market_checks import MARKET_CHECKS, shown
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import describe
 from pkbrokers_redis.store.instruments import Manifest
 
-Level = Literal["ok", "warn", "fail"]
 Health = Literal["healthy", "degraded", "down"]
 
 EXIT_CODES: dict[Health, int] = {"healthy": 0, "degraded": 1, "down": 2}
@@ -38,22 +38,12 @@ BEAT_AGE_MS_MAX = 6_000  # three heartbeats missed
 SKEW_MS_MAX = 1_000  # candles close by the aggregator's clock, 2 s after their end
 MEMORY_PART_MAX = 0.9
 STREAM_PART_MAX = 0.5  # of the hard cap
-NAMES_MAX = 5  # in one line
 FORK_SECONDS_MIN, FORKS_MIN = 30.0, 10  # between two forks of Redis, on average, once it has had so many
 SECOND_LOOK_SECONDS = 1.0  # a shard or feed on its way between two workers has no owner for less
 MASTER_AGE_SECONDS_MAX = 4 * 86_400  # over a long weekend; contracts expire, and tokens get other contracts
 COUNTERS = ("dropped_at_cap", "frames_lost", "fenced")  # of the heartbeats, shown where they are not 0
 FAILED_JOBS = f"rq:failed:{JOB_QUEUE}"  # RQ's own registry, a sorted set
 INSTRUMENTS_AT_ONCE = 500
-
-
-class Finding(NamedTuple):
-    """One line of a health check: what was checked, what was found, how to fix it."""
-
-    check: str
-    level: Level
-    message: str
-    hint: str = ""
 
 
 Check = Callable[[ClusterState], Iterator[Finding]]
@@ -70,11 +60,6 @@ def health_of(findings: Iterable[Finding]) -> Health:
     return "down" if "fail" in levels else "degraded" if "warn" in levels else "healthy"
 
 
-def _names(names: Sequence[object]) -> str:
-    shown = ", ".join(map(str, names[:NAMES_MAX]))
-    return shown + (f" and {len(names) - NAMES_MAX} more" if len(names) > NAMES_MAX else "")
-
-
 # --- how it runs
 
 
@@ -88,7 +73,7 @@ def workers_beat(cluster: ClusterState) -> Iterator[Finding]:
             yield Finding(role, "fail", f"no worker {does}", hint)
         elif late:
             hint = "look whether it hangs or its host is overloaded; kill it and it is replaced"
-            yield Finding(role, "warn", f"{_names(late)} did not beat for {BEAT_AGE_MS_MAX / 1000:g} s", hint)
+            yield Finding(role, "warn", f"{shown(late)} did not beat for {BEAT_AGE_MS_MAX / 1000:g} s", hint)
         else:
             yield Finding(role, "ok", f"{len(workers)} running")
 
@@ -100,7 +85,7 @@ def shards_owned(cluster: ClusterState) -> Iterator[Finding]:
         yield Finding("shards", "ok", f"all {len(cluster.shards)} have an aggregator")
     elif cluster.alive("aggregate"):
         hint = "wait for PKB_LEASE_SECONDS; then look at the aggregators' logs for `shard_quarantined`"
-        yield Finding("shards", "warn", f"no aggregator has shard {_names(free)}", hint)
+        yield Finding("shards", "warn", f"no aggregator has shard {shown(free)}", hint)
 
 
 FEED_PROBLEMS = {  # states of the ingest workers' watchdog that an operator should know of
@@ -121,18 +106,18 @@ def feeds_read(cluster: ClusterState) -> Iterator[Finding]:
     free = [number for number, owner in enumerate(cluster.feeds) if owner is None]
     if free:
         hint = "wait for PKB_LEASE_SECONDS; then look at the ingest workers' logs"
-        yield Finding("feeds", "warn", f"no ingest worker reads feed {_names(free)}", hint)
+        yield Finding("feeds", "warn", f"no ingest worker reads feed {shown(free)}", hint)
     offline = [each.id for each in readers if each.number("connected") < len(each.numbers("feeds"))]
     if offline:
         hint = "look at its log: 403 is an expired session (`pkb login`), 429 too many connections of a key"
-        yield Finding("feeds", "warn", f"{_names(offline)} is not connected to Kite on every feed", hint)
+        yield Finding("feeds", "warn", f"{shown(offline)} is not connected to Kite on every feed", hint)
     if not free and not offline:
         yield Finding("feeds", "ok", f"all {len(cluster.feeds)} are read")
     for worker in readers:
         pairs = [pair.partition(":")[::2] for pair in worker.fields.get("feed_state", "").split(",")]
         for problem, (message, hint) in FEED_PROBLEMS.items():
             if numbers := [number for number, state in pairs if state == problem]:
-                yield Finding("feeds", "warn", f"feed {_names(numbers)} {message}", hint)
+                yield Finding("feeds", "warn", f"feed {shown(numbers)} {message}", hint)
 
 
 def lag_small(cluster: ClusterState) -> Iterator[Finding]:
@@ -141,7 +126,7 @@ def lag_small(cluster: ClusterState) -> Iterator[Finding]:
     worst_ms = max((shard.lag_ms for shard in cluster.shards), default=0.0)
     waiting = f"{sum(shard.lag_entries for shard in cluster.shards):,} entries wait, the oldest for"
     if late:
-        message = f"shard {_names(late)} is behind: {waiting} {worst_ms / 1000:,.0f} s"
+        message = f"shard {shown(late)} is behind: {waiting} {worst_ms / 1000:,.0f} s"
         hint = "start more aggregators (`pkb up --aggregators N`), or a faster machine"
         yield Finding("lag", "warn", message, hint)
     else:
@@ -201,7 +186,7 @@ def progress_since(earlier: ClusterState) -> Check:
         ]
         if stuck:
             seconds = (cluster.at_ms - earlier.at_ms) / 1000
-            message = f"shard {_names(stuck)} did not move for {seconds:.1f} s while entries waited"
+            message = f"shard {shown(stuck)} did not move for {seconds:.1f} s while entries waited"
             hint = "look at its aggregator's log, then restart it: another takes over"
             yield Finding("stuck", "fail", message, hint)
         else:
@@ -211,7 +196,8 @@ def progress_since(earlier: ClusterState) -> Check:
 
 
 STATUS_CHECKS: tuple[Check, ...] = (
-    workers_beat, shards_owned, feeds_read, lag_small, nothing_lost, redis_takes_writes
+    workers_beat, shards_owned, feeds_read, lag_small, nothing_lost, redis_takes_writes,
+    *MARKET_CHECKS,
 )  # fmt: skip
 
 
@@ -231,7 +217,7 @@ def persistent(cluster: ClusterState) -> Iterator[Finding]:
     evicting = sorted({server.eviction for server in cluster.servers} - {"noeviction", ""})
     if evicting:
         level: Level = "fail" if any(policy.startswith("allkeys") for policy in evicting) else "warn"
-        message = f"maxmemory-policy is {_names(evicting)}: Redis may delete keys when memory is short"
+        message = f"maxmemory-policy is {shown(evicting)}: Redis may delete keys when memory is short"
         hint = "CONFIG SET maxmemory-policy noeviction, and set it in redis.conf"
         yield Finding("eviction", level, message, hint)
     else:
@@ -276,7 +262,7 @@ def one_instrument_list(cluster: ClusterState) -> Iterator[Finding]:
             lists.setdefault(name, []).append(worker.id)
     if len(lists) > 1:
         few = min(lists.values(), key=len)
-        message = f"{_names(few)} has another instrument list than the other ingest workers"
+        message = f"{shown(few)} has another instrument list than the other ingest workers"
         hint = "give all the same PKB_INSTRUMENTS and instrument master, and restart them"
         yield Finding("instruments", "fail", message, hint)
     elif lists:
@@ -300,7 +286,7 @@ def streams_below(entries_max: int) -> Check:
                 "aggregators must keep up; a registered reader that fell behind also holds entries "
                 "(XINFO GROUPS), and so does a long PKB_STREAM_RETENTION_SECONDS"
             )
-            yield Finding("streams", "warn", f"shard {_names(big)} nears its hard cap: {message}", hint)
+            yield Finding("streams", "warn", f"shard {shown(big)} nears its hard cap: {message}", hint)
         else:
             yield Finding("streams", "ok", message)
 
@@ -312,7 +298,7 @@ def check_functions(missing: Sequence[str]) -> Finding:
     if not missing:
         return Finding("functions", "ok", "loaded")
     hint = "an aggregator loads them as it starts"
-    return Finding("functions", "warn", f"missing: {_names(missing)}", hint)
+    return Finding("functions", "warn", f"missing: {shown(missing)}", hint)
 
 
 def check_settings(problem: PkbError | None, exists: bool) -> Finding:
@@ -351,8 +337,8 @@ def check_host(workers: Iterable[Worker], host: str) -> Finding:
     if not local:
         return Finding("here", "fail", f"no worker of {host} beats", "look at its log")
     if late:
-        return Finding("here", "warn", f"{_names(late)} does not beat", "look at its log")
-    return Finding("here", "ok", _names([worker.id for worker in local]))
+        return Finding("here", "warn", f"{shown(late)} does not beat", "look at its log")
+    return Finding("here", "ok", shown([worker.id for worker in local]))
 
 
 # --- for commands and the web server

@@ -4,6 +4,7 @@ A swap takes these steps, so that a name never leads to a missing row:
 
     1  P:instrument:<token>   rows of all instruments of the new master, one HSET each
        P:expired              token → contract, of contracts that leave
+       P:renamed              old name → token, of shares and indices that changed their name
        P:{S}:repairs          `forget` for tokens that belong to other contracts now
     2  P:symbols              one transaction on this key: removed names out, new and moved names in
     3  P:derivatives          one transaction: stocks that have futures or options
@@ -127,7 +128,8 @@ def swap_master(
     removed = [name for name in old if name not in new]
     added = {name: token for name, token in new.items() if old.get(name) != token}
     kept = set(new.values())
-    _note_expired(client, keys, {old[name]: name for name in removed if old[name] not in kept})
+    _note_expired(client, keys, {old[name]: name for name in removed})
+    _note_renamed(client, keys, {name: old[name] for name in removed if old[name] in kept})
     send_forget(client, keys, reassigned, "reassigned")
     _swap_names(client, keys, removed, added)
     _swap_derivatives(client, keys, rows, scope, new)
@@ -176,9 +178,16 @@ def _reassigned(client: redis.Redis, keys: Keys, old: Mapping[str, int], new: Ma
 
 
 def _note_expired(client: redis.Redis, keys: Keys, removed: Mapping[int, str]) -> None:
+    """Record expired contracts, also those whose token went to another one at once."""
     contracts = ((token, name) for token, name in removed.items() if token & 0xFF not in CASH_SEGMENTS)
     for pairs in _chunks(contracts, NAMES_AT_ONCE):
         client.hset(keys.expired(), items=[cell for pair in pairs for cell in pair])
+
+
+def _note_renamed(client: redis.Redis, keys: Keys, removed: Mapping[str, int]) -> None:
+    names = ((name, token) for name, token in removed.items() if token & 0xFF in CASH_SEGMENTS)
+    for pairs in _chunks(names, NAMES_AT_ONCE):
+        client.hset(keys.renamed(), items=[cell for pair in pairs for cell in pair])
 
 
 def _hset(keys: Keys, row: Row) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
     P:symbols              Kite's `EXCHANGE:TRADINGSYMBOL` → token
     P:instrument:<token>   the row of Kite's instruments CSV, under its own column names
+    P:renamed              the old name of a renamed share or index → token
     P:watch                symbol → `add` or `remove`: live changes to PKB_INSTRUMENTS (`pkb instruments add`)
 
 PKB_INSTRUMENTS may also name groups, which are rules over symbol and token. A new group is a row of `GROUPS`.
@@ -140,45 +141,88 @@ def resolve(client: redis.Redis, keys: Keys, text: str) -> tuple[int, str]:
 def resolve_all(client: redis.Redis, keys: Keys, texts: Sequence[str | int]) -> list[tuple[int, str]]:
     """Resolve many texts in their order, in two round trips when all are spelt exactly."""
     names = [str(text).strip() for text in texts]
-    found = read_tokens(client, keys, sorted({_full_name(text) for text in names if not _is_number(text)}))
-    numbers = _symbols_of_tokens(client, keys, [text for text in names if _is_number(text)])
-    every: dict[str, int] | None = None
-    answer: list[tuple[int, str]] = []
-    for text in names:
-        if _is_number(text):
-            answer.append(numbers[text])
-        elif (name := _full_name(text)) in found:
-            answer.append((found[name], name))
+    found, unknown = resolve_known(client, keys, names)
+    if unknown:
+        raise next(iter(unknown.values()))
+    return [found[text] for text in names]
+
+
+def resolve_known(
+    client: redis.Redis, keys: Keys, texts: Sequence[str]
+) -> tuple[dict[str, tuple[int, str]], dict[str, UnknownSymbol]]:
+    """Return text → (token, symbol) of those that the master has, and text → error of the others.
+
+    The old name of a renamed share or index leads to its token.
+    """
+    unique = list(dict.fromkeys(texts))
+    exact = read_tokens(client, keys, sorted({_full_name(text) for text in unique if not _is_number(text)}))
+    found: dict[str, tuple[int, str]] = {}
+    rest: list[str] = []
+    for text in unique:
+        if not _is_number(text) and (name := _full_name(text)) in exact:
+            found[text] = exact[name], name
         else:
-            every = read_names(client, keys) if every is None else every
-            answer.append(_search(every, text))
-    return answer
+            rest.append(text)
+    found |= _symbols_of_tokens(client, keys, [text for text in rest if _token_of(text)])
+    rest = [text for text in rest if text not in found]
+    renamed = read_tokens(client, keys, [_full_name(text) for text in rest], keys.renamed())
+    if renamed:  # to a name that the master still has: a token without a row was delisted since
+        symbols = _symbols_of_tokens(client, keys, [str(token) for token in set(renamed.values())])
+        old = {name: symbols[str(token)] for name, token in renamed.items()}
+        found |= {
+            text: old[name] for text in rest if (name := _full_name(text)) in old and ":" in old[name][1]
+        }
+    every: dict[str, int] | None = None
+    unknown: dict[str, UnknownSymbol] = {}
+    for text in rest:
+        if text in found:
+            continue
+        if _is_number(text):
+            unknown[text] = UnknownSymbol(text[:40], [])
+            continue
+        every = read_names(client, keys) if every is None else every
+        try:
+            found[text] = _search(every, text)
+        except UnknownSymbol as error:
+            unknown[text] = error
+    return found, unknown
 
 
 def resolve_many(client: redis.Redis, keys: Keys, text: str) -> list[tuple[int, str]]:
     """Return `(token, symbol)` for PKB_INSTRUMENTS: symbols, tokens, groups, files with one a line."""
+    chosen = _choose(client, keys, text)
+    if chosen.unknown:
+        raise next(iter(chosen.unknown.values()))
+    return chosen.instruments
+
+
+class InstrumentList(NamedTuple):
+    """`(token, symbol)` of each instrument, and the names that are not in the master, with their errors."""
+
+    instruments: list[tuple[int, str]]
+    unknown: dict[str, UnknownSymbol]
+
+
+def _choose(client: redis.Redis, keys: Keys, text: str) -> InstrumentList:
     names: list[str] = []
-    chosen: dict[int, str] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         names += _lines_of(part) if _is_path(part) else [part]
     rules = {name: rule for name in names if (rule := group_of(name)) is not None}
     every = read_names(client, keys) if rules else {}
     if rules and not every:
         raise PkbError(f"the instrument master is empty, and {next(iter(rules))!r} is chosen from it", SYNC)
-    singles = iter(resolve_all(client, keys, [name for name in names if name not in rules]))
+    singles, unknown = resolve_known(client, keys, [name for name in names if name not in rules])
+    chosen: dict[int, str] = {}
     for name in names:
-        if name not in rules:
-            token, symbol = next(singles)
-            chosen.setdefault(token, symbol)
-            continue
-        found = {token: symbol for symbol, token in every.items() if rules[name](symbol, token)}
-        if not found and name.lower() not in GROUPS:
-            raise UnknownSymbol(
-                name[:40], [], "no contract starts with it: `pkb instruments search` finds names"
-            )
+        found: dict[int, str] = dict([singles[name]]) if name in singles else {}
+        if name in rules:
+            found = {token: symbol for symbol, token in every.items() if rules[name](symbol, token)}
+            if not found and name.lower() not in GROUPS:
+                hint = "no contract starts with it: `pkb instruments search` finds names"
+                unknown[name] = UnknownSymbol(name[:40], [], hint)
         for token, symbol in found.items():
             chosen.setdefault(token, symbol)
-    return list(chosen.items())
+    return InstrumentList(list(chosen.items()), unknown)
 
 
 def read_names(client: redis.Redis, keys: Keys) -> dict[str, int]:
@@ -191,12 +235,14 @@ def read_names(client: redis.Redis, keys: Keys) -> dict[str, int]:
     return names
 
 
-def read_tokens(client: redis.Redis, keys: Keys, names: Sequence[str]) -> dict[str, int]:
-    """Return `NSE:INFY` → token for the names that the master has in exactly this spelling."""
+def read_tokens(
+    client: redis.Redis, keys: Keys, names: Sequence[str], key: str | None = None
+) -> dict[str, int]:
+    """Return `NSE:INFY` → token of names that the master, or the hash `key`, has in exactly this spelling."""
     found: dict[str, int] = {}
     for first in range(0, len(names), ROWS_A_PIPELINE):
         chunk = list(names[first : first + ROWS_A_PIPELINE])
-        values: Any = client.hmget(keys.symbols(), chunk)
+        values: Any = client.hmget(key or keys.symbols(), chunk)
         for name, value in zip(chunk, values, strict=True):
             token = _token_of(value.decode(errors="replace")) if value else None
             if token is not None:
@@ -206,18 +252,10 @@ def read_tokens(client: redis.Redis, keys: Keys, names: Sequence[str]) -> dict[s
 
 def _symbols_of_tokens(client: redis.Redis, keys: Keys, texts: list[str]) -> dict[str, tuple[int, str]]:
     """Return digits → (token, symbol in the master, or the number itself)."""
-    tokens: dict[str, int] = {}
-    for text in texts:
-        token = _token_of(text)
-        if token is None:
-            raise UnknownSymbol(text[:40], [])
-        tokens[text] = token
-    if not tokens:
-        return {}
-    commands = (("HMGET", keys.instrument(token), "exchange", "tradingsymbol") for token in tokens.values())
+    commands = (("HMGET", keys.instrument(int(text)), "exchange", "tradingsymbol") for text in texts)
     answer: dict[str, tuple[int, str]] = {}
-    replies = execute_all(client, commands, ROWS_A_PIPELINE)
-    for (text, token), reply in zip(tokens.items(), replies, strict=True):
+    replies = execute_all(client, commands, ROWS_A_PIPELINE) if texts else []
+    for text, token, reply in zip(texts, map(int, texts), replies, strict=True):
         if isinstance(reply, Exception):
             raise reply
         name = b":".join(reply).decode() if all(reply) else str(token)
@@ -343,26 +381,46 @@ def edit_watch(
 
 
 def instrument_list(client: redis.Redis, settings: Settings) -> list[tuple[int, str]]:
-    """Return `(token, symbol)` of PKB_INSTRUMENTS with the live changes, each once. Raise as `resolve_many`.
+    """Return `(token, symbol)` of PKB_INSTRUMENTS with the live changes, each once.
 
-    A changed symbol that left the master (an expired contract) must not stop the others: it is logged.
+    A name that the master lacks (now) costs only that name. Raises UnknownSymbol when no other is there.
     """
+    found = read_instrument_list(client, settings)
+    if found.unknown and not found.instruments:
+        raise next(iter(found.unknown.values()))
+    return found.instruments
+
+
+def read_instrument_list(client: redis.Redis, settings: Settings) -> InstrumentList:
+    """Return the list and what is missing in it; names of expired contracts are not called unknown."""
     keys = settings.keys
-    chosen = dict(resolve_many(client, keys, settings.instruments))
+    instruments, unknown = _choose(client, keys, settings.instruments)
+    chosen = dict(instruments)
     changes = load_watch(client, keys)
-    known = read_tokens(client, keys, list(changes))  # as a rule all of them, in one round trip
-    for symbol, change in changes.items():
-        try:
-            token, name = (known[symbol], symbol) if symbol in known else resolve(client, keys, symbol)
-        except UnknownSymbol:
-            if _once.first(symbol):
-                log.warning("watched_unknown", symbol=symbol, hint=f"`pkb instruments remove {symbol}`")
-            continue
-        if change == ADD:
+    found, not_found = resolve_known(client, keys, list(changes))
+    for symbol, (token, name) in found.items():
+        if changes[symbol] == ADD:
             chosen.setdefault(token, name)
         else:
             chosen.pop(token, None)
-    return list(chosen.items())
+    unknown |= {name: error for name, error in not_found.items() if changes[name] == ADD}
+    for name in _expired_of(client, keys, unknown):
+        del unknown[name]
+        if _once.first(name):
+            log.info("contract_expired", symbol=name, reason="it left the instrument list")
+    for name, error in unknown.items():
+        if chosen and _once.first(name):
+            log.warning("instrument_unknown", symbol=name, reason="it is not in the master", hint=error.hint)
+    return InstrumentList(list(chosen.items()), unknown)
+
+
+def _expired_of(client: redis.Redis, keys: Keys, names: Iterable[str]) -> list[str]:
+    """Return those names that are of expired contracts."""
+    sought = {_full_name(name): name for name in names}
+    if not sought:
+        return []
+    contracts = (name.decode(errors="replace") for _, name in client.hscan_iter(keys.expired(), count=10_000))
+    return [sought[contract] for contract in contracts if contract in sought]
 
 
 def list_version(client: redis.Redis, settings: Settings) -> str:

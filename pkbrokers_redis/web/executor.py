@@ -22,8 +22,8 @@ from redis.exceptions import RedisClusterException
 
 from pkbrokers_redis.client.store import CandleStore
 from pkbrokers_redis.errors import PkbError
-from pkbrokers_redis.runtime.cluster_state import ClusterState
-from pkbrokers_redis.runtime.health import Finding, check_health
+from pkbrokers_redis.runtime.cluster_state import ClusterState, Finding
+from pkbrokers_redis.runtime.health import check_health
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import describe, explain
 

@@ -16,8 +16,8 @@ from prometheus_client.core import CounterMetricFamily as Counter
 from prometheus_client.core import GaugeMetricFamily as Gauge
 from prometheus_client.core import Metric
 
-from pkbrokers_redis.runtime.cluster_state import ClusterState, Shard
-from pkbrokers_redis.runtime.health import Finding, counters, health_document, health_of
+from pkbrokers_redis.runtime.cluster_state import ClusterState, Finding, Shard
+from pkbrokers_redis.runtime.health import counters, health_document, health_of
 from pkbrokers_redis.web.executor import Route, Services
 from pkbrokers_redis.web.http import json_response
 

@@ -125,6 +125,8 @@ def server_kind() -> str:
 class List:
     """A list that can change."""
 
+    unknown: tuple[str, ...] = ()
+
     def __init__(self, *tokens: int) -> None:
         self.tokens = tokens
         self.failure: PkbError | None = None

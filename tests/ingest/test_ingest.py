@@ -432,6 +432,8 @@ def test_frames_of_a_socket_are_in_the_streams_when_it_stops(
 class Listed:
     """An instrument list that can change."""
 
+    unknown: tuple[str, ...] = ()
+
     def __init__(self, *tokens: int) -> None:
         self.tokens, self.names = tokens, dict(SYMBOLS)
 

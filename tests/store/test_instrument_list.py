@@ -9,8 +9,18 @@ import redis
 
 from pkbrokers_redis.errors import UnknownSymbol, WrongKeyType
 from pkbrokers_redis.settings import Settings
-from pkbrokers_redis.store.symbols import edit_watch, instrument_list, list_version, load_watch
+from pkbrokers_redis.store.instruments import swap_master
+from pkbrokers_redis.store.symbols import (
+    edit_watch,
+    instrument_list,
+    list_version,
+    load_watch,
+    read_instrument_list,
+    resolve,
+)
 from tests.client.contract import INFY, NIFTY, RELIANCE, write_master
+
+INFY_ROW = {"instrument_token": str(INFY), "tradingsymbol": "INFY", "exchange": "NSE"}
 
 
 @pytest.fixture
@@ -57,6 +67,49 @@ def test_a_contract_that_expired_stops_nobody_and_can_be_removed(client: redis.R
     assert (RELIANCE, "NSE:RELIANCE") in instrument_list(client, mine)
     assert len(instrument_list(client, mine)) == 3
     assert edit_watch(client, mine.keys, remove=["nfo:gone24decfut"]) == {"NFO:GONE24DECFUT": "remove"}
+
+
+def test_names_that_the_master_lacks_cost_only_themselves(client: redis.Redis, mine: Settings) -> None:
+    texts = "INFY,NSE:OLDNAME,inffy,0,99999999999,nfo-nifti,NIFTY 50"
+    both = mine.model_copy(update={"instruments": texts})
+    found = read_instrument_list(client, both)
+    assert instrument_list(client, both) == found.instruments == [(INFY, "NSE:INFY"), (NIFTY, "NSE:NIFTY 50")]
+    assert set(found.unknown) == {"NSE:OLDNAME", "inffy", "0", "99999999999", "nfo-nifti"}
+    assert "did you mean NSE:INFY" in found.unknown["inffy"].hint
+    with pytest.raises(UnknownSymbol, match="OLDNAME"):
+        instrument_list(client, mine.model_copy(update={"instruments": "NSE:OLDNAME"}))
+    with pytest.raises(UnknownSymbol, match="INFX"):
+        edit_watch(client, mine.keys, add=["INFX"])
+
+
+def test_an_expired_contract_leaves_the_list_by_itself(
+    client: redis.Redis, mine: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "NFO:INFY24DECFUT"
+    future = {"instrument_token": "514", "tradingsymbol": "INFY24DECFUT", "exchange": "NFO", "name": "INFY"}
+    swap_master(client, mine.keys, [future], ["NFO"])
+    listed = mine.model_copy(update={"instruments": f"INFY,{name}"})
+    assert len(instrument_list(client, listed)) == 2
+    swap_master(client, mine.keys, [{**future, "tradingsymbol": "INFY25JANFUT"}], ["NFO"])
+    for _ in range(2):
+        found = read_instrument_list(client, listed)
+        assert (found.instruments, found.unknown) == ([(INFY, "NSE:INFY")], {})
+    assert capsys.readouterr().err.count("contract_expired") == 1
+
+
+def test_a_renamed_share_is_followed_by_its_token(client: redis.Redis, mine: Settings) -> None:
+    share = {"instrument_token": "4267265", "tradingsymbol": "ZOMATO", "exchange": "NSE"}
+    swap_master(client, mine.keys, [share], ["BSE"])  # another scope than the fixture's rows
+    edit_watch(client, mine.keys, add=["ZOMATO"])
+    renamed = {**share, "tradingsymbol": "ETERNAL"}
+    swap_master(client, mine.keys, [renamed, INFY_ROW], ["NSE"])
+    for name in ("NSE:ZOMATO", "zomato", "ETERNAL"):
+        assert resolve(client, mine.keys, name) == (4267265, "NSE:ETERNAL")
+    found = read_instrument_list(client, mine.model_copy(update={"instruments": "INFY"}))
+    assert (found.instruments, found.unknown) == ([(INFY, "NSE:INFY"), (4267265, "NSE:ETERNAL")], {})
+    swap_master(client, mine.keys, [INFY_ROW], ["NSE"])  # delisted: neither name leads to it
+    with pytest.raises(UnknownSymbol):
+        resolve(client, mine.keys, "ZOMATO")
 
 
 def test_the_version_stays_while_nothing_changes_and_follows_the_master(
