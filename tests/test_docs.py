@@ -101,6 +101,7 @@ def test_every_key_of_the_code_is_in_the_key_table() -> None:
         keys.master(),
         keys.derivatives(),
         keys.expired(),
+        keys.renamed(),
         keys.watch(),
         keys.limit("history"),
         keys.job("J"),
