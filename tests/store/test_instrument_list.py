@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import pytest
 import redis
 
+from pkbrokers_redis import logs
 from pkbrokers_redis.errors import UnknownSymbol, WrongKeyType
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.instruments import swap_master
@@ -83,8 +85,12 @@ def test_names_that_the_master_lacks_cost_only_themselves(client: redis.Redis, m
 
 
 def test_an_expired_contract_leaves_the_list_by_itself(
-    client: redis.Redis, mine: Settings, capsys: pytest.CaptureFixture[str]
+    client: redis.Redis,
+    mine: Settings,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(logs._output, "level", logging.INFO)
     name = "NFO:INFY24DECFUT"
     future = {"instrument_token": "514", "tradingsymbol": "INFY24DECFUT", "exchange": "NFO", "name": "INFY"}
     swap_master(client, mine.keys, [future], ["NFO"])
