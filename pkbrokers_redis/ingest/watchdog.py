@@ -4,7 +4,8 @@
 |----------------|-----------------------------------------------------|--------------------------------|
 | `ok`           | ticks arrive; some instruments may be illiquid      | none                           |
 | `quiet`        | its markets are closed, or in the closing auction   | none                           |
-| `mute`         | heartbeats but no ticks while its market is open    | reconnect, with growing pauses |
+| `mute`         | no ticks while its market is open: heartbeats only, | reconnect, with growing pauses |
+|                | or connections that end in silence                  |                                |
 | `partly_mute`  | active instruments are silent while others tick     | resubscribe, then reconnect    |
 | `expired`      | Kite answers 403                                    | the socket renews the session  |
 | `rate_limited` | Kite answers 429                                    | the socket waits               |
@@ -98,6 +99,7 @@ class FeedDiagnosis:
         self._floor_ms = MACHINE_MS_MIN * speed
         self._reconnects = 0  # in a row, without a tick after them
         self._mute_from_ms: float | None = None  # the last tick when it fell mute
+        self._tickless_from_ms: float | None = None  # the first of the connections without a tick
         self._attempts: dict[int, tuple[int, float]] = {}  # silent instrument → how many, the last when
 
     @property
@@ -115,8 +117,10 @@ class FeedDiagnosis:
         if self._mute_from_ms is not None and seen.ticked_ms > max(self._mute_from_ms, resent_ms):
             self._mute_from_ms, self._reconnects = None, 0
         if seen.opened_ms is None or not seen.instruments:
-            self._mute_from_ms, self._reconnects = None, 0
+            self._mute_from_ms, self._tickless_from_ms, self._reconnects = None, None, 0
             return Verdict("quiet", "none", "its markets are closed, or in the closing auction")
+        if self._mute_from_ms is None and self._connections_end_silent(seen, now_ms, resent_ms):
+            self._mute_from_ms = seen.ticked_ms
         if seen.socket != "connected":
             if self._mute_from_ms is not None:
                 return Verdict("mute", "none", "reconnecting")
@@ -130,6 +134,21 @@ class FeedDiagnosis:
         if self._mute_from_ms is not None:
             return Verdict("mute", "none", "reconnected, no tick yet")
         return self._judge_active(seen, now_ms)
+
+    def _connections_end_silent(self, seen: Observation, now_ms: float, resent_ms: float) -> bool:
+        """Return whether several connections in a row brought no tick for an unusual time.
+
+        The socket gives up a connection that says nothing at all, heartbeats included, and opens the next
+        one: each alone is too young to be judged.
+        """
+        if seen.ticked_ms > resent_ms:
+            self._tickless_from_ms = None
+        elif seen.socket == "connected" and self._tickless_from_ms is None:
+            self._tickless_from_ms = seen.connected_ms
+        from_ms = self._tickless_from_ms
+        if from_ms is None or seen.connected_ms <= from_ms or seen.opened_ms is None:
+            return False
+        return now_ms - max(from_ms, seen.opened_ms) > max(MUTE_MS_MIN, self._floor_ms, seen.mute_ms)
 
     def _judge_active(self, seen: Observation, now_ms: float) -> Verdict:
         for token, (_, tried_ms) in tuple(self._attempts.items()):

@@ -89,7 +89,7 @@ def shards_owned(cluster: ClusterState) -> Iterator[Finding]:
 
 
 FEED_PROBLEMS = {  # states of the ingest workers' watchdog that an operator should know of
-    "mute": ("gets heartbeats but no ticks in market hours; it reconnects", "if it lasts, ask Kite's status"),
+    "mute": ("gets no ticks in market hours; it reconnects", "if it lasts, ask Kite's status"),
     "partly_mute": (
         "gets no ticks of some active instruments; it subscribes them again", "if it lasts, ask Kite's status"
     ),

@@ -114,6 +114,27 @@ def test_the_last_tick_sent_again_does_not_end_a_mute_state() -> None:
     )  # from the start
 
 
+def test_a_feed_whose_connections_end_in_silence_is_mute_within_half_a_minute() -> None:
+    diagnosis, states = FeedDiagnosis(), []
+    assert seen(diagnosis, 99, ticked_ms=99 * S) == ("ok", "none")
+    for n in range(100, 160):  # the socket gives each connection ten seconds, and needs one for the next
+        socket = "connected" if n % 10 else "connecting"
+        connected_ms = (n // 10 * 10 + 1) * S if n % 10 else (n - 9) * S
+        states.append(seen(diagnosis, n, socket=socket, connected_ms=connected_ms, ticked_ms=99 * S)[0])
+    assert states.index("mute") <= 30
+    assert set(states[states.index("mute") :]) == {"mute"}
+    # A tick that is not the last one sent again ends it.
+    assert seen(diagnosis, 170, connected_ms=161 * S, ticked_ms=170 * S) == ("ok", "none")
+
+
+def test_a_feed_that_never_had_a_tick_and_connects_again_and_again_is_mute() -> None:
+    diagnosis = FeedDiagnosis()
+    young = {"ticked_ms": 0.0, "active": 0}
+    assert seen(diagnosis, 11, connected_ms=10 * S, **young) == ("ok", "none")
+    assert seen(diagnosis, 22, connected_ms=21 * S, **young) == ("ok", "none")
+    assert seen(diagnosis, 33, connected_ms=32 * S, **young) == ("mute", "none")
+
+
 def test_the_market_closes_over_a_mute_feed() -> None:
     diagnosis = FeedDiagnosis()
     assert seen(diagnosis, 120) == ("mute", "reconnect")

@@ -105,7 +105,7 @@ PROBLEMS: list[tuple[str, Check, dict[str, Any], str, str]] = [
         health.feeds_read,
         {"workers": [AGGREGATE, worker("ingest", feed_state="0:ok,1:mute,2:mute")]},
         "warn",
-        "feed 1, 2 gets heartbeats but no ticks",
+        "feed 1, 2 gets no ticks in market hours",
     ),
     (
         "a dead session",
