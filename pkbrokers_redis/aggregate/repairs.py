@@ -16,6 +16,7 @@ from typing import Any
 import redis
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.aggregate.feed_progress import FeedProgress
 from pkbrokers_redis.aggregate.shard import (
     EVIDENCE_BYTES,
     ChangesetBuilder,
@@ -37,6 +38,7 @@ from pkbrokers_redis.candles.amend import (
 )
 from pkbrokers_redis.candles.codec import Changes
 from pkbrokers_redis.candles.model import find_interval
+from pkbrokers_redis.candles.open_candles import clear_heard
 from pkbrokers_redis.candles.rows import CandleList
 from pkbrokers_redis.errors import UnknownInterval
 from pkbrokers_redis.keys import Keys
@@ -67,17 +69,23 @@ class Repairs:
 
     def __init__(self, keys: Keys, counts: dict[str, int], log: Log, symbols: SymbolCache) -> None:
         self._keys, self._counts, self._log, self._symbols = keys, counts, log, symbols
+        self._progress = FeedProgress(keys)
         self._read_at = NEVER
         self._round_ends_at = NEVER
         self._skipped: dict[int, float] = {}  # shard → when to look at its key again, monotonic seconds
 
-    def read(self, client: redis.Redis, workers: Iterable[ShardWorker]) -> None:
-        """Read further entries of every shard that has none pending, at most every READ_EVERY_SECONDS."""
+    def read(self, client: redis.Redis, workers: Iterable[ShardWorker]) -> list[ShardWorker]:
+        """Read further entries of every shard that has none pending, at most every READ_EVERY_SECONDS.
+
+        Return the shards that were looked at: the feeds' progress was read before, and an outage is reported
+        before the progress beyond it. So what they have pending now is all that concerns that progress.
+        """
         now = time.monotonic()
         self._round_ends_at = now + ROUND_SECONDS
         if now < self._read_at + READ_EVERY_SECONDS:
-            return
+            return []
         self._read_at = now
+        self._progress.read(client)
         idle = [each for each in workers if not each.repairs and self._skipped.get(each.shard, NEVER) <= now]
         pipe = Pipe(client)
         for worker in idle:
@@ -96,6 +104,19 @@ class Repairs:
                     PendingRepair(entry_id.decode(), fields_of(cells), worker.full_reads)
                     for entry_id, cells in _entries(reply)
                 )
+        return idle
+
+    def read_now(self) -> None:
+        """Let the next `read` read: a shard was loaded."""
+        self._read_at = NEVER
+
+    def note_progress(self, workers: Iterable[ShardWorker]) -> None:
+        """Note the feeds' progress in shards that `read` returned and whose repairs are all applied."""
+        for worker in workers:
+            if not worker.repairs:
+                self._progress.note(worker.state)
+                if worker.state.unheard:
+                    clear_heard(worker.state)
 
     def ready(self, workers: Iterable[ShardWorker]) -> list[ShardWorker]:
         """Return the shards whose next repair can be applied, the longest waiting first."""

@@ -243,7 +243,8 @@ class Aggregator:
         self._log_invalid_ticks(worker, applied)
         # Close by the wall clock only what no waiting entry can still change.
         if worker.state.is_due(worker.applied_until_ms):
-            close_candles(worker.state, worker.applied_until_ms, worker.state.dirty + CLOSE_MAX)
+            dirty_max = worker.state.dirty + CLOSE_MAX
+            close_candles(worker.state, worker.applied_until_ms, dirty_max, self._speed)
         changes = collect(self._client, self._keys, worker.state, worker.revisions)
         if changes.ops or applied.move.id != worker.cursor.id:
             commits.append((worker, applied.move, changes))
@@ -251,13 +252,14 @@ class Aggregator:
 
     def _apply_repairs(self) -> None:
         """Apply and commit repairs by themselves, on states without uncommitted changes."""
-        self._repairs.read(self._client, self.workers.values())
+        current = self._repairs.read(self._client, self.workers.values())
         commits: list[Commit] = [
             (worker, *changes)
             for worker in self._repairs.ready(self.workers.values())
             if (changes := self._repairs.apply(self._client, worker, self._now_ms())) is not None
         ]
         self._commit(commits)
+        self._repairs.note_progress(each for each in current if self.workers.get(each.shard) is each)
 
     def _block_ms(self, most: int) -> int:
         """Return how long to wait for ticks: at most until the next candle closes or a lease is due."""
@@ -340,6 +342,7 @@ class Aggregator:
         self._symbols.load(self._client, state.tokens.tolist())
         self.workers[shard] = ShardWorker(shard, state, cursor, revisions)
         self._quarantined.pop(shard, None)
+        self._repairs.read_now()
         self.counts["shards_loaded"] += 1
 
     def _quarantine(self, shard: int, error: PkbError) -> None:

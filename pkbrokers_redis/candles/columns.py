@@ -18,8 +18,9 @@ from pkbrokers_redis.candles.model import BATCH_WIDTH
     BACKFILLED_FROM, BACKFILLED_TO,  # half-open span that Kite's history covered last; both 0: none
     OFF_SESSION_TIME, OFF_SESSION_VOLUME,  # the latest tick outside the windows; both 0: none
     WINDOW_SIZE,  # how many rows of `window` are in use
-) = range(15)  # fmt: skip
-INST_WIDTH = 15
+    HEARD,  # until when its feed was received, as ingest records it; 0: no feed is known
+) = range(16)  # fmt: skip
+INST_WIDTH = 16
 
 # `window`, one row a tick: the instrument's recent ticks, newest first
 TICK_TIME, TICK_VOLUME, TICK_PRICE, TICK_DAY_HIGH, TICK_DAY_LOW = range(5)
@@ -35,8 +36,9 @@ WINDOW_MAX = 16  # ticks; Kite sends about one a second and the grace is 2 s
     OPEN_TIME, OPEN_VOLUME, CLOSE_TIME, CLOSE_VOLUME,  # sort keys of the ticks that gave open and close
     REV,  # revision announced last, or UNANNOUNCED
     COMPLETE, LISTED, DIRTY, ANNOUNCE,  # 0 or 1: over; in the list; changed; to be announced by the commit
-) = range(21)  # fmt: skip
-CANDLE_WIDTH = 21
+    UNHEARD,  # 1: flagged `gap` because its feed was not heard to its end, and no outage is known yet
+) = range(22)  # fmt: skip
+CANDLE_WIDTH = 22
 UNANNOUNCED = -1.0
 
 # `evicted` and `late`: an instrument and an interval index, then the row described at `ShardArrays`
@@ -50,17 +52,19 @@ LATE_TICK_WIDTH = 2 + BATCH_WIDTH + 2
     CLOSE_CURSOR,  # instrument where the pass of `close_due` resumes; 0: no pass is under way
     INSTRUMENTS, DIRTY_SIZE, EVICTED_SIZE, LATE_SIZE,  # rows in use of the arrays of that name
     DAYS, LAST_DAY,  # rows in use of `day_ms`, and the one found last
-) = range(9)  # fmt: skip
-SCALARS = 9
+    UNHEARD_SIZE,  # at least so many candles are UNHEARD
+) = range(10)  # fmt: skip
+SCALARS = 10
 
 # `counts`: what became of the ticks
 (
     C_TICKS, C_FIRST, C_NEWS, C_REPEAT, C_OFF_SESSION, C_INVALID, C_CLAMPED, C_LATE, C_BEYOND_WINDOW, C_EARLY,
-    C_BACKFILLED,
-) = range(11)  # fmt: skip
+    C_BACKFILLED, C_UNHEARD,
+) = range(12)  # fmt: skip
 COUNT_NAMES = (
     "ticks", "first_sight", "news", "repeats", "off_session", "invalid", "future_clamped", "late",
     "late_beyond_window", "before_baseline", "already_backfilled",
+    "closed_unheard",
 )  # fmt: skip
 
 # Why `rules.apply` returned

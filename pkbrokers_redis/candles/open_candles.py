@@ -140,9 +140,26 @@ def count_on_from(shard: ShardArrays, i: int, day_s: int, volume: float) -> None
 # -- rule 5: closing -----------------------------------------------------------------------------
 
 
+UNHEARD_WAIT_MS = 3_000.0  # machine time that a due candle waits for its feed's progress
+RECHECKS = 32  # of a waiting candle
+
+
+@internal
+def _is_unheard(candles: Floats, i: int, k: int, s: int, heard_ms: float, wait_ms: float) -> bool:
+    """Return True if the feed was not received up to the candle's end.
+
+    A trade far beyond what the feed was received to came from another source: nothing is known of that.
+    """
+    end_ms, traded_ms = candles[i, k, s, col.END] * 1000, candles[i, k, s, col.CLOSE_TIME]
+    return bool(0 < heard_ms < end_ms and traded_ms <= heard_ms + wait_ms)
+
+
 @compiled
-def close_due(shard: ShardArrays, clock_ms: float, grace_ms: float, dirty_max: int) -> bool:
+def close_due(shard: ShardArrays, clock_ms: float, grace_ms: float, wait_ms: float, dirty_max: int) -> bool:
     """Rule 5: complete and announce every candle whose end + grace has passed. Return False if some are left.
+
+    A candle whose feed was not heard to its end waits for `wait_ms` more and is then flagged `gap`; with 0
+    feeds do not matter. The day candle takes its fields from the packets (rule 7), whatever was missed.
 
     A pass over all instruments may take several calls: it stops when `dirty_max` instruments changed, and
     CLOSE_CURSOR says where the next call resumes. Each pass computes NEXT_DUE again.
@@ -159,6 +176,12 @@ def close_due(shard: ShardArrays, clock_ms: float, grace_ms: float, dirty_max: i
                 if candles[i, k, s, col.START] == 0 or candles[i, k, s, col.REV] >= 0:
                     continue
                 due = candles[i, k, s, col.END] * 1000 + grace_ms
+                heard = shard.inst[i, col.HEARD]
+                is_unheard = (
+                    wait_ms > 0 and shard.seconds[k] != 0 and _is_unheard(candles, i, k, s, heard, wait_ms)
+                )
+                if is_unheard and due <= clock_ms < due + wait_ms:
+                    due = min(clock_ms + wait_ms / RECHECKS, due + wait_ms)
                 if due > clock_ms:
                     scalars[col.NEXT_DUE] = min(scalars[col.NEXT_DUE], due)
                     continue
@@ -170,14 +193,39 @@ def close_due(shard: ShardArrays, clock_ms: float, grace_ms: float, dirty_max: i
                 candles[i, k, s, col.REV] = 0.0
                 candles[i, k, s, col.ANNOUNCE] = 1.0
                 candles[i, k, s, col.COMPLETE] = 1.0
+                if is_unheard and candles[i, k, s, col.FLAG] == FLAG_WHOLE:
+                    candles[i, k, s, col.FLAG], candles[i, k, s, col.UNHEARD] = FLAG_GAP, 1.0
+                    scalars[col.UNHEARD_SIZE] += 1
+                    shard.counts[col.C_UNHEARD] += 1
                 touch(shard, i, 2)
     scalars[col.CLOSE_CURSOR] = 0
     return True
 
 
-def close_candles(state: ShardState, now_ms: float, dirty_max: int) -> bool:
+def close_candles(state: ShardState, now_ms: float, dirty_max: int, speed: float = 1.0) -> bool:
     """Complete and announce the candles that are due at wall clock `now_ms`. Return False if some are left.
 
-    Stops once `dirty_max` instruments changed; the next call resumes there.
+    Stops once `dirty_max` instruments changed; the next call resumes there. `speed` is the pace of market
+    time per machine time (of a rehearsal).
     """
-    return bool(close_due(state.arrays, state.clock_ms(now_ms), state.grace_ms, dirty_max))
+    wait_ms = 0.0 if state.event_clock else UNHEARD_WAIT_MS * speed
+    return bool(close_due(state.arrays, state.clock_ms(now_ms), state.grace_ms, wait_ms, dirty_max))
+
+
+def clear_heard(state: ShardState) -> None:
+    """Rule 5: take the flag `gap` from candles whose feed was received to their end after all.
+
+    Its ticks came late, or it only was silent for long. An outage in the candle has its own flag by now.
+    """
+    shard, left = state.arrays, 0
+    for i, k, s in np.argwhere(shard.candles[: len(state), :, :, col.UNHEARD] != 0).tolist():
+        candle, inst = shard.candles[i, k, s], shard.inst[i]
+        if inst[col.HEARD] < candle[col.END] * 1000:
+            left += 1
+            continue
+        candle[col.UNHEARD] = 0.0
+        flag = flag_of(int(candle[col.START]), int(candle[col.END]), inst)
+        if candle[col.FLAG] == FLAG_GAP and flag != FLAG_GAP:
+            candle[col.FLAG], candle[col.DIRTY] = flag, 1.0
+            touch(shard, i, 2)
+    shard.scalars[col.UNHEARD_SIZE] = left

@@ -264,6 +264,11 @@ class ShardState:
             return NO_CHANGES
         return self._scratch.collect(self.arrays, self.dirty, self.evicted)
 
+    @property
+    def unheard(self) -> int:
+        """How many candles carry `gap` because their feed was not heard to their end, at most."""
+        return int(self.arrays.scalars[col.UNHEARD_SIZE])
+
     def late_ticks(self) -> Iterator[LateTick]:
         """Yield, once each, the ticks that were older than every candle in memory."""
         b = self.arrays

@@ -2,7 +2,7 @@
 
     P:{S}:repairs     a notice for each outage that is over (`store.repairs`)
     P:job_outbox      its backfill, and the warm start of instruments never seen; a thread moves them into RQ
-    P:feed_progress   feed → until when its frames are in Redis, written every second
+    P:feed_progress   feed → until when its frames are in Redis, written four times a second
 
 The order makes it safe: first the notice, then its job, then the progress. If the process dies in between,
 the next reader of the feed reports a longer outage, which marks nothing twice. RQ may live on another Redis
@@ -39,7 +39,7 @@ from pkbrokers_redis.store.repairs import send_gap
 
 log = logs.get("ingest")
 
-REPORT_SECONDS = 1.0
+REPORT_SECONDS = 0.25  # candles that close wait for the progress
 # Kite sends a picture a second: an outage below two of them hides at most one, whose volume and day's
 # extremes the next one carries.
 GAP_MS_MIN = 2_000
@@ -189,7 +189,7 @@ class Outages:
         self._pending.append((reason, tokens, outage))
 
     def run(self, stop: threading.Event) -> None:
-        """Report every second until `stop` is set."""
+        """Report until `stop` is set."""
         while not stop.wait(REPORT_SECONDS):
             self.report()
 
