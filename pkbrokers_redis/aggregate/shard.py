@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import msgspec
 import numpy as np
@@ -308,6 +309,7 @@ class ShardWorker:
         self.full_reads = 0  # how often the stream was read to its end
         self.read_until_ms = 0.0  # when it last was, epoch ms
         self.applied_until_ms = 0.0  # … and everything read has been applied
+        self.taken_back = 0  # corrections of volume that were logged
         self.logged: set[str] = set()  # kinds of invalid ticks whose evidence was logged
         self._entries = 0
 
@@ -355,10 +357,11 @@ class ShardWorker:
             size += len(entry.ticks)
         ends = np.cumsum([len(rows) for rows in batch])
         rows = np.concatenate(batch)
-        applied = apply_ticks(self.state, rows, 0, ends, dirty_max)
+        sources = np.array([crc32(entry.source) for entry in self.pending[: len(batch)]], np.int64)
+        applied = apply_ticks(self.state, rows, 0, ends, dirty_max, sources)
         # `apply` stops where an entry ends: all entries that end there or before are applied.
         done = int(np.searchsorted(ends, applied, side="right"))
-        sources = {  # ascending within a source but for its repeats, so that the last one counts
+        last_seqs = {  # ascending within a source but for its repeats, so that the last one counts
             entry.source: entry.seq
             for entry, repeated in zip(self.pending[:done], repeats, strict=False)
             if entry.source and not repeated
@@ -368,7 +371,7 @@ class ShardWorker:
         if not self.pending:
             self.applied_until_ms = self.read_until_ms
         self._entries += done
-        move = CursorMove(last_id, cursor.read + done, sources, self._evictable_sources(sources))
+        move = CursorMove(last_id, cursor.read + done, last_seqs, self._evictable_sources(last_seqs))
         return Applied(applied, done, sum(repeats[:done]), move, rows[:applied])
 
     def _evictable_sources(self, active: dict[bytes, int]) -> list[bytes]:

@@ -41,6 +41,7 @@ from pkbrokers_redis.candles.codec import Changes, Scratch
 from pkbrokers_redis.candles.open_candles import close_candles
 from pkbrokers_redis.candles.rules import invalid_ticks
 from pkbrokers_redis.candles.state import ShardState
+from pkbrokers_redis.candles.taken_back import taken_back
 from pkbrokers_redis.clock import Backoff, market_clock
 from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
 from pkbrokers_redis.runtime.cluster_state import Heartbeat
@@ -453,6 +454,11 @@ class Aggregator:
     def _log_invalid_ticks(self, worker: ShardWorker, applied: Applied) -> None:
         """Log an example of the ticks that the rules refuse or correct, once a shard and kind."""
         counts = worker.state.counts()
+        if counts["volumes_taken_back"] > worker.taken_back:
+            worker.taken_back = counts["volumes_taken_back"]
+            for token in taken_back(worker.state):
+                reason = "three packets agree on a lower volume than an earlier one"
+                log.warning("volume_taken_back", symbol=self._symbol_of(token).decode(), reason=reason)
         news = [name for name in INVALID_TICKS if counts[name] and name not in worker.logged]
         if news and applied.batch is not None:
             for name, tick in invalid_ticks(worker.state, applied.batch).items():

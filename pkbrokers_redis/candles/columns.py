@@ -19,8 +19,11 @@ from pkbrokers_redis.candles.model import BATCH_WIDTH
     OFF_SESSION_TIME, OFF_SESSION_VOLUME,  # the latest tick outside the windows; both 0: none
     WINDOW_SIZE,  # how many rows of `window` are in use
     HEARD,  # until when its feed was received, as ingest records it; 0: no feed is known
-) = range(16)  # fmt: skip
-INST_WIDTH = 16
+    RAISED_TIME, RAISED_SOURCE,  # trade time and producer of the tick that gave CUM_VOLUME; 0: not known
+    LOWER_COUNT, LOWER_VOLUME, LOWER_AT,  # packets that agree on a lower volume; the last one of them
+    LOWER_BASE,  # the day's volume before the tick that they contradict
+) = range(22)  # fmt: skip
+INST_WIDTH = 22
 
 # `window`, one row a tick: the instrument's recent ticks, newest first
 TICK_TIME, TICK_VOLUME, TICK_PRICE, TICK_DAY_HIGH, TICK_DAY_LOW = range(5)
@@ -59,12 +62,12 @@ SCALARS = 10
 # `counts`: what became of the ticks
 (
     C_TICKS, C_FIRST, C_NEWS, C_REPEAT, C_OFF_SESSION, C_INVALID, C_CLAMPED, C_LATE, C_BEYOND_WINDOW, C_EARLY,
-    C_BACKFILLED, C_UNHEARD,
-) = range(12)  # fmt: skip
+    C_BACKFILLED, C_UNHEARD, C_TAKEN_BACK,
+) = range(13)  # fmt: skip
 COUNT_NAMES = (
     "ticks", "first_sight", "news", "repeats", "off_session", "invalid", "future_clamped", "late",
     "late_beyond_window", "before_baseline", "already_backfilled",
-    "closed_unheard",
+    "closed_unheard", "volumes_taken_back",
 )  # fmt: skip
 
 # Why `rules.apply` returned

@@ -92,6 +92,23 @@ def raise_vol_start(candles: Floats, i: int, k: int, s: int, day_s: float, volum
     return changed
 
 
+@internal
+def log_late_tick(
+    candles: Floats, scalars: Floats, late: Floats, i: int, k: int, day_s: int, length: int, tick: Floats
+) -> int:
+    """Rule 6: log a tick older than every candle in memory; the commit amends its row in the list."""
+    n, oldest = int(scalars[col.LATE_SIZE]), candles.shape[2] - 1
+    scalars[col.LATE_SIZE] = n + 1
+    same_day = candles[i, k, oldest, col.DAY] == day_s
+    late[n, 0], late[n, 1] = i, k
+    late[n, 2:-2] = tick
+    late[n, -2] = candles[i, k, oldest, col.START]
+    late[n, -1] = candles[i, k, oldest, col.VOL_START] if same_day else np.nan
+    if length != 0 and raise_vol_start(candles, i, k, oldest, day_s, tick[VOLUME]):
+        return 2
+    return 1
+
+
 @compiled
 def flag_of(start: int, end: int, inst: Floats) -> int:
     """Rule 8: return the flag of a candle that is opened now.

@@ -7,6 +7,7 @@ the neighbours in time of a late tick, between which a hidden extreme may lie.
 
     invalid ticks                `is_invalid`
     baseline, new trade date     `_set_baseline`, `_start_day`, `_correct_baseline`
+    volume taken back            `note_lower_volume`, `take_back_volume`
     outside the windows          `_apply_off_session`, `absorb_off_session`
     repeats                      `_find_news`, `_find_place`
     each interval's candle       `_apply_to_candles`: `open_candle`, `_merge`, `_include_extreme`
@@ -47,12 +48,15 @@ from pkbrokers_redis.candles.open_candles import (
     count_on_from,
     find_candle,
     flag_partial,
+    log_late_tick,
     open_candle,
     raise_vol_start,
 )
 from pkbrokers_redis.candles.state import Floats, Ints, ShardArrays, ShardState, add, find_day, touch
+from pkbrokers_redis.candles.taken_back import AGREEING_MIN, note_lower_volume, take_back_volume
 
 Extremes = tuple[float, float, float, float, float, float]
+NO_SOURCES = np.empty(0, np.int64)  # of ticks whose producer is not known
 
 # -- invalid ticks -------------------------------------------------------------------------------
 
@@ -185,14 +189,16 @@ def absorb_off_session(inst: Floats, time: float, volume: float, is_day_new: boo
 
 @inlined
 def _find_news(
-    inst: Floats, window: Floats, tick: Floats, time: float, midnight_ms: float, is_today: bool
-) -> tuple[int, int]:
+    inst: Floats, window: Floats, tick: Floats, time: float, midnight_ms: float, is_today: bool,
+    is_corrected: bool,
+) -> tuple[int, int]:  # fmt: skip
     """Return whether a tick is news, a repeat or older than the baseline, and its place in the window."""
     volume = tick[VOLUME]
     # Without a trade time, the time is the one received, and only a risen volume is news. A source whose
-    # trade times equal its receive times to the second may still bring a late tick.
+    # trade times equal its receive times to the second may still bring a late tick. Of a volume that the
+    # exchange corrects downwards (`is_corrected`), the price is news.
     has_receive_time = time == tick[AT_MS] and (time % 1000 != 0 or time >= window[0, col.TICK_TIME])
-    if has_receive_time and volume <= inst[col.CUM_VOLUME] and is_today:
+    if has_receive_time and volume <= inst[col.CUM_VOLUME] and is_today and not is_corrected:
         return col.C_REPEAT, -1
     # Rule 2: what traded before the first tick is in no candle. That tick's time may be a receive time,
     # a trade time is in whole seconds.
@@ -382,7 +388,7 @@ def _apply_to_candles(
         s = 0 if candles[i, k, 0, col.START] == start else find_candle(candles, i, k, start)
         if s < 0:
             counts[col.C_BEYOND_WINDOW] += 1
-            level = max(level, _log_late_tick(candles, scalars, late, i, k, day_s, length, tick))
+            level = max(level, log_late_tick(candles, scalars, late, i, k, day_s, length, tick))
             continue
         if candles[i, k, s, col.START] != start:
             open_candle(candles, scalars, evicted, inst, i, k, s, day_s, start, end, length, tick, base)
@@ -398,23 +404,6 @@ def _apply_to_candles(
         if change and candles[i, k, s, col.REV] >= 0:
             counts[col.C_LATE] += 1
     return level
-
-
-@internal
-def _log_late_tick(
-    candles: Floats, scalars: Floats, late: Floats, i: int, k: int, day_s: int, length: int, tick: Floats
-) -> int:
-    """Rule 6: log a tick older than every candle in memory; the commit amends its row in the list."""
-    n, oldest = int(scalars[col.LATE_SIZE]), candles.shape[2] - 1
-    scalars[col.LATE_SIZE] = n + 1
-    same_day = candles[i, k, oldest, col.DAY] == day_s
-    late[n, 0], late[n, 1] = i, k
-    late[n, 2:-2] = tick
-    late[n, -2] = candles[i, k, oldest, col.START]
-    late[n, -1] = candles[i, k, oldest, col.VOL_START] if same_day else np.nan
-    if length != 0 and raise_vol_start(candles, i, k, oldest, day_s, tick[VOLUME]):
-        return 2
-    return 1
 
 
 @inlined
@@ -434,7 +423,7 @@ def _note_news(inst: Floats, window: Floats, tick: Floats, time: float, place: i
 @inlined
 def _apply_news(
     shard: ShardArrays, inst: Floats, window: Floats, tick: Floats, i: int, d: int, time: float,
-    grace_ms: float, place: int, is_today: bool,
+    grace_ms: float, place: int, is_today: bool, source: int,
 ) -> None:  # fmt: skip
     """Apply a tick that is neither a repeat nor older than the baseline."""
     volume, c, day_s = tick[VOLUME], shard.schedule[i], shard.day_ms[d, 0] // 1000
@@ -454,17 +443,21 @@ def _apply_news(
             inst[col.BASELINE] += volume - inst[col.CUM_VOLUME]
             count_on_from(shard, i, day_s, volume)
         inst[col.CUM_VOLUME] = volume
+        inst[col.RAISED_TIME], inst[col.RAISED_SOURCE], inst[col.LOWER_COUNT] = time, source, 0.0
     if time > shard.scalars[col.WATERMARK]:
         shard.scalars[col.WATERMARK] = time
 
 
 @inlined
-def _apply_tick(shard: ShardArrays, tick: Floats, i: int, d: int, time: float, grace_ms: float) -> None:
+def _apply_tick(
+    shard: ShardArrays, tick: Floats, i: int, d: int, time: float, grace_ms: float, source: int
+) -> None:
     """Apply one valid tick of a known instrument on a known day."""
     inst, window, volume = shard.inst[i], shard.window[i], tick[VOLUME]
     day_s = shard.day_ms[d, 0] // 1000
     if inst[col.FIRST_AT] == 0:
         _set_baseline(shard, i, tick, time, day_s)
+        inst[col.RAISED_TIME], inst[col.RAISED_SOURCE] = time, source
         return
     if tick[LAST_PRICE] == 0:  # no trade yet today: after the baseline it says nothing new
         shard.counts[col.C_REPEAT] += 1
@@ -490,20 +483,27 @@ def _apply_tick(shard: ShardArrays, tick: Floats, i: int, d: int, time: float, g
         return
     if is_today and absorb_off_session(inst, time, volume, is_day_new):
         touch(shard, i, 1)
-    kind, place = _find_news(inst, window, tick, time, shard.day_ms[d, 0], is_today)
+    is_corrected = False
+    if is_today and volume < inst[col.CUM_VOLUME]:  # NaN, no volume, compares false
+        is_corrected = note_lower_volume(inst, window, tick, time, source)
+        if inst[col.LOWER_COUNT] >= AGREEING_MIN:
+            take_back_volume(shard, i, day_s)
+    kind, place = _find_news(inst, window, tick, time, shard.day_ms[d, 0], is_today, is_corrected)
     shard.counts[kind] += 1
     if kind == col.C_NEWS:
-        _apply_news(shard, inst, window, tick, i, d, time, grace_ms, place, is_today)
+        _apply_news(shard, inst, window, tick, i, d, time, grace_ms, place, is_today, source)
 
 
 @compiled
 def apply(
-    shard: ShardArrays, ticks: Floats, first: int, ends: Ints, dirty_max: int, grace_ms: float, clamp: bool
-) -> tuple[int, int]:
+    shard: ShardArrays, ticks: Floats, first: int, ends: Ints, sources: Ints, dirty_max: int,
+    grace_ms: float, clamp: bool,
+) -> tuple[int, int]:  # fmt: skip
     """Apply ticks[first:]. Return (reason, index of the first tick that was not applied).
 
-    `ends` are the entry boundaries (row indices, ascending): with `dirty_max` instruments changed it
-    stops (LIMIT) at the next boundary, so that a commit stays bounded and ends on a whole entry.
+    `ends` are the entry boundaries (row indices, ascending), `sources` the entries' producers: with
+    `dirty_max` instruments changed it stops (LIMIT) at the next boundary, so that a commit stays bounded and
+    ends on a whole entry.
     """
     n = ticks.shape[0]
     entry = np.searchsorted(ends, first, side="right")
@@ -536,22 +536,26 @@ def apply(
         shard.counts[col.C_TICKS] += 1
         if is_clamped:
             shard.counts[col.C_CLAMPED] += 1
-        _apply_tick(shard, tick, i, d, time, grace_ms)
+        source = sources[entry] if entry < sources.size else 0
+        _apply_tick(shard, tick, i, d, time, grace_ms, source)
     return col.DONE, n
 
 
 # -- a batch of ticks ----------------------------------------------------------------------------
 
 
-def apply_ticks(state: ShardState, ticks: TickArray, first: int, ends: Ints, dirty_max: int) -> int:
+def apply_ticks(
+    state: ShardState, ticks: TickArray, first: int, ends: Ints, dirty_max: int, sources: Ints = NO_SOURCES
+) -> int:
     """Apply the rules to `ticks[first:]` (float64[n, 10]), as far as one commit may go.
 
-    `ends` are the row indices at which stream entries end. The batch stops at the next one once `dirty_max`
-    instruments changed. Return the index of the first tick that was not applied.
+    `ends` are the row indices at which stream entries end, `sources` numbers of their producers. The batch
+    stops at the next one once `dirty_max` instruments changed. Return the index of the first tick that was
+    not applied.
     """
     while True:
         reason, first = apply(
-            state.arrays, ticks, first, ends, dirty_max, state.grace_ms, not state.event_clock
+            state.arrays, ticks, first, ends, sources, dirty_max, state.grace_ms, not state.event_clock
         )
         if reason == col.NEED_DAY:
             state.add_day(int(_time_of(state, ticks[first])))

@@ -336,6 +336,7 @@ class ShardState:
             same[: col.TICK_PRICE] = False
             window[j, same] = window[j - 1, same]
         b.window[i, :size] = window
+        b.inst[i, col.RAISED_TIME] = window[0, col.TICK_TIME] if size else 0.0
 
     def _restore_candle(self, i: int, k: int, s: int, cells: list[Any], row: bytes | None) -> None:
         """Restore one candle: a complete one from its own cells, the open one from its row in `current`."""

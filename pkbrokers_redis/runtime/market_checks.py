@@ -26,4 +26,11 @@ def names_known(cluster: ClusterState) -> Iterator[Finding]:
         yield Finding("names", "warn", message, hint)
 
 
-MARKET_CHECKS: tuple[Callable[[ClusterState], Iterator[Finding]], ...] = (names_known,)
+def volumes_taken_back(cluster: ClusterState) -> Iterator[Finding]:
+    """Show how often the exchange took volume back; the candles were corrected."""
+    if count := sum(worker.number("volumes_taken_back") for worker in cluster.workers):
+        message = f"{count:,.0f} times a lower volume replaced a wrong one; sums still add up"
+        yield Finding("corrections", "ok", message)
+
+
+MARKET_CHECKS: tuple[Callable[[ClusterState], Iterator[Finding]], ...] = (names_known, volumes_taken_back)

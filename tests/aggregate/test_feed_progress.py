@@ -11,6 +11,7 @@ import redis
 from pkbrokers_redis.aggregate import repairs as repair_module
 from pkbrokers_redis.aggregate.feed_progress import FeedProgress
 from pkbrokers_redis.aggregate.worker import Aggregator
+from pkbrokers_redis.candles import columns as col
 from pkbrokers_redis.candles.open_candles import UNHEARD_WAIT_MS
 from pkbrokers_redis.store.repairs import send_gap
 from tests.aggregate.stores import INFY, RELIANCE, START_S, TCS, Store, make_store, tick
@@ -122,8 +123,23 @@ def test_the_feeds_are_read_again_only_when_their_version_changes(store: Store) 
     store.client.hset(store.keys.feeds(), "13", json.dumps([[RELIANCE], [INFY]]))
     aggregator = trade(store)
     progress.note(state := aggregator.workers[0].state)
-    before = [state.arrays.inst[state.index(token), -1] / 1000 - START_S for token in (INFY, RELIANCE, TCS)]
+    before = [
+        state.arrays.inst[state.index(token), col.HEARD] / 1000 - START_S for token in (INFY, RELIANCE, TCS)
+    ]
     progress.read(store.client)
     progress.note(state)
-    after = [state.arrays.inst[state.index(token), -1] / 1000 - START_S for token in (INFY, RELIANCE)]
+    after = [state.arrays.inst[state.index(token), col.HEARD] / 1000 - START_S for token in (INFY, RELIANCE)]
     assert (before, after) == ([50, 60, -START_S], [60, 50])
+
+
+def test_a_volume_that_was_taken_back_is_logged_with_its_instrument(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    master = {"exchange": "NSE", "tradingsymbol": "INFY"}
+    store.client.hset(store.keys.instrument(INFY), mapping=master)
+    for n, volume in enumerate((100_000, 1_200_000, 100_200, 100_250, 100_300)):
+        store.send(tick(10 + n, 100, volume))
+    aggregator = store.drain()
+    assert store.rows()[-1][5] == 300
+    assert aggregator.figures()["volumes_taken_back"] == 1
+    assert capsys.readouterr().err.count("event=volume_taken_back symbol=NSE:INFY") == 1
