@@ -2,12 +2,15 @@
 
 Decisions about the market (which minute is over, is the session open, is a candle due) use this clock. TTLs,
 leases, retries and stream ids use the machine's: a lease of 3 s is 3 s at any speed.
-`Backoff` is the pause between attempts, for everything that retries.
+`ExchangeClock` corrects a host's clock that is wrong. `Backoff` is the pause between attempts, for everything
+that retries.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pkbrokers_redis.settings import Settings
@@ -45,6 +48,55 @@ def market_clock(settings: Settings) -> Clock:
     if settings.time_shift is None:
         return Clock()
     return Clock(*map(float, settings.time_shift.split(",")))
+
+
+STEP_MS = 1_000.0  # a host clock that moves so far against the monotonic one was set
+WRONG_MS, RIGHT_MS = 5_000.0, 2_500.0  # host clock and exchange: from here on, and below it again
+WRONG_MS_MAX = 3_600_000.0  # farther away is no clock that is off, but another day's data
+
+
+class ExchangeClock:
+    """Market time that follows the exchange's timestamps where the host's clock is wrong. Thread-safe.
+
+    Args:
+        clock: The host's market time, epoch milliseconds.
+        monotonic: The machine's monotonic seconds, which tell when the host's clock is set.
+    """
+
+    def __init__(self, clock: Callable[[], float], monotonic: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._monotonic = monotonic
+        self.speed = float(getattr(clock, "speed", 1.0))
+        self.offset_ms = 0.0  # host clock minus exchange, as corrected now
+        self._lock = threading.Lock()
+        self._base_ms = self._difference(clock())
+
+    def _difference(self, host_ms: float) -> float:
+        return host_ms - self._monotonic() * 1000 * self.speed
+
+    def __call__(self) -> float:
+        host_ms = self._clock()
+        if abs(self._difference(host_ms) - self._base_ms) > STEP_MS * self.speed:
+            with self._lock:  # the host's clock was set: a correction moves with it
+                step_ms = self._difference(self._clock()) - self._base_ms
+                if abs(step_ms) > STEP_MS * self.speed:
+                    self._base_ms += step_ms
+                    self.offset_ms += step_ms if self.offset_ms else 0.0
+        return host_ms - self.offset_ms
+
+    def follow(self, measured_ms: float) -> bool:
+        """Correct the clock by a measured offset (host minus exchange) of more than five seconds.
+
+        Return whether the correction changed by a second or more.
+        """
+        wanted = measured_ms if abs(measured_ms) > WRONG_MS * self.speed else self.offset_ms
+        if abs(measured_ms) < RIGHT_MS * self.speed or abs(measured_ms) > WRONG_MS_MAX * self.speed:
+            wanted = 0.0
+        with self._lock:
+            if abs(wanted - self.offset_ms) < STEP_MS * self.speed:
+                return False
+            self.offset_ms = wanted
+        return True
 
 
 class Backoff:

@@ -69,7 +69,7 @@ class Repairs:
 
     def __init__(self, keys: Keys, counts: dict[str, int], log: Log, symbols: SymbolCache) -> None:
         self._keys, self._counts, self._log, self._symbols = keys, counts, log, symbols
-        self._progress = FeedProgress(keys)
+        self.progress = FeedProgress(keys)
         self._read_at = NEVER
         self._round_ends_at = NEVER
         self._skipped: dict[int, float] = {}  # shard → when to look at its key again, monotonic seconds
@@ -85,7 +85,7 @@ class Repairs:
         if now < self._read_at + READ_EVERY_SECONDS:
             return []
         self._read_at = now
-        self._progress.read(client)
+        self.progress.read(client)
         idle = [each for each in workers if not each.repairs and self._skipped.get(each.shard, NEVER) <= now]
         pipe = Pipe(client)
         for worker in idle:
@@ -114,7 +114,7 @@ class Repairs:
         """Note the feeds' progress in shards that `read` returned and whose repairs are all applied."""
         for worker in workers:
             if not worker.repairs:
-                self._progress.note(worker.state)
+                self.progress.note(worker.state)
                 if worker.state.unheard:
                     clear_heard(worker.state)
 

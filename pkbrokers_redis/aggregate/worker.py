@@ -45,8 +45,8 @@ from pkbrokers_redis.candles.taken_back import taken_back
 from pkbrokers_redis.clock import Backoff, market_clock
 from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
 from pkbrokers_redis.runtime.cluster_state import Heartbeat
+from pkbrokers_redis.runtime.roles import follow_calendar, open_store, worker_id
 from pkbrokers_redis.runtime.roles import now_ms as wall_ms
-from pkbrokers_redis.runtime.roles import open_store, worker_id
 from pkbrokers_redis.runtime.warmup import freeze_heap, warm_up
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.cluster import Pipe
@@ -75,6 +75,7 @@ CLOSE_MAX = 32  # instruments closed a round and shard: the minute's end must no
 BLOCK_MS_MAX = 200  # how long a read waits for ticks, unless a candle closes or a lease is due sooner
 DRAIN_SECONDS_MAX = 5.0
 DERIVATIVES_SECONDS = 60.0  # between two reads of the master's derivatives
+CALENDAR_SECONDS = 1.0  # between two looks at PKB_CALENDAR
 TRIM_EVERY_MS = 2_000
 RETRY_MS = 2_000  # before keys of a wrong type are looked at again
 PAUSE_SECONDS_MIN, PAUSE_SECONDS_MAX = 0.1, 1.0  # between attempts while Redis is unavailable
@@ -114,7 +115,7 @@ class Aggregator:
         self._started = False
         self._settings = settings
         self._keys = settings.keys
-        self._now_ms = now_ms
+        self._host_ms = now_ms
         self._machine_ms = machine_ms
         self._speed = float(getattr(now_ms, "speed", 1.0))  # of market time, in a rehearsal
         self._sessions = sessions or load_sessions(settings.sessions, settings.timezone, settings.calendar)
@@ -128,7 +129,7 @@ class Aggregator:
         self.ticks_total = 0
         self._scratch = Scratch()
         self._derivatives: frozenset[int] = frozenset()  # stocks with futures or options, by token
-        self._derivatives_due_at = float("-inf")
+        self._derivatives_due_at = self._calendar_due_at = float("-inf")
         self._unreadable: dict[int, float] = {}  # shard whose stream has another type → retry, market ms
         self._quarantined: dict[int, float] = {}  # shard with malformed keys → retry, market ms
         self._trim_due_ms = float("-inf")
@@ -136,6 +137,10 @@ class Aggregator:
         self._once = logs.Once()
         self._decoder = EntryDecoder(self.counts, self._log_once)
         self._repairs = Repairs(settings.keys, self.counts, self._log_once, self._symbols)
+
+    def _now_ms(self) -> float:
+        """Return market time; where this host's clock is wrong, by the exchange's."""
+        return self._host_ms() - self._repairs.progress.clock_offset_ms
 
     # -- life ------------------------------------------------------------------------------------
 
@@ -285,6 +290,7 @@ class Aggregator:
 
     def _renew_leases(self) -> None:
         """Renew the leases when due, and load or drop shards. All states here are committed."""
+        self._refresh_calendar_if_due()
         self._read_derivatives_if_due()
         if self.leases.due_seconds <= 0:
             self.leases.renew(self._client)
@@ -308,6 +314,14 @@ class Aggregator:
                 self._quarantine(shard, error)
             if self.leases.due_seconds <= 0:
                 return  # renew before the next one
+
+    def _refresh_calendar_if_due(self) -> None:
+        """Follow PKB_CALENDAR: a session that nobody announced, a holiday declared at noon."""
+        if time.monotonic() < self._calendar_due_at:
+            return
+        self._calendar_due_at = time.monotonic() + CALENDAR_SECONDS
+        if follow_calendar(self._sessions):
+            self.workers.clear()  # they are loaded again, with other hours
 
     def _read_derivatives_if_due(self) -> None:
         """Read once a minute which stocks have derivatives: they trade by other hours (closing auction)."""

@@ -300,17 +300,47 @@ class NamedWindow(NamedTuple):
     close_ms: int
 
 
-class Sessions:
-    """Answers for every schedule of the calendar. `schedules` holds their names; an id is the index."""
+class _Loaded(NamedTuple):
+    """A calendar and the days that were made by it: replaced as one, while other threads read."""
 
-    def __init__(self, calendar: CalendarFile, zone: ZoneInfo, always: bool) -> None:
-        self.schedules: tuple[str, ...] = tuple(schedule.name for schedule in calendar.schedules)
-        self._calendar = calendar
+    calendar: CalendarFile
+    days: dict[tuple[int, date], Day]
+    latest: dict[int, Day]  # by schedule; ticks come day after day: mostly one comparison
+
+
+class Sessions:
+    """Answers for every schedule of the calendar. `schedules` holds their names; an id is the index.
+
+    Any thread may ask. `refresh` follows the user's file; what was derived from ids or days (the aggregator's
+    states, the watchdog's table) must then be made again.
+    """
+
+    def __init__(
+        self, calendar: CalendarFile, zone: ZoneInfo, always: bool, path: Path | None = None
+    ) -> None:
         self._zone = zone
         self._always = always
-        self._days: dict[tuple[int, date], Day] = {}
+        self._path = path
+        self._stamp = _stamp(path)
+        self._loaded = _Loaded(calendar, {}, {})
         self.derivatives: frozenset[int] = frozenset()  # tokens of stocks with futures or options
-        self._latest: dict[int, Day] = {}  # ticks come day after day: mostly one comparison
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """The names of the schedules; an id is the index."""
+        return tuple(schedule.name for schedule in self._loaded.calendar.schedules)
+
+    def refresh(self) -> bool:
+        """Read PKB_CALENDAR again if the file changed; return whether other hours may apply.
+
+        Raises SettingsError once a change if it is malformed or gone: the hours stay as they were.
+        """
+        stamp = _stamp(self._path)
+        if stamp == self._stamp or self._always:
+            return False
+        self._stamp = stamp
+        self._loaded = _Loaded(load_calendar(self._path), {}, {})
+        return True
 
     def schedule_of(self, token: int, has_derivatives: bool | None = None) -> int:
         """Return the schedule id of a Kite token, by its segment (the low byte).
@@ -318,9 +348,10 @@ class Sessions:
         `has_derivatives`: the stock has futures or options, so it takes part in the closing auction; None
         looks it up in `derivatives`. An unknown segment gets the file's `default_schedule`, NSE's cash hours.
         """
-        pair = self._calendar.segments.get(token & 0xFF)
+        calendar = self._loaded.calendar
+        pair = calendar.segments.get(token & 0xFF)
         if pair is None:
-            return self._calendar.default
+            return calendar.default
         return pair[token in self.derivatives if has_derivatives is None else has_derivatives]
 
     def day(self, schedule: int, time_ms: int) -> Day:
@@ -330,16 +361,17 @@ class Sessions:
         """
         if not TIME_MS_MIN <= time_ms < TIME_MS_MAX:
             raise ValueError(f"time_ms {time_ms} is not between 1970 and 2200")
-        latest = self._latest.get(schedule)
+        calendar, days, latest_days = self._loaded
+        latest = latest_days.get(schedule)
         if latest is not None and latest.day_start_ms <= time_ms < latest.day_end_ms:
             return latest
         local = datetime.fromtimestamp(time_ms // 1000, self._zone).date()
-        found = self._days.get((schedule, local))
+        found = days.get((schedule, local))
         if found is None:
-            if len(self._days) >= DAYS_CACHED_MAX:
-                self._days.clear()
-            found = self._days[schedule, local] = self._make_day(schedule, local)
-        self._latest[schedule] = found
+            if len(days) >= DAYS_CACHED_MAX:
+                days.clear()
+            found = days[schedule, local] = self._make_day(calendar, schedule, local)
+        latest_days[schedule] = found
         return found
 
     def is_open(self, schedule: int, time_ms: int) -> bool:
@@ -381,7 +413,7 @@ class Sessions:
         """The holiday's name, or why the day is special; "" on any other day, weekends included."""
         if self._always:
             return ""
-        return self._calendar.schedules[schedule].calendar.reasons.get(local.toordinal(), "")
+        return self._loaded.calendar.schedules[schedule].calendar.reasons.get(local.toordinal(), "")
 
     def session_near(self, schedule: int, local: date, step_days: int) -> date | None:
         """The nearest later (`step_days` 1) or earlier (-1) date with a session; None within 30 days."""
@@ -393,20 +425,20 @@ class Sessions:
 
     def segments_of(self, schedule: int) -> list[int]:
         """Kite's segment numbers whose instruments follow this schedule, in ascending order."""
-        return sorted(number for number, pair in self._calendar.segments.items() if schedule in pair)
+        return sorted(number for number, pair in self._loaded.calendar.segments.items() if schedule in pair)
 
     def reasons(self, schedule: int, year: int) -> dict[date, str]:
         """All holidays and special days of a year by date, in time order."""
-        named = self._calendar.schedules[schedule].calendar.reasons
+        named = self._loaded.calendar.schedules[schedule].calendar.reasons
         days = sorted((date.fromordinal(ordinal), name) for ordinal, name in named.items())
         return {day: name for day, name in days if day.year == year}
 
-    def _make_day(self, schedule: int, local: date) -> Day:
-        rules = self._calendar.schedules[schedule]
+    def _make_day(self, calendar: CalendarFile, schedule: int, local: date) -> Day:
+        rules = calendar.schedules[schedule]
         start_ms, end_ms = self._midnight_ms(local), self._midnight_ms(local + timedelta(days=1))
         if self._always:
             return Day(start_ms, end_ms, start_ms, ((start_ms, end_ms),), ("always",))
-        named = rules.windows_on(local, self._calendar.summer_time_zone)
+        named = rules.windows_on(local, calendar.summer_time_zone)
         # India has no daylight saving time: minutes after midnight are elapsed minutes.
         windows = tuple((start_ms + opens * 60_000, start_ms + closes * 60_000) for _, opens, closes in named)
         names = tuple(name for name, _, _ in named)
@@ -426,4 +458,13 @@ def load_sessions(
     the clocks change); `market` is always Asia/Kolkata. Raises SettingsError for a malformed file.
     """
     always = mode == "always"
-    return Sessions(load_calendar(path), ZoneInfo(timezone if always else MARKET_TIMEZONE), always)
+    return Sessions(load_calendar(path), ZoneInfo(timezone if always else MARKET_TIMEZONE), always, path)
+
+
+def _stamp(path: Path | None) -> tuple[int, int, int] | None:
+    """Return what changes when a file is written or replaced; None without one."""
+    try:
+        found = path.stat() if path is not None else None
+    except OSError:
+        return None
+    return None if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)

@@ -2,7 +2,8 @@
 
     P:{S}:repairs     a notice for each outage that is over (`store.repairs`)
     P:job_outbox      its backfill, and the warm start of instruments never seen; a thread moves them into RQ
-    P:feed_progress   feed → until when its frames are in Redis, written four times a second
+    P:feed_progress   feed → until when its frames are in Redis, written four times a second;
+                      clock:<host> → how far that host's clock is ahead of the exchange's, where it is wrong
 
 The order makes it safe: first the notice, then its job, then the progress. If the process dies in between,
 the next reader of the feed reports a longer outage, which marks nothing twice. RQ may live on another Redis
@@ -12,6 +13,7 @@ so sending it twice runs it once.
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections import defaultdict, deque
@@ -120,6 +122,10 @@ class Outages:
         self._buffer = buffer
         self._jobs = jobs
         self._now_ms = now_ms
+        self._host = socket.gethostname()
+        self._told_offset_ms: int | None = (
+            None  # of the host's clock; None: another process may have told one
+        )
         self._report_lock = threading.Lock()  # each outage is reported once
         self._pending: deque[tuple[str, tuple[int, ...], Outage]] = deque()  # reason, instruments, span
         self._once = logs.Once()
@@ -248,6 +254,12 @@ class Outages:
                 times.append(unsent_ms)
             if min(times) > 0:
                 progress[connection.feed.number] = int(min(times))
+        clock, offset_ms = f"clock:{self._host}", round(getattr(self._now_ms, "offset_ms", 0.0))
+        if offset_ms:
+            progress[clock] = offset_ms
+        elif self._told_offset_ms != 0:
+            client.hdel(self._keys.feed_progress(), clock)
+        self._told_offset_ms = offset_ms
         if progress:
             client.hset(self._keys.feed_progress(), mapping=progress)
             # A number that is used again some day must not be taken for the same feed.

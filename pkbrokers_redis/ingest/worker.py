@@ -15,7 +15,7 @@ import redis
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles.calendar import load_sessions
-from pkbrokers_redis.clock import market_clock
+from pkbrokers_redis.clock import ExchangeClock, market_clock
 from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.ingest.buffer import FrameBuffer
 from pkbrokers_redis.ingest.connections import STOP_SECONDS_MAX, Connections, FeedSession
@@ -28,6 +28,7 @@ from pkbrokers_redis.ingest.feeds import (
     feed_figures,
     sessions_of,
 )
+from pkbrokers_redis.ingest.market_watch import MarketWatch
 from pkbrokers_redis.ingest.outages import JobOutbox, Outages
 from pkbrokers_redis.ingest.watchdog import TickActivity, Watchdog
 from pkbrokers_redis.ingest.writer import FrameWriter, forward, forward_all
@@ -59,6 +60,7 @@ class Ingest:
     feeds        `leases.run`, which calls `update_feeds`, `open_feed`, `close_feeds`    Redis
     watchdog     `watchdog.run`: judge feeds, resubscribe or reconnect                   nothing
     outages      `outages.run`: notices and progress             Redis
+    market       `market.run`: hours, clock, previous closes     Redis
     jobs         `jobs.run`: outbox → RQ                         RQ's Redis
     heartbeat    what the caller of `run` gives                  Redis
     """
@@ -83,6 +85,7 @@ class Ingest:
         than the writer's. Without `list_source` the list stays, without `jobs` outages are only marked.
         """
         connect_leases = connect_leases or connect
+        self.clock = now_ms = ExchangeClock(now_ms)
         keys = settings.keys
         self._keys = keys
         self._calendar = load_sessions(settings.sessions, settings.timezone, settings.calendar)
@@ -108,10 +111,14 @@ class Ingest:
             now_ms=now_ms,
         )  # fmt: skip
         self.outages.feeds = self.feeds
-        speed = float(getattr(now_ms, "speed", 1.0))
         self.watchdog = Watchdog(
-            self._calendar, self.activity, self.connections, self.outages, now_ms=now_ms, speed=speed
+            self._calendar, self.activity, self.connections, self.outages, now_ms=now_ms, speed=now_ms.speed
         )
+        self.market = MarketWatch(
+            self._calendar, self._schedule_of, self.writer.quotes.newest, self.outages, self.clock,
+            connect_leases, keys, on_calendar=lambda: self.activity.follow(self.feeds),
+        )  # fmt: skip
+        self.market.symbols = self._known_symbols
         name = worker_id or self.writer.source
         self.leases = FeedLeases(connect_leases, keys, name, settings.lease_seconds, self)
 
@@ -132,7 +139,7 @@ class Ingest:
             self.outages.note_added(client, self.assignments.added)
             self.assignments.added = frozenset()
         if self.assignments.symbols is not self._known_symbols:  # maybe only a newer master's names
-            self._known_symbols = self.assignments.symbols
+            self._known_symbols = self.market.symbols = self.assignments.symbols
             self.writer.add_symbols(self._known_symbols)
         feeds = self.feeds
         if feeds is not self._known_feeds:
@@ -178,6 +185,7 @@ class Ingest:
             self._start("spool", self.buffer.run),
             self._start("watchdog", self.watchdog.run),
             self._start("outages", self.outages.run),
+            self._start("market", self.market.run),
             self._start("heartbeat", lambda stop: _repeat(heartbeat, stop)),
         ]
         if self.jobs is not None:
@@ -236,6 +244,7 @@ class Ingest:
             **self.buffer.figures(),
             **self.watchdog.figures(),
             **self.outages.counts,
+            **self.market.figures(),
             **(self.jobs.counts if self.jobs is not None else {}),
         }
 

@@ -30,7 +30,7 @@ from pkbrokers_redis.clock import Clock, market_clock
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.jobs.worker import RETRY_SECONDS, announce, use_market_timezone
 from pkbrokers_redis.runtime.cluster_state import Heartbeat
-from pkbrokers_redis.runtime.roles import now_ms, open_store, worker_id
+from pkbrokers_redis.runtime.roles import follow_calendar, now_ms, open_store, worker_id
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import leases
 from pkbrokers_redis.store.connect import describe
@@ -262,7 +262,8 @@ def cron(settings: Settings, stop: threading.Event) -> None:
     try:
         while not stop.wait(RETRY_SECONDS if unavailable else step_seconds(clock)):
             try:
-                if (schedules := listed.changed()) is not None:
+                is_other = follow_calendar(sessions)
+                if (schedules := listed.schedules() if is_other else listed.changed()) is not None:
                     scheduler.plan = Plan(sessions, schedules)
                 scheduler.step()
                 announce(store, settings.keys, ROLE, name)

@@ -33,4 +33,42 @@ def volumes_taken_back(cluster: ClusterState) -> Iterator[Finding]:
         yield Finding("corrections", "ok", message)
 
 
-MARKET_CHECKS: tuple[Callable[[ClusterState], Iterator[Finding]], ...] = (names_known, volumes_taken_back)
+CLOCK_MS_MAX = 5_000  # between a host's clock and the exchange's timestamps
+
+
+def calendar_agrees(cluster: ClusterState) -> Iterator[Finding]:
+    """Check that nobody trades while the calendar says closed."""
+    if count := sum(worker.number("closed_trading") for worker in cluster.alive("ingest")):
+        names = shown(cluster.names("closed_trading_names"))
+        message = f"{count:,.0f} instruments trade while the calendar says closed: {names}"
+        hint = "add the session to PKB_CALENDAR (docs/calendar.md); then the missed part is backfilled"
+        yield Finding("calendar", "warn", message, hint)
+
+
+def clock_agrees_with_exchange(cluster: ClusterState) -> Iterator[Finding]:
+    """Check the ingest hosts' clocks against the exchange's timestamps."""
+    measured = [(each, each.number("clock_offset_ms")) for each in cluster.alive("ingest")]
+    measured = [pair for pair in measured if pair[0].fields.get("clock_offset_ms")]
+    for worker, offset_ms in measured:
+        if abs(offset_ms) > CLOCK_MS_MAX:
+            direction = "ahead of" if offset_ms > 0 else "behind"
+            message = f"{worker.id}'s clock is {abs(offset_ms) / 1000:.1f} s {direction} the exchange"
+            hint = "synchronise it (chrony, systemd-timesyncd); until then the exchange's time is used"
+            yield Finding("exchange_clock", "warn", message, hint)
+    if measured and all(abs(offset_ms) <= CLOCK_MS_MAX for _, offset_ms in measured):
+        worst = max((abs(offset_ms) for _, offset_ms in measured), default=0.0)
+        yield Finding("exchange_clock", "ok", f"at most {worst / 1000:.1f} s off the exchange's timestamps")
+
+
+def closes_agree(cluster: ClusterState) -> Iterator[Finding]:
+    """Check Kite's previous closes against our last day rows: splits, bonus shares, mergers."""
+    if count := sum(worker.number("closes_differ") for worker in cluster.alive("ingest")):
+        names = shown(cluster.names("closes_differ_names"))
+        message = f"Kite's previous close of {count:,.0f} instruments is not our last day's: {names}"
+        hint = "a split, bonus or merger: older rows are on another scale; or a day that is not final"
+        yield Finding("previous_close", "warn", message, hint)
+
+
+MARKET_CHECKS: tuple[Callable[[ClusterState], Iterator[Finding]], ...] = (
+    names_known, calendar_agrees, clock_agrees_with_exchange, closes_agree, volumes_taken_back
+)  # fmt: skip

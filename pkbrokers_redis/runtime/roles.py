@@ -21,6 +21,7 @@ from typing import Any
 import redis
 
 from pkbrokers_redis import logs
+from pkbrokers_redis.candles.calendar import Sessions
 from pkbrokers_redis.errors import (
     InputFileError,
     MetaMismatch,
@@ -37,6 +38,8 @@ from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect, describe, explain
 from pkbrokers_redis.store.leases import announce, leave
 from pkbrokers_redis.store.meta import ensure_meta
+
+log = logs.get("roles")
 
 Role = Callable[[Settings, threading.Event], None]
 
@@ -71,6 +74,21 @@ def open_store(settings: Settings) -> redis.Redis:
     client = connect(settings)
     ensure_meta(client, settings, datetime.now(UTC).isoformat(timespec="seconds"))
     return client
+
+
+def follow_calendar(sessions: Sessions) -> bool:
+    """Let a running role follow PKB_CALENDAR; return whether other hours may apply.
+
+    A malformed file is logged once a change; the hours stay as they were.
+    """
+    try:
+        is_other = sessions.refresh()
+    except SettingsError as error:
+        log.error("calendar_refused", reason=error.message, hint="correct it; the hours stay as they were")
+        return False
+    if is_other:
+        log.info("calendar_reloaded", reason="PKB_CALENDAR has changed")
+    return is_other
 
 
 def run_role(role: Role, arguments: Sequence[str] = ()) -> int:

@@ -67,7 +67,7 @@ class TickBatch(NamedTuple):
     ticks: TickArray
 
 
-_Packet = tuple[bytes, int, int, int]  # frame, offset, length, receive time (epoch ms)
+Packet = tuple[bytes, int, int, int]  # frame, offset, length, receive time (epoch ms)
 QuoteFields = Callable[[bytes, str, int], Mapping[str, Any]]
 
 
@@ -87,14 +87,18 @@ class PendingQuotes:
         self._keys = keys
         self._symbols = dict(symbols)
         self._fields_of = fields_of
-        self._newest: dict[int, _Packet] = {}  # arrived since the current slice was made
+        self._newest: dict[int, Packet] = {}  # arrived since the current slice was made
         self._slice: list[int] = []  # tokens to write, call by call
-        self._sent: dict[int, _Packet] = {}  # queued, not yet confirmed
-        self._written: dict[int, _Packet] = {}  # what Redis has; copies of single packets
+        self._sent: dict[int, Packet] = {}  # queued, not yet confirmed
+        self._written: dict[int, Packet] = {}  # what Redis has; copies of single packets
         self._sliced_ms = 0
 
     def __len__(self) -> int:
         return len(self._newest) + len(self._slice)
+
+    def newest(self) -> dict[int, Packet]:
+        """Return the newest packet of each instrument, written or not. Any thread may call it."""
+        return {**self._written, **self._sent, **self._newest}
 
     def add_symbols(self, symbols: Mapping[int, str]) -> None:
         """Learn the names of more instruments."""

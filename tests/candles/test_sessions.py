@@ -224,7 +224,7 @@ def test_the_day_cache_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     sessions = load_sessions("market")
     start = at("2026-01-01 12:00")
     days = [sessions.day(0, start + number * 86_400_000) for number in range(50)]
-    assert len(sessions._days) <= 10
+    assert len(sessions._loaded.days) <= 10
     assert [sessions.day(0, day.day_start_ms) for day in days] == days
 
 
@@ -363,3 +363,26 @@ def test_rows_outside_the_session_are_recognised_in_real_minute_bars() -> None:
             inside, outside = inside + is_open, outside + (not is_open)
     assert inside > 1000
     assert outside > 5
+
+
+def test_sessions_follow_their_file(tmp_path: Path) -> None:
+    file = tmp_path / "calendar.json"
+    file.write_text("{}")
+    sessions = load_sessions("market", path=file)
+    noon = at("2026-01-14 12:00")
+    assert sessions.is_open(0, noon)
+    assert not sessions.refresh()
+    file.write_text('{"calendars": {"equity": {"holidays": {"2026-01-14": "declared at noon"}}}}')
+    assert sessions.refresh()
+    assert not sessions.is_open(0, noon)
+    assert not sessions.refresh()
+    for broken in ("{", None):
+        file.write_text(broken) if broken else file.unlink()
+        with pytest.raises(SettingsError):
+            sessions.refresh()
+        assert not sessions.refresh()  # it is said once
+        assert not sessions.is_open(0, noon)
+    file.write_text("{ }")
+    assert sessions.refresh()
+    assert sessions.is_open(0, noon)
+    assert not load_sessions("always", path=file).refresh()

@@ -38,6 +38,7 @@ from pkbrokers_redis.candles.rules import is_invalid
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
+from pkbrokers_redis.runtime.roles import follow_calendar
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.streams import Batch, StreamReader
 
@@ -75,6 +76,7 @@ class FeedMonitor:
 
     def open_seconds(self) -> float:
         """Return for how long the market has been open; 0 while it is closed."""
+        follow_calendar(self._sessions)
         now_ms = int(self._market())
         for opens, closes in self._sessions.day(self._schedule, now_ms).windows:
             if opens <= now_ms < closes:
