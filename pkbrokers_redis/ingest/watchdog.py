@@ -50,7 +50,8 @@ TRIAL_MS = 15_000.0  # the time that a resubscription or a new connection is giv
 RESENT_MS = 5_000.0  # ticks so soon after a connect may be the last ones again
 RECOVERED_MS = 60_000.0  # an instrument that ticks for so long after an attempt is well
 MACHINE_MS_MIN = 2_000.0  # no limit is below this on the machine's clock, at any speed of a rehearsal
-ATTEMPTS_MAX = 3  # a resubscription and two more; then the instrument counts as halted
+ATTEMPTS_MAX = 3  # a resubscription and two more; then the instrument counts as halted …
+HALTED_MS = 300_000.0  # … and is subscribed again so often: Kite may have dropped it
 RECONNECT_SHARE = 0.5  # so large a part of the active instruments is worth a reconnect
 
 LEARNING_RATE = 0.1  # weight of the latest interval in the usual one
@@ -100,6 +101,7 @@ class FeedDiagnosis:
         self._reconnects = 0  # in a row, without a tick after them
         self._mute_from_ms: float | None = None  # the last tick when it fell mute
         self._tickless_from_ms: float | None = None  # the first of the connections without a tick
+        self.halted: tuple[int, ...] = ()  # silent though subscribed again, by the last verdict
         self._attempts: dict[int, tuple[int, float]] = {}  # silent instrument → how many, the last when
 
     @property
@@ -109,6 +111,7 @@ class FeedDiagnosis:
 
     def judge(self, seen: Observation, now_ms: float) -> Verdict:
         """Return the verdict; an action other than `none` is to be taken each time it is returned."""
+        self.halted = ()
         if seen.socket == "forbidden":
             return Verdict("expired", "renew", "Kite answers 403: the session is dead")
         if seen.socket == "throttled":
@@ -154,10 +157,15 @@ class FeedDiagnosis:
         for token, (_, tried_ms) in tuple(self._attempts.items()):
             if token not in seen.silent and now_ms - tried_ms > max(RECOVERED_MS, self._floor_ms):
                 del self._attempts[token]
-        halted = {token for token, (n, _) in self._attempts.items() if n >= ATTEMPTS_MAX}
-        silent = tuple(token for token in seen.silent if token not in halted)
+        tried = {token for token, (n, _) in self._attempts.items() if n >= ATTEMPTS_MAX}
+        self.halted = tuple(token for token in seen.silent if token in tried)
+        silent = tuple(token for token in seen.silent if token not in tried)
         if not silent:
-            reason = f"{len(halted)} active instruments are halted" if halted else "ticks arrive"
+            again = max(HALTED_MS, self._floor_ms)
+            if due := tuple(each for each in self.halted if now_ms - self._attempts[each][1] > again):
+                self._count_attempt(due, now_ms)
+                return Verdict("ok", "resubscribe", f"{len(due)} active instruments are halted", due)
+            reason = f"{len(tried)} active instruments are halted" if tried else "ticks arrive"
             return Verdict("ok", "none", reason)
         reason = f"{len(silent)} of {seen.active} active instruments are silent while others tick"
         if untried := tuple(token for token in silent if token not in self._attempts):
@@ -377,6 +385,10 @@ class Watchdog:
         states = sorted((number, feed.verdict.state) for number, feed in self._watched.items())
         counts = {f"watchdog_{name}": count for name, count in sorted(self._counts.items())}
         return {"feed_state": ",".join(f"{number}:{state}" for number, state in states), **counts}
+
+    def halted(self) -> list[int]:
+        """Return the active instruments that stay silent though they were subscribed again."""
+        return sorted(token for feed in tuple(self._watched.values()) for token in feed.diagnosis.halted)
 
     def _opened_ms(self, schedule: int, now_ms: float) -> float | None:
         """Return since when a schedule trades continuously; None if it does not."""

@@ -235,6 +235,7 @@ class Ingest:
 
     def figures(self) -> dict[str, Any]:
         """Return the worker's counters for its heartbeat."""
+        halted = self.watchdog.halted()
         return {
             **self.writer.counts,
             **self.connections.figures(),
@@ -243,6 +244,8 @@ class Ingest:
             "unknown_instruments": ",".join(self.assignments.unknown),
             **self.buffer.figures(),
             **self.watchdog.figures(),
+            "halted": len(halted),
+            "halted_names": ",".join(self._known_symbols.get(token, str(token)) for token in halted[:5]),
             **self.outages.counts,
             **self.market.figures(),
             **(self.jobs.counts if self.jobs is not None else {}),

@@ -26,6 +26,15 @@ def names_known(cluster: ClusterState) -> Iterator[Finding]:
         yield Finding("names", "warn", message, hint)
 
 
+def nothing_halted(cluster: ClusterState) -> Iterator[Finding]:
+    """Check that no active instrument stays silent while its feed ticks."""
+    if count := sum(worker.number("halted") for worker in cluster.alive("ingest")):
+        names = shown(cluster.names("halted_names"))
+        message = f"{count:,.0f} active instruments get no ticks, though subscribed again: {names}"
+        hint = "the exchange halted them, or Kite dropped them; they are subscribed again every five minutes"
+        yield Finding("halted", "warn", message, hint)
+
+
 def volumes_taken_back(cluster: ClusterState) -> Iterator[Finding]:
     """Show how often the exchange took volume back; the candles were corrected."""
     if count := sum(worker.number("volumes_taken_back") for worker in cluster.workers):
@@ -70,5 +79,5 @@ def closes_agree(cluster: ClusterState) -> Iterator[Finding]:
 
 
 MARKET_CHECKS: tuple[Callable[[ClusterState], Iterator[Finding]], ...] = (
-    names_known, calendar_agrees, clock_agrees_with_exchange, closes_agree, volumes_taken_back
+    names_known, calendar_agrees, clock_agrees_with_exchange, closes_agree, nothing_halted, volumes_taken_back
 )  # fmt: skip

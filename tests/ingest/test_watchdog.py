@@ -166,6 +166,29 @@ def test_a_single_halted_stock_causes_no_reconnect() -> None:
     assert actions[-1] == Verdict("ok", "none", "1 active instruments are halted")
 
 
+def test_a_halted_instrument_stays_visible_until_it_ticks_and_is_subscribed_again() -> None:
+    diagnosis, resubscribed = FeedDiagnosis(), []
+    for n in range(1000):
+        verdict = diagnosis.judge(observed(silent=(INFY,), ticked_ms=(100 + n) * S), (100 + n) * S)
+        if verdict.action == "resubscribe":
+            resubscribed.append(n)
+        if len(resubscribed) >= ATTEMPTS_MAX and n > resubscribed[ATTEMPTS_MAX - 1]:
+            assert diagnosis.halted == (INFY,) or verdict.state == "partly_mute"
+    assert diagnosis.halted == (INFY,)
+    assert [each - resubscribed[2] for each in resubscribed[3:]] == [301, 602, 903]
+    diagnosis.judge(observed(silent=(), ticked_ms=1100 * S), 1100 * S)
+    assert diagnosis.halted == ()
+
+
+def test_the_names_of_halted_instruments_end_with_the_session() -> None:
+    diagnosis = FeedDiagnosis()
+    for n in range(200):
+        diagnosis.judge(observed(silent=(INFY,), ticked_ms=(100 + n) * S), (100 + n) * S)
+    assert diagnosis.halted == (INFY,)
+    diagnosis.judge(observed(silent=(INFY,), opened_ms=None), 400 * S)
+    assert diagnosis.halted == ()
+
+
 def test_a_resent_tick_does_not_hide_a_silent_instrument() -> None:
     diagnosis = FeedDiagnosis()
     assert seen(diagnosis, 100, silent=(1, 2), active=2) == ("partly_mute", "resubscribe")

@@ -51,6 +51,12 @@ def test_a_clock_off_the_exchange_is_shown_and_above_five_seconds_alarmed() -> N
     ]
 
 
+def test_an_instrument_that_kite_dropped_degrades_and_is_named() -> None:
+    assert said("halted", worker("ingest", halted=1, halted_names="NSE:INFY")) == [
+        ("warn", "1 active instruments get no ticks, though subscribed again: NSE:INFY")
+    ]
+
+
 def test_a_previous_close_on_another_scale_is_named() -> None:
     assert said(
         "previous_close", worker("ingest", closes_differ=1, closes_differ_names="NSE:A 1000 → 200")
