@@ -47,6 +47,7 @@ class Keys:
     login_lock = _fixed("login:lock")  # the worker that logs in while the others wait
     master = _fixed("master")  # when the instrument master was loaded, its row count and digest
     derivatives = _fixed("derivatives")  # `NSE:RELIANCE`: stocks that have futures or options
+    exchanges = _fixed("exchanges")  # token → exchange, of instruments whose token says another one
     expired = _fixed("expired")  # token → the expired contract that had it last
     renamed = _fixed("renamed")  # the old name of a renamed share or index → token
     watch = _fixed("watch")  # `NSE:INFY` → `add` or `remove`: live changes to PKB_INSTRUMENTS
@@ -141,6 +142,7 @@ KEY_TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("P:login:lock", "string", "login", "TTL"),
     ("P:master", "hash", "instrument sync", "permanent"),
     ("P:derivatives", "set", "instrument sync", "permanent"),
+    ("P:exchanges", "hash", "instrument sync", "permanent"),
     ("P:expired", "hash", "instrument sync", "permanent"),
     ("P:renamed", "hash", "instrument sync", "permanent"),
     ("P:watch", "hash", "operator", "permanent"),

@@ -100,6 +100,7 @@ def test_every_key_of_the_code_is_in_the_key_table() -> None:
         keys.login_lock(),
         keys.master(),
         keys.derivatives(),
+        keys.exchanges(),
         keys.expired(),
         keys.renamed(),
         keys.watch(),

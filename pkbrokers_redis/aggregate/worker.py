@@ -62,7 +62,7 @@ from pkbrokers_redis.store.commit import (
 from pkbrokers_redis.store.connect import connect, describe
 from pkbrokers_redis.store.errors import is_function_missing, is_transient, is_wrong_type
 from pkbrokers_redis.store.functions import load_functions
-from pkbrokers_redis.store.instruments import load_derivative_tokens
+from pkbrokers_redis.store.instruments import read_hours
 from pkbrokers_redis.store.streams import StreamReader, trim
 
 log = logs.get("aggregate")
@@ -74,7 +74,7 @@ BEHIND_MS, DIRTY_BEHIND_MAX = 1_000, 2_000  # … unless the lag is longer: larg
 CLOSE_MAX = 32  # instruments closed a round and shard: the minute's end must not delay the ticks
 BLOCK_MS_MAX = 200  # how long a read waits for ticks, unless a candle closes or a lease is due sooner
 DRAIN_SECONDS_MAX = 5.0
-DERIVATIVES_SECONDS = 60.0  # between two reads of the master's derivatives
+HOURS_SECONDS = 60.0  # between two reads of what the master says of trading hours
 CALENDAR_SECONDS = 1.0  # between two looks at PKB_CALENDAR
 TRIM_EVERY_MS = 2_000
 RETRY_MS = 2_000  # before keys of a wrong type are looked at again
@@ -128,8 +128,7 @@ class Aggregator:
         )  # fmt: skip
         self.ticks_total = 0
         self._scratch = Scratch()
-        self._derivatives: frozenset[int] = frozenset()  # stocks with futures or options, by token
-        self._derivatives_due_at = self._calendar_due_at = float("-inf")
+        self._hours_due_at = self._calendar_due_at = float("-inf")
         self._unreadable: dict[int, float] = {}  # shard whose stream has another type → retry, market ms
         self._quarantined: dict[int, float] = {}  # shard with malformed keys → retry, market ms
         self._trim_due_ms = float("-inf")
@@ -291,7 +290,7 @@ class Aggregator:
     def _renew_leases(self) -> None:
         """Renew the leases when due, and load or drop shards. All states here are committed."""
         self._refresh_calendar_if_due()
-        self._read_derivatives_if_due()
+        self._read_hours_if_due()
         if self.leases.due_seconds <= 0:
             self.leases.renew(self._client)
             for shard, error in self.leases.refused.items():
@@ -323,19 +322,12 @@ class Aggregator:
         if follow_calendar(self._sessions):
             self.workers.clear()  # they are loaded again, with other hours
 
-    def _read_derivatives_if_due(self) -> None:
-        """Read once a minute which stocks have derivatives: they trade by other hours (closing auction)."""
-        if time.monotonic() < self._derivatives_due_at:
+    def _read_hours_if_due(self) -> None:
+        """Read once a minute which instruments have other hours than their token says."""
+        if time.monotonic() < self._hours_due_at:
             return
-        self._derivatives_due_at = time.monotonic() + DERIVATIVES_SECONDS
-        try:
-            tokens = frozenset(load_derivative_tokens(self._client, self._keys))
-        except ResponseError as error:
-            if not is_wrong_type(error):
-                raise
-            tokens = frozenset()  # a key of another type counts as no master
-        if tokens != self._derivatives:
-            self._derivatives = tokens
+        self._hours_due_at = time.monotonic() + HOURS_SECONDS
+        if read_hours(self._client, self._keys, self._sessions):
             self.workers.clear()  # they are loaded again, with other hours
 
     def _waits(self, retries: dict[int, float], shard: int) -> bool:
@@ -350,7 +342,6 @@ class Aggregator:
             self._sessions,
             grace_seconds=self._settings.close_grace_seconds,
             event_clock=self._settings.clock == "event",
-            derivatives=self._derivatives,
             scratch=self._scratch,
         )
         revisions = restore_shard(self._client, self._keys, shard, state, self._log_malformed_state)

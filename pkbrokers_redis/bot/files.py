@@ -34,7 +34,7 @@ from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.files.manifest import read_manifest
 from pkbrokers_redis.jobs.cron import Plan
 from pkbrokers_redis.settings import Settings, env_name
-from pkbrokers_redis.store.instruments import load_derivative_tokens
+from pkbrokers_redis.store.instruments import read_hours
 
 CLOSED_AGE_SECONDS_MAX = 12 * 3600.0  # while the market is closed little changes
 LOOK_BACK_DAYS = 30  # no exchange is closed for longer
@@ -122,9 +122,9 @@ def _newest_fresh(services: Services, kind: FileKind) -> tuple[Snapshot | None, 
     if snapshot is None:
         return None, False
     sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
-    derivatives = load_derivative_tokens(store.client, store.keys)
+    read_hours(store.client, store.keys, sessions)
     tokens = store.tokens_seen() or {EQUITY_TOKEN}
-    schedules = {sessions.schedule_of(token, token in derivatives) for token in tokens}
+    schedules = sessions.schedules_of(tokens)
     return snapshot, is_fresh(snapshot, kind, Plan(sessions, schedules), services.market() / 1000)
 
 

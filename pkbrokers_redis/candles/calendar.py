@@ -11,6 +11,7 @@ stamped 15:30:00 updates the quote only. Nothing here depends on the host's time
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from datetime import date, datetime, time, timedelta, timezone
 from importlib import resources
 from pathlib import Path
@@ -25,6 +26,7 @@ IST_SECONDS: Final = 19_800  # +05:30; India has no daylight saving time
 IST_MS: Final = IST_SECONDS * 1000
 IST: Final = timezone(timedelta(seconds=IST_SECONDS), "IST")
 KOLKATA: Final = ZoneInfo("Asia/Kolkata")  # the same under its name, which pandas shows and compares
+UNKNOWN = "unknown"  # window of the schedule for unknown kinds: silence in it is no fault
 REGULAR = "regular"  # special day that keeps the schedule's own hours: a Saturday or Sunday session
 MARKET_TIMEZONE = "Asia/Kolkata"
 TIME_MS_MIN = 0  # 1970
@@ -81,10 +83,14 @@ class Schedule(NamedTuple):
 
 
 class CalendarFile(NamedTuple):
-    """The whole file. `segments`: Kite segment → index in `schedules`, without and with derivatives."""
+    """The whole file. `segments`: Kite segment → index in `schedules`, without and with derivatives.
+
+    `exchanges`: exchange → index, for instruments whose token says another exchange than the master.
+    """
 
     schedules: tuple[Schedule, ...]
     segments: dict[int, tuple[int, int]]
+    exchanges: dict[str, int]
     default: int
     summer_time_zone: ZoneInfo
 
@@ -130,6 +136,7 @@ class _File(msgspec.Struct, forbid_unknown_fields=True):
     calendars: dict[str, dict[str, Any]]
     segments: dict[str, _Segment]
     default_schedule: str
+    exchanges: dict[str, str] = {}
     summer_time_zone: str = "America/New_York"
     about: list[str] = []
     sources: list[str] = []
@@ -189,7 +196,9 @@ def _build(content: Any) -> CalendarFile:
         zone = ZoneInfo(file.summer_time_zone)
     except (ZoneInfoNotFoundError, ValueError, OSError):
         raise _BadField(f"summer_time_zone: {file.summer_time_zone!r} is no time zone") from None
-    return CalendarFile(schedules, segments, _known(file.default_schedule, index, "default_schedule"), zone)
+    exchanges = {name: _known(each, index, f"exchanges.{name}") for name, each in file.exchanges.items()}
+    default = _known(file.default_schedule, index, "default_schedule")
+    return CalendarFile(schedules, segments, exchanges, default, zone)
 
 
 def _convert(raw: Any, kind: type[Any], where: str) -> Any:
@@ -324,11 +333,17 @@ class Sessions:
         self._stamp = _stamp(path)
         self._loaded = _Loaded(calendar, {}, {})
         self.derivatives: frozenset[int] = frozenset()  # tokens of stocks with futures or options
+        self.exchanges: Mapping[int, str] = {}  # token → exchange, where the token says another one
 
     @property
     def schedules(self) -> tuple[str, ...]:
         """The names of the schedules; an id is the index."""
         return tuple(schedule.name for schedule in self._loaded.calendar.schedules)
+
+    @property
+    def unknown_schedule(self) -> int:
+        """The id of the schedule of instruments of an unknown kind."""
+        return self._loaded.calendar.default
 
     def refresh(self) -> bool:
         """Read PKB_CALENDAR again if the file changed; return whether other hours may apply.
@@ -343,16 +358,23 @@ class Sessions:
         return True
 
     def schedule_of(self, token: int, has_derivatives: bool | None = None) -> int:
-        """Return the schedule id of a Kite token, by its segment (the low byte).
+        """Return the schedule id of a Kite token: by its exchange in `exchanges`, else by its low byte.
 
         `has_derivatives`: the stock has futures or options, so it takes part in the closing auction; None
-        looks it up in `derivatives`. An unknown segment gets the file's `default_schedule`, NSE's cash hours.
+        looks it up in `derivatives`. An unknown kind gets the file's `default_schedule`, which never closes.
         """
         calendar = self._loaded.calendar
+        if (exchange := self.exchanges.get(token)) is not None:
+            return calendar.exchanges.get(exchange, calendar.default)
         pair = calendar.segments.get(token & 0xFF)
         if pair is None:
             return calendar.default
         return pair[token in self.derivatives if has_derivatives is None else has_derivatives]
+
+    def schedules_of(self, tokens: Iterable[int]) -> set[int]:
+        """Return the schedules of instruments; without the one of unknown kinds, if there are others."""
+        found = {self.schedule_of(token) for token in tokens}
+        return found - {self.unknown_schedule} or found
 
     def day(self, schedule: int, time_ms: int) -> Day:
         """Return the local day that holds `time_ms`.

@@ -9,7 +9,7 @@ When a commit fails, the state in memory is ahead of Redis: discard it and resto
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -55,8 +55,9 @@ class ShardArrays(NamedTuple):
     candles: Floats  # [N, I, S, CANDLE_WIDTH] its recent candles, newest first; the first may be open
     in_current: Ints  # [N, I] 1 where Redis holds the interval in `P:{S}:current:<token>`
     schedule: Ints  # [N] index into the calendar's schedules
-    schedule_of_segment: Ints  # [2, 256] without and with derivatives
-    derivatives: Ints  # tokens of stocks that have futures or options, ascending
+    schedule_of_segment: Ints  # [256]
+    special: Ints  # tokens with other schedules than their segment's, ascending
+    special_schedule: Ints  # … and these
     seconds: Ints  # [I] length of each interval, 0 for the day
     day_ms: Ints  # [D, 2] local midnight to the next one
     anchor_s: Ints  # [D, C] first open: where the buckets begin
@@ -108,9 +109,11 @@ def add(shard: ShardArrays, token: int) -> int:
     shard.scalars[col.INSTRUMENTS] = i + 1
     shard.table[place] = i + 1
     shard.tokens[i] = token
-    nearest = np.searchsorted(shard.derivatives, token)
-    has_derivatives = nearest < shard.derivatives.size and shard.derivatives[nearest] == token
-    shard.schedule[i] = shard.schedule_of_segment[1 if has_derivatives else 0, token & 0xFF]
+    nearest = np.searchsorted(shard.special, token)
+    if nearest < shard.special.size and shard.special[nearest] == token:
+        shard.schedule[i] = shard.special_schedule[nearest]
+    else:
+        shard.schedule[i] = shard.schedule_of_segment[token & 0xFF]
     return i
 
 
@@ -158,13 +161,12 @@ class ShardState:
         grace_seconds: float = 2.0,
         event_clock: bool = False,
         instruments: int = 256,
-        derivatives: Collection[int] = (),
         scratch: codec.Scratch | None = None,
     ) -> None:
         """Create an empty state with room for `instruments`, which grows.
 
-        A candle is announced `grace_seconds` after its end, by trade time only with `event_clock`. Stocks
-        in `derivatives` may have other sessions. States of one thread may share a `scratch`.
+        A candle is announced `grace_seconds` after its end, by trade time only with `event_clock`. States of
+        one thread may share a `scratch`.
         """
         self.intervals = tuple(intervals)
         self.sessions = sessions
@@ -173,15 +175,13 @@ class ShardState:
         shortest = min((each.seconds for each in self.intervals if each.seconds), default=86_400)
         # the open candle, the completed ones that a tick within the grace can still reach, and one more
         self.depth = 2 + int(grace_seconds // shortest)
-        self.arrays = self._allocate(instruments, derivatives)
+        self.arrays = self._allocate(instruments)
         self._scratch = scratch or codec.Scratch()
 
-    def _allocate(self, instruments: int, derivatives: Collection[int]) -> ShardArrays:
+    def _allocate(self, instruments: int) -> ShardArrays:
         intervals, schedules = len(self.intervals), len(self.sessions.schedules)
-        by_segment = [
-            [self.sessions.schedule_of(s, has_derivatives) for s in range(256)]
-            for has_derivatives in (False, True)
-        ]
+        by_segment = [self.sessions.schedule_of(segment, has_derivatives=False) for segment in range(256)]
+        special = sorted({*self.sessions.derivatives, *self.sessions.exchanges})
         arrays = ShardArrays(
             tokens=np.zeros(instruments, np.int64),
             table=np.zeros(_hash_size(instruments), np.int64),
@@ -191,7 +191,8 @@ class ShardState:
             in_current=np.zeros((instruments, intervals), np.int64),
             schedule=np.zeros(instruments, np.int64),
             schedule_of_segment=np.array(by_segment, np.int64),
-            derivatives=np.array(sorted(derivatives), np.int64),
+            special=np.array(special, np.int64),
+            special_schedule=np.array([self.sessions.schedule_of(token) for token in special], np.int64),
             seconds=np.array([interval.seconds for interval in self.intervals], np.int64),
             day_ms=np.zeros((DAYS_START, 2), np.int64),
             anchor_s=np.zeros((DAYS_START, schedules), np.int64),

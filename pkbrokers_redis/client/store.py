@@ -24,7 +24,7 @@ from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store import rows
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.instruments import load_derivative_tokens
+from pkbrokers_redis.store.instruments import read_hours
 from pkbrokers_redis.store.meta import adopt_meta
 from pkbrokers_redis.store.symbols import load_symbols, resolve, resolve_all
 
@@ -322,7 +322,7 @@ class CandleStore:
     def _sessions(self) -> dict[str, Sessions]:
         calendar = self.settings.calendar
         market = load_sessions("market", path=calendar)
-        market.derivatives = frozenset(load_derivative_tokens(self.client, self.keys))
+        read_hours(self.client, self.keys, market)
         return {"market": market, "always": load_sessions("always", self.settings.timezone, calendar)}
 
     def sessions_of(self, token: int, starts: Sequence[int]) -> Sessions:

@@ -114,7 +114,6 @@ class MarketWatch:
     def __init__(
         self,
         calendar: Sessions,
-        schedule_of: Callable[[int], int],
         newest_packets: Callable[[], Mapping[int, Packet]],
         outages: Outages,
         clock: ExchangeClock,
@@ -125,7 +124,6 @@ class MarketWatch:
     ) -> None:
         """Prepare; `on_calendar` is called after PKB_CALENDAR was loaded again."""
         self._calendar = calendar
-        self._schedule_of = schedule_of
         self._newest_packets = newest_packets
         self._outages = outages
         self._clock = clock
@@ -135,6 +133,7 @@ class MarketWatch:
         self._on_calendar = on_calendar
         self._before = EMPTY
         self._before_ms = 0.0
+        self._of_unknown_hours: list[int] = []
         self._follows = 0  # looks until the part that a new calendar added is requested
         self._off_hours: dict[int, _OffHours] = {}
         self._offsets: deque[Floats] = deque(maxlen=CLOCK_LOOKS)
@@ -162,6 +161,8 @@ class MarketWatch:
         self._look_at_hours(seen, rows, rows_before, now_ms)
         self._look_at_clock(seen, rows, rows_before)
         self._look_at_closes(seen, now_ms)
+        unknown, tokens = self._calendar.unknown_schedule, seen.tokens.tolist()
+        self._of_unknown_hours = [each for each in tokens if self._calendar.schedule_of(each) == unknown]
         self._before, self._before_ms = seen, now_ms
 
     def figures(self) -> dict[str, object]:
@@ -172,6 +173,8 @@ class MarketWatch:
         return {
             "closed_trading": len(trading),
             "closed_trading_names": self._names(trading),
+            "unknown_hours": len(self._of_unknown_hours),
+            "unknown_hours_names": self._names(self._of_unknown_hours),
             "clock_offset_ms": "" if offset_ms is None else round(offset_ms / self._clock.speed),
             "closes_differ": len(differing),
             "closes_differ_names": ",".join(
@@ -192,14 +195,14 @@ class MarketWatch:
         today = self._calendar.date_of(int(now_ms))
         for token, each in tuple(self._off_hours.items()):
             is_old = self._calendar.date_of(int(each.since_ms)) != today
-            is_known = self._calendar.is_open(self._schedule_of(token), int(each.since_ms))
+            is_known = self._calendar.is_open(self._calendar.schedule_of(token), int(each.since_ms))
             if is_old or (is_known and self._follows <= 1):
                 del self._off_hours[token]
                 if is_known and not is_old:
                     self._request(token, each.since_ms, now_ms)
         self._follows = max(0, self._follows - 1)
         risen = rows[seen.volume[rows] > self._before.volume[rows_before]]
-        schedules = {token: self._schedule_of(token) for token in seen.tokens[risen].tolist()}
+        schedules = {token: self._calendar.schedule_of(token) for token in seen.tokens[risen].tolist()}
         closed = {each for each in set(schedules.values()) if self._is_surprising(each, now_ms)}
         for token, schedule in schedules.items():
             if schedule in closed:
@@ -224,7 +227,7 @@ class MarketWatch:
 
     def _request(self, token: int, since_ms: float, now_ms: float) -> None:
         """Report the part of a session that was missed before the calendar had it; history fills it."""
-        for opened, closed in self._calendar.day(self._schedule_of(token), int(since_ms)).windows:
+        for opened, closed in self._calendar.day(self._calendar.schedule_of(token), int(since_ms)).windows:
             if opened <= since_ms < closed:
                 self._outages.add("unlisted session", (token,), Outage(opened, int(min(now_ms, closed))))
 
@@ -264,12 +267,12 @@ class MarketWatch:
         }
         rows = np.flatnonzero((seen.close > 0) & np.isin(seen.tokens & 0xFF, EQUITY_SEGMENTS))
         pairs = zip(seen.tokens[rows].tolist(), seen.close[rows].tolist(), strict=True)
-        closes = {token: close for token, close in pairs if self._schedule_of(token) in before}
+        closes = {token: close for token, close in pairs if self._calendar.schedule_of(token) in before}
         self._read_day_rows(closes, today)
         differing: dict[int, tuple[float, float]] = {}
         for token, close in closes.items():
             day, ours = self._closes.get(token, (None, 0.0))
-            is_previous = day is not None and day == before[self._schedule_of(token)]
+            is_previous = day is not None and day == before[self._calendar.schedule_of(token)]
             if is_previous and ours > 0 and abs(close / ours - 1) > CLOSE_PART_MAX:
                 differing[token] = (ours, close)
         self._differing = differing

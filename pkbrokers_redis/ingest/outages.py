@@ -61,16 +61,14 @@ class Notice(NamedTuple):
     to_ms: int
 
 
-def notices(
-    calendar: Sessions, schedule_of: Callable[[int], int], tokens: Iterable[int], outage: Outage
-) -> list[Notice]:
+def notices(calendar: Sessions, tokens: Iterable[int], outage: Outage) -> list[Notice]:
     """Return the session hours of an outage: one notice for all instruments of the same hours.
 
     A night, a holiday, or less than GAP_MS_MIN of open market gives none.
     """
     by_schedule: dict[int, list[int]] = defaultdict(list)
     for token in tokens:
-        by_schedule[schedule_of(token)].append(token)
+        by_schedule[calendar.schedule_of(token)].append(token)
     by_span: dict[tuple[int, int], list[int]] = defaultdict(list)
     for schedule, members in by_schedule.items():
         span = open_span(calendar, schedule, outage)
@@ -105,7 +103,6 @@ class Outages:
         connect: Callable[[], redis.Redis],
         keys: Keys,
         calendar: Sessions,
-        schedule_of: Callable[[int], int],
         connections: Connections,
         buffer: FrameBuffer,
         jobs: JobOutbox | None,
@@ -117,7 +114,6 @@ class Outages:
         self._client: redis.Redis | None = None
         self._keys = keys
         self._calendar = calendar
-        self._schedule_of = schedule_of
         self._connections = connections
         self._buffer = buffer
         self._jobs = jobs
@@ -232,7 +228,7 @@ class Outages:
 
     def _send(self, client: redis.Redis, reason: str, tokens: tuple[int, ...], outage: Outage) -> None:
         self.counts["outages"] += 1
-        for notice in notices(self._calendar, self._schedule_of, tokens, outage):
+        for notice in notices(self._calendar, tokens, outage):
             span = {"from_ms": notice.from_ms, "to_ms": notice.to_ms}
             self.counts["gap_notices"] += send_gap(client, self._keys, notice.tokens, **span, why=reason)
             if self._jobs is not None:

@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.candles.calendar import IST_MS, Sessions
+from pkbrokers_redis.candles.calendar import IST_MS, UNKNOWN, Sessions
 from pkbrokers_redis.candles.model import LAST_PRICE, LAST_QUANTITY, SEGMENT_INDICES, VOLUME, TickArray
 from pkbrokers_redis.ingest.connections import Connections, FeedConnection, Outage
 from pkbrokers_redis.ingest.feeds import Feed
@@ -63,7 +63,8 @@ SILENT_INTERVALS = 10  # an active instrument is silent after so many of its usu
 
 NAMES_MAX = 5  # instruments named in a log line
 DAY_MS = 86_400_000
-AUCTION = "closing_auction"  # a window of the calendar: orders are collected, and no tick is missing
+# Windows of the calendar in which no tick is missing: orders are collected, or the hours are not known.
+SILENT_WINDOWS = ("closing_auction", UNKNOWN)
 ALARMS = {"mute", "partly_mute", "expired", "rate_limited"}
 
 
@@ -394,7 +395,7 @@ class Watchdog:
         """Return since when a schedule trades continuously; None if it does not."""
         windows = self._calendar.named_windows(schedule, self._calendar.date_of(int(now_ms)))
         for name, opened, closed in windows:
-            if opened <= now_ms < closed and name != AUCTION:
+            if opened <= now_ms < closed and name not in SILENT_WINDOWS:
                 return float(opened)
         return None
 

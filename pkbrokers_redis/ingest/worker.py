@@ -38,7 +38,7 @@ from pkbrokers_redis.runtime.roles import now_ms as machine_ms
 from pkbrokers_redis.runtime.warmup import freeze_heap, warm_up_writer
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect, describe
-from pkbrokers_redis.store.instruments import load_derivative_tokens
+from pkbrokers_redis.store.instruments import read_hours
 from pkbrokers_redis.store.queue import open_queue
 from pkbrokers_redis.store.symbols import list_version, read_instrument_list
 from pkbrokers_redis.store.tick_writer import QUOTE_INTERVAL_MS
@@ -89,14 +89,13 @@ class Ingest:
         keys = settings.keys
         self._keys = keys
         self._calendar = load_sessions(settings.sessions, settings.timezone, settings.calendar)
-        self._derivative_tokens: frozenset[int] = frozenset()
         self._stop = threading.Event()
         self._failures: list[BaseException] = []
         self.sessions = sessions or [FeedSession(each, connect_leases) for each in sessions_of(settings)]
         self.assignments = FeedAssignments(keys, instruments, len(self.sessions), list_source)
         self._known_symbols = self.assignments.symbols  # the names that the writer knows
         self._known_feeds: list[Feed] = []  # the feeds that all parts know
-        self.activity = TickActivity(self._schedule_of)
+        self.activity = TickActivity(self._calendar.schedule_of)
         self.activity.follow(self.feeds)
         self.writer = FrameWriter(
             connect, settings, self._known_symbols, source=source, only_known=True, activity=self.activity
@@ -107,15 +106,14 @@ class Ingest:
         )
         self.jobs = jobs
         self.outages = Outages(
-            connect_leases, keys, self._calendar, self._schedule_of, self.connections, self.buffer, jobs,
-            now_ms=now_ms,
-        )  # fmt: skip
+            connect_leases, keys, self._calendar, self.connections, self.buffer, jobs, now_ms=now_ms
+        )
         self.outages.feeds = self.feeds
         self.watchdog = Watchdog(
             self._calendar, self.activity, self.connections, self.outages, now_ms=now_ms, speed=now_ms.speed
         )
         self.market = MarketWatch(
-            self._calendar, self._schedule_of, self.writer.quotes.newest, self.outages, self.clock,
+            self._calendar, self.writer.quotes.newest, self.outages, self.clock,
             connect_leases, keys, on_calendar=lambda: self.activity.follow(self.feeds),
         )  # fmt: skip
         self.market.symbols = self._known_symbols
@@ -126,9 +124,6 @@ class Ingest:
     def feeds(self) -> list[Feed]:
         """All feeds, whichever workers read them."""
         return self.assignments.feeds
-
-    def _schedule_of(self, token: int) -> int:
-        return self._calendar.schedule_of(token, token in self._derivative_tokens)
 
     # -- the leases' thread ------------------------------------------------------------------------------
 
@@ -141,9 +136,11 @@ class Ingest:
         if self.assignments.symbols is not self._known_symbols:  # maybe only a newer master's names
             self._known_symbols = self.market.symbols = self.assignments.symbols
             self.writer.add_symbols(self._known_symbols)
+            if read_hours(client, self._keys, self._calendar):
+                self.activity.follow(self.feeds)
         feeds = self.feeds
         if feeds is not self._known_feeds:
-            self._derivative_tokens = frozenset(load_derivative_tokens(client, self._keys))
+            read_hours(client, self._keys, self._calendar)
             self.activity.follow(feeds)
             self.outages.feeds = feeds
             streamed = {token: str(token) for feed in feeds for token in feed.tokens}

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
-from functools import cached_property
 from math import ceil
 from typing import Any
 
@@ -26,7 +25,7 @@ from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.kite.history import KiteTickerHistory
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.instruments import load_derivative_tokens
+from pkbrokers_redis.store.instruments import read_hours
 from pkbrokers_redis.store.meta import adopt_meta
 
 HISTORY_LAG_SECONDS = 5  # market time after a minute's end until Kite's history certainly has it
@@ -82,7 +81,7 @@ class JobContext:
 
     def schedule_of(self, token: int) -> int:
         """Return the number of the instrument's trading schedule."""
-        return self.sessions.schedule_of(token, token in self._derivatives)
+        return self.sessions.schedule_of(token)
 
     def kept_since_s(self, token: int) -> int:
         """Return the open of the session of the oldest row that the base list may hold, epoch seconds."""
@@ -128,10 +127,6 @@ class JobContext:
             dict.fromkeys(tokens), key=lambda token: (token & 0xFF != SEGMENT_INDICES, -weights[token])
         )
 
-    @cached_property
-    def _derivatives(self) -> set[int]:
-        return load_derivative_tokens(self.client, self.keys)
-
     def _day(self, token: int, time_ms: int) -> Day:
         return self.sessions.day(self.schedule_of(token), time_ms)
 
@@ -152,6 +147,7 @@ def open_job_context(settings: Settings | None = None) -> Iterator[JobContext]:
     try:
         settings = adopt_meta(client, settings)
         sessions = load_sessions(settings.sessions, settings.timezone, settings.calendar)
+        read_hours(client, settings.keys, sessions)
         with KiteTickerHistory(settings=settings, client=client) as history:
             yield JobContext(settings, client, history, sessions, market_clock(settings))
     finally:

@@ -34,7 +34,7 @@ from pkbrokers_redis.runtime.roles import follow_calendar, now_ms, open_store, w
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store import leases
 from pkbrokers_redis.store.connect import describe
-from pkbrokers_redis.store.instruments import load_derivative_tokens
+from pkbrokers_redis.store.instruments import read_hours
 from pkbrokers_redis.store.queue import describe_queue, enqueue, job_id, open_queue
 from pkbrokers_redis.store.symbols import instrument_list, list_version
 
@@ -296,8 +296,8 @@ def schedules_of(store: redis.Redis, settings: Settings, sessions: Sessions) -> 
         tokens = []  # the names are not in a master yet
     if not tokens:
         return {sessions.schedule_of(NSE_TOKEN)}
-    derivatives = load_derivative_tokens(store, settings.keys)
-    return {sessions.schedule_of(token, token in derivatives) for token in tokens}
+    read_hours(store, settings.keys, sessions)
+    return sessions.schedules_of(tokens)
 
 
 class _StreamedSchedules:

@@ -33,7 +33,7 @@ from pkbrokers_redis.files.parquet import Rows
 from pkbrokers_redis.files.resample import bucket_starts_of
 from pkbrokers_redis.jobs.snapshots import Run, open_run
 from pkbrokers_redis.store.functions import load_functions
-from pkbrokers_redis.store.instruments import load_derivative_tokens
+from pkbrokers_redis.store.instruments import read_hours
 from pkbrokers_redis.store.leases import lease_shards, release_shards
 from pkbrokers_redis.store.meta import ensure_meta
 from pkbrokers_redis.store.symbols import save_instruments
@@ -195,7 +195,7 @@ def _longer(run: Run, rows: Rows, interval: Interval, made_s: dict[str, float]) 
     """
     client, keys = run.store.client, run.store.keys
     sessions = load_sessions(run.settings.sessions, run.settings.timezone, run.settings.calendar)
-    sessions.derivatives = frozenset(load_derivative_tokens(client, keys))
+    read_hours(client, keys, sessions)
     parts: list[Rows] = []
     by_schedule: dict[int, list[int]] = {}
     for token in np.unique(rows.tokens).tolist():

@@ -42,6 +42,15 @@ def volumes_taken_back(cluster: ClusterState) -> Iterator[Finding]:
         yield Finding("corrections", "ok", message)
 
 
+def hours_known(cluster: ClusterState) -> Iterator[Finding]:
+    """Name instruments for whose exchange the calendar has no hours."""
+    if count := sum(worker.number("unknown_hours") for worker in cluster.alive("ingest")):
+        names = shown(cluster.names("unknown_hours_names"))
+        message = f"{count:,.0f} instruments count as open all day, as the calendar lacks their kind: "
+        hint = "give their exchange or segment a schedule in PKB_CALENDAR (docs/calendar.md)"
+        yield Finding("hours", "ok", message + names, hint)
+
+
 CLOCK_MS_MAX = 5_000  # between a host's clock and the exchange's timestamps
 
 
@@ -79,5 +88,11 @@ def closes_agree(cluster: ClusterState) -> Iterator[Finding]:
 
 
 MARKET_CHECKS: tuple[Callable[[ClusterState], Iterator[Finding]], ...] = (
-    names_known, calendar_agrees, clock_agrees_with_exchange, closes_agree, nothing_halted, volumes_taken_back
-)  # fmt: skip
+    names_known,
+    hours_known,
+    calendar_agrees,
+    clock_agrees_with_exchange,
+    closes_agree,
+    nothing_halted,
+    volumes_taken_back,
+)

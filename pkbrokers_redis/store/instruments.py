@@ -8,6 +8,7 @@ A swap takes these steps, so that a name never leads to a missing row:
        P:{S}:repairs          `forget` for tokens that belong to other contracts now
     2  P:symbols              one transaction on this key: removed names out, new and moved names in
     3  P:derivatives          one transaction: stocks that have futures or options
+       P:exchanges            one transaction: tokens that say another exchange than the master
     4  P:instrument:<token>   rows of removed instruments deleted
     5  P:master               the manifest, last: a sync that died earlier is simply repeated
 
@@ -26,11 +27,14 @@ from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import redis
+from redis.exceptions import NoPermissionError, ResponseError
 
+from pkbrokers_redis.candles.calendar import Sessions
 from pkbrokers_redis.candles.model import SEGMENT_INDICES
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.store.cluster import execute_all
+from pkbrokers_redis.store.errors import is_wrong_type
 from pkbrokers_redis.store.repairs import send_forget
 from pkbrokers_redis.store.symbols import BSE_SEGMENT, NSE_SEGMENT, nearest_names, read_names, read_tokens
 
@@ -39,6 +43,10 @@ T = TypeVar("T")
 ROWS_AT_ONCE = 2_000  # a round trip of ~0.5 MB
 NAMES_AT_ONCE = 5_000  # fields of one HSET
 UNDERLYING_OF = {"NFO": "NSE", "BFO": "BSE"}  # where the stocks of an exchange's contracts trade
+EXCHANGES_OF_SEGMENT = {  # the low byte of a token → exchanges, as Kite's own library reads it
+    1: ("NSE",), 2: ("NFO",), 3: ("CDS",), 4: ("BSE",), 5: ("BFO",), 6: ("BCD",), 7: ("MCX",),
+    8: ("MCXSX",), SEGMENT_INDICES: ("NSE", "BSE"),
+}  # fmt: skip
 CASH_SEGMENTS = {1, 4, SEGMENT_INDICES}  # every other segment holds contracts
 SHRUNK_FROM = 1_000  # a master of so many rows never loses half of them overnight
 
@@ -133,6 +141,7 @@ def swap_master(
     send_forget(client, keys, reassigned, "reassigned")
     _swap_names(client, keys, removed, added)
     _swap_derivatives(client, keys, rows, scope, new)
+    _swap_exchanges(client, keys, rows, scope)
     stale = dict.fromkeys(token for token in old.values() if token not in kept)
     _write(client, (("UNLINK", keys.instrument(token)) for token in stale))
     return SwapResult(len(new), len(added), len(removed), len(reassigned))
@@ -144,9 +153,24 @@ def load_derivatives(client: redis.Redis, keys: Keys) -> set[str]:
     return {name.decode(errors="replace") for name in found}
 
 
-def load_derivative_tokens(client: redis.Redis, keys: Keys) -> set[int]:
-    """Return the tokens of `load_derivatives`, for `Sessions.schedule_of`. Two round trips."""
-    return set(read_tokens(client, keys, sorted(load_derivatives(client, keys))).values())
+def read_hours(client: redis.Redis, keys: Keys, sessions: Sessions) -> bool:
+    """Note in `sessions` what the master says of trading hours; return whether that changed.
+
+    That are the stocks with derivatives (closing auction), and the exchanges of instruments whose token says
+    another one. A key of another type counts as no master. Three round trips.
+    """
+    try:
+        derivatives = frozenset(read_tokens(client, keys, sorted(load_derivatives(client, keys))).values())
+        found: Any = client.hgetall(keys.exchanges())
+    except ResponseError as error:
+        if not is_wrong_type(error) and not isinstance(error, NoPermissionError):
+            raise
+        derivatives, found = frozenset(), {}
+    pairs = ((token, name.decode(errors="replace")) for token, name in found.items())
+    exchanges = {int(token): name for token, name in pairs if token.isdigit()}
+    before = sessions.derivatives, sessions.exchanges
+    sessions.derivatives, sessions.exchanges = derivatives, exchanges
+    return before != (derivatives, exchanges)
 
 
 def read_rows(client: redis.Redis, keys: Keys, tokens: Sequence[int]) -> list[dict[str, str]]:
@@ -225,6 +249,23 @@ def _swap_derivatives(
         transaction.srem(keys.derivatives(), *names)
     for names in _chunks(stocks - before, NAMES_AT_ONCE):
         transaction.sadd(keys.derivatives(), *names)
+    if len(transaction):
+        transaction.execute()
+
+
+def _swap_exchanges(client: redis.Redis, keys: Keys, rows: Iterable[Row], scope: set[str]) -> None:
+    """Replace `P:exchanges`: MCX's indices have the byte of NSE's, other rows a byte of no known exchange."""
+    unusual: dict[int, str] = {}
+    for row in rows:
+        token, exchange = int(row["instrument_token"]), row["exchange"]
+        if exchange not in EXCHANGES_OF_SEGMENT.get(token & 0xFF, ()):
+            unusual[token] = exchange
+    found: Any = client.hgetall(keys.exchanges())
+    transaction = client.pipeline(transaction=True)
+    for stale in _chunks((each for each, name in found.items() if name.decode() in scope), NAMES_AT_ONCE):
+        transaction.hdel(keys.exchanges(), *stale)
+    for pairs in _chunks(unusual.items(), NAMES_AT_ONCE):
+        transaction.hset(keys.exchanges(), items=[cell for pair in pairs for cell in pair])
     if len(transaction):
         transaction.execute()
 

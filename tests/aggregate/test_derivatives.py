@@ -10,11 +10,11 @@ import pytest
 import redis
 
 from pkbrokers_redis.aggregate.shard import SymbolCache
-from pkbrokers_redis.aggregate.worker import DERIVATIVES_SECONDS, Aggregator
+from pkbrokers_redis.aggregate.worker import HOURS_SECONDS, Aggregator
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.instruments import swap_master
+from pkbrokers_redis.store.instruments import read_hours, swap_master
 
 RELIANCE, INFY = 738561, 408065
 pytestmark = pytest.mark.parametrize("server_kind", ["valkey"], indirect=True)
@@ -55,12 +55,35 @@ def test_an_aggregator_applies_the_hours_of_a_new_master_within_a_minute(
         assert schedules() == [cash, cash]
         client.delete(settings.keys.derivatives())
         sync(client, settings, "INFY")
-        later = time.monotonic() + DERIVATIVES_SECONDS
+        later = time.monotonic() + HOURS_SECONDS
         monkeypatch.setattr("pkbrokers_redis.aggregate.worker.time.monotonic", lambda: later)
         aggregator.step(block_ms_max=1)
         assert schedules() == [auction, cash]
     finally:
         aggregator.close()
+
+
+def test_the_masters_exchange_gives_the_hours_of_instruments_whose_token_says_another_one(
+    client: redis.Redis, make_settings: Callable[..., Settings]
+) -> None:
+    keys, sessions = make_settings(shards=1).keys, load_sessions("market")
+    mcx_index, gift = 273417, 291849
+    rows = [
+        {"instrument_token": str(token), "exchange": exchange, "tradingsymbol": name}
+        for token, exchange, name in ((mcx_index, "MCX", "MCXBULLDEX"), (gift, "GLOBAL", "GIFT NIFTY"))
+    ]
+    index = {"instrument_token": "256265", "exchange": "NSE", "tradingsymbol": "NIFTY 50"}
+    swap_master(client, keys, [*rows, index], ["NSE", "MCX", "GLOBAL"])
+    assert read_hours(client, keys, sessions)
+    assert not read_hours(client, keys, sessions)
+    assert sessions.exchanges == {mcx_index: "MCX", gift: "GLOBAL"}
+    assert sessions.schedules[sessions.schedule_of(mcx_index)] == "MCX"
+    assert sessions.schedule_of(gift) == sessions.unknown_schedule
+    swap_master(client, keys, [rows[0]], ["MCX"])  # another exchange's rows stay
+    assert not read_hours(client, keys, sessions)
+    swap_master(client, keys, [], ["MCX", "GLOBAL"])
+    assert read_hours(client, keys, sessions)
+    assert sessions.exchanges == {}
 
 
 # --- symbols in announcements

@@ -51,12 +51,13 @@ class Market:
         intervals: str = "1m,5m,60m,day",
         derivatives: tuple[int, ...] = (),
     ) -> None:
+        sessions = load_sessions(mode)  # type: ignore[arg-type]
+        sessions.derivatives = frozenset(derivatives)
         self.book = ShardState(
             parse_intervals(intervals),
-            load_sessions(mode),  # type: ignore[arg-type]
+            sessions,
             grace_seconds=grace,
             event_clock=True,
-            derivatives=derivatives,
         )
         self.lists: Rows = {}
         self.current: dict[int, dict[str, list[Any]]] = {}

@@ -16,6 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pkbrokers_redis.candles.calendar import TIME_MS_MAX, load_sessions
+from pkbrokers_redis.candles.model import DEFAULT_INTERVALS
+from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.errors import SettingsError
 from tests.support import SHARED_DATA
 
@@ -114,12 +116,12 @@ def test_2026_has_exactly_the_sixteen_weekday_holidays_of_the_exchanges_circular
         (5, False, "BFO"),
         (6, False, "BCD"),
         (7, False, "MCX"),
-        (0, False, "NSE_CASH"),
-        (2**32 - 1, False, "NSE_CASH"),
-        (12, True, "NSE_CASH"),
+        (0, False, "UNKNOWN"),
+        (2**32 - 1, False, "UNKNOWN"),
+        (12, True, "UNKNOWN"),
     ],
 )
-def test_a_tokens_segment_gives_its_schedule_and_an_unknown_one_gets_nse_cash_hours(
+def test_a_tokens_segment_gives_its_schedule_and_an_unknown_one_never_closes(
     token: int, has_derivatives: bool, expected: str
 ) -> None:
     assert MARKET.schedules[MARKET.schedule_of(token, has_derivatives)] == expected
@@ -386,3 +388,41 @@ def test_sessions_follow_their_file(tmp_path: Path) -> None:
     assert sessions.refresh()
     assert sessions.is_open(0, noon)
     assert not load_sessions("always", path=file).refresh()
+
+
+@pytest.mark.parametrize(
+    ("exchange", "expected"),
+    [("MCX", "MCX"), ("NSE", "NSE_CASH"), ("NCO", "UNKNOWN"), ("GLOBAL", "UNKNOWN")],
+)
+def test_the_masters_exchange_gives_the_hours_where_the_token_says_another_one(
+    exchange: str, expected: str
+) -> None:
+    sessions = load_sessions("market")
+    mcx_index = 273417  # its low byte is that of NSE's indices
+    assert sessions.schedules[sessions.schedule_of(mcx_index)] == "INDICES"
+    sessions.exchanges = {mcx_index: exchange}
+    assert sessions.schedules[sessions.schedule_of(mcx_index)] == expected
+    evening = sessions.is_open(sessions.schedule_of(mcx_index), at("2026-01-14 20:00"))
+    assert evening == (expected in ("MCX", "UNKNOWN"))
+
+
+def test_a_users_file_gives_an_exchange_its_hours(tmp_path: Path) -> None:
+    file = tmp_path / "calendar.json"
+    file.write_text('{"exchanges": {"NCO": "MCX"}}')
+    sessions = load_sessions("market", path=file)
+    sessions.exchanges = {12: "NCO"}
+    assert sessions.schedules[sessions.schedule_of(12)] == "MCX"
+    assert sessions.schedules_of([12, 13]) == {sessions.schedule_of(12)}
+    assert sessions.schedules_of([13]) == {sessions.unknown_schedule}
+    file.write_text('{"exchanges": {"NCO": "NOWHERE"}}')
+    with pytest.raises(SettingsError, match=r"exchanges\.NCO"):
+        load_sessions("market", path=file)
+
+
+def test_the_shards_arrays_and_the_calendar_agree_on_hours() -> None:
+    sessions = load_sessions("market")
+    sessions.derivatives = frozenset({408065})
+    sessions.exchanges = {273417: "MCX", 12: "NCO"}
+    state = ShardState(DEFAULT_INTERVALS, sessions)
+    for token in (408065, 738561, 273417, 256265, 12, 13, 7):
+        assert state.arrays.schedule[state.index(token)] == sessions.schedule_of(token)

@@ -173,7 +173,7 @@ def test_an_outage_is_cut_to_session_hours(
 
 def test_instruments_of_the_same_hours_share_a_notice() -> None:
     outage = Outage(ms("2026-01-05 15:00:00"), ms("2026-01-05 20:00:00"))
-    assert notices(SESSIONS, SESSIONS.schedule_of, [GOLD, INFY, USDINR, NIFTY_FUT], outage) == [
+    assert notices(SESSIONS, [GOLD, INFY, USDINR, NIFTY_FUT], outage) == [
         Notice((INFY, NIFTY_FUT), outage.from_ms, ms("2026-01-05 15:30:00")),
         Notice((USDINR,), outage.from_ms, ms("2026-01-05 17:00:00")),
         Notice((GOLD,), outage.from_ms, outage.to_ms),

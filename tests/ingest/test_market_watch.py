@@ -48,7 +48,7 @@ class Watched:
         self.clock = clock
         part: Any = self
         self.watch = MarketWatch(
-            calendar, calendar.schedule_of, lambda: self.packets, part, clock, self.connect, keys,
+            calendar, lambda: self.packets, part, clock, self.connect, keys,
             on_calendar=self.reloaded,
         )  # fmt: skip
         self.watch.symbols = {INFY: "NSE:INFY", TCS: "NSE:TCS"}

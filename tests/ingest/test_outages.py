@@ -60,7 +60,6 @@ class Worker:
             lambda: client,
             settings.keys,
             SESSIONS,
-            SESSIONS.schedule_of,
             part,
             part,
             self.jobs if has_history else None,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 
-from pkbrokers_redis.candles.calendar import IST
+from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.errors import KiteUnavailable, PkbError, SettingsError
 from pkbrokers_redis.kite.instruments import KiteInstruments, Parsed, parse_instruments
 from pkbrokers_redis.settings import Settings
@@ -21,8 +21,8 @@ from pkbrokers_redis.simulator.kite import SimulatedKite
 from pkbrokers_redis.simulator.universe import universe
 from pkbrokers_redis.store.instruments import (
     MasterShrunk,
-    load_derivative_tokens,
     load_derivatives,
+    read_hours,
     read_manifest,
 )
 from pkbrokers_redis.store.symbols import load_symbols, read_names, resolve_many
@@ -281,7 +281,9 @@ def test_stocks_with_derivatives_are_found_by_their_exchanges_contracts(
     ]  # fmt: skip
     alone.store(parsed(*rows, today=date(2026, 11, 1)))
     assert load_derivatives(client, keys) == {"NSE:INFY", "NSE:M&M"}
-    assert load_derivative_tokens(client, keys) == {1 << 8 | 1, 4 << 8 | 1}
+    sessions = load_sessions("market")
+    assert read_hours(client, keys, sessions)
+    assert sessions.derivatives == {1 << 8 | 1, 4 << 8 | 1}
     alone.store(parsed(*rows))  # M&M's only contract has expired
     assert load_derivatives(client, keys) == {"NSE:INFY"}
     alone.store(parsed(contract(10, "TCS", "2026-12-31")), ["NFO"])  # by exchange: the stocks are in Redis

@@ -9,6 +9,7 @@ import pytest
 import redis
 from pydantic import SecretStr
 
+from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.keys import Keys
 from pkbrokers_redis.kite.session import SessionManager
 from pkbrokers_redis.settings import Settings
@@ -17,7 +18,7 @@ from pkbrokers_redis.store.auth import Session, forget_session, load_session, sa
 from pkbrokers_redis.store.instruments import (
     Manifest,
     is_current,
-    load_derivative_tokens,
+    read_hours,
     read_manifest,
     read_rows,
     search_instruments,
@@ -54,7 +55,9 @@ def test_a_master_is_swapped_and_searched_on_a_cluster(
 ) -> None:
     keys = cluster_settings.keys
     assert swap_master(cluster_client, keys, [*STOCKS, FUTURE], ["NSE", "NFO"]).added == 200
-    assert load_derivative_tokens(cluster_client, keys) == {5 << 8 | 1}
+    sessions = load_sessions("market")
+    assert read_hours(cluster_client, keys, sessions)
+    assert sessions.derivatives == {5 << 8 | 1}
     put = {**FUTURE, "tradingsymbol": "EQ526DEC100PE"}
     assert swap_master(cluster_client, keys, [put], ["NFO"]).reassigned == 1
     assert forgotten(cluster_client, keys) == [514]
