@@ -45,7 +45,7 @@ from pkbrokers_redis.candles.taken_back import taken_back
 from pkbrokers_redis.clock import Backoff, market_clock
 from pkbrokers_redis.errors import CommitRefused, PkbError, RedisUnavailable, WrongKeyType
 from pkbrokers_redis.runtime.cluster_state import Heartbeat
-from pkbrokers_redis.runtime.roles import follow_calendar, open_store, worker_id
+from pkbrokers_redis.runtime.roles import follow_calendar, keep_store, open_store, worker_id
 from pkbrokers_redis.runtime.roles import now_ms as wall_ms
 from pkbrokers_redis.runtime.warmup import freeze_heap, warm_up
 from pkbrokers_redis.settings import Settings
@@ -501,6 +501,7 @@ def run_aggregate(settings: Settings, stop: threading.Event) -> None:
     def beat(_ticks: int) -> None:
         if heart.due(at := wall_ms()):
             shards = sorted(aggregator.workers)
+            keep_store(client, settings)
             heart.beat(client, at, aggregator.ticks_total, aggregator.figures(), shards)
             if aggregator.ticks_total:  # every kernel has run by now
                 freeze_heap()

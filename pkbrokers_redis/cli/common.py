@@ -22,7 +22,7 @@ from pkbrokers_redis.candles.calendar import IST
 from pkbrokers_redis.candles.model import Candle
 from pkbrokers_redis.errors import RedisUnavailable, SettingsError
 from pkbrokers_redis.settings import Settings, load_settings
-from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.connect import ANSWER_SECONDS, connect
 from pkbrokers_redis.store.embedded import reader_data_dir, store_folder
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def open_client() -> Iterator[tuple[redis.Redis, Settings]]:
     """Connect to the configured store for reading, which must exist."""
     settings = load_settings()
     require_store(settings)
-    with connect(settings, for_reading=True) as client:
+    with connect(settings, for_reading=True, socket_timeout_seconds=ANSWER_SECONDS) as client:
         yield client, settings
 
 
@@ -232,7 +232,8 @@ def open_store() -> Iterator[CandleStore]:
 
     settings = load_settings()
     require_store(settings)
-    with CandleStore(settings) as store:
+    client = connect(settings, for_reading=True, socket_timeout_seconds=ANSWER_SECONDS)
+    with client, CandleStore(settings, client=client) as store:
         yield store
         if store.rows_refused:
             note(f"left out {store.rows_refused} malformed rows in Redis")

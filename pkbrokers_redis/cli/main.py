@@ -153,13 +153,25 @@ def run() -> None:
     sys.exit(code)
 
 
+def _explained(error: BaseException) -> BaseException:
+    """Return what an error of redis-py means; for a key of another type, with the key's name."""
+    from pkbrokers_redis.runtime.cluster_state import find_wrong_keys
+    from pkbrokers_redis.settings import load_settings
+    from pkbrokers_redis.store.connect import ANSWER_SECONDS, connect, describe, explain
+    from pkbrokers_redis.store.errors import is_wrong_type
+
+    settings = load_settings()
+    if is_wrong_type(error):
+        with connect(settings, for_reading=True, socket_timeout_seconds=ANSWER_SECONDS) as client:
+            if found := find_wrong_keys(client, settings.keys):
+                return found[0]
+    return explain(error, describe(settings, for_reading=True))
+
+
 def one_line(error: BaseException) -> str | None:
     """Return an error as one line for a person; None for a bug, whose traceback is needed."""
     if not isinstance(error, PkbError) and type(error).__module__.partition(".")[0] == "redis":
-        from pkbrokers_redis.settings import load_settings
-        from pkbrokers_redis.store.connect import describe, explain
-
-        error = explain(error, describe(load_settings()))
+        error = _explained(error)
     if isinstance(error, PkbError):
         return " ".join(str(error).split())
     if isinstance(error, OSError):

@@ -45,7 +45,7 @@ from pkbrokers_redis.runtime.health import (
 )
 from pkbrokers_redis.runtime.supervisor import stop_on_signals
 from pkbrokers_redis.settings import Settings, load_settings, unknown_names
-from pkbrokers_redis.store.connect import connect, describe, explain
+from pkbrokers_redis.store.connect import ANSWER_SECONDS, connect, describe, explain
 from pkbrokers_redis.store.functions import FUNCTION_NAMES
 from pkbrokers_redis.store.instruments import read_manifest
 from pkbrokers_redis.store.meta import adopt_meta, check_meta
@@ -71,7 +71,7 @@ def status(
     cluster: ClusterState | None = None
     try:
         require_store(settings)
-        with connect(settings, for_reading=True) as client:
+        with connect(settings, for_reading=True, socket_timeout_seconds=ANSWER_SECONDS) as client:
             if only_here:
                 workers = read_workers(client, settings.keys, time.time() * 1000)
                 findings = [check_host(workers, socket.gethostname())]
@@ -89,14 +89,14 @@ def top(seconds: Seconds = None) -> None:
     settings = load_settings()
     require_store(settings)
     stop = threading.Event()
-    client: redis.Redis | None = connect(settings, for_reading=True)
+    client: redis.Redis | None = connect(settings, for_reading=True, socket_timeout_seconds=ANSWER_SECONDS)
     deadline = None if seconds is None else time.monotonic() + seconds
     screen = Live(console=_console(), auto_refresh=False) if sys.stdout.isatty() else None
     with stop_on_signals(stop), screen or contextlib.nullcontext():
         while True:
             cluster: ClusterState | None = None
             try:
-                client = client or connect(settings, for_reading=True)
+                client = client or connect(settings, for_reading=True, socket_timeout_seconds=ANSWER_SECONDS)
                 keys = adopt_meta(client, settings).keys
                 cluster = read_cluster_state(client, keys, describe(settings, for_reading=True))
                 findings = run_checks(cluster, STATUS_CHECKS)
@@ -244,7 +244,7 @@ def doctor(as_json: AsJson = False) -> None:
     try:
         require_store(settings)
         place = describe(settings, for_reading=True)
-        with connect(settings, for_reading=True) as client:
+        with connect(settings, for_reading=True, socket_timeout_seconds=ANSWER_SECONDS) as client:
             findings.append(Finding("redis", "ok", f"{place} answers"))
             findings.append(_meta_finding(client, settings))
             try:

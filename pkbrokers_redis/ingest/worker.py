@@ -33,7 +33,7 @@ from pkbrokers_redis.ingest.outages import JobOutbox, Outages
 from pkbrokers_redis.ingest.watchdog import TickActivity, Watchdog
 from pkbrokers_redis.ingest.writer import FrameWriter, forward, forward_all
 from pkbrokers_redis.runtime.cluster_state import Heartbeat
-from pkbrokers_redis.runtime.roles import RestartWatch, open_store, worker_id
+from pkbrokers_redis.runtime.roles import RestartWatch, keep_store, open_store, worker_id
 from pkbrokers_redis.runtime.roles import now_ms as machine_ms
 from pkbrokers_redis.runtime.warmup import freeze_heap, warm_up_writer
 from pkbrokers_redis.settings import Settings
@@ -327,6 +327,7 @@ def run_ingest(settings: Settings, stop: threading.Event, *, restartable: bool =
 
     def beat() -> None:
         if heart.due(at := machine_ms()):
+            keep_store(client, settings)
             heart.beat(client, at, worker.writer.counts["ticks"], worker.figures())
             if worker.writer.counts["ticks"]:  # every kernel has run by now
                 freeze_heap()

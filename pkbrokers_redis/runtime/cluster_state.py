@@ -23,8 +23,10 @@ import redis
 from redis.exceptions import NoPermissionError, ResponseError
 
 from pkbrokers_redis import logs
-from pkbrokers_redis.keys import AGGREGATOR_GROUP, Keys
+from pkbrokers_redis.errors import WrongKeyType
+from pkbrokers_redis.keys import AGGREGATOR_GROUP, KEY_TABLE, Keys
 from pkbrokers_redis.store.cluster import cluster_of
+from pkbrokers_redis.store.errors import is_wrong_type
 from pkbrokers_redis.store.streams import id_order
 
 log = logs.get("heartbeat")
@@ -208,6 +210,8 @@ class Server:
     saves: bool  # False if the last attempt to save failed: Redis then refuses writes
     forks: int = 0  # since its start: rewrites of the AOF and RDB snapshots
     up_seconds: int = 0
+    evicted: int = 0  # keys that it deleted for want of memory, since its start
+    is_replica: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,6 +247,7 @@ class ClusterState:
     workers: list[Worker] = field(default_factory=list)
     shards: list[Shard] = field(default_factory=list)
     feeds: list[str | None] = field(default_factory=list)  # the reader of each feed
+    wrong_keys: list[WrongKeyType] = field(default_factory=list)  # keys that hold another Redis type
 
     def names(self, field: str) -> list[str]:
         """Return the names in a comma list of the living ingest workers' heartbeats, each once."""
@@ -280,6 +285,7 @@ def read_cluster_state(
         workers,
         read_shards(client, keys, range(keys.shards), at_ms, stream_bytes=stream_bytes),
         owners_of(client, [keys.feed(number) for number in range(feeds_total)]),
+        find_wrong_keys(client, keys),
     )
 
 
@@ -322,12 +328,37 @@ def _server(name: str, info: dict[str, Any]) -> Server:
         info.get("aof_last_write_status", "ok") == "ok" and info.get("rdb_last_bgsave_status", "ok") == "ok",
         int(info.get("total_forks", 0)),
         int(info.get("uptime_in_seconds", 0)),
+        int(info.get("evicted_keys", 0)),
+        info.get("role") == "slave",
     )
+
+
+def find_wrong_keys(client: redis.Redis, keys: Keys) -> list[WrongKeyType]:
+    """Return the store's own keys that hold another Redis type: another program wrote them, or a person."""
+    wanted: list[tuple[str, str]] = []
+    for name, kind, *_ in KEY_TABLE:
+        if "<" not in name and "{bot}" not in name:
+            shards = range(keys.shards) if "{S}" in name else (0,)
+            wanted += [(f"{keys.prefix}{name[1:]}".replace("{S}", f"{{{n}}}"), kind) for n in shards]
+    pipeline = client.pipeline(transaction=False)
+    for key, _ in wanted:
+        pipeline.type(key)
+    replies = pipeline.execute(raise_on_error=False)
+    return [
+        WrongKeyType(key, found, kind)
+        for (key, kind), reply in zip(wanted, replies, strict=True)
+        if isinstance(reply, bytes) and (found := reply.decode()) not in ("none", kind)
+    ]
 
 
 def read_workers(client: redis.Redis, keys: Keys, at_ms: float) -> list[Worker]:
     """Return all members of `P:workers` by role and id, with their heartbeats."""
-    members: Any = client.zrange(keys.workers(), 0, -1)
+    members: Any = []
+    try:
+        members = client.zrange(keys.workers(), 0, -1)
+    except ResponseError as error:
+        if not is_wrong_type(error):
+            raise
     names = sorted(tuple(bytes(member).decode(errors="replace").partition(" ")[::2]) for member in members)
     pipeline = client.pipeline(transaction=False)
     for _, worker_id in names:

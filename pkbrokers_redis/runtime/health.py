@@ -44,6 +44,7 @@ MASTER_AGE_SECONDS_MAX = 4 * 86_400  # over a long weekend; contracts expire, an
 COUNTERS = ("dropped_at_cap", "frames_lost", "fenced")  # of the heartbeats, shown where they are not 0
 FAILED_JOBS = f"rq:failed:{JOB_QUEUE}"  # RQ's own registry, a sorted set
 INSTRUMENTS_AT_ONCE = 500
+KEYS_SHOWN_MAX = 5
 
 
 Check = Callable[[ClusterState], Iterator[Finding]]
@@ -156,11 +157,26 @@ def nothing_lost(cluster: ClusterState) -> Iterator[Finding]:
         yield Finding("losses", "ok", "no tick was lost")
 
 
+def keys_typed(cluster: ClusterState) -> Iterator[Finding]:
+    """Check that no other program has written a key of the store."""
+    for wrong in cluster.wrong_keys[:KEYS_SHOWN_MAX]:
+        yield Finding("keys", "fail", wrong.message, wrong.hint)
+
+
 def redis_takes_writes(cluster: ClusterState) -> Iterator[Finding]:
-    """Check that Redis has memory and a disk that works."""
+    """Check that Redis takes writes, and has memory and a disk that works."""
     problem = False
     for server in cluster.servers:
         where = f"Redis {server.name}".strip()
+        if server.is_replica:
+            problem = True
+            message = f"{where} is a replica and refuses writes: no candle can be made there"
+            yield Finding("redis", "fail", message, "point PKB_REDIS_URL at the primary")
+        if server.evicted:
+            problem = True
+            message = f"{where} has deleted {server.evicted:,} keys for want of memory (maxmemory-policy)"
+            hint = "CONFIG SET maxmemory-policy noeviction, raise maxmemory; then backfill what is missing"
+            yield Finding("eviction", "fail", message, hint)
         if not server.saves:
             problem = True
             hint = "free space there or correct its permissions; its log has the cause"
@@ -196,7 +212,7 @@ def progress_since(earlier: ClusterState) -> Check:
 
 
 STATUS_CHECKS: tuple[Check, ...] = (
-    workers_beat, shards_owned, feeds_read, lag_small, nothing_lost, redis_takes_writes,
+    redis_takes_writes, keys_typed, workers_beat, shards_owned, feeds_read, lag_small, nothing_lost,
     *MARKET_CHECKS,
 )  # fmt: skip
 

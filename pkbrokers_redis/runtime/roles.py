@@ -30,14 +30,15 @@ from pkbrokers_redis.errors import (
     SettingsError,
     UnknownInterval,
     UnknownSymbol,
+    WrongKeyType,
 )
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.runtime.cluster_state import EVERY_MS, Heartbeat, call_one_master
+from pkbrokers_redis.runtime.cluster_state import EVERY_MS, Heartbeat, call_one_master, read_servers
 from pkbrokers_redis.runtime.supervisor import EXIT_TRY_AGAIN, EXIT_USER_ERROR, SUPERVISED, stop_on_signals
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect, describe, explain
 from pkbrokers_redis.store.leases import announce, leave
-from pkbrokers_redis.store.meta import ensure_meta
+from pkbrokers_redis.store.meta import ensure_meta, keep_meta
 
 log = logs.get("roles")
 
@@ -73,7 +74,20 @@ def open_store(settings: Settings) -> redis.Redis:
     """Connect, and write or check `P:meta`. Raises PkbError."""
     client = connect(settings)
     ensure_meta(client, settings, datetime.now(UTC).isoformat(timespec="seconds"))
+    evicting = {each.eviction for each in read_servers(client)} - {"noeviction", ""}
+    if evicting:
+        log.warning(
+            "redis_may_evict", policy=",".join(sorted(evicting)),
+            reason="it deletes keys when memory is short",
+            hint="CONFIG SET maxmemory-policy noeviction, and set it in redis.conf",
+        )  # fmt: skip
     return client
+
+
+def keep_store(client: redis.Redis, settings: Settings) -> None:
+    """Let a running worker check `P:meta`, with each heartbeat. Raises MetaMismatch; an outage passes."""
+    with suppress(redis.RedisError, WrongKeyType):
+        keep_meta(client, settings, datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def follow_calendar(sessions: Sessions) -> bool:

@@ -212,7 +212,8 @@ def _unreadable(reason: str, hint: str) -> SettingsError:
     return SettingsError(f"PKB_REDIS_URL cannot be used: {reason}", hint)
 
 
-CONNECT_SECONDS_MAX = 5.0
+CONNECT_SECONDS_MAX = 2.5
+ANSWER_SECONDS = 2.5  # commands name a server that hangs within five seconds, their own start included
 LOADING_SECONDS_MAX = 60.0  # how long to wait for a server that loads its data
 READER_RETRIES = 3
 HEALTH_CHECK_SECONDS = 30
@@ -224,7 +225,8 @@ def client_options(socket_timeout_seconds: float, retries: int) -> dict[str, Any
         "socket_timeout": socket_timeout_seconds,
         "socket_connect_timeout": CONNECT_SECONDS_MAX,
         "health_check_interval": HEALTH_CHECK_SECONDS,
-        "retry": Retry(ExponentialBackoff(cap=1.0, base=0.05), retries),
+        # Not after a timeout: a server that hangs would be waited for again and again.
+        "retry": Retry(ExponentialBackoff(cap=1.0, base=0.05), retries, (redis.ConnectionError,)),
         # Stated, because redis-py's default differs by version and raw replies must not.
         "protocol": 2,
     }
@@ -245,12 +247,16 @@ def connect(
     client: redis.Redis | None = None
     try:
         if settings.redis_url is None:
-            server = attach(settings, data_dir=_data_dir(settings, for_reading))
-            client = open_url(server.url, options)
-            weakref.finalize(client.connection_pool, server.close)
+            data_dir, silence_seconds = _data_dir(settings, for_reading), 0.75 * socket_timeout_seconds
+            server = attach(settings, data_dir=data_dir, silence_seconds_max=silence_seconds)
+            url = server.url
         else:
-            client = open_url(settings.redis_url.get_secret_value(), options)
-        _probe(client, for_reading)
+            server, url = None, settings.redis_url.get_secret_value()
+        with open_url(url, client_options(min(socket_timeout_seconds, ANSWER_SECONDS), 0)) as probe:
+            _probe(probe, for_reading)
+        client = open_url(url, options)
+        if server is not None:
+            weakref.finalize(client.connection_pool, server.close)
     except BaseException as error:
         if client is not None:
             client.close()

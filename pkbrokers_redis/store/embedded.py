@@ -106,17 +106,30 @@ def reader_data_dir(settings: Settings) -> tuple[Path, bool]:
 
 def running(data_dir: Path) -> EmbeddedServer | None:
     """Return the embedded server of a data folder when it answers. Start none and keep none running."""
-    found = monitor.read_server_file(store_folder(data_dir))
-    if found is None or not monitor.is_ready(monitor.ping(found["socket_path"], found["password"])):
-        return None
-    return EmbeddedServer(found["pid"], found["tcp_port"], Path(found["socket_path"]), found["password"])
+    server, reply = _ask(store_folder(data_dir))
+    return server if monitor.is_ready(reply) else None
+
+
+def _ask(folder: Path) -> tuple[EmbeddedServer | None, bytes]:
+    """Return the server that `server.json` names, and its reply to PING, empty if there is none."""
+    found = monitor.read_server_file(folder)
+    if found is None:
+        return None, b""
+    path, password = found["socket_path"], found["password"]
+    server = EmbeddedServer(found["pid"], found["tcp_port"], Path(path), password)
+    return server, monitor.ping(path, password)
 
 
 def attach(
-    settings: Settings, *, data_dir: Path | None = None, linger_seconds: float = LINGER_SECONDS
+    settings: Settings,
+    *,
+    data_dir: Path | None = None,
+    linger_seconds: float = LINGER_SECONDS,
+    silence_seconds_max: float = SILENCE_SECONDS_MAX,
 ) -> EmbeddedServer:
     """Use the embedded server, and start it when it does not run.
 
+    A server that hangs is given up after `silence_seconds_max`; one that loads its data is waited for.
     Raise RedisUnavailable when it cannot start (no binary, no right to the folder, broken data) or is open to
     other users of the machine, and RedisUnsuitable when the chosen binary is a Redis before 7.
     """
@@ -130,7 +143,7 @@ def attach(
             deadline = time.monotonic() + SILENCE_SECONDS_MAX
             while not monitor.try_lock(users_lock, fcntl.LOCK_SH):
                 _wait(folder, deadline)
-            server = _find_or_start(settings, folder, linger_seconds)
+            server = _find_or_start(settings, folder, linger_seconds, silence_seconds_max)
         except OSError as error:
             raise RedisUnavailable(
                 f"the embedded server cannot use {folder} ({error.strerror or error})",
@@ -143,20 +156,22 @@ def attach(
     return server
 
 
-def _find_or_start(settings: Settings, folder: Path, linger_seconds: float) -> EmbeddedServer:
+def _find_or_start(
+    settings: Settings, folder: Path, linger_seconds: float, silence_seconds_max: float
+) -> EmbeddedServer:
     server_lock = monitor.open_lock(folder / "server.lock")
     log_path = folder / "server.log"
     log_offset, is_launched = 0, False
-    deadline = time.monotonic() + SILENCE_SECONDS_MAX
+    deadline = time.monotonic() + silence_seconds_max
     try:
         while True:
-            server = running(folder.parent)
-            if server is not None and not _is_orphan(folder, server.pid):
+            server, reply = _ask(folder)
+            if monitor.is_ready(reply) and server is not None and not _is_orphan(folder, server.pid):
                 server.reattached = not is_launched
                 return server
             if not monitor.try_lock(server_lock, fcntl.LOCK_EX):
-                if _is_loading(folder):
-                    deadline = time.monotonic() + SILENCE_SECONDS_MAX
+                if reply:  # it loads its data
+                    deadline = time.monotonic() + silence_seconds_max
                 _wait(folder, deadline)  # it starts, restarts or ends: its monitor or itself is running
                 continue
             fcntl.flock(server_lock, fcntl.LOCK_UN)
@@ -185,15 +200,11 @@ def _is_orphan(folder: Path, server_pid: int) -> bool:
     return True
 
 
-def _is_loading(folder: Path) -> bool:
-    found = monitor.read_server_file(folder)
-    return found is not None and monitor.ping(found["socket_path"], found["password"]) != b""
-
-
 def _wait(folder: Path, deadline: float) -> None:
     if time.monotonic() > deadline:
         raise RedisUnavailable(
-            f"the embedded server in {folder} does not answer", f"see {folder / 'server.log'}"
+            f"the embedded server in {folder} does not answer in time",
+            f"it hangs, or its disk does: see {folder / 'server.log'}",
         )
     time.sleep(0.005)
 

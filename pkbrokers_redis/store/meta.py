@@ -59,6 +59,19 @@ def ensure_meta(client: redis.Redis, settings: Settings, now_iso: str) -> None:
     _compare(stored, settings)
 
 
+def keep_meta(client: redis.Redis, settings: Settings, now_iso: str) -> None:
+    """Write `P:meta` again where a running worker finds it gone (FLUSHALL, a restart without AOF).
+
+    So a worker with another PKB_SHARDS cannot begin a second store beside this one. Raise MetaMismatch when
+    such a one was faster.
+    """
+    stored = read_meta(client, settings.prefix)
+    if stored is None:
+        stored = _write(client, settings.keys.meta(), _fields_of(settings), now_iso)
+        log.warning("meta_written_again", key=settings.keys.meta(), reason="Redis has lost it")
+    _compare(stored, settings)
+
+
 def check_meta(client: redis.Redis, settings: Settings) -> bool:
     """Return whether there is a store. Write nothing; raise as `ensure_meta` when its settings differ."""
     stored = read_meta(client, settings.prefix)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+from collections import Counter as Counted
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,12 +17,13 @@ from prometheus_client.core import CounterMetricFamily as Counter
 from prometheus_client.core import GaugeMetricFamily as Gauge
 from prometheus_client.core import Metric
 
-from pkbrokers_redis.runtime.cluster_state import ClusterState, Finding, Shard
+from pkbrokers_redis.runtime.cluster_state import ClusterState, Finding, Shard, Worker
 from pkbrokers_redis.runtime.health import counters, health_document, health_of
 from pkbrokers_redis.web.executor import Route, Services
 from pkbrokers_redis.web.http import json_response
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LEVELS = ("ok", "warn", "fail")
 HEALTH_WORDS = ("healthy", "degraded", "down")
 PAGE_FOLDER = Path(__file__).resolve().parent / "pages"
 Labels = TypeVar("Labels", bound=tuple[str, ...])
@@ -84,7 +86,11 @@ def _pipeline_metrics(cluster: ClusterState | None, findings: Sequence[Finding])
     yield _metric(Gauge, "health", "1 for the word that holds", words, "health")
     if cluster is None:
         return
-    alive = {(each.role, each.id): each for each in cluster.workers if each.age_ms is not None}
+    levels: dict[tuple[str], float] = {}
+    for finding in findings:  # the worst of a check that found several things
+        levels[finding.check,] = max(LEVELS.index(finding.level), levels.get((finding.check,), 0))
+    yield _metric(Gauge, "check", "0 ok, 1 warn, 2 fail: the checks of `pkb status`", levels, "check")
+    alive = _named(cluster.workers)
     ages = {names: (worker.age_ms or 0) / 1000 for names, worker in alive.items()}
     yield _metric(Gauge, "worker_beat_age_seconds", "since a worker's heartbeat", ages, *WORKER)
     totals = {names: worker.number("ticks_total") for names, worker in alive.items()}
@@ -101,6 +107,18 @@ def _pipeline_metrics(cluster: ClusterState | None, findings: Sequence[Finding])
     yield _metric(Gauge, "redis_memory_used_bytes", "used_memory", used, "server")
     limits = {(server.name,): server.limit_bytes for server in cluster.servers}
     yield _metric(Gauge, "redis_memory_limit_bytes", "maxmemory, 0 for none", limits, "server")
+
+
+def _named(workers: Sequence[Worker]) -> dict[tuple[str, str], Worker]:
+    """Return the living workers by role and a name that a restart keeps: host, and a number from 1 on it."""
+    named: dict[tuple[str, str], Worker] = {}
+    counted: Counted[tuple[str, str]] = Counted()
+    for each in sorted(workers, key=lambda worker: worker.fields.get("started_at", "")):
+        if each.age_ms is not None:
+            host = each.fields.get("host", "")
+            counted[each.role, host] += 1
+            named[each.role, f"{host}-{counted[each.role, host]}"] = each
+    return named
 
 
 def _server_metrics(services: Services) -> Iterator[Metric]:

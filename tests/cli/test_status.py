@@ -111,6 +111,20 @@ def test_an_unavailable_redis_is_down_also_as_json(
     assert trouble(ended.out) == {"redis": "fail"}
 
 
+def test_a_key_of_another_type_is_named_by_every_command(
+    pkb: Pkb, client: redis.Redis, pipeline: Settings
+) -> None:
+    client.delete(pipeline.keys.symbols(), pipeline.keys.workers())
+    client.rpush(pipeline.keys.symbols(), "x")
+    client.set(pipeline.keys.workers(), "x")
+    for command in ("status", "doctor"):
+        ended = pkb(command, "--json")
+        said = [each["message"] for each in json.loads(ended.out)["findings"] if each["check"] == "keys"]
+        assert said == ["pkb:symbols holds a list, not a hash", "pkb:workers holds a string, not a zset"]
+    ended = pkb("instruments", "search", "INFY")
+    assert (ended.code, "pkb:symbols holds a list, not a hash" in ended.err) == (2, True)
+
+
 def test_status_here_checks_only_this_hosts_workers(
     pkb: Pkb, pipeline: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import redis
 
-from pkbrokers_redis.errors import MetaMismatch
+from pkbrokers_redis.errors import MetaMismatch, WrongKeyType
 from pkbrokers_redis.keys import AGGREGATOR_GROUP
 from pkbrokers_redis.runtime import health, market_checks
 from pkbrokers_redis.runtime.cluster_state import (
@@ -19,6 +19,7 @@ from pkbrokers_redis.runtime.cluster_state import (
     Server,
     Shard,
     Worker,
+    _server,
     read_cluster_state,
 )
 from pkbrokers_redis.runtime.health import Check, check_jobs, check_master, health_of, run_checks
@@ -149,6 +150,27 @@ PROBLEMS: list[tuple[str, Check, dict[str, Any], str, str]] = [
         {"servers": [SERVER, replace(SERVER, name="b:1", used_bytes=95, limit_bytes=100)]},
         "warn",
         "Redis b:1 has used 95% of its maxmemory",
+    ),
+    (
+        "a replica",
+        health.redis_takes_writes,
+        {"servers": [replace(SERVER, is_replica=True)]},
+        "fail",
+        "Redis is a replica and refuses writes",
+    ),
+    (
+        "evicted keys",
+        health.redis_takes_writes,
+        {"servers": [replace(SERVER, evicted=1_200)]},
+        "fail",
+        "Redis has deleted 1,200 keys",
+    ),
+    (
+        "a key of another type",
+        health.keys_typed,
+        {"wrong_keys": [WrongKeyType("pkb:workers", "string", "zset")]},
+        "fail",
+        "pkb:workers holds a string, not a zset",
     ),
     ("no AOF", health.persistent, {"servers": [replace(SERVER, aof=False)]}, "warn", "appendonly is off"),
     (
@@ -298,6 +320,34 @@ def test_an_empty_redis_is_down_and_raises_nothing(client: redis.Redis, settings
     found = read_cluster_state(client, settings.keys, "here")
     assert health_of(run_checks(found, health.STATUS_CHECKS)) == "down"
     assert [each.entries for each in found.shards] == [0] * settings.shards
+
+
+def test_keys_of_another_type_are_named_and_the_rest_is_read(
+    client: redis.Redis, settings: Settings, beating: Callable[..., None]
+) -> None:
+    keys = settings.keys
+    for key in (keys.symbols(), keys.ticks(1), keys.lease(2)):
+        client.delete(key)
+        client.rpush(key, "x")
+    beating("ingest", "ingest-a")
+    found = read_cluster_state(client, keys, "here")
+    assert sorted(each.key for each in found.wrong_keys) == sorted(
+        (keys.symbols(), keys.ticks(1), keys.lease(2))
+    )
+    assert [each.id for each in found.workers] == ["ingest-a"]
+    client.delete(keys.workers())
+    client.set(keys.workers(), "x")
+    found = read_cluster_state(client, keys, "here")
+    assert found.workers == []
+    said = [each.message for each in run_checks(found, health.STATUS_CHECKS) if each.check == "keys"]
+    assert f"{keys.workers()} holds a string, not a zset" in said
+
+
+def test_a_replica_and_evictions_are_read_from_info(client: redis.Redis, settings: Settings) -> None:
+    (server,) = read_cluster_state(client, settings.keys, "here").servers
+    assert (server.is_replica, server.evicted) == (False, 0)
+    found = _server("", {"role": "slave", "evicted_keys": "7"})
+    assert (found.is_replica, found.evicted) == (True, 7)
 
 
 def test_workers_are_read_with_age_and_skew(

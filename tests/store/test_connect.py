@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import shutil
+import signal
 import socket
 import ssl
 import subprocess
@@ -209,6 +211,31 @@ def test_a_server_that_refuses_is_one_line(reply: bytes, wanted: str) -> None:
     with Impostor(lambda _: reply) as server:
         error = refusal(f"redis://127.0.0.1:{server.port}", socket_timeout_seconds=0.5)
     assert isinstance(error, RedisUnavailable) and wanted in str(error)
+
+
+@pytest.mark.parametrize("for_reading", [True, False])
+def test_a_server_that_hangs_is_asked_once_and_named(
+    for_reading: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connecting, "ANSWER_SECONDS", 0.2)
+    with Impostor(lambda _: b"") as server:
+        error = refusal(f"redis://127.0.0.1:{server.port}", for_reading=for_reading)
+        asked = [each for each in server.commands if each.startswith(b"FUNCTION")]
+    assert "does not answer in time" in str(error)
+    assert len(asked) <= 1
+
+
+def test_an_embedded_server_that_hangs_is_given_up(tmp_path: Path) -> None:
+    settings = load_settings(data_dir=tmp_path)
+    with connect(settings) as client:
+        pid = int(client.info("server")["process_id"])
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(RedisUnavailable, match="does not answer in time"):
+                connect(settings, for_reading=True, socket_timeout_seconds=0.5)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        assert client.ping()
 
 
 def test_a_server_that_hangs_up_is_one_line() -> None:

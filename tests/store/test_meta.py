@@ -12,7 +12,7 @@ from pkbrokers_redis.candles.model import DEFAULT_INTERVALS
 from pkbrokers_redis.errors import MetaMismatch, SettingsError, WrongKeyType
 from pkbrokers_redis.settings import DEFAULT_INTERVALS_TEXT, Settings
 from pkbrokers_redis.store.connect import connect
-from pkbrokers_redis.store.meta import adopt_meta, ensure_meta, read_meta
+from pkbrokers_redis.store.meta import adopt_meta, ensure_meta, keep_meta, read_meta
 
 NOW = "2026-08-03T09:00:00+05:30"
 Make = Callable[..., Settings]
@@ -52,6 +52,21 @@ def test_the_second_worker_changes_nothing(client: redis.Redis, settings: Settin
     ensure_meta(client, settings, NOW)
     ensure_meta(client, settings, "2030-01-01T00:00:00+05:30")
     assert client.hget("pkb:meta", "created_at") == NOW.encode()
+
+
+def test_a_running_worker_writes_meta_again_and_refuses_a_second_store_beside_its_own(
+    client: redis.Redis, make_settings: Make
+) -> None:
+    mine, other = make_settings(), make_settings(shards=4)
+    ensure_meta(client, mine, NOW)
+    client.flushall()
+    keep_meta(client, mine, NOW)
+    with pytest.raises(MetaMismatch, match="shards"):
+        ensure_meta(client, other, NOW)
+    client.flushall()
+    ensure_meta(client, other, NOW)  # it was faster
+    with pytest.raises(MetaMismatch, match="shards"):
+        keep_meta(client, mine, NOW)
 
 
 @pytest.mark.parametrize(

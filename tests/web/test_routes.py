@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -178,11 +179,31 @@ def test_metrics_parse_as_prometheus_text(web: Web, client: redis.Redis, store: 
         for sample in family.samples
     }
     assert found[("pkb_redis_up",)] == 1 and found[("pkb_health", "down")] == 1
-    assert found[("pkb_ticks_total", "ingest", 'in"gest\\1')] == 5000
-    assert found[("pkb_ticks_per_second", "ingest", 'in"gest\\1')] == 5000
+    name = f"{socket.gethostname()}-1"
+    assert found[("pkb_ticks_total", "ingest", name)] == 5000
+    assert found[("pkb_ticks_per_second", "ingest", name)] == 5000
+    assert found[("pkb_check", "aggregate")] == 2 and found[("pkb_check", "memory")] == 0
     assert found[("pkb_shard_lag_entries", "0")] == 0
     assert found[("pkb_redis_memory_used_bytes", "")] > 0
     assert found[("pkb_web_requests_total",)] >= 1
+
+
+def test_a_restart_of_the_workers_makes_no_new_series(web: Web, client: redis.Redis, store: Settings) -> None:
+    def series() -> set[str]:
+        lines = web.get("/metrics").body.decode().splitlines()
+        return {line.rpartition(" ")[0] for line in lines if line.startswith("pkb_") and 'role="' in line}
+
+    load_functions(client)
+    for n in (1, 2):
+        announce(client, store.keys, "aggregate", f"aggregate-host-abc-{n}")
+        Heartbeat(store.keys, "aggregate", f"aggregate-host-abc-{n}", n).beat(client, 1000, 5, {})
+    before = series()
+    for n in (1, 2):
+        client.delete(store.keys.worker(f"aggregate-host-abc-{n}"))
+        announce(client, store.keys, "aggregate", f"aggregate-host-def-{n + 7}")
+        Heartbeat(store.keys, "aggregate", f"aggregate-host-def-{n + 7}", n).beat(client, 1000, 5, {})
+    assert len(before) == 6
+    assert series() == before
 
 
 def test_the_page_loads_nothing_and_runs_only_its_own_script(web: Web) -> None:
