@@ -8,13 +8,12 @@ from typing import Any
 import redis
 from rq import Queue
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
-from rq.job import Job
 from rq.serializers import JSONSerializer
 
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.jobs.progress import read_progress
 from pkbrokers_redis.keys import Keys
-from pkbrokers_redis.store.queue import PATHS, KnownJob
+from pkbrokers_redis.store.queue import PATHS, UNREADABLE, KnownJob
 
 JOBS_MAX = 1_000  # per state; nobody reads a longer list
 REASON_LENGTH_MAX = 200
@@ -62,12 +61,18 @@ def failed_jobs(queue: Queue) -> list[dict[str, Any]]:
 
 def retry(queue: Queue, chosen: str) -> list[str]:
     """Requeue a failed job, or `all` of them, with all retries. Raise PkbError for an unknown id."""
-    failed = queue.failed_job_registry.get_job_ids(0, JOBS_MAX)
+    failed: list[str] = queue.failed_job_registry.get_job_ids(0, JOBS_MAX)
     if chosen != "all" and chosen not in failed:
         raise PkbError(f"no failed job {chosen!r}", "see `pkb jobs --failed`")
     retried: list[str] = []
     for job in _fetch(queue, failed if chosen == "all" else [chosen]):
-        spec = PATHS.get(job.func_name or "")
+        if job.path == UNREADABLE:
+            if chosen == "all":
+                continue
+            raise PkbError(
+                f"job {chosen} {UNREADABLE}", "another program wrote it; it is deleted after a week"
+            )
+        spec = PATHS.get(job.path)
         job.retries_left = len(spec.retry_seconds) if spec is not None else None
         try:
             queue.failed_job_registry.requeue(job)
@@ -77,14 +82,16 @@ def retry(queue: Queue, chosen: str) -> list[str]:
     return retried
 
 
-def name_of(job: Job) -> str:
+def name_of(job: KnownJob) -> str:
     """Return the job's name in the table, or the function of an unknown job."""
-    spec = PATHS.get(job.func_name or "")
-    return spec.name if spec is not None else str(job.func_name)
+    spec = PATHS.get(job.path)
+    return spec.name if spec is not None else job.path
 
 
-def reason(job: Job) -> str:
+def reason(job: KnownJob) -> str:
     """Return why the job failed: the last line of its traceback without the exception's package."""
+    if job.path == UNREADABLE:
+        return "its data is no JSON of a job: another program wrote it"
     result = job.latest_result()
     lines = ((result.exc_string if result is not None else None) or "").strip().splitlines()
     if not lines:
@@ -94,6 +101,17 @@ def reason(job: Job) -> str:
     return " ".join(line.split())[:REASON_LENGTH_MAX]
 
 
-def _fetch(queue: Queue, ids: Iterable[str]) -> list[Job]:
-    found = KnownJob.fetch_many(list(ids), connection=queue.connection, serializer=JSONSerializer)
-    return [job for job in found if job is not None]
+def _fetch(queue: Queue, ids: Iterable[str]) -> list[KnownJob]:
+    """Return the jobs that exist. One whose fields cannot be read is there, too, without them."""
+    jobs: list[KnownJob] = []
+    for id_ in ids:
+        job = KnownJob(id_, connection=queue.connection, serializer=JSONSerializer)
+        try:
+            job.refresh()  # type: ignore[no-untyped-call]
+        except NoSuchJobError:
+            if not queue.connection.exists(job.key):
+                continue  # it has ended meanwhile
+        except Exception:  # whatever RQ raises for another program's fields
+            job.data = b""
+        jobs.append(job)
+    return jobs

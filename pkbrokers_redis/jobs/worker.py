@@ -20,13 +20,14 @@ import signal
 import sys
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 from types import FrameType
 from typing import Any
 
 import redis
 from rq import Queue, Worker
 from rq.executions import Execution
-from rq.job import Job
+from rq.job import Job, JobStatus
 from rq.scheduler import RQScheduler
 from rq.serializers import JSONSerializer
 from rq.timeouts import JobTimeoutException
@@ -51,7 +52,10 @@ RECONNECT_SECONDS_MAX = 5.0
 NICENESS = 10  # a tenth of a pipeline worker's share of a contended core
 LOCK_SECONDS = 10  # TTL of the scheduler's lock, renewed every second
 
+LEFT_SECONDS = 60  # before a job of a newer release is looked at again
+
 log = logs.get("jobs")
+_once = logs.Once()
 
 
 class _OneLine(logging.Filter):
@@ -109,6 +113,19 @@ class JobWorker(Worker):
         if sys.platform.startswith("linux"):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         super().main_work_horse(job, queue)
+
+    def execute_job(self, job: Job, queue: Queue) -> None:
+        """Run the job, unless it is of a newer release: that waits for a worker that knows it."""
+        now = datetime.now(UTC)
+        if not (isinstance(job, KnownJob) and job.is_newer(now)):
+            super().execute_job(job, queue)
+            return
+        queue.scheduled_job_registry.schedule(job, now + timedelta(seconds=LEFT_SECONDS))
+        job.set_status(JobStatus.SCHEDULED)
+        queue.connection.lrem(queue.intermediate_queue_key, 1, job.id)
+        if _once.first(job.path):
+            hint = "start workers of that release; it waits a day for one"
+            log.warning("job_left", job=job.id, function=job.path, reason="a newer release's", hint=hint)
 
     def perform_job(self, job: Job, queue: Queue, execution: Execution) -> bool:
         """Run the job and log its start and end."""

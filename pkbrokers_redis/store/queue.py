@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
+from datetime import datetime, timedelta
 from hashlib import sha256
 from typing import Any
 
@@ -83,6 +83,9 @@ JOBS: dict[str, JobSpec] = {
 }
 
 PATHS = {spec.path: spec for spec in JOBS.values()}
+OLD_PATHS = {f"{PACKAGE}.daily.settle": f"{PACKAGE}.daily.final_candles"}  # of earlier releases, still queued
+UNREADABLE = "cannot be read"  # shown for a job that another program wrote, or by another serializer
+NEWER_DAYS_MAX = 1.0  # a job of a newer release waits so long for a worker that knows it
 
 SOCKET_SECONDS_MAX = 30.0
 STORE_URL, QUEUE_URL = "PKB_REDIS_URL", "PKB_RQ_REDIS_URL"
@@ -105,12 +108,26 @@ class KnownJob(Job):
     @property
     def func(self) -> Callable[..., Any] | None:
         """Return the function to run. Raise UnknownJob when it is not in the table."""
-        if self.func_name not in PATHS:
-            raise UnknownJob(
-                f"{self.func_name} is not in the table of jobs", "find the other writer of the queue `pkb`"
-            )
+        if self.path not in PATHS:
+            hint = "find the other writer of the queue `pkb`, or start workers of its release"
+            raise UnknownJob(f"{self.path} is not in the table of jobs", hint)
+        self.func_name = self.path
         function: Callable[..., Any] | None = super().func
         return function
+
+    @property
+    def path(self) -> str:
+        """Return the function's dotted name in this release; UNREADABLE for bytes that are no job."""
+        try:
+            name = str(self.func_name)
+        except Exception:  # whatever the serializer raises for another one's bytes
+            return UNREADABLE
+        return OLD_PATHS.get(name, name)
+
+    def is_newer(self, now: datetime) -> bool:
+        """Return whether the job may be of a newer release: a function of ours that the table lacks."""
+        is_ours = self.path.startswith(f"{PACKAGE}.") and self.path not in PATHS
+        return is_ours and (now - self.created_at) < timedelta(days=NEWER_DAYS_MAX)
 
 
 def connect_queue(settings: Settings) -> redis.Redis:

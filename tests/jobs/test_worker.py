@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,15 @@ from pkbrokers_redis.jobs.context import JobContext
 from pkbrokers_redis.jobs.progress import Progress
 from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
-from pkbrokers_redis.store.queue import JOBS, connect_queue, enqueue, job_id, open_queue, queue_of
+from pkbrokers_redis.store.queue import (
+    JOBS,
+    KnownJob,
+    connect_queue,
+    enqueue,
+    job_id,
+    open_queue,
+    queue_of,
+)
 from tests.cli.conftest import Pkb, pkb
 from tests.jobs.conftest import OPENED_S, ROWS
 from tests.support import is_alive, running_python, settings_env, wait_until
@@ -197,6 +206,62 @@ def test_queue_listing_shows_progress(queue: Queue, context: JobContext, pkb: Pk
     assert (rows[waiting]["state"], rows[waiting]["done"], rows[waiting]["total"]) == ("waiting", 0, 2)
     assert (rows[due_later]["job"], rows[due_later]["state"]) == ("warm_start", "scheduled")
     assert "0/2" in pkb("jobs", "--list").out
+
+
+def put_raw(queue: Queue, id_: str, **fields: bytes) -> None:
+    """A job as another program, another serializer or a person wrote it."""
+    client = queue.connection
+    client.hset(f"rq:job:{id_}", mapping={"created_at": "2026-01-01T00:00:00.000000Z", **fields})
+    client.rpush(queue.key, id_)
+
+
+def test_a_job_that_cannot_be_decoded_is_a_row_that_says_so(
+    queue: Queue, workers: ExitStack, pkb: Pkb, context: JobContext
+) -> None:
+    raw = {"pickled": pickle.dumps(("os.getcwd", None, (), {})), "broken": b"{", "empty": b""}
+    for id_, data in raw.items():
+        put_raw(queue, id_, data=data, origin=b"pkb", status=b"queued")
+    put_raw(queue, "dated", data=b"{", created_at=b"yesterday")
+    listed = {row["id"]: row for row in view.list_jobs(queue, context.client, context.keys)}
+    assert {listed[id_]["job"] for id_ in (*raw, "dated")} == {"cannot be read"}
+    assert pkb("jobs", "--list").code == 0
+    queue.connection.lrem(queue.key, 0, "dated")  # RQ itself cannot load it
+    good = enqueue(queue, "repair_day", {"day": "2026-08-05", "tokens": TOKENS[:1], "interval": "2m"})
+    start(workers)
+    wait_until(lambda: status_is(queue, good, "scheduled"), timeout_seconds=60)  # tried, to be retried
+    wait_until(lambda: len(view.failed_jobs(queue)) == len(raw), timeout_seconds=60)
+    assert {row["reason"] for row in view.failed_jobs(queue)} == {
+        "its data is no JSON of a job: another program wrote it"
+    }
+    assert pkb("jobs", "--failed").code == 0
+    assert pkb("jobs", "--retry", "all").code == 0
+    ended = pkb("jobs", "--retry", "pickled")
+    assert (ended.code, "cannot be read" in ended.err) == (2, True)
+
+
+def test_a_job_of_a_newer_release_is_left_for_a_worker_that_knows_it(
+    queue: Queue, workers: ExitStack, context: JobContext
+) -> None:
+    newer = queue.enqueue("pkbrokers_redis.jobs.archive.compact", kwargs={"day": "2026-08-05"})
+    old = queue.enqueue(  # of a release whose name for it was another one
+        "pkbrokers_redis.jobs.daily.settle", kwargs={"at": "2026-08-05T15:40:00+05:30", "day": "2026-08-05"}
+    )
+    start(workers)
+    wait_until(lambda: status_is(queue, newer.id, "scheduled"), timeout_seconds=60)
+    wait_until(lambda: status_is(queue, old.id, "finished"), timeout_seconds=60)
+    assert queue.failed_job_registry.get_job_ids() == []
+    [row] = view.list_jobs(queue, context.client, context.keys)
+    assert (row["job"], row["state"]) == ("pkbrokers_redis.jobs.archive.compact", "scheduled")
+    assert queue.connection.llen(queue.intermediate_queue_key) == 0
+
+
+def test_a_job_of_a_newer_release_waits_a_day_and_then_fails(queue: Queue) -> None:
+    job = queue.enqueue("pkbrokers_redis.jobs.archive.compact")
+    assert isinstance(job, KnownJob)
+    assert job.is_newer(job.created_at + timedelta(hours=23))
+    assert not job.is_newer(job.created_at + timedelta(hours=25))
+    other = queue.enqueue("os.getcwd")
+    assert isinstance(other, KnownJob) and not other.is_newer(other.created_at)
 
 
 def test_retried_job_has_all_its_retries(queue: Queue, context: JobContext) -> None:
