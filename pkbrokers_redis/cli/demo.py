@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.runtime.cluster_state import Worker, read_workers
 from pkbrokers_redis.runtime.health import check_volumes
 from pkbrokers_redis.runtime.supervisor import RoleSpec, Supervisor, stop_on_signals, worker_argv
+from pkbrokers_redis.runtime.warmup import is_compiled, start_compiling
 from pkbrokers_redis.settings import Settings, env_name, load_settings
 from pkbrokers_redis.simulator.market import Market
 from pkbrokers_redis.simulator.universe import universe
@@ -36,7 +38,8 @@ from pkbrokers_redis.store.embedded import LINGER_SECONDS, attach, running, stor
 from pkbrokers_redis.store.meta import ensure_meta
 from pkbrokers_redis.store.symbols import save_instruments
 
-WARM_UP_SECONDS_MAX = 180  # the first run compiles the candle rules
+WARM_UP_SECONDS_MAX = 180  # a large demo's first run compiles the candle rules before its first candle
+UNCOMPILED_RATE_MAX = 1_500  # ticks a second: what the uncompiled rules manage on half a core
 SECONDS_WITHOUT_TERMINAL = 65  # long enough for a minute to complete
 REFRESH_SECONDS = 0.25
 PLAIN_EVERY_SECONDS = 5.0  # without a terminal: a line now and then
@@ -76,10 +79,7 @@ def demo(
         kite.start()
         tokens = settings.data_dir / "instruments.txt"
         tokens.write_text("\n".join(str(row["instrument_token"]) for row in rows) + "\n")
-        workers = Supervisor(
-            [RoleSpec("ingest", worker_argv("ingest")), RoleSpec("aggregate", worker_argv("aggregate"))],
-            env=_worker_env(settings, server.url, kite.url, tokens),
-        )
+        workers = Pipeline(_worker_env(settings, server.url, kite.url, tokens), rate or len(rows))
         summary = DemoSummary(
             instruments=len(rows),
             redis_url=server.url,
@@ -91,7 +91,7 @@ def demo(
             with CandleStore(settings, client=client) as store, View(as_json, summary, store) as view:
                 _watch(view, workers, stop, seconds)
         finally:
-            workers.stop()  # ingest first, then the aggregator, once it has applied what was written
+            workers.stop()
             kite.stop()
         _sum_up(client, settings, summary)
     show(asdict(summary), as_json, _summary_text(summary))
@@ -125,7 +125,65 @@ def _worker_env(settings: Settings, redis_url: str, kite_url: str, tokens: Path)
     return env | {"PKB_REDIS_URL": redis_url, "PKB_KITE_WS_URL": kite_url, "PKB_INSTRUMENTS": str(tokens)}
 
 
-def _watch(view: View, workers: Supervisor, stop: threading.Event, seconds: float | None) -> None:
+class Pipeline:
+    """Ingest and an aggregator, which runs the rules uncompiled at first where they are not compiled yet.
+
+    Compiling takes 20 seconds of a core, and Python manages a demo's rate. Then a compiled aggregator joins,
+    and the first one hands its shards over, as any two aggregators do.
+    """
+
+    def __init__(self, env: dict[str, str], ticks_per_second: float) -> None:
+        self._env = env
+        self._ingest = Supervisor([RoleSpec("ingest", worker_argv("ingest"))], env=env)
+        self._slow: Supervisor | None = None
+        self._fast: Supervisor | None = None
+        self._compiling: subprocess.Popen[bytes] | None = None
+        self._starts_slow = not is_compiled() and ticks_per_second <= UNCOMPILED_RATE_MAX
+
+    def start(self) -> None:
+        """Start all processes."""
+        if self._starts_slow:
+            self._slow = self._start_aggregator({"NUMBA_DISABLE_JIT": "1"})
+            self._compiling = start_compiling()
+        else:
+            self._fast = self._start_aggregator({})
+        self._ingest.start()
+
+    def _start_aggregator(self, more: dict[str, str]) -> Supervisor:
+        spec = RoleSpec("aggregate", worker_argv("aggregate"))
+        started = Supervisor([spec], env=self._env | more)
+        started.start()
+        return started
+
+    @property
+    def is_compiling(self) -> bool:
+        """Whether the rules are being compiled beside the pipeline."""
+        return self._compiling is not None
+
+    def check(self) -> None:
+        """Go on with compiled rules once they are there; raise PkbError when a worker cannot live."""
+        if self._compiling is not None and self._compiling.poll() is not None:
+            self._compiling, slow, self._slow = None, self._slow, None
+            self._fast = self._start_aggregator({})
+            if slow is not None:
+                threading.Thread(target=slow.stop, name="handover", daemon=True).start()
+        for status in [status for each in self._all() for status in each.statuses()]:
+            if status.restarts >= RESTARTS_MAX or status.state == "failed":
+                raise PkbError(f"{status.role} keeps failing: {status.last_line}", "look at the lines above")
+
+    def _all(self) -> list[Supervisor]:
+        return [each for each in (self._ingest, self._slow, self._fast) if each is not None]
+
+    def stop(self) -> None:
+        """Stop ingest first, then the aggregator, once it has applied what was written."""
+        if self._compiling is not None:
+            self._compiling.kill()
+            self._compiling.wait()
+        for each in self._all():
+            each.stop()
+
+
+def _watch(view: View, workers: Pipeline, stop: threading.Event, seconds: float | None) -> None:
     """Show candles until the time is up. The time counts from the first candle."""
     began: float | None = None
     started = time.monotonic()
@@ -133,20 +191,13 @@ def _watch(view: View, workers: Supervisor, stop: threading.Event, seconds: floa
         now = time.monotonic()
         if began is None and view.has_candles():
             began = now
-        _check_workers(workers)
+        workers.check()
         if began is None and now - started > WARM_UP_SECONDS_MAX:
             raise PkbError("no candle formed within 3 minutes", "look at the lines above, try again")
         if began is not None and seconds is not None and now - began >= seconds:
             break
-        view.show(0.0 if began is None else now - began)
+        view.show(0.0 if began is None else now - began, now - started, workers.is_compiling)
         stop.wait(REFRESH_SECONDS)
-
-
-def _check_workers(workers: Supervisor) -> None:
-    """Raise PkbError when a worker cannot live: then no candle will ever form."""
-    for status in workers.statuses():
-        if status.restarts >= RESTARTS_MAX or status.state == "failed":
-            raise PkbError(f"{status.role} keeps failing: {status.last_line}", "look at the lines above")
 
 
 def _sum_up(client: redis.Redis, settings: Settings, summary: DemoSummary) -> None:
@@ -204,6 +255,8 @@ class View:
         self._live = Live(auto_refresh=False) if sys.stdout.isatty() and not quiet else None
         self._printed_at = float("-inf")  # monotonic seconds
         self._last_close: dict[str, float] = {}
+        self._applied: dict[str, int] = {}  # ticks, by aggregator
+        self._starting, self._waited, self._is_compiling = "starting", 0.0, False
 
     def __enter__(self) -> View:
         if self._live:
@@ -221,30 +274,40 @@ class View:
         tokens = [token for token, _ in self._store.resolve_all(self._summary.symbols)]
         return bool(self._store.client.exists(*map(self._store.keys.current, tokens)))
 
-    def show(self, seconds: float) -> None:
-        """Read the store and draw it; `seconds` have passed since the first candle."""
+    def show(self, seconds: float, waited: float, is_compiling: bool) -> None:
+        """Read the store and draw it.
+
+        `seconds` have passed since the first candle, `waited` since the start.
+        """
         summary = self._summary
+        self._starting = f"starting: {waited:.0f} s" + (
+            ", compiling the candle rules" if is_compiling else ""
+        )
+        self._is_compiling = is_compiling
         summary.seconds = seconds
         found = read_workers(self._store.client, self._store.keys, time.time() * 1000)
-        workers = {worker.role: worker for worker in found}
+        workers = {worker.role: worker for worker in found if worker.age_ms is not None}
         aggregator = workers.get("aggregate")
-        if aggregator is not None:
-            summary.ticks = max(summary.ticks, int(aggregator.number("ticks_total")))
+        applied = {each.id: int(each.number("ticks_total")) for each in found if each.role == "aggregate"}
+        self._applied |= applied
+        summary.ticks = sum(self._applied.values())
         if self._live:
             self._live.update(self._draw(workers), refresh=True)
         elif not self._quiet and seconds and time.monotonic() - self._printed_at >= PLAIN_EVERY_SECONDS:
             self._printed_at = time.monotonic()
             candle = self._store.get_current_candle(summary.symbols[-1], "1m")
             forming = f"{summary.symbols[-1]} 1m {_plain(candle)}" if candle else ""
-            print(f"{seconds:5.0f} s  {self._rate(aggregator)}  {forming}", flush=True)
+            compiling = "  (compiling the candle rules)" if is_compiling else ""
+            print(f"{seconds:5.0f} s  {self._rate(aggregator)}  {forming}{compiling}", flush=True)
+        elif not self._quiet and not seconds and waited - self._waited >= PLAIN_EVERY_SECONDS:
+            self._waited = waited
+            print(self._starting, flush=True)
 
     def _draw(self, workers: dict[str, Worker]) -> Group:
         symbols = self._summary.symbols
         rows = [(symbol, self._store.get_current_candle(symbol, "1m")) for symbol in symbols]
         if not any(candle for _, candle in rows):
-            return Group(
-                Text("warming up: the first run compiles the candle rules (about 20 s, once)", "yellow")
-            )
+            return Group(Text(self._starting, "yellow"))
         table = Table(box=None, pad_edge=False, header_style="dim")
         table.add_column("1m candle")
         for name in ("open", "high", "low", "close", "volume", "ticks"):
@@ -266,6 +329,7 @@ class View:
             f"{self._summary.instruments:,} instruments  {self._rate(aggregator)}  ",
             f"quotes {quotes or 0:,.0f}  lag {lag_ms or 0:.0f} ms  ",
             (f"{self._summary.seconds:.0f} s", "dim"),
+            ("  compiling the candle rules" if self._is_compiling else "", "yellow"),
         )
         foot = Text(
             "from another terminal: pkb candles RELIANCE 5m --current · pkb quote INFY · "
