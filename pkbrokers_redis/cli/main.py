@@ -7,6 +7,7 @@ A file is imported only when one of its commands runs: `pkb quote` must not wait
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
 import os
 import sys
@@ -145,12 +146,23 @@ def run() -> None:
             raise
         print(f"pkb: {line}", file=sys.stderr)
         code = EXIT_USER_ERROR
+    if code == EXIT_USER_ERROR and "pkbrokers_redis.store.embedded" in sys.modules:
+        _leave_nothing_behind()
     try:
         sys.stdout.flush()
     except BrokenPipeError:
         # The reader of the pipe has ended. Python would report it once more at exit: give it a sink.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code)
+
+
+def _leave_nothing_behind() -> None:
+    """Remove an embedded store that the failed command began."""
+    from pkbrokers_redis.settings import load_settings
+    from pkbrokers_redis.store.embedded import discard_new_stores
+
+    with contextlib.suppress(Exception):  # the command's own error has been said
+        discard_new_stores(load_settings().prefix)
 
 
 def _explained(error: BaseException) -> BaseException:

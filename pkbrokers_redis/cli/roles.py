@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pkbrokers_redis.errors import SettingsError
 from pkbrokers_redis.settings import load_settings
 
 if TYPE_CHECKING:
@@ -81,12 +82,15 @@ def up(
     from pkbrokers_redis.runtime.supervisor import Supervisor
     from pkbrokers_redis.store.connect import connect, describe
     from pkbrokers_redis.store.queue import has_queue
+    from pkbrokers_redis.store.symbols import load_watch
 
     settings = load_settings()
     logs.configure(settings)
     # Connect before any worker starts: a wrong URL is one line here instead of one from every worker. The
     # connection stays open, so that the embedded server lives as long as this process.
-    with connect(settings):
+    with connect(settings) as client:
+        if not settings.instruments and not load_watch(client, settings.keys):
+            raise SettingsError("there is nothing to stream", "set PKB_INSTRUMENTS, e.g. NSE:INFY,NSE:TCS")
         log = logs.get("up")
         if jobs and not has_queue(settings):
             log.warning(

@@ -136,7 +136,7 @@ def record(
     """Record raw websocket frames of PKB_INSTRUMENTS into FILE until stopped."""
     settings = load_settings()
     tokens = _tokens(settings)
-    url = url_for(settings, session_in(settings) or _shared_session(settings))
+    url = url_for(settings, _shared_session(settings) or session_in(settings))
     stop = threading.Event()
     if seconds is not None:
         timer = threading.Timer(seconds, stop.set)

@@ -16,7 +16,7 @@ import redis
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles.calendar import load_sessions
 from pkbrokers_redis.clock import ExchangeClock, market_clock
-from pkbrokers_redis.errors import SettingsError
+from pkbrokers_redis.errors import PkbError, SettingsError
 from pkbrokers_redis.ingest.buffer import FrameBuffer
 from pkbrokers_redis.ingest.connections import STOP_SECONDS_MAX, Connections, FeedSession
 from pkbrokers_redis.ingest.feeds import (
@@ -32,13 +32,14 @@ from pkbrokers_redis.ingest.market_watch import MarketWatch
 from pkbrokers_redis.ingest.outages import JobOutbox, Outages
 from pkbrokers_redis.ingest.watchdog import TickActivity, Watchdog
 from pkbrokers_redis.ingest.writer import FrameWriter, forward, forward_all
+from pkbrokers_redis.kite.instruments import KiteInstruments
 from pkbrokers_redis.runtime.cluster_state import Heartbeat
 from pkbrokers_redis.runtime.roles import RestartWatch, keep_store, open_store, worker_id
 from pkbrokers_redis.runtime.roles import now_ms as machine_ms
 from pkbrokers_redis.runtime.warmup import freeze_heap, warm_up_writer
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect, describe
-from pkbrokers_redis.store.instruments import read_hours
+from pkbrokers_redis.store.instruments import read_hours, read_manifest
 from pkbrokers_redis.store.queue import open_queue
 from pkbrokers_redis.store.symbols import list_version, read_instrument_list
 from pkbrokers_redis.store.tick_writer import QUOTE_INTERVAL_MS
@@ -277,6 +278,28 @@ class WatchedList:
         return instruments
 
 
+def _first_list(settings: Settings, client: redis.Redis, watched: WatchedList) -> list[tuple[int, str]]:
+    """Return the instruments to stream; fetch the instrument master before, where there never was one."""
+    instruments: list[tuple[int, str]] = []
+    try:
+        instruments = watched.read(client)
+        if not watched.unknown:
+            return instruments
+    except PkbError:
+        if read_manifest(client, settings.keys) is not None:
+            raise
+    if read_manifest(client, settings.keys) is None:
+        log.info("master_missing", reason="it was never fetched", action="fetch it from Kite")
+        clock = market_clock(settings)
+        try:
+            KiteInstruments(settings=settings, client=client, now=lambda: clock() / 1000).sync()
+        except PkbError as error:
+            if not instruments:
+                raise
+            log.warning("master_not_fetched", reason=error.message, hint=error.hint)
+    return watched.read(client)
+
+
 def make_ingest(settings: Settings, client: redis.Redis, worker_id: str, stop: threading.Event) -> Ingest:
     """Return a worker that is ready to `run`; log in where that is needed.
 
@@ -288,7 +311,7 @@ def make_ingest(settings: Settings, client: redis.Redis, worker_id: str, stop: t
         return connect(settings, socket_timeout_seconds=max(settings.lease_seconds, 1.0))
 
     watched = WatchedList(settings)
-    instruments = watched.read(client)
+    instruments = _first_list(settings, client, watched)
     if not instruments:
         raise SettingsError(
             "there is nothing to stream", "set PKB_INSTRUMENTS, e.g. NSE:INFY,NSE:TCS, or a file of tokens"

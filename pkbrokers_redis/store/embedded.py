@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import hashlib
 import importlib.util
 import json
@@ -34,6 +35,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
+
+import redis
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.errors import RedisUnavailable, RedisUnsuitable
@@ -120,6 +123,46 @@ def _ask(folder: Path) -> tuple[EmbeddedServer | None, bytes]:
     return server, monitor.ping(path, password)
 
 
+_created: set[Path] = set()  # folders of the stores that this process began
+_CONTENTS = ("symbols", "auth", "login", "watch", *(f"{{{shard}}}:cursor" for shard in range(8)))
+
+
+def discard_new_stores(prefix: str) -> None:
+    """Remove the stores that this process began and that hold nothing, with their server.
+
+    A command that fails leaves nothing behind: an empty store would hide the demo's from all readers. One
+    that another process uses already stays.
+    """
+    gc.collect()  # a client that is gone releases its use
+    for folder in tuple(_created):
+        _created.discard(folder)
+        server = running(folder.parent)
+        found = monitor.read_server_file(folder)
+        if server is None or found is None:
+            continue
+        with redis.Redis(
+            unix_socket_path=str(server.socket_path), password=server.password or None
+        ) as client:
+            if any(client.exists(f"{prefix}:{name}") for name in _CONTENTS):
+                continue
+        users_lock = monitor.open_lock(folder / "users.lock")
+        try:
+            if not monitor.try_lock(users_lock, fcntl.LOCK_EX):
+                continue
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(found["monitor_pid"], signal.SIGTERM)
+            server_lock = monitor.open_lock(folder / "server.lock")
+            deadline = time.monotonic() + SILENCE_SECONDS_MAX
+            while not monitor.try_lock(server_lock, fcntl.LOCK_EX) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.close(server_lock)
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                folder.parent.rmdir()  # the data folder, if nothing else is in it
+        finally:
+            os.close(users_lock)
+
+
 def attach(
     settings: Settings,
     *,
@@ -136,6 +179,8 @@ def attach(
     folder = store_folder(data_dir or settings.data_dir)
     with contextlib.ExitStack() as on_failure:
         try:
+            if not folder.exists():
+                _created.add(folder)
             _make_private(folder)
             users_lock = monitor.open_lock(folder / "users.lock")
             on_failure.callback(os.close, users_lock)

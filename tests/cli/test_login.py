@@ -127,6 +127,17 @@ def test_a_recording_uses_the_shared_session(pkb: Pkb, login_with: Callable[...,
     assert ended.code == 0 and ", 0 reconnects" in ended.out, ended.err
 
 
+def test_a_recording_prefers_the_shared_session_to_a_stale_token(
+    pkb: Pkb, login_with: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    login_with(*WEB, instruments="408065")
+    assert pkb("login").code == 0
+    monkeypatch.setenv("PKB_KITE_API_KEY", "key")
+    monkeypatch.setenv("PKB_KITE_ACCESS_TOKEN", "of-yesterday")
+    ended = pkb("record", "some.cap", "--seconds", "0.5")
+    assert ended.code == 0 and ", 0 reconnects" in ended.out, ended.err
+
+
 WORKER = """
 import threading
 from pkbrokers_redis import logs

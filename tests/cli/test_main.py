@@ -14,9 +14,10 @@ from pkbrokers_redis import __version__
 from pkbrokers_redis.cli import demo, main
 from pkbrokers_redis.cli.main import COMMANDS
 from pkbrokers_redis.settings import load_settings
-from pkbrokers_redis.store.embedded import store_folder
+from pkbrokers_redis.store.connect import connect
+from pkbrokers_redis.store.embedded import attach, discard_new_stores, store_folder
 from tests.cli.conftest import Pkb
-from tests.support import PKB
+from tests.support import PKB, run_pkb
 
 FOLDER = Path(main.__file__).parent
 
@@ -84,6 +85,30 @@ def test_reading_creates_no_store_that_would_hide_the_demos(pkb: Pkb, arguments:
     ended = pkb(*arguments)
     assert ended.code == 2 and "there is no store" in ended.err and ended.err.count("\n") == 1
     assert not store_folder(load_settings().data_dir).exists()
+
+
+@pytest.mark.parametrize(
+    "command", ["instruments add NOPE", "replay no.csv", "up", "ingest", "snapshot restore"]
+)
+def test_a_command_that_fails_leaves_nothing_behind(command: str, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    ended = run_pkb(*command.split(), env={"PKB_DATA_DIR": str(folder)})
+    assert ended.returncode == 2 and ended.stderr.startswith("pkb: ")
+    assert not folder.exists()
+
+
+def test_a_store_with_contents_or_another_user_is_left_alone(tmp_path: Path) -> None:
+    for number, (name, is_shared) in enumerate((("symbols", False), ("meta", True))):
+        settings = load_settings(data_dir=tmp_path / str(number))
+        with connect(settings) as client:
+            client.hset(f"pkb:{name}", "a", "1")
+            other = attach(settings) if is_shared else None
+        ended = run_pkb("instruments", "add", "NOPE", env={"PKB_DATA_DIR": str(settings.data_dir)})
+        assert ended.returncode == 2
+        discard_new_stores("pkb")
+        assert store_folder(settings.data_dir).exists()
+        if other is not None:
+            other.close()
 
 
 def test_a_demo_waits_for_the_server_of_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:

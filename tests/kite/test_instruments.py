@@ -15,6 +15,7 @@ import redis
 
 from pkbrokers_redis.candles.calendar import IST, load_sessions
 from pkbrokers_redis.errors import KiteUnavailable, PkbError, SettingsError
+from pkbrokers_redis.ingest.worker import WatchedList, _first_list
 from pkbrokers_redis.kite.instruments import KiteInstruments, Parsed, parse_instruments
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.simulator.kite import SimulatedKite
@@ -25,7 +26,7 @@ from pkbrokers_redis.store.instruments import (
     read_hours,
     read_manifest,
 )
-from pkbrokers_redis.store.symbols import load_symbols, read_names, resolve_many
+from pkbrokers_redis.store.symbols import instrument_list, load_symbols, read_names, resolve_many
 from tests.kite.logins import fields_of
 from tests.support import SHARED_DATA
 
@@ -218,6 +219,26 @@ def test_a_sync_needs_no_live_session(
     dead = KiteInstruments("key", "dead-token", settings=settings, client=client)
     assert dead.sync(["NSE"]).rows > 0
     assert KiteInstruments(settings=settings, client=client).sync(["bse", "NFO"]).rows > 0
+
+
+def test_ingest_fetches_the_master_itself_where_there_never_was_one(
+    kite: SimulatedKite, make_settings: Callable[..., Settings], client: redis.Redis
+) -> None:
+    settings = make_settings(instruments="nse-equity", **fields_of(kite))
+    found = _first_list(settings, client, WatchedList(settings))
+    assert found == instrument_list(client, settings) and len(found) > 3
+    assert read_manifest(client, settings.keys) is not None
+
+
+def test_without_a_network_what_needs_no_master_streams_and_the_rest_is_one_line(
+    make_settings: Callable[..., Settings], client: redis.Redis
+) -> None:
+    fields = {"kite_api_url": "http://127.0.0.1:1"}
+    settings = make_settings(instruments="408065,NSE:TCS", **fields)
+    assert [token for token, _ in _first_list(settings, client, WatchedList(settings))] == [408065]
+    settings = make_settings(instruments="nse-equity", **fields)
+    with pytest.raises(KiteUnavailable, match="cannot be reached"):
+        _first_list(settings, client, WatchedList(settings))
 
 
 def test_an_unknown_exchange_is_a_settings_error(master: KiteInstruments) -> None:
