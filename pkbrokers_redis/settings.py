@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +36,14 @@ URL_SCHEMES = {
 }
 
 
+def _default_data_dir() -> Path:
+    """Return the user's data folder; a user without a home (a container's uid) has one in the temp folder."""
+    try:
+        return platformdirs.user_data_path("pkbrokers-redis")
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"pkbrokers-redis-{os.getuid()}"
+
+
 class Settings(BaseSettings):
     """All settings, frozen. Workers receive this object, and nothing else reads the environment.
 
@@ -58,7 +67,7 @@ class Settings(BaseSettings):
         description="candle intervals; `5m:200` keeps 200 completed rows",
     )
     data_dir: Path = Field(
-        default_factory=lambda: platformdirs.user_data_path("pkbrokers-redis"),
+        default_factory=_default_data_dir,
         description="embedded server's data, spool files, snapshots",
     )
     embedded_server: str = Field(

@@ -11,6 +11,7 @@ process aborts. So damaged files are removed first, and compiled again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -36,7 +37,9 @@ def _find_folder() -> str:
     for path in sorted(_SOURCES.glob("*.py")):
         digest.update(path.read_bytes())
     name = f"kernels-{digest.hexdigest()[:16]}"
-    bases = [_SOURCES / "__pycache__", platformdirs.user_cache_path("pkbrokers-redis")]
+    bases = [_SOURCES / "__pycache__"]
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        bases.append(platformdirs.user_cache_path("pkbrokers-redis"))
     for base in [Path(_config.CACHE_DIR)] if _config.CACHE_DIR else bases:
         found = base / name
         try:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date, datetime
@@ -43,6 +45,11 @@ PRICES |= {"day_open", "day_high", "day_low"}
 COUNTS = {"volume", "ticks", "oi", "last_quantity", "buy_quantity", "sell_quantity", "token", "rev"}
 NUMBERS = PRICES | COUNTS
 EPOCH_DIGITS_MIN = 9  # epoch seconds since 1973; a shorter number is not a time
+# Columns of a table that a narrow terminal lacks first; then the last ones.
+DROPPED_FIRST = (
+    *("received_at", "start", "token", "oi", "does", "retries_left", "ticks", "exchange_time", "why", "next"),
+    *("previous", "open", "high", "low"),
+)
 WIDTHS = {"interval": 6, "ticks": 6, "flag": 6, "rev": 6, "symbol": 14}  # of rows that are not known yet
 
 
@@ -108,8 +115,9 @@ def candle_row(candle: Candle) -> dict[str, Any]:
 
 
 def note(text: str) -> None:
-    """Print a line for a person on stderr: stdout holds data only."""
-    print(f"pkb: {text}", file=sys.stderr)
+    """Print a line for a person on stderr, unless `--quiet`: stdout holds data only."""
+    if "_PKB_QUIET" not in os.environ:
+        print(f"pkb: {text}", file=sys.stderr)
 
 
 def dump(value: Any) -> str:
@@ -128,22 +136,39 @@ def emit(rows: Sequence[Row], columns: Sequence[str], form: Form, title: str = "
         print(dump(rows))
     elif form == "table":  # without the columns that are empty in every row
         filled = [name for name in columns if any(row.get(name) not in (None, "") for row in rows)]
-        shown = filled if rows else columns
-        lines = [shown, *([_cell(name, row.get(name)) for name in shown] for row in rows)]
-        widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+        columns = filled if rows else columns
+        cells = {name: [name, *(_cell(name, row.get(name)) for row in rows)] for name in columns}
+        widths = {name: max(map(len, texts)) for name, texts in cells.items()}
+        shown = fitting(widths, shutil.get_terminal_size().columns)
         if title:
             print(title)
-        for line in lines:
-            print(_line(shown, line, widths))
+        for line in zip(*(cells[name] for name in shown), strict=True):
+            print(_line(shown, line, [widths[name] for name in shown]))
+        if len(shown) < len(columns):
+            hidden = ", ".join(name for name in columns if name not in shown)
+            note(f"not shown for want of width: {hidden} (--csv and --json have all)")
     else:
         writer = _writer(form)
         writer.writerow(columns)
         writer.writerows([_plain(row.get(name)) for name in columns] for row in rows)
 
 
+def fitting(widths: Mapping[str, int], width: int) -> list[str]:
+    """Return the columns of a table that fit into so many characters; DROPPED_FIRST goes first."""
+    shown = list(widths)
+    droppable = [name for name in DROPPED_FIRST if name in widths]
+    droppable += [name for name in reversed(shown[1:]) if name not in droppable]
+    while droppable and sum(widths[name] + 2 for name in shown) - 2 > width:
+        shown.remove(droppable.pop(0))
+    return shown
+
+
 def emit_each(rows: Iterable[Row], columns: Sequence[str], form: Form) -> None:
     """Print each row as it arrives. JSON is one object a line."""
     writer = _writer(form)
+    if form == "table":
+        known = {name: WIDTHS.get(name, 19 if _is_time(name) else 10) for name in columns}
+        columns = fitting(known, shutil.get_terminal_size().columns)
     widths = [WIDTHS.get(name, 19 if _is_time(name) else 10) for name in columns]
     if form == "table":
         print(_line(columns, columns, widths), flush=True)
@@ -182,6 +207,8 @@ def _cell(name: str, value: Any) -> str:
     if value is None:
         return "–"
     if name in NUMBERS and isinstance(value, (int, float)):
+        if name == "change":
+            return f"{value:,.2f}"
         if name in PRICES:
             return f"{value:,.2f}" if round(value, 2) == value else f"{value:,.4f}"
         return str(value) if name == "token" else f"{value:,}"
@@ -191,7 +218,9 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Return a value for programs: nothing for None, JSON for what has parts."""
+    """Return a value for programs: nothing for None, JSON for what has parts, fractions without noise."""
+    if isinstance(value, float):
+        return repr(round(value, 7))
     if value is None:
         return ""
     return dump(value) if isinstance(value, (dict, list)) else str(value)
@@ -242,7 +271,7 @@ def open_store() -> Iterator[CandleStore]:
 @contextlib.contextmanager
 def progress_bar(*, hidden: bool) -> Iterator[Callable[[int, int, str], None] | None]:
     """Draw a progress bar on a terminal. Yields a listener for `(done, total, part)`, or None."""
-    if hidden or not sys.stderr.isatty():
+    if hidden or "_PKB_QUIET" in os.environ or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -104,6 +105,17 @@ def load_command(name: str) -> Any:
     return make_command(single)
 
 
+def _be_quiet(requested: bool) -> None:
+    if requested:
+        os.environ["_PKB_QUIET"] = "1"
+        os.environ["PKB_LOG_LEVEL"] = "warning"
+
+
+def _be_verbose(requested: bool) -> None:
+    if requested:
+        os.environ["PKB_LOG_LEVEL"] = "debug"
+
+
 def _print_version(requested: bool) -> None:
     if requested:
         print(f"pkb {__version__}")
@@ -113,7 +125,7 @@ def _print_version(requested: bool) -> None:
 app = typer.Typer(
     cls=LazyGroup,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,  # help texts speak of [start,open,…]: brackets are no markup
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
@@ -123,15 +135,33 @@ app = typer.Typer(
 @app.callback()
 def pkb(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version")
+        bool,
+        typer.Option("-V", "--version", callback=_print_version, is_eager=True, help="print the version"),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("-q", "--quiet", callback=_be_quiet, help="print results and errors only")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("-v", "--verbose", callback=_be_verbose, help="log what is done (debug)")
     ] = False,
 ) -> None:
     """A Redis-backed distributed tick cache for Zerodha Kite: ticks in, candles of every interval out."""
 
 
+def _prepare_streams() -> None:
+    """Write to nowhere instead of a closed stream (`>&-`), and `?` for what an ASCII terminal cannot show."""
+    for name in ("stdout", "stderr"):
+        stream: Any = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  until the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def run() -> None:
     """Run the command line. A user's mistake or an unavailable server is one line and exit code 2."""
     code = 0
+    _prepare_streams()
     try:
         app()
     except SystemExit as exit_:

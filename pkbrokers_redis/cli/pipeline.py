@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 import sys
 import threading
@@ -54,7 +55,7 @@ from pkbrokers_redis.store.symbols import instrument_list
 REFRESH_SECONDS = 1.0
 STYLES = {"ok": "green", "warn": "yellow", "fail": "red"}
 HEALTH_STYLES: dict[Health, str] = {"healthy": "green", "degraded": "yellow", "down": "red"}
-WIDTH_MIN = 110  # a terminal wraps a wide line; rich would cut it
+WIDTH_MIN = 110  # of all columns; a narrower terminal lacks some
 
 
 def status(
@@ -171,6 +172,9 @@ def _finding_line(finding: Finding) -> Text:
 
 
 def _console() -> Console:
+    """Return a console that fits a terminal, whose tables then lack columns; a pipe gets every line whole."""
+    if sys.stdout.isatty():
+        return Console(highlight=False)
     console = Console(highlight=False, soft_wrap=True)
     console.width = max(console.width, WIDTH_MIN)
     return console
@@ -187,14 +191,16 @@ def _servers(servers: Sequence[Server]) -> str:
 
 
 def _workers(cluster: ClusterState) -> Table:
-    table = _table("worker", "beat>", "rate>", "ticks>", "part")
+    is_narrow = sys.stdout.isatty() and shutil.get_terminal_size().columns < WIDTH_MIN
+    table = _table("worker", "beat>", "rate>", *(() if is_narrow else ("ticks>", "part")))
     for worker in sorted(cluster.workers, key=lambda each: (each.role != "ingest", each.role, each.id)):
         if worker.age_ms is None:
-            table.add_row(worker.id, "expired", "", "", "", style="dim")
+            table.add_row(worker.id, "expired", style="dim")
             continue
         rate, ticks = worker.number("ticks_per_second"), worker.number("ticks_total")
         age = f"{worker.age_ms / 1000:.1f} s"
-        table.add_row(worker.id, age, f"{rate:,.0f}/s", f"{ticks:,.0f}", _part_of(worker))
+        cells = worker.id, age, f"{rate:,.0f}/s", f"{ticks:,.0f}", _part_of(worker)
+        table.add_row(*cells[: len(table.columns)])
     return table
 
 
@@ -219,7 +225,8 @@ def _table(*columns: str) -> Table:
     """Return an empty table; columns whose name ends in `>` hold numbers."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:
-        table.add_column(name.rstrip(">"), justify="right" if name.endswith(">") else "left", no_wrap=True)
+        justify: Any = "right" if name.endswith(">") else "left"
+        table.add_column(name.rstrip(">"), justify=justify, no_wrap=True, overflow="ellipsis")
     return table
 
 

@@ -28,8 +28,10 @@ from pkbrokers_redis.client.follow import ClosedCandle, Follower
 from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.store.rows import Tick, read_quote
 
+COUNT_MAX = 1_000_000  # rows; no list or stream holds more
 QUOTE_TABLE = (
-    *("symbol", "last_price", "change", "open", "high", "low", "close", "volume", "oi", "exchange_time"),
+    *("symbol", "last_price", "change", "bid", "ask", "volume", "open", "high", "low", "close", "oi"),
+    "exchange_time",
 )
 QUOTE_COLUMNS = (
     *("token", "symbol", "last_price", "last_quantity", "average_price", "volume", "buy_quantity"),
@@ -57,16 +59,31 @@ def quote(
             if not fields:
                 note(f"no quote of {symbol} yet")
             rows.append({"token": token, "symbol": symbol, **fields})
+    if form == "table":
+        rows = [row | _best_offers(row) for row in rows]
     if form == "json" and len(rows) == 1:
         print(dump(rows[0]))
     else:
         emit(rows, QUOTE_TABLE if form == "table" else QUOTE_COLUMNS, form)
 
 
+def _best_offers(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the best buyer and seller as `price × quantity`, for a table."""
+    depth = row.get("depth")
+    if not isinstance(depth, dict):
+        return {}
+    found: dict[str, Any] = {}
+    for name, side in (("bid", "buy"), ("ask", "sell")):
+        for level in (depth.get(side) or [])[:1]:
+            if level.get("quantity"):
+                found[name] = f"{level['price']:,.2f} × {level['quantity']:,}"
+    return found
+
+
 def candles(
     symbol: Symbol,
     interval: IntervalName,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, help="how many at most")] = 20,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, max=COUNT_MAX, help="how many at most")] = 20,
     current: Annotated[bool, typer.Option("--current", help="add the candle still forming, last")] = False,
     fill: Annotated[bool, typer.Option("--fill", help="add flat rows where nothing traded")] = False,
     as_json: AsJson = False,
@@ -85,7 +102,9 @@ def candles(
 
 def closed(
     follow: Annotated[bool, typer.Option("--follow", "-f", help="go on with each as it closes")] = False,
-    count: Annotated[int, typer.Option("-n", "--count", min=0, help="how many of the last ones")] = 20,
+    count: Annotated[
+        int, typer.Option("-n", "--count", min=0, max=COUNT_MAX, help="how many of the last ones")
+    ] = 20,
     interval: Annotated[list[str] | None, typer.Option(help="only this one; may be repeated")] = None,
     position: Annotated[str | None, typer.Option(help="with --follow: start after that position")] = None,
     as_json: AsJson = False,
@@ -124,7 +143,9 @@ def _followed_rows(follower: Follower) -> Iterator[dict[str, Any]]:
 
 def ticks(
     symbol: Symbol,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, help="how many of the last ones")] = 20,
+    count: Annotated[
+        int, typer.Option("-n", "--count", min=1, max=COUNT_MAX, help="how many of the last ones")
+    ] = 20,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="print each new tick from now on")] = False,
     as_json: AsJson = False,
     as_csv: AsCsv = False,

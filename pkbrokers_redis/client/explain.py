@@ -6,6 +6,7 @@ long as the cap of the closed stream allows; an explanation says what is no long
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,12 +16,14 @@ import msgspec
 from pkbrokers_redis.candles.calendar import KOLKATA, TIME_MS_MAX, TIME_MS_MIN, Day, Sessions
 from pkbrokers_redis.candles.model import Candle, Interval, bucket_end_s, bucket_start_s
 from pkbrokers_redis.client.follow import ENTRIES_PER_PAGE, newest_first, parse_closed
+from pkbrokers_redis.clock import market_clock
 from pkbrokers_redis.errors import PkbError
 from pkbrokers_redis.store.rows import ENTRIES_A_READ, ENTRIES_SCANNED_MAX, Tick, ticks_of
 
 if TYPE_CHECKING:
     from pkbrokers_redis.client.store import CandleStore
 
+DAY_MS = 86_400_000
 FLAG_WORDS = {
     "": "a whole candle: the feed was received from its start to its end",
     "partial": "partial: watching began inside it",
@@ -51,6 +54,7 @@ class Explanation:
         before, after: The nearest rows kept of the same interval.
         baseline, day_volume: First and latest cumulative volume of its day, as the aggregator knows them;
             None on another day.
+        now: When it was asked, epoch seconds.
     """
 
     token: int
@@ -70,6 +74,7 @@ class Explanation:
     after: Candle | None
     day_volume: float | None
     baseline: float | None
+    now: float = math.inf
 
     @property
     def is_in_session(self) -> bool:
@@ -100,16 +105,22 @@ class Explanation:
         for at_ms, rev, candle in self.announcements:
             kind = f"amended, revision {rev}" if rev else "announced"
             flag = f", {candle.flag}" if candle.flag else ""
-            facts = f"close {candle.close:g}, volume {candle.volume:g}{flag}"
+            facts = f"close {_exact(candle.close)}, volume {_exact(candle.volume)}{flag}"
             lines.append(f"{kind} at {_time_of(at_ms)}: {facts}")
         hours = ", ".join(f"{_time_of(opens)[:5]}–{_time_of(closes)[:5]}" for opens, closes in self.windows)
+        if len(self.windows) == 1 and self.windows[0][1] - self.windows[0][0] >= DAY_MS:
+            hours = "all day"
         lines.append(f"session {self.schedule}: {hours or 'closed that day'}")
         if self.baseline is not None:
-            before = f"of which {self.baseline:g} is in no candle (before watching began, or off-session)"
-            lines.append(f"day's volume {self.day_volume:g}, {before}")
+            before = f"of which {_exact(self.baseline)} is in no candle"
+            lines.append(
+                f"day's volume {_exact(self.day_volume)}, {before} (before watching began, or off-session)"
+            )
         return lines
 
     def _why_no_row(self) -> str:
+        if self.start > self.now:
+            return "no row: it has not begun yet"
         if not self.is_in_session:
             return "no row: it lies outside the trading hours, whose trades update quotes only"
         if self.before is None and self.after is None:
@@ -130,8 +141,8 @@ class Explanation:
         return [
             *lines,
             f"{len(self.ticks)} of its ticks are in the stream{missing}, from {', '.join(self.sources)}",
-            f"first {_time_of(first.time_ms)} at {first.last_price:g}, last {_time_of(last.time_ms)} at "
-            f"{last.last_price:g}, received {_time_of(last.at_ms)}",
+            f"first {_time_of(first.time_ms)} at {_exact(first.last_price)}, last {_time_of(last.time_ms)} "
+            f"at {_exact(last.last_price)}, received {_time_of(last.at_ms)}",
         ]
 
 
@@ -174,6 +185,7 @@ def explain_candle(
         after=next((row for row in rows if row.start > start), None),
         day_volume=day_volume,
         baseline=baseline,
+        now=market_clock(store.settings)() / 1000,
     )
 
 
@@ -185,7 +197,10 @@ def _bucket(
     for sessions in store.possible_sessions():
         day = sessions.day(sessions.schedule_of(token), moment_s * 1000)
         buckets.append((sessions, day, bucket_start_s(day, interval.seconds, moment_s * 1000)))
-    return next((bucket for bucket in buckets if bucket[2] in starts), buckets[0])
+    if (found := next((bucket for bucket in buckets if bucket[2] in starts), None)) is not None:
+        return found
+    made_by = store.sessions_of(token, sorted(starts))
+    return next(bucket for bucket in buckets if bucket[0] is made_by)
 
 
 def _read_ticks(
@@ -228,6 +243,11 @@ def _read_volumes(
     except (ValueError, TypeError, OverflowError):
         return None, None
     return (volume, baseline) if is_of_day else (None, None)
+
+
+def _exact(number: float | None) -> str:
+    """Return a number with all its digits: 128,990,000 or 1,500.05."""
+    return "–" if number is None else f"{number:,.10f}".rstrip("0").rstrip(".")
 
 
 def _time_of(time_ms: int) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
+import pwd
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,9 @@ import pytest
 
 from pkbrokers_redis import __version__
 from pkbrokers_redis.cli import demo, main
+from pkbrokers_redis.cli.common import emit, fitting
 from pkbrokers_redis.cli.main import COMMANDS
-from pkbrokers_redis.settings import load_settings
+from pkbrokers_redis.settings import Settings, load_settings
 from pkbrokers_redis.store.connect import connect
 from pkbrokers_redis.store.embedded import attach, discard_new_stores, store_folder
 from tests.cli.conftest import Pkb
@@ -109,6 +112,65 @@ def test_a_store_with_contents_or_another_user_is_left_alone(tmp_path: Path) -> 
         assert store_folder(settings.data_dir).exists()
         if other is not None:
             other.close()
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "says"),
+    [
+        ("calendar 2026-01-05 >&-", 0, ""),
+        ("calendar 2026-01-05 2>&-", 0, "NSE_CASH"),
+        ("calendar 2026-01-05 >&- 2>&-", 0, ""),
+        ("calendar 2026-13-05 2>&-", 2, ""),
+        ("candles INFY 1m -n 99999999999999999999 2>&1", 2, "less than or equal to 1000000"),
+        ("-V", 0, "pkb "),
+        ("--show-completion bash", 0, "_completion()"),
+    ],
+)
+def test_closed_streams_and_absurd_numbers_are_no_traceback(
+    line: str, code: int, says: str, tmp_path: Path
+) -> None:
+    env = {**os.environ, "PKB_DATA_DIR": str(tmp_path), "PYTHONIOENCODING": "ascii"}
+    command = f"exec {shlex.join(PKB)} {line}"
+    done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert "Traceback" not in done.stdout + done.stderr
+    assert says in done.stdout
+
+
+def test_quiet_prints_no_notes_and_verbose_logs(
+    pkb: Pkb, store_env: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("_PKB_QUIET", "")
+    monkeypatch.delenv("_PKB_QUIET")
+    monkeypatch.setenv("PKB_LOG_LEVEL", "info")
+    assert "no 1m candles" in pkb("candles", "INFY", "1m").err
+    assert pkb("--quiet", "candles", "INFY", "1m").err == ""
+    pkb("--verbose", "candles", "INFY", "1m")
+    assert load_settings().log_level == "debug"
+
+
+def test_a_user_without_a_home_has_a_data_folder_in_the_temp_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_DATA_HOME", "PKB_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    assert load_settings().data_dir.name == f"pkbrokers-redis-{os.getuid()}"
+
+
+def test_a_narrow_terminal_lacks_columns_and_wraps_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    widths = {"time": 16, "open": 9, "high": 9, "low": 9, "close": 9, "volume": 12, "oi": 8, "flag": 7}
+    assert fitting(widths, 200) == list(widths)
+    narrow = fitting(widths, 60)
+    assert narrow == ["time", "close", "volume", "flag"] or sum(widths[each] + 2 for each in narrow) - 2 <= 60
+    assert {"time", "close", "volume"} <= set(narrow)
+    assert fitting(widths, 5) == ["time"]
+    row = {name: "x" * width for name, width in widths.items()}
+    emit([row], list(widths), "table")
+    out, err = capsys.readouterr()
+    assert max(map(len, out.splitlines())) <= 80
+    assert "not shown for want of width: open, oi" in err
 
 
 def test_a_demo_waits_for_the_server_of_the_one_before_it(monkeypatch: pytest.MonkeyPatch) -> None:

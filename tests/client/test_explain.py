@@ -63,7 +63,7 @@ def test_an_amended_candle_shows_its_ticks_and_revisions(
     assert "complete, 3 ticks changed it" in text and "amended, revision 1" in text
     assert "first 09:15:00 at 100, last 09:15:50 at 98.5" in text
     assert "09:15–15:30" in text
-    assert "day's volume 1050, of which 1000 is in no candle" in text
+    assert "day's volume 1,050, of which 1,000 is in no candle" in text
 
 
 @VALKEY
@@ -169,3 +169,17 @@ def test_an_unreadable_moment_is_a_one_line_error(text: str) -> None:
 @VALKEY
 def test_ticks_of_another_instrument_are_not_shown(fed: InMemoryCandleStore, store: CandleStore) -> None:
     assert store.explain(RELIANCE, "1m", OPEN_S).ticks == []
+
+
+@VALKEY
+def test_a_future_minute_and_an_always_open_store_have_the_right_words(
+    client: redis.Redis, make_settings: Callable[..., Settings]
+) -> None:
+    settings = make_settings()
+    write_master(client, settings.keys)
+    store = CandleStore(settings, client)
+    assert store.explain("INFY", "1m", 4_000_000_000).lines()[0] == "no row: it has not begun yet"
+    night = OPEN_S - 6 * 3600
+    push(client, settings.keys, INFY, "1m", [row(night)])
+    text = "\n".join(store.explain("INFY", "1m", night - 600).lines())
+    assert "all day" in text and "09:15" not in text
