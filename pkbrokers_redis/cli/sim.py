@@ -205,6 +205,10 @@ def replay(
     ):
         if rows:
             lines.append(f"{rows:,} rows left out: {reason}")
+    if summary.rows_unordered:
+        lines.append(f"{summary.rows_unordered:,} rows were out of order: sorted by time and volume")
+    if summary.rows_known:
+        lines.append(f"{summary.rows_known:,} rows are in the store already: they change nothing")
     if summary.symbols:
         shown = ", ".join(summary.symbols[:5]) + (" …" if len(summary.symbols) > 5 else "")
         lines.append(f"look: pkb candles {summary.symbols[0]} 1m   (symbols: {shown})")

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,10 @@ import redis
 
 from pkbrokers_redis import logs
 from pkbrokers_redis.candles import columns as col
-from pkbrokers_redis.candles.calendar import Sessions, load_sessions
-from pkbrokers_redis.candles.model import AT_MS, TIME_MS, TOKEN, VOLUME
+from pkbrokers_redis.candles.calendar import IST, Sessions, load_sessions
+from pkbrokers_redis.candles.model import AT_MS, LAST_PRICE, TIME_MS, TOKEN, VOLUME, bucket_start_s
+from pkbrokers_redis.candles.rows import OPEN, START, flag_name, number, parse_row
+from pkbrokers_redis.candles.rows import VOLUME as VOLUME_CELL
 from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.client.trade_files import TradeFile, days_of, frames_of, read_trades
 from pkbrokers_redis.errors import InputFileError
@@ -54,6 +57,8 @@ class Summary:
     seconds: float = 0.0
     rows_refused: int = 0  # malformed
     rows_older: int = 0  # older than what the store has of their instruments
+    rows_unordered: int = 0  # of a cumulative file, whose volume is below an earlier row's
+    rows_known: int = 0  # that the store has already; they change nothing
     symbols: list[str] = field(default_factory=list)
 
 
@@ -134,9 +139,12 @@ class Replay:
             return
         stored = read_stored(self._client, settings, sessions, trades.tokens)
         trades = resume(trades, stored, sessions, path.name)
+        if trades.rows_known:
+            check_prices(self._client, settings, sessions, trades, stored, path.name)
         self._save_new_instruments(trades)
         self.summary.symbols = trades.symbols
-        self.summary.rows_refused, self.summary.rows_older = trades.rows_refused, trades.rows_older
+        for name in ("rows_refused", "rows_older", "rows_unordered", "rows_known"):
+            setattr(self.summary, name, getattr(trades, name))
         if len(trades.ticks) == trades.baselines:
             return
         self._play(trades)
@@ -261,6 +269,7 @@ def resume(
     times, days = ticks[:, TIME_MS], days_of(ticks[:, TIME_MS], sessions)
     order = np.argsort(ticks[:, TOKEN], kind="stable")
     keep = np.ones(len(ticks), bool)
+    known_rows = 0
     for rows in np.split(order, np.flatnonzero(np.diff(ticks[order, TOKEN])) + 1):
         token = int(ticks[rows[0], TOKEN])
         known = stored.get(token)
@@ -283,12 +292,49 @@ def resume(
                 f"{name}: the store has other trades of {symbol} on {date}, or later ones",
                 "replay a date's files in order of time, or all into another PKB_PREFIX",
             )
+        known_rows += int((times[today] <= known.newest_ms).sum())
     return replace(
         trades,
         ticks=np.concatenate([baselines, ticks[keep]]),
         baselines=len(baselines),
         rows_older=int(len(ticks) - keep.sum()),
+        rows_known=known_rows,
     )
+
+
+def check_prices(
+    client: redis.Redis, settings: Settings, sessions: Sessions, trades: TradeFile,
+    stored: Mapping[int, StoredInstrument], name: str,
+) -> None:  # fmt: skip
+    """Check that trades which the store has already have the prices of its candles.
+
+    A candle merges what it was told first: corrected prices at the same times would change nothing. Raises
+    InputFileError, with the file's `name`, for the first candle that differs.
+    """
+    interval = min((each for each in settings.intervals if each.seconds), key=lambda each: each.seconds)
+    for symbol, token in zip(trades.symbols, trades.tokens, strict=True):
+        known = stored.get(token)
+        if known is None:
+            continue
+        schedule = sessions.schedule_of(token)
+        rows = trades.ticks[(trades.ticks[:, TOKEN] == token) & (trades.ticks[:, TIME_MS] <= known.newest_ms)]
+        by_start: dict[int, list[float]] = {}
+        for price, time_ms in rows[:, [LAST_PRICE, TIME_MS]].tolist():
+            if sessions.is_open(schedule, int(time_ms)):
+                start = bucket_start_s(sessions.day(schedule, int(time_ms)), interval.seconds, int(time_ms))
+                by_start.setdefault(start, []).append(price)
+        texts: Any = client.lrange(settings.keys.candles(token, interval.name), 0, -1)
+        for row in filter(None, map(parse_row, texts)):
+            prices = by_start.get(int(number(row[START])))
+            if prices is None or flag_name(row):
+                continue
+            wanted = [prices[0], max(prices), min(prices), prices[-1]]
+            if not np.allclose(wanted, [number(cell) for cell in row[OPEN:VOLUME_CELL]], rtol=1e-9):
+                at = datetime.fromtimestamp(number(row[START]), IST)
+                raise InputFileError(
+                    f"{name}: {symbol} has other prices than the store at {at:%Y-%m-%d %H:%M}",
+                    "nothing changed: replay it into another PKB_PREFIX; `pkb backfill` asks Kite",
+                )
 
 
 def lag_entries(client: redis.Redis, keys: Keys) -> int:

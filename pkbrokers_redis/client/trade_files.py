@@ -1,5 +1,9 @@
 """Read trade files into tick batches: columns `time,symbol,price,quantity`, or cumulative `volume`.
 
+Rows are trades, each for itself, also two of one millisecond with quantity 0 (the legs of a spread). They
+need not be in order: they are sorted by time, then by cumulative volume. A volume that still falls within a
+trade date is a late row's, never a new start from 0.
+
 `time` is ISO 8601 (Asia/Kolkata without a zone) or epoch seconds, milliseconds, microseconds or nanoseconds,
 recognised by size. `volume` is the day's, as Kite's: a new trade date starts from 0. A file holds all trades
 of its instruments, so they start at a baseline of 0: each gets one tick with volume 0 at the end of the day
@@ -34,6 +38,9 @@ from pkbrokers_redis.candles.model import (
 )
 from pkbrokers_redis.errors import InputFileError
 
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
 TICKS_PER_FRAME = 2_000
 MARKET_ZONE = "Asia/Kolkata"
 _ZONE = r"(?i::\d\d(?:\.\d+)?(?:z|[+-]\d\d(?::?\d\d)?)$)"  # matches a time of day that has a zone
@@ -50,6 +57,8 @@ class TradeFile:
         cumulative: The file has the day's volume instead of quantities.
         baselines: How many ticks at the beginning are baselines.
         rows_older: Rows left out because the store has later ones of their instruments.
+        rows_unordered: Rows of a cumulative file whose volume is below that of an earlier row of the date.
+        rows_known: Rows that the store has already.
     """
 
     symbols: list[str]
@@ -59,6 +68,8 @@ class TradeFile:
     cumulative: bool
     baselines: int
     rows_older: int = 0
+    rows_unordered: int = 0
+    rows_known: int = 0
 
 
 def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> TradeFile:
@@ -80,22 +91,46 @@ def read_trades(path: Path, known: Mapping[str, int], sessions: Sessions) -> Tra
     if frame.empty:
         raise InputFileError(f"{path.name} holds no trade", "look at its first lines and its column names")
     tokens = _tokens(sorted(frame["symbol"].unique()), known)
-    token = frame["symbol"].map(tokens).to_numpy(np.int64)
+    token: Ints = frame["symbol"].map(tokens).to_numpy(np.int64)  # type: ignore[assignment]
     times = frame["time"].to_numpy(np.float64)
     days = days_of(times, sessions)
+    unordered = 0
     if cumulative:
-        volume = frame["quantity"]
-        before = volume.groupby([token, days]).shift(fill_value=0.0)
-        frame["quantity"] = np.where(volume >= before, volume - before, volume)
+        unordered = _count_falls(frame, token, days)
+        reached = frame["quantity"].groupby([token, days]).cummax()  # a lower volume is a late row's
+        frame["quantity"] = reached - reached.groupby([token, days]).shift(fill_value=0.0)
     totals = frame["quantity"].groupby([token, days]).cumsum().round(8)
     ticks = np.full((len(frame), BATCH_WIDTH), np.nan)
     ticks[:, TOKEN] = token
     ticks[:, LAST_PRICE] = frame["price"]
     ticks[:, LAST_QUANTITY] = frame["quantity"].round(8)
     ticks[:, VOLUME] = totals
-    ticks[:, TIME_MS] = times
+    ticks[:, TIME_MS] = _apart(frame.assign(token=token, total=totals))
     ticks = np.concatenate([_baselines(ticks, sessions), ticks])
-    return TradeFile(list(tokens), list(tokens.values()), ticks, refused, cumulative, len(tokens))
+    return TradeFile(
+        list(tokens), list(tokens.values()), ticks, refused, cumulative, len(tokens), rows_unordered=unordered
+    )
+
+
+def _count_falls(frame: pd.DataFrame, token: Ints, days: Ints) -> int:
+    """Return how many rows of a cumulative file come after one of their date with a higher volume."""
+    place = np.argsort(frame["row"].to_numpy(), kind="stable")
+    volume = frame["quantity"].iloc[place].reset_index(drop=True)
+    return int((volume < volume.groupby([token[place], days[place]]).cummax()).sum())
+
+
+def _apart(frame: pd.DataFrame) -> Floats:
+    """Return times that tell trades of one millisecond and volume apart, by a millisecond, in their order.
+
+    The rules take the same time and volume for the same trade. The moved ones stay within their second. Rows
+    that repeat a price are the same packet twice.
+    """
+    group = frame.groupby(["token", "time", "total"])["price"]
+    is_other = (frame["price"] != group.shift()) & (group.cumcount() > 0)
+    place = is_other.groupby([frame["token"], frame["time"], frame["total"]]).cumsum()
+    most = place.groupby([frame["token"], frame["time"], frame["total"]]).transform("max")
+    beyond = (frame["time"] % 1000 + most - 999).clip(lower=0)
+    return np.asarray(frame["time"] + place - beyond, np.float64)
 
 
 def frames_of(ticks: TickArray, window_ms: float | None) -> Iterator[TickArray]:
@@ -147,7 +182,9 @@ def _valid_rows(table: pd.DataFrame, quantity: str, path: Path) -> pd.DataFrame:
         & frame["price"].between(0, NUMBER_MAX, inclusive="neither")
         & frame["quantity"].between(0, NUMBER_MAX)
     )
-    frame = frame[valid].sort_values("time", kind="stable").reset_index(drop=True)
+    frame = frame[valid].rename_axis("row").reset_index()  # `row` is the place in the file
+    by = ["time", "quantity"] if quantity == "volume" else ["time"]
+    frame = frame.sort_values(by, kind="stable").reset_index(drop=True)
     frame["symbol"] = [name if ":" in name else f"NSE:{name}" for name in frame["symbol"].str.upper()]
     return frame
 

@@ -109,6 +109,27 @@ def test_other_trades_of_a_stored_time_are_a_one_line_error(player: Player, othe
     assert player.store.client.xlen(player.store.keys.ticks(0)) == before
 
 
+def test_corrected_prices_of_stored_trades_are_refused_by_name(player: Player) -> None:
+    player.play(*MONDAY)
+    before = player.store.all_rows()
+    corrected = (MONDAY[0].replace(",100,", ",99.5,"), *MONDAY[1:])
+    with pytest.raises(InputFileError, match="NSE:ABC has other prices than the store at 2026-01-05 10:00"):
+        player.write(*corrected)
+    assert player.store.all_rows() == before
+    again = player.play(*MONDAY)
+    assert again.rows_known == 3
+    assert player.store.all_rows() == before
+
+
+def test_the_command_says_how_many_rows_were_known_or_out_of_order(player: Player) -> None:
+    player.play(*MONDAY)
+    path = player.folder / "trades.csv"
+    env = settings_env(player.store.settings)
+    assert "3 rows are in the store already" in run_pkb("replay", str(path), env=env).stdout
+    path.write_text("time,symbol,price,volume\n2026-01-06T09:59:01,X,1,9\n2026-01-06T09:59:02,X,1,5\n")
+    assert "1 rows were out of order" in run_pkb("replay", str(path), env=env).stdout
+
+
 def test_a_file_waits_until_the_one_before_is_applied(player: Player) -> None:
     player.write(*MORNING)
     stop = threading.Event()

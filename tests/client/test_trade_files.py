@@ -13,8 +13,11 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from pkbrokers_redis.candles import columns as col
 from pkbrokers_redis.candles.calendar import load_sessions
-from pkbrokers_redis.candles.model import AT_MS, TIME_MS
+from pkbrokers_redis.candles.model import AT_MS, DEFAULT_INTERVALS, TIME_MS
+from pkbrokers_redis.candles.rules import apply_ticks
+from pkbrokers_redis.candles.state import ShardState
 from pkbrokers_redis.client.trade_files import TICKS_PER_FRAME, TradeFile, frames_of, read_trades
 from pkbrokers_redis.errors import InputFileError
 
@@ -180,6 +183,40 @@ def test_rows_out_of_order_are_sorted_and_equal_times_keep_theirs(tmp_path: Path
         )
     )
     assert [price for _, price, *_ in trades(file)] == [1, 2, 3, 4]
+
+
+def test_a_volume_that_falls_within_a_date_is_a_late_row_and_no_new_start(tmp_path: Path) -> None:
+    header = "time,symbol,price,volume"
+    lines = ("1767584702.000,INFY,1,1500", "1767584702.000,INFY,2,1400", "1767584703,INFY,3,1600")
+    file = read(csv(tmp_path, *lines, header=header))
+    assert [(price, volume) for _, price, _, volume, _ in trades(file)] == [(2, 1400), (1, 1500), (3, 1600)]
+    assert file.rows_unordered == 1
+    # Another recorder's rows, seconds late: their volume was there before, their prices count.
+    late = (*lines, "1767584704,INFY,4,1450", "1767584705,INFY,5,1700")
+    file = read(csv(tmp_path, *late, header=header))
+    assert [volume for *_, volume, _ in trades(file)] == [1400, 1500, 1600, 1600, 1700]
+    assert file.rows_unordered == 2
+
+
+@pytest.mark.parametrize("seconds", [1_767_584_700.0, 1_767_584_700.999])
+def test_trades_of_one_millisecond_without_quantity_are_two_trades(tmp_path: Path, seconds: float) -> None:
+    lines = (f"{seconds},INFY,7,10", *(f"{seconds},INFY,{price},0" for price in (100, 90, 95, 95)))
+    file = read(csv(tmp_path, *lines))
+    times = [time for *_, time in trades(file)]
+    assert len(set(times)) == 4  # the last two say the same
+    assert times == sorted(times)
+    assert {time // 1000 for time in times} == {int(seconds)}
+    state = ShardState(DEFAULT_INTERVALS, SESSIONS, event_clock=True)
+    apply_ticks(state, file.ticks, 0, np.array([len(file.ticks)]), 100)
+    minute = state.arrays.candles[0, 0, 0]
+    assert minute[[col.OPEN, col.HIGH, col.LOW, col.CLOSE]].tolist() == [7, 100, 7, 95]
+
+
+def test_rows_that_two_recorders_wrote_twice_are_one_trade(tmp_path: Path) -> None:
+    lines = ("1767584702,INFY,1,1500",) * 3
+    file = read(csv(tmp_path, *lines, header="time,symbol,price,volume"))
+    assert len({time for *_, time in trades(file)}) == 1
+    assert file.rows_unordered == 0
 
 
 def test_decimal_quantities_stay_decimals(tmp_path: Path) -> None:
