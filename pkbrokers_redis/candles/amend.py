@@ -11,7 +11,8 @@ History, for one instrument and span:
     base rows   the shortest interval: history replaces a row that differs, is missing or has a flag
     volume      what a row gains, the baseline loses (sum of rows = cumulative volume - baseline); a row
                 later than all known ticks raises the cumulative volume instead: the next tick counts from it
-    longer      composed from their base rows; one that is still open keeps its own close
+    longer      composed from their base rows; one that is still open keeps its own close; a day that Kite's
+                day history gave is never composed again
 
 This is rare work, so it is plain Python over the candles in memory and the rows in the lists.
 """
@@ -182,6 +183,9 @@ def flag_outage(state: ShardState, outage: Outage) -> int:
                 continue  # rule 7: its fields come with every packet
             for candle in state.arrays.candles[i, k]:
                 start, end = int(candle[col.START]), int(candle[col.END])
+                is_final = candle[col.COMPLETE] != 0 and candle[col.FLAG] == FLAG_BACKFILLED
+                if interval.seconds == 0 and is_final:
+                    continue  # Kite's own day
                 if start and _is_hit(state, i, k, int(candle[col.FLAG]), start, end, outage):
                     candle[col.FLAG], candle[col.DIRTY] = FLAG_GAP, 1.0
                     marked += 1
@@ -449,9 +453,12 @@ class _Repair:
         s = find_candle(state, self.i, k, start)
         candle = state.arrays.candles[self.i, k, s] if s >= 0 else None
         old = self.lists[k].get(start) if candle is None else row_of(candle)
-        is_day = self._seconds(k) == 0
-        if is_day and (old is None or not flag_name(old)):
-            return  # rule 7: it has the packets' own day fields
+        is_day, forming = self._seconds(k) == 0, not self._is_over(k, start, end)
+        if is_day:
+            if old is None or not flag_name(old):
+                return  # rule 7: it has the packets' own day fields
+            if flag_name(old) == BACKFILLED and not forming:
+                return  # Kite's own day: auctions and corrections are in it, and in no minute
         inside = self.lists[base].between(start, end)
         inside.update(recent_rows(state, self.i, base, start, end))
         parts = [inside[each] for each in sorted(inside)]
@@ -460,10 +467,9 @@ class _Repair:
         covered = start >= self.lists[base].dropped_before_s
         if old is None and not covered:
             return
-        forming = not self._is_over(k, start, end)
+        answered = self.history.from_s <= start and end <= self.history.to_s and not forming
         new = [start, *_composed(parts), BACKFILLED]
         if old is not None:
-            answered = self.history.from_s <= start and end <= self.history.to_s and not forming
             if not (covered and answered):
                 self._keep_extremes(new, old, parts, covered)
             if not covered:
@@ -472,7 +478,7 @@ class _Repair:
                 new[VOLUME] = round(number(old[VOLUME]) + (0.0 if is_day else gained), 8)
             new[OI] = old[OI] if new[OI] is None else new[OI]
             new[TICKS] = old[TICKS]
-        flag = self._flag(parts, start, end, "" if old is None else flag_name(old), covered)
+        flag = self._flag(parts, start, end, "" if old is None else flag_name(old), covered, answered)
         same = old is not None and old[OPEN:TICKS] == new[OPEN:TICKS]
         if (
             old is not None
@@ -504,11 +510,12 @@ class _Repair:
         if not covered or number(old[LOW]) < min(number(row[LOW]) for row in before):
             new[LOW] = min(number(new[LOW]), number(old[LOW]))
 
-    def _flag(self, parts: list[Row], start: int, end: int, old: str, covered: bool) -> str:
+    def _flag(self, parts: list[Row], start: int, end: int, old: str, covered: bool, answered: bool) -> str:
         flags = {flag_name(part) for part in parts}
         if not covered and old in (PARTIAL, GAP):
             return old
-        opened = FLAG_NAMES[flag_for(self.state, self.i, start, end)]
+        # What history answered from its start to its end is whole, whenever watching began.
+        opened = "" if answered and covered else FLAG_NAMES[flag_for(self.state, self.i, start, end)]
         return next((flag for flag in (PARTIAL, GAP) if flag in flags or flag == opened), BACKFILLED)
 
 

@@ -415,6 +415,41 @@ def test_rows_of_a_longer_interval_are_replaced_and_nothing_else() -> None:
     assert market.rows("1m") == minutes and market.adds_up()
 
 
+DAY_OVER = 6.5 * 3600 + 60  # seconds after 09:15
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_a_day_of_kites_day_history_is_never_made_of_its_minutes(in_memory: bool) -> None:
+    market = three_minutes()
+    midnight = OPEN - 9 * 3600 - 15 * 60
+    settled = [midnight, 100, 103, 97, 102.75, 5_000, None]
+    market.backfill(-40_000, 60_000, settled, interval="day", now=DAY_OVER)
+    wanted = [OPEN, *settled[1:6], None, 5, "backfilled"]
+    assert market.rows("day") == [wanted]
+    if not in_memory:  # the next days push it out
+        for n in range(1, 5):
+            market.take(tick(86_400 * n, 110, 10), tick(86_400 * n + 60, 111, 20))
+    market.backfill(60, 120, minute(1, 103, 101, 99, 100.5, volume=70), now=4 * 86_400 + DAY_OVER)
+    market.backfill(60, 180, *LOST, now=4 * 86_400 + DAY_OVER)
+    assert market.rows("day")[0] == wanted
+    market.outage(60, 180)
+    market.backfill(60, 180, *LOST, now=4 * 86_400 + DAY_OVER)
+    assert market.rows("day")[0] == wanted
+
+
+def test_a_candle_that_history_answered_whole_is_not_partial_whenever_it_is_asked() -> None:
+    market = Repaired(intervals="1m,5m,day").take(tick(130, 100, 1_000), tick(140, 101, 1_010))
+    market.take(tick(190, 102, 1_030), tick(400, 103, 1_040))
+    assert market.flags("5m")[0] == market.flags("day")[0] == "partial"
+    tomorrow = 86_400
+    market.take(tick(tomorrow - 60, 104, 5), tick(tomorrow + 5, 104, 10), tick(tomorrow + 70, 104, 20))
+    market.backfill(tomorrow, tomorrow + 60, minute(24 * 60, 104, 104, 104, 104, volume=10))
+    minutes = [minute(n, 100, 104, 99, 101, volume=10) for n in range(375)]
+    market.backfill(0, 375 * 60, *minutes, now=tomorrow + 200)
+    assert market.flags("5m")[0] == "backfilled"
+    assert market.flags("day")[0] == "backfilled"
+
+
 # -- the property ------------------------------------------------------------------------------------
 
 
