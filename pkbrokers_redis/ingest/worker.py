@@ -6,6 +6,7 @@ not send is sent by the next one, before its own frames.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -39,7 +40,7 @@ from pkbrokers_redis.runtime.roles import now_ms as machine_ms
 from pkbrokers_redis.runtime.warmup import freeze_heap, warm_up_writer
 from pkbrokers_redis.settings import Settings
 from pkbrokers_redis.store.connect import connect, describe
-from pkbrokers_redis.store.instruments import read_hours, read_manifest
+from pkbrokers_redis.store.instruments import read_hours
 from pkbrokers_redis.store.queue import open_queue
 from pkbrokers_redis.store.symbols import list_version, read_instrument_list
 from pkbrokers_redis.store.tick_writer import QUOTE_INTERVAL_MS
@@ -279,23 +280,21 @@ class WatchedList:
 
 
 def _first_list(settings: Settings, client: redis.Redis, watched: WatchedList) -> list[tuple[int, str]]:
-    """Return the instruments to stream; fetch the instrument master before, where there never was one."""
-    instruments: list[tuple[int, str]] = []
-    try:
-        instruments = watched.read(client)
-        if not watched.unknown:
-            return instruments
-    except PkbError:
-        if read_manifest(client, settings.keys) is not None:
-            raise
-    if read_manifest(client, settings.keys) is None:
+    """Return the instruments to stream; fetch the instrument master before, where it is empty.
+
+    That needs Kite: without credentials the error says what is missing.
+    """
+    has_account = settings.kite_api_key is not None or settings.kite_user_id is not None
+    if has_account and not client.exists(settings.keys.symbols()):
+        with contextlib.suppress(PkbError):
+            instruments = watched.read(client)
+            if not watched.unknown:
+                return instruments
         log.info("master_missing", reason="it was never fetched", action="fetch it from Kite")
         clock = market_clock(settings)
         try:
             KiteInstruments(settings=settings, client=client, now=lambda: clock() / 1000).sync()
         except PkbError as error:
-            if not instruments:
-                raise
             log.warning("master_not_fetched", reason=error.message, hint=error.hint)
     return watched.read(client)
 

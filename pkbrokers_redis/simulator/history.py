@@ -139,12 +139,17 @@ class History:
         return token in self.market.row_of
 
     def candles(
-        self, token: int, interval: str, from_s: int, to_s: int, now_ms: float, *, with_oi: bool = False
-    ) -> list[list[Any]]:
-        """Return Kite's JSON rows: `["2017-12-15T09:15:00+0530", open, high, low, close, volume(, oi)]`."""
-        rows = self.rows(token, interval, from_s, to_s, now_ms)
+        self, token: int, interval: str, from_s: int, to_s: int, now_ms: float, *, with_oi: bool = False,
+        offset_s: int = 0,
+    ) -> list[list[Any]]:  # fmt: skip
+        """Return Kite's JSON rows: `["2017-12-15T09:15:00+0530", open, high, low, close, volume(, oi)]`.
+
+        Their times, and those of the request, are `offset_s` ahead of the market's.
+        """
+        offset_s = offset_s if SECONDS[interval] else 0
+        rows = self.rows(token, interval, from_s - offset_s, to_s - offset_s, now_ms)
         width = FIELDS if with_oi else FIELDS - 1
-        return [[stamp(row[0]), *row[OPEN:width]] for row in rows]
+        return [[stamp(row[0] + offset_s), *row[OPEN:width]] for row in rows]
 
     def rows(
         self, token: int, interval: str, from_s: int, to_s: int, now_ms: float

@@ -15,6 +15,7 @@ Prices are the wire's integers. Rows are positions in the universe.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -77,6 +78,7 @@ class TradingHours:
     ) -> None:
         self.sessions = sessions
         self._around_the_clock = around_the_clock
+        self.is_open_anyway: Callable[[], bool] = lambda: False  # a session that no calendar has
         underlyings = {
             (CASH_OF[row["exchange"]], row["name"])
             for row in universe
@@ -99,6 +101,9 @@ class TradingHours:
     def phases(self, now_ms: int) -> tuple[npt.NDArray[np.int8], Ints]:
         """Return by row: the phase at `now_ms`, and when it began (epoch seconds)."""
         phase, since_s = np.zeros(self.schedule.size, np.int8), np.zeros(self.schedule.size, np.int64)
+        if self.is_open_anyway():
+            phase[:], since_s[:] = OPEN, now_ms // 1000 - 1
+            return phase, since_s
         for schedule in self._used:
             kind, began_ms = self._phase(schedule, self.sessions.day(schedule, now_ms), now_ms)
             of_schedule = self.schedule == schedule
@@ -107,7 +112,7 @@ class TradingHours:
 
     def inside(self, rows: Ints, times_s: Ints, now_ms: int) -> Flags:
         """Return which trades (row, epoch seconds on the day of `now_ms`) lie in a session."""
-        inside = np.zeros(rows.size, bool)
+        inside = np.full(rows.size, self.is_open_anyway())
         for schedule in self._used:
             of_schedule = self.schedule[rows] == schedule
             if not of_schedule.any():
@@ -198,6 +203,7 @@ class Market:
         self.close = self.price.copy()  # of the previous day
         self.oi: Ints = np.where(self._has_oi, self._lot * self.rng.integers(10_000, 100_000, count), 0)
         self._begun_s = 0 if opening is None else start_ms // 1000  # earlier trades are the opening's
+        self.held: Ints = np.zeros(0, np.int64)  # rows that do not trade now
         self._hours, self._has_ceiling = hours, opening is None and hours is None
         self.volume: Ints = np.zeros(count, np.int64)
         self._turnover = np.zeros(count)
@@ -248,6 +254,8 @@ class Market:
         turn = np.floor((now_ms - self._phase) / self.interval_ms)
         due = np.flatnonzero(turn > self._turn)
         self._turn[due] = turn[due]
+        if self.held.size:
+            due = np.setdiff1d(due, self.held)
         if self._hours is None:
             if today > self._day:
                 self.close = self.price.copy()

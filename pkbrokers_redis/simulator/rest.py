@@ -18,6 +18,7 @@ The control API, loopback only:
 from __future__ import annotations
 
 import asyncio
+import gzip
 import ipaddress
 import time
 from collections import deque
@@ -270,7 +271,7 @@ class _MarketDataRoutes:
         exchange = request.match_info.get("exchange")
         if exchange is not None and exchange not in EXCHANGES:
             raise KiteRefusal(400, "Invalid exchange")
-        plain, zipped = self._state.instruments.csv(exchange)
+        plain, zipped = self._instruments_csv(exchange)
         if "gzip" in request.headers.get("Accept-Encoding", ""):
             headers = {"Content-Encoding": "gzip"}
             return web.Response(body=zipped, content_type="text/csv", headers=headers)
@@ -293,6 +294,13 @@ class _MarketDataRoutes:
                 found[name] = quote_of(market, row, now_s, kind)
         return success(found)
 
+    def _instruments_csv(self, exchange: str | None) -> tuple[bytes, bytes]:
+        faults, instruments = self._state.faults, self._state.instruments
+        listed = faults.listed(instruments.rows)
+        plain, zipped = (instruments if listed is None else InstrumentsCsv(listed)).csv(exchange)
+        spoiled = faults.spoil_csv(plain.decode()).encode()
+        return (plain, zipped) if spoiled == plain else (spoiled, gzip.compress(spoiled))
+
     async def historical(self, request: web.Request) -> web.Response:
         self._authenticate(request)
         history, query = self._state.history, request.query
@@ -312,7 +320,11 @@ class _MarketDataRoutes:
             raise KiteRefusal(400, "continuous data exists for day candles only")
         with_oi = query.get("oi") == "1"
         now_ms = self._state.now_ms()
-        return success({"candles": history.candles(token, interval, from_s, to_s, now_ms, with_oi=with_oi)})
+        faults = self._state.faults
+        candles = history.candles(
+            token, interval, from_s, to_s, now_ms, with_oi=with_oi, offset_s=faults.offset_s
+        )
+        return success({"candles": faults.spoil_history(token, candles, interval)})
 
 
 def _epoch_s(name: str, text: str, *, end_of_day: bool) -> int:

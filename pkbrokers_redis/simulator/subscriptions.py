@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pkbrokers_redis.kite.protocol import DTYPES, FULL, INDEX_FULL, INDEX_QUOTE, LTP, QUOTE, encode_records
-from pkbrokers_redis.simulator.market import Ints, Market
+from pkbrokers_redis.simulator.faults import Packets
+from pkbrokers_redis.simulator.market import Ints
 
 NONE, MODE_LTP, MODE_QUOTE, MODE_FULL = range(4)  # a client's mode of each row
 MODES = {"ltp": MODE_LTP, "quote": MODE_QUOTE, "full": MODE_FULL}
@@ -69,7 +70,7 @@ def _tokens(values: list[object]) -> list[int]:
 
 
 def frames_for(
-    market: Market, rows: Ints, modes: npt.NDArray[np.int8], packets_max: int = FRAME_PACKETS_MAX
+    market: Packets, rows: Ints, modes: npt.NDArray[np.int8], packets_max: int = FRAME_PACKETS_MAX
 ) -> Iterator[bytes]:
     """Yield the last packets of market rows as binary frames, each row in its mode of `modes`."""
     rows = rows[modes[rows] != NONE]
@@ -78,7 +79,7 @@ def frames_for(
         yield len(part).to_bytes(2, "big") + b"".join(_packets(market, part, modes))
 
 
-def _packets(market: Market, rows: Ints, modes: npt.NDArray[np.int8]) -> Iterator[bytes]:
+def _packets(market: Packets, rows: Ints, modes: npt.NDArray[np.int8]) -> Iterator[bytes]:
     row_modes, is_index = modes[rows], market.is_index[rows]
     for mode in (MODE_FULL, MODE_QUOTE, MODE_LTP):
         for of_index, packets, length in (

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import msgspec
@@ -340,7 +341,8 @@ class SimulatorServer:
 
     def _send_rows(self, client: _Client, market: Market, rows: Ints) -> None:
         rows = self._faults.unmuted(rows, market.tokens)
-        for frame in frames_for(market, rows, client.modes):
+        shown: Any = market
+        for frame in frames_for(self._faults.spoil_packets(shown, rows), rows, client.modes):
             if self._faults.strike("ws", "drop"):
                 _abort(client)
                 return
@@ -364,7 +366,8 @@ class SimulatorServer:
 
     def _step(self, market: Market, now_ms: int) -> None:
         self._stepped_ms = now_ms
-        rows = market.step(now_ms)
+        market.held = self._faults.rows_of("zero_price_first", market.row_of)
+        rows = np.union1d(market.step(now_ms), market.held)
         self.stats.packets += len(rows)
         if self._recorder is not None:
             self._recorder(rows, now_ms)

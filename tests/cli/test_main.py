@@ -130,6 +130,7 @@ def test_closed_streams_and_absurd_numbers_are_no_traceback(
     line: str, code: int, says: str, tmp_path: Path
 ) -> None:
     env = {**os.environ, "PKB_DATA_DIR": str(tmp_path), "PYTHONIOENCODING": "ascii"}
+    env["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"  # there may be no shell above the tests
     command = f"exec {shlex.join(PKB)} {line}"
     done = subprocess.run(["bash", "-c", command], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == code

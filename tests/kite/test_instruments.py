@@ -224,21 +224,22 @@ def test_a_sync_needs_no_live_session(
 def test_ingest_fetches_the_master_itself_where_there_never_was_one(
     kite: SimulatedKite, make_settings: Callable[..., Settings], client: redis.Redis
 ) -> None:
-    settings = make_settings(instruments="nse-equity", **fields_of(kite))
+    settings = make_settings(instruments="nse-equity", kite_user_id="SIM001", **fields_of(kite))
     found = _first_list(settings, client, WatchedList(settings))
     assert found == instrument_list(client, settings) and len(found) > 3
     assert read_manifest(client, settings.keys) is not None
 
 
 def test_without_a_network_what_needs_no_master_streams_and_the_rest_is_one_line(
-    make_settings: Callable[..., Settings], client: redis.Redis
+    make_settings: Callable[..., Settings], client: redis.Redis, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fields = {"kite_api_url": "http://127.0.0.1:1"}
+    fields = {"kite_api_url": "http://127.0.0.1:1", "kite_api_key": "key"}
     settings = make_settings(instruments="408065,NSE:TCS", **fields)
     assert [token for token, _ in _first_list(settings, client, WatchedList(settings))] == [408065]
     settings = make_settings(instruments="nse-equity", **fields)
-    with pytest.raises(KiteUnavailable, match="cannot be reached"):
+    with pytest.raises(PkbError, match="the instrument master is empty"):
         _first_list(settings, client, WatchedList(settings))
+    assert "event=master_not_fetched" in capsys.readouterr().err
 
 
 def test_an_unknown_exchange_is_a_settings_error(master: KiteInstruments) -> None:
